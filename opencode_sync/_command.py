@@ -1,0 +1,221 @@
+"""RunConfig -> binary, argv, env: the only place that knows OpenCode's flags and variables.
+
+Measured with OpenCode 1.18.33. Starts nothing and writes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .config import RunConfig, merged
+from .errors import OpenCodeBinaryNotFoundError, OpenCodeConfigError
+
+TESTED_VERSION = "1.18.33"
+"""The version of OpenCode that this package is tested with, and installs by default."""
+
+DEFAULT_BINARY = "opencode"
+PLUGIN = Path(__file__).with_name("_plugin.js")
+
+# What carries configuration of the user's own; left out with inherit_user_config=False.
+_USER_CONFIG_VARIABLES = (
+    "OPENCODE_CONFIG",
+    "OPENCODE_CONFIG_DIR",
+    "OPENCODE_CONFIG_CONTENT",
+    "OPENCODE_PERMISSION",
+)
+
+# Harmless for a run that ends after one answer: no language servers are downloaded, no model
+# list is fetched, nothing is shared, compacted or watched.
+_LEAN_ENVIRONMENT = {
+    "OPENCODE_DISABLE_LSP_DOWNLOAD": "1",
+    "OPENCODE_DISABLE_MODELS_FETCH": "1",
+    "OPENCODE_DISABLE_DEFAULT_PLUGINS": "1",
+    "OPENCODE_DISABLE_SHARE": "1",
+    "OPENCODE_DISABLE_PRUNE": "1",
+    "OPENCODE_DISABLE_FFF": "1",
+    "OPENCODE_DISABLE_EMBEDDED_WEB_UI": "1",
+    "OPENCODE_EXPERIMENTAL_DISABLE_FILEWATCHER": "1",
+}
+_LEAN_CONFIG: dict[str, Any] = {"snapshot": False, "share": "disabled", "lsp": False}
+
+
+def managed_root() -> Path:
+    """The directory below which ``opencode-sync install`` puts its copies of OpenCode."""
+    import platformdirs
+
+    return platformdirs.user_data_path("opencode-sync", appauthor=False) / "opencode"
+
+
+def managed_path(version: str) -> Path:
+    """Where the managed copy of *version* is, or would be."""
+    name = "opencode.exe" if os.name == "nt" else "opencode"
+    return managed_root() / version / "bin" / name
+
+
+def managed_binary() -> Path | None:
+    """The managed copy: of the tested version, else of the highest other one, else None."""
+    tested = managed_path(TESTED_VERSION)
+    if os.path.isfile(tested):
+        return tested
+    try:
+        versions = [entry.name for entry in managed_root().iterdir()]
+    except OSError:
+        return None
+    others = [path for version in versions if os.path.isfile(path := managed_path(version))]
+    return max(others, key=lambda path: _version_key(path.parent.parent.name), default=None)
+
+
+def _version_key(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in version.split(".") if number.isdigit())
+
+
+def resolve_binary(binary: str | os.PathLike[str] = DEFAULT_BINARY) -> str:
+    """The absolute path of the OpenCode program.
+
+    An existing file (``~`` expanded) or a name on ``PATH``. For the default name, the variable
+    ``OPENCODE_BINARY`` comes first, and the copy of ``opencode-sync install`` last.
+
+    Raises:
+        OpenCodeBinaryNotFoundError: Names what was looked for, and how to get it.
+    """
+    name = os.fspath(binary)
+    is_default = name == DEFAULT_BINARY
+    if is_default:
+        name = os.environ.get("OPENCODE_BINARY") or name
+    if found := _program(name):
+        return found
+    if is_default and name == DEFAULT_BINARY and (managed := managed_binary()):
+        return str(managed)
+    source = " (from OPENCODE_BINARY)" if is_default and name != DEFAULT_BINARY else ""
+    raise OpenCodeBinaryNotFoundError(
+        f"{_why_not(name)}{source}: run 'opencode-sync install', "
+        'or pass binary="path/to/opencode"'
+    )
+
+
+def _program(name: str) -> str | None:
+    # A bare name is looked up on PATH first: a file of that name in the current directory must
+    # not stand in for the program.
+    if os.path.basename(name) == name and (found := shutil.which(name)):
+        return os.path.abspath(found)
+    path = Path(name).expanduser()
+    return str(path.absolute()) if os.path.isfile(path) and os.access(path, os.X_OK) else None
+
+
+def _why_not(name: str) -> str:
+    path = Path(name).expanduser()
+    if os.path.isdir(path) and os.path.basename(name) != name:
+        return f"{name!r} is a directory, not a program"
+    if os.path.isfile(path):
+        return f"{name!r} is not executable"
+    if os.path.basename(name) == name:
+        return f"no {name!r} on PATH"
+    return f"no file {name!r}"
+
+
+def build_argv(binary_resolved: str, prompt: str | None, run_cfg: RunConfig) -> list[str]:
+    """The command line of ``opencode run``.
+
+    *prompt*, where given, comes last, after ``--``. The clients of this package give none: on
+    argv OpenCode wraps a prompt that has spaces in quotes, while stdin is verbatim.
+    ``password`` never stands here; :func:`build_env` has it.
+    """
+    cfg = run_cfg
+    argv = [binary_resolved, "run", "--format", "json"]
+    argv += _switch("--print-logs", cfg.print_logs)
+    argv += _option("--log-level", cfg.log_level)
+    argv += _option("--command", cfg.command)
+    argv += _switch("--continue", cfg.continue_session)
+    argv += _option("--session", cfg.session_id)
+    argv += _switch("--fork", cfg.fork)
+    argv += _switch("--share", cfg.share)
+    argv += _option("-m", cfg.model)
+    argv += _option("--agent", cfg.agent)
+    for file in cfg.files:
+        argv += _option("-f", os.path.expanduser(file))
+    argv += _option("--title", cfg.title)
+    argv += _option("--attach", cfg.attach)
+    argv += _option("--username", cfg.username)
+    argv += _option("--dir", cfg.remote_dir)
+    argv += _option("--port", cfg.port)
+    argv += _option("--variant", cfg.variant)
+    argv += _switch("--thinking", cfg.thinking)
+    argv += _switch("--auto", cfg.auto)
+    argv += _switch("--pure", cfg.pure)
+    # "--" also ends the list of -f, which would take the prompt for a file name.
+    return argv if prompt is None else [*argv, "--", prompt]
+
+
+def _switch(flag: str, value: bool | None) -> list[str]:
+    return [flag] if value else []
+
+
+def _option(flag: str, value: object | None) -> list[str]:
+    if value is None:
+        return []
+    text = str(value)
+    # A value with a leading dash would be read as the next flag.
+    return [f"{_LONG.get(flag, flag)}={text}"] if text.startswith("-") else [flag, text]
+
+
+_LONG = {"-m": "--model", "-f": "--file"}
+
+
+def build_env(run_cfg: RunConfig, base: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a run: *base* (the process's own), then the settings over it.
+
+    A configuration that *base* carries in ``OPENCODE_CONFIG_CONTENT`` is merged under ours.
+
+    Raises:
+        OpenCodeConfigError: If that configuration is no JSON object.
+    """
+    env = dict(os.environ if base is None else base)
+    if not run_cfg.inherit_user_config:
+        for name in _USER_CONFIG_VARIABLES:
+            env.pop(name, None)
+    if not run_cfg.inherit_project_config:
+        env["OPENCODE_DISABLE_PROJECT_CONFIG"] = "1"
+    if run_cfg.lean:
+        env.update(_LEAN_ENVIRONMENT)
+    env.update(run_cfg.extra_env or {})
+    config = run_cfg.build_opencode_config_dict()
+    if run_cfg.lean:
+        config = merged(_LEAN_CONFIG, config)
+    if config:
+        below = _parent_config(env.get("OPENCODE_CONFIG_CONTENT"))
+        env["OPENCODE_CONFIG_CONTENT"] = json.dumps(merged(below, config), ensure_ascii=False)
+    if run_cfg.disable_autoupdate:
+        env["OPENCODE_DISABLE_AUTOUPDATE"] = "1"
+    if run_cfg.password is not None:
+        env["OPENCODE_SERVER_PASSWORD"] = run_cfg.password
+    return env
+
+
+def add_plugin(env: dict[str, str]) -> dict[str, str]:
+    """*env* with the plugin of this package in its configuration, beside those that are there."""
+    if not PLUGIN.is_file():  # the package stands in an archive; the plugin only adds detail
+        return env
+    config = _parent_config(env.get("OPENCODE_CONFIG_CONTENT"))
+    plugins = config.get("plugin")
+    config["plugin"] = [*(plugins if isinstance(plugins, list) else []), PLUGIN.as_uri()]
+    return {**env, "OPENCODE_CONFIG_CONTENT": json.dumps(config, ensure_ascii=False)}
+
+
+def _parent_config(content: str | None) -> dict[str, Any]:
+    if not content:
+        return {}
+    try:
+        config = json.loads(content)
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise OpenCodeConfigError(
+            "OPENCODE_CONFIG_CONTENT of the environment is no JSON object, so the run's own "
+            "configuration cannot be merged over it: mend or unset it"
+        )
+    return config

@@ -1,0 +1,247 @@
+"""Data directories: one for each run in flight, reused by later runs.
+
+    root/0, root/1, ...     XDG_DATA_HOME of a run; leased to one run at a time, lowest first
+    root/config             an empty XDG_CONFIG_HOME for runs that leave the user's out
+    root/sessions.jsonl     which directory holds which session (kept roots only)
+    root/N.lock             held while leased (kept roots only: other processes may share them)
+
+Parallel runs on one OpenCode database lock one another out; with a directory each they do not. A
+session lives in the directory of the run that began it. Credentials are links to the user's own
+files: OpenCode writes a refreshed OAuth token in place, so a copy would leave the user with a
+revoked one. Locks are reentrant, since a finaliser may return a lease in the middle of anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import OpenCodeConfigError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+CREDENTIALS = ("auth.json", "mcp-auth.json", "account.json")
+TEMPORARY_PREFIX = "opencode-sync-"
+
+
+@dataclass
+class _Home:
+    """Where a session is, and the workspace that it was last used in."""
+
+    slot: int
+    workspace: str
+
+
+class Lease:
+    """One data directory, held for a run.
+
+    Attributes:
+        path: The ``XDG_DATA_HOME`` of the run.
+    """
+
+    def __init__(self, owner: DataDirectories, slot: int, path: Path, session: str | None) -> None:
+        self.path = path
+        self._owner = owner
+        self._slot = slot
+        self._session = session
+        self._released = False
+
+    def remember(self, session_id: str, workspace: str) -> None:
+        """Record that *session_id* is here, and is the last one in *workspace*."""
+        self._owner._remember(session_id, self._slot, workspace)
+
+    def release(self) -> None:
+        """Give the directory to the next run; idempotent."""
+        if not self._released:
+            self._released = True
+            self._owner._release(self._slot, self._session)
+
+
+class DataDirectories:
+    """A pool of data directories below one root, temporary or kept."""
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | None,
+        *,
+        on_make: Callable[[Path], None] = lambda path: None,
+        on_remove: Callable[[Path], None] = lambda path: None,
+    ) -> None:
+        """
+        Args:
+            root: A directory to keep, made where it is missing; None for a temporary one, made
+                with the first lease and removed by :meth:`close`.
+            on_make, on_remove: Called with a temporary root's path.
+        """
+        self._kept = None if root is None else Path(root).expanduser().absolute()
+        self._temporary: Path | None = None
+        self._on_make, self._on_remove = on_make, on_remove
+        self._lock = threading.RLock()
+        self._users: dict[int, int] = {}  # slot -> runs on it
+        self._busy: set[str] = set()  # sessions with a run on them
+        self._sessions: dict[str, _Home] = {}  # in the order of their last use
+        self._file_locks: dict[int, BaseFileLock] = {}
+
+    def lease(self, env: Mapping[str, str], *, session_id: str | None = None) -> Lease:
+        """A directory for one run: the one of *session_id*, else one that is free.
+
+        Args:
+            env: The run's environment; says where the user's credentials are.
+
+        Raises:
+            OpenCodeConfigError: If the session is unknown here, or has a run on it now.
+        """
+        with self._lock:
+            slot = self._free_slot() if session_id is None else self._slot_of(session_id)
+            self._users[slot] = self._users.get(slot, 0) + 1
+            if session_id is not None:
+                self._busy.add(session_id)
+            lease = Lease(self, slot, self._root() / str(slot), session_id)
+        try:
+            (lease.path / "opencode").mkdir(mode=0o700, parents=True, exist_ok=True)
+            _link_credentials(user_data(env), lease.path / "opencode")
+        except BaseException:
+            lease.release()
+            raise
+        return lease
+
+    def last_session(self, workspace: str) -> str | None:
+        """The session last used in *workspace*, or None."""
+        with self._lock:
+            self._read_index()
+            for session_id, home in reversed(self._sessions.items()):
+                if home.workspace == workspace:
+                    return session_id
+        return None
+
+    def empty_config(self) -> Path:
+        """A directory without configuration."""
+        with self._lock:
+            path = self._root() / "config"
+        path.mkdir(mode=0o700, exist_ok=True)
+        return path
+
+    def close(self) -> None:
+        """Remove a temporary root with everything in it; a kept one stays."""
+        with self._lock:
+            root, self._temporary = self._temporary, None
+            self._sessions.clear()
+        if root is not None:
+            shutil.rmtree(root, ignore_errors=True)
+            self._on_remove(root)
+
+    def _root(self) -> Path:
+        if self._kept is not None:
+            try:
+                self._kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise OpenCodeConfigError(f"data_dir {str(self._kept)!r}: {error.strerror}") from None
+            return self._kept
+        if self._temporary is None:
+            self._temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX))
+            self._on_make(self._temporary)
+        return self._temporary
+
+    def _free_slot(self) -> int:
+        slot = 0
+        while slot in self._users or not self._lock_file(slot):
+            slot += 1
+        return slot
+
+    def _slot_of(self, session_id: str) -> int:
+        if session_id not in self._sessions:
+            self._read_index()
+        home = self._sessions.get(session_id)
+        if home is None:
+            raise OpenCodeConfigError(
+                f"session {session_id!r} is unknown here: a client finds the sessions of its own "
+                "runs, with data_dir= also in a later process, and with isolate_db=False those "
+                "of your own opencode"
+            )
+        if session_id in self._busy:
+            raise OpenCodeConfigError(f"session {session_id!r} has a run under way: wait for it")
+        if home.slot not in self._users and not self._lock_file(home.slot):
+            raise OpenCodeConfigError(f"session {session_id!r} is in use by another process")
+        return home.slot
+
+    def _lock_file(self, slot: int) -> bool:
+        """Hold the slot against other processes; always True for a temporary root."""
+        if self._kept is None:
+            return True
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self._root() / f"{slot}.lock", timeout=0, thread_local=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            return False
+        self._file_locks[slot] = lock
+        return True
+
+    def _release(self, slot: int, session_id: str | None) -> None:
+        with self._lock:
+            self._busy.discard(session_id or "")
+            self._users[slot] -= 1
+            if self._users[slot]:
+                return
+            del self._users[slot]
+            if (lock := self._file_locks.pop(slot, None)) is not None:
+                lock.release()
+
+    def _remember(self, session_id: str, slot: int, workspace: str) -> None:
+        with self._lock:
+            self._sessions.pop(session_id, None)
+            self._sessions[session_id] = _Home(slot, workspace)
+            if self._kept is None:
+                return
+            line = json.dumps({"session": session_id, "slot": slot, "workspace": workspace})
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            # One write of one line: processes that share the root do not mix theirs.
+            fd = os.open(self._kept / "sessions.jsonl", flags, 0o600)
+            with open(fd, "wb", buffering=0) as index:
+                index.write(line.encode() + b"\n")
+
+    def _read_index(self) -> None:
+        if self._kept is None:
+            return
+        for session_id, home in _index_entries(self._kept / "sessions.jsonl"):
+            self._sessions.pop(session_id, None)
+            self._sessions[session_id] = home
+
+
+def _index_entries(path: Path) -> Iterator[tuple[str, _Home]]:
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return
+    for line in lines:
+        # A line that a full disk cut short costs one session, not all of them.
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            yield str(entry["session"]), _Home(int(entry["slot"]), str(entry["workspace"]))
+
+
+def user_data(env: Mapping[str, str]) -> Path:
+    """OpenCode's own data directory under *env*."""
+    base = env.get("XDG_DATA_HOME") or Path(env.get("HOME") or "~").expanduser() / ".local/share"
+    return Path(base) / "opencode"
+
+
+def _link_credentials(source: Path, target: Path) -> None:
+    for name in CREDENTIALS:
+        link, original = target / name, source / name
+        if link.is_symlink() and Path(os.readlink(link)) != original:
+            link.unlink()  # the user's directory has moved since
+        if original.exists() and not link.exists():
+            # Another run of this root may have made it in between.
+            with contextlib.suppress(FileExistsError):
+                link.symlink_to(original.absolute())

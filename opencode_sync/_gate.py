@@ -1,0 +1,32 @@
+"""A semaphore around start-ups that share a database.
+
+On a fresh database, two OpenCodes that migrate it at the same time kill one another. So a start
+takes a slot, and gives it back at the first line of output, at the exit, or after a delay.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_SLICE_S = 0.05  # how soon a waiting start notices that it was cancelled
+
+
+class Gate:
+    """At most *limit* start-ups at a time; None or 0 lets all through."""
+
+    def __init__(self, limit: int | None) -> None:
+        self._semaphore = threading.BoundedSemaphore(limit) if limit else None
+
+    @contextmanager
+    def slot(self, cancelled: Callable[[], bool]) -> Iterator[None]:
+        """Hold a slot inside the block, or hold none if *cancelled* came true in the wait."""
+        taken = False
+        while self._semaphore is not None and not taken and not cancelled():
+            taken = self._semaphore.acquire(timeout=_SLICE_S)
+        try:
+            yield
+        finally:
+            if taken and self._semaphore is not None:
+                self._semaphore.release()

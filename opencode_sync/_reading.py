@@ -1,0 +1,133 @@
+"""What one event says: texts, usage, errors, refusals.
+
+Nothing here raises, whatever an event holds: missing or odd values count as nothing. Facts of
+OpenCode 1.18.33 where no other version is named.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .errors import strip_ansi
+
+# Offered to the model unless denied (OpenCode 1.18.33).
+_BUILT_IN_TOOLS = frozenset(
+    {"bash", "edit", "glob", "grep", "read", "skill", "task", "todowrite", "webfetch", "write"}
+)
+
+
+@dataclass(frozen=True)
+class TokenUsage:
+    """Tokens, summed over the steps."""
+
+    total: int = 0
+    input: int = 0
+    output: int = 0
+    reasoning: int = 0
+    cache_read: int = 0
+    cache_write: int = 0
+
+    def __add__(self, other: TokenUsage) -> TokenUsage:
+        return TokenUsage(
+            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(TokenUsage))
+        )
+
+
+@dataclass(frozen=True)
+class ErrorInfo:
+    """An ``error`` event in short.
+
+    Attributes:
+        name: OpenCode's name for it, such as ``"APIError"``.
+        message: The provider's or OpenCode's words, without colours.
+        status_code: The provider's HTTP status, or None.
+    """
+
+    name: str
+    message: str
+    status_code: int | None = None
+
+    def __str__(self) -> str:
+        status = f" {self.status_code}" if self.status_code else ""
+        return f"{self.name}{status}: {self.message}"
+
+
+def text_of(event: Mapping[str, Any]) -> tuple[str, bool]:
+    part = event.get("part")
+    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+        return part["text"], False
+    for key in ("content", "text", "delta"):
+        value = event.get(key)
+        if isinstance(value, str):
+            return value, key == "delta"
+    return "", False
+
+
+def message_text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence):
+        return ""
+    texts = []
+    for part in content:
+        if isinstance(part, Mapping):
+            part = part.get("text") if isinstance(part.get("text"), str) else part.get("content")
+        if isinstance(part, str):
+            texts.append(part)
+    return "".join(texts)
+
+
+def denied_tool(event: Mapping[str, Any]) -> str | None:
+    part = event.get("part")
+    state = part.get("state") if isinstance(part, Mapping) else None
+    if not isinstance(part, Mapping) or not isinstance(state, Mapping):
+        return None
+    tool, error = part.get("tool"), state.get("error")
+    if isinstance(error, str) and state.get("status") == "error" and _is_refusal(error):
+        return str(tool)
+    # A tool that is denied as a whole is not offered to the model, and a call of it comes back as
+    # "invalid", just as one of a tool that the model made up.
+    asked = state.get("input")
+    wanted = asked.get("tool") if tool == "invalid" and isinstance(asked, Mapping) else None
+    return wanted if isinstance(wanted, str) and wanted in _BUILT_IN_TOOLS else None
+
+
+def _is_refusal(text: str) -> bool:
+    return "rejected permission" in text or "a rule which prevents you" in text
+
+
+def error_info(error: Any) -> ErrorInfo:
+    if not isinstance(error, Mapping):
+        return ErrorInfo("UnknownError", strip_ansi(str(error)))
+    data = error.get("data")
+    data = data if isinstance(data, Mapping) else error
+    status = data.get("statusCode")
+    return ErrorInfo(
+        name=str(error.get("name") or "UnknownError"),
+        message=strip_ansi(str(data.get("message") or "")),
+        status_code=status if isinstance(status, int) else None,
+    )
+
+
+def number_of(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return 0.0
+    try:
+        number = float(value)
+    except OverflowError:  # an int of hundreds of digits
+        return 0.0
+    return number if number >= 0 and math.isfinite(number) else 0.0
+
+
+def usage_of(tokens: Any) -> TokenUsage:
+    if not isinstance(tokens, Mapping):
+        return TokenUsage()
+    cache = tokens.get("cache")
+    cache = cache if isinstance(cache, Mapping) else {}
+    counts = [tokens.get(key) for key in ("total", "input", "output", "reasoning")]
+    return TokenUsage(
+        *(int(number_of(n)) for n in (*counts, cache.get("read"), cache.get("write")))
+    )

@@ -1,0 +1,266 @@
+"""One ``opencode run`` as a source of events.
+
+    _process blocks --stdout--> lines --> events.parse_event_line --+--> receive()
+                    --stderr--> lines --> _logs: retries, warnings --+
+
+Tells at the end how the run went: settle() names the reason, in the provider's words where there are
+any. Knows what OpenCode prints; nothing of deadlines and retries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from . import _tree
+from ._datadir import Lease
+from ._logs import LogReader
+from ._process import LineSplitter, Process
+from .errors import (
+    OpenCodeBinaryNotFoundError,
+    OpenCodeConfigError,
+    OpenCodeError,
+    OpenCodeIncompleteError,
+    OpenCodeProcessError,
+    strip_ansi,
+)
+from .events import Event, parse_event_line
+from .result import RunResult
+
+VERSION_TIMEOUT_S = 10.0
+
+# What a start-up says that lost a race for a database; it has done nothing by then.
+_STARTUP_FAILURES = (
+    "database is locked",
+    "sqlite_busy",
+    "sqliteerror",
+    "journal_mode",
+    "disk i/o error",
+    "locking protocol",
+    "failed query: create table",
+)
+
+
+class ProcessRun:
+    """A started run; see :class:`~opencode_sync.stream.Source` for what it promises."""
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        prompt: str,
+        workspace: Path,
+        *,
+        lease: Lease | None = None,
+        keep_background: bool = False,
+        keep_raw: bool = True,
+        keep_logs: bool = False,
+    ) -> None:
+        """Start *argv* in *workspace*, with *prompt* on stdin.
+
+        Args:
+            lease: The run's data directory, given back by :meth:`close`.
+            keep_background: Leave alone what tools left running at the run's own end.
+            keep_raw: Keep stdout's lines for the result.
+            keep_logs: Keep OpenCode's log lines in the result's stderr.
+
+        Raises:
+            OpenCodeError: If it cannot be started; nothing is left behind.
+        """
+        self._argv = argv
+        self._workspace = str(workspace)
+        self._lease = lease
+        self._keep_background = keep_background
+        self._keep_raw = keep_raw
+        self._keep_logs = keep_logs
+        self._logs = LogReader()
+        self._stdout, self._stderr = LineSplitter(), LineSplitter()
+        self._raw_lines: list[bytes] = []
+        self._stderr_lines: list[bytes] = []
+        self._session: str | None = None
+        self._is_done = self._is_cut = self._was_stopped = False
+        token = _tree.run_token()
+        try:
+            self._process = Process(
+                argv, cwd=self._workspace, env=env, stdin=prompt.encode(), token=token
+            )
+        except (OSError, ValueError) as error:
+            raise _start_error(error, argv[0], self._workspace) from error
+        self.label = f"run {token} (pid {self._process.pid})"
+
+    def wait_started(self, timeout: float) -> None:
+        """Return at the first output or the end, at the latest after *timeout* seconds."""
+        self._process.started.wait(timeout)
+
+    def receive(self, timeout: float | None) -> list[Event] | None:
+        """The next events; see :meth:`~opencode_sync.stream.Source.receive`."""
+        if self._is_done:
+            return None
+        block = self._process.receive(timeout)
+        if block is None:
+            self._is_done = True
+            return self._last_events() or None
+        channel, data = block
+        if channel == "stdout":
+            return self._events(self._stdout.feed(data))
+        return self._read_stderr(self._stderr.feed(data))
+
+    def stop(self) -> None:
+        self._was_stopped = True
+        self._process.stop()
+
+    def settle(self, result: RunResult) -> OpenCodeError | None:
+        """Complete *result* with exit status, stderr and raw lines, and say what went wrong."""
+        if not (self._keep_background or self._was_stopped):
+            self._process.sweep()
+        result.exit_code = self._process.returncode
+        result.stderr = b"".join(line + b"\n" for line in self._stderr_lines).decode(
+            "utf-8", "replace"
+        )
+        result.raw_stdout_lines = [line.decode("utf-8", "replace") for line in self._raw_lines]
+        result.truncated = self._is_cut
+        if result.status == "error":
+            return OpenCodeProcessError(
+                result.exit_code,
+                result.stderr,
+                result.events,
+                result.raw_stdout_lines,
+                reason=self._reason(result),
+                result=result,
+            )
+        if result.status == "incomplete":
+            return OpenCodeIncompleteError(_what_is_missing(result), result=result)
+        return None
+
+    def may_repeat(self, result: RunResult) -> bool:
+        """True for a start-up that lost a race for its database, before any event."""
+        if not result.exit_code or result.session_id is not None or self._raw_lines:
+            return False
+        stderr = result.stderr.lower()
+        return any(words in stderr for words in _STARTUP_FAILURES)
+
+    def close(self) -> None:
+        try:
+            self._process.close()
+        finally:
+            if self._lease is not None:
+                self._lease.release()
+
+    # -- lines -----------------------------------------------------------------------------------
+
+    def _events(self, lines: Sequence[bytes]) -> list[Event]:
+        if self._keep_raw:
+            self._raw_lines += lines
+        events = [parse_event_line(line) for line in lines]
+        if self._session is None:
+            self._note_session(events)
+        return events
+
+    def _note_session(self, events: Sequence[Event]) -> None:
+        for event in events:
+            session = event.get("sessionID")
+            if isinstance(session, str):
+                self._session = session
+                if self._lease is not None:
+                    self._lease.remember(session, self._workspace)
+                return
+
+    def _last_events(self) -> list[Event]:
+        """The events of what stands after the last newlines."""
+        events = self._read_stderr([rest]) if (rest := self._stderr.rest()) else []
+        if rest := self._stdout.rest():
+            last = self._events([rest])
+            self._is_cut = last[0].get("kind") == "json_decode_error"
+            events += last
+        return events
+
+    def _read_stderr(self, lines: Sequence[bytes]) -> list[Event]:
+        events = []
+        for line in lines:
+            is_log, event = self._logs.read(line.decode("utf-8", "replace"))
+            if self._keep_logs or not is_log:
+                self._stderr_lines.append(line)
+            if event is not None:
+                events.append(event)
+        if self._logs.missing_agent is not None and not self._was_stopped:
+            events.append(_no_agent(self._logs.missing_agent))
+            # The default agent has taken over, and may be allowed more than the one asked for.
+            self.stop()
+        return events
+
+    def _reason(self, result: RunResult) -> str | None:
+        cause = self._logs.cause
+        if result.error is not None and result.error.name != "UnknownError":
+            return str(result.error)
+        if result.error is not None:
+            # "Unexpected server error. Check server logs": the log has the cause, if anything.
+            if cause and cause != "UnknownError: UnknownError":
+                return cause
+            return f"{result.error}{self._likely_cause()}"
+        return self._unknown_flag(result.stderr)
+
+    def _likely_cause(self) -> str:
+        """An unknown command is the one failure that OpenCode has no word about, anywhere."""
+        if "--command" not in self._argv:
+            return ""
+        name = self._argv[self._argv.index("--command") + 1]
+        return f" (is there a command {name!r}?)"
+
+    def _unknown_flag(self, stderr: str) -> str | None:
+        """Where OpenCode answered with its usage alone: the flag of ours that is not in it."""
+        usage = strip_ansi(stderr)
+        if "Options:" not in usage or "--help" not in usage:
+            return None
+        flags = [word.partition("=")[0] for word in self._argv[2:] if word.startswith("-")]
+        unknown = [flag for flag in flags if flag not in usage.replace(",", " ").split()]
+        if not unknown:
+            return None
+        return f"opencode {_version(self._argv[0])} does not know {', '.join(unknown)}"
+
+
+def _what_is_missing(result: RunResult) -> str:
+    if result.truncated:
+        return f"the output broke off in the middle of its line {len(result.events)}"
+    if not result.events:
+        return "opencode exited with status 0, but printed nothing"
+    return (
+        "opencode exited with status 0, but without a closing step "
+        f"(last reason: {result.finish_reason or 'none'})"
+    )
+
+
+def _no_agent(name: str) -> Event:
+    message = f"agent {name!r} not found; the run was stopped before the default agent took over"
+    return {"type": "error", "error": {"name": "AgentNotFoundError", "data": {"message": message}}}
+
+
+def _version(binary: str) -> str:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            [binary, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=VERSION_TIMEOUT_S,
+        )
+        return done.stdout.decode("utf-8", "replace").strip() or "of unknown version"
+    return "of unknown version"
+
+
+def _start_error(error: OSError | ValueError, binary: str, workspace: str) -> OpenCodeError:
+    """The error for a process that the system would not start."""
+    if isinstance(error, ValueError):  # a NUL byte in an argument or a variable
+        return OpenCodeConfigError(f"opencode cannot be started: {error}")
+    if not os.path.isdir(workspace):
+        return OpenCodeConfigError(f"workspace {workspace!r} has vanished")
+    if error.errno == errno.E2BIG:
+        return OpenCodeConfigError(
+            "the environment is too large for a process: make extra_env, config_overrides or the "
+            "environment of this program smaller"
+        )
+    if error.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.EISDIR, errno.ENOTDIR):
+        return OpenCodeBinaryNotFoundError(f"{binary!r} cannot be run: {error.strerror}")
+    return OpenCodeError(f"opencode cannot be started: {error.strerror}")

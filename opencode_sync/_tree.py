@@ -1,0 +1,297 @@
+"""The processes of a run: marked in their environment, found by the mark, and stopped.
+
+    opencode        OPENCODE_SYNC_RUN=A       set by us: chain()
+      tool          OPENCODE_SYNC_RUN=A       inherited, through setsid and double forks too
+        opencode    OPENCODE_SYNC_RUN=A/B     a tool that uses opencode_sync itself
+      tool                                    env -i: found through its parent or its session
+
+OpenCode's end is not its tools' end: they have sessions of their own and go on under pid 1, where a
+walk over parents does not find them; the mark does. What bears A is stopped with A, so an outer run
+takes its inner ones along. A token has the form PROCESS.N; PROCESS alone stands for all runs of one
+Python process.
+
+Out of reach is a tool that cleans its environment (or writes over it, as some daemons do to set
+their title), begins a session of its own and outlives its parent, all three; one that was handed to
+a service or a container; and one of another user, if we are not root.
+
+Also loaded without the package, by the watchdog's process: imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
+
+_log = logging.getLogger("opencode_sync")
+
+MARKER = "OPENCODE_SYNC_RUN"
+GRACE_S = 1.0  # between asking and killing
+BOUND_S = 4.5  # on a whole stop(); what is killed is gone within milliseconds
+FIRST_PAUSE_S = 0.005
+LONGEST_PAUSE_S = 0.1
+# A process shows no environment for the moment in which it starts another program, and can fork
+# behind the back of one look. Two that find nothing, a pause apart, are believed.
+QUIET_LOOKS = 2
+
+
+def process_token() -> str:
+    """The token of all runs of this Python process; a forked child has one of its own."""
+    return _process_token
+
+
+def run_token() -> str:
+    """A new token, for one run."""
+    # A look at the processes opens files, and a program that has no descriptor left to do it with,
+    # nor to import, is just the one whose runs must be stopped.
+    import psutil  # noqa: F401
+
+    if not _reserve:
+        with suppress(OSError):
+            _reserve.append(os.open(os.devnull, os.O_RDONLY))
+    return f"{_process_token}.{next(_run_numbers)}"
+
+
+def chain(token: str, env: Mapping[str, str]) -> str:
+    """The value of the marker for a child whose environment would else be *env*."""
+    outer = env.get(MARKER)
+    return f"{outer}/{token}" if outer else token
+
+
+def belongs(mark: str, token: str) -> bool:
+    """Whether *mark*, a value of the marker, says that its process is one of *token*'s."""
+    return any(part == token or part.startswith(f"{token}.") for part in mark.split("/"))
+
+
+def descriptors() -> list[int]:
+    """File descriptors that are kept until the interpreter ends."""
+    return list(_reserve)
+
+
+def _renew() -> None:
+    global _process_token, _run_numbers
+    _process_token = f"{os.getpid()}-{os.urandom(8).hex()}"
+    _run_numbers = itertools.count(1)
+
+
+_reserve: list[int] = []  # at most one, but for two threads at once
+_process_token: str
+_run_numbers: Iterator[int]
+_renew()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
+
+
+def find(token: str) -> list[psutil.Process]:
+    """All living processes that bear *token*, except this one. 1 ms where there are 100."""
+    pids = [pid for pid in _pids() if pid != os.getpid() and belongs(_mark(pid, token), token)]
+    return [process for pid in pids if (process := _process(pid))]
+
+
+def stop(
+    token: str,
+    *,
+    roots: Iterable[int] = (),
+    spare: Collection[str] = (),
+    grace_s: float | None = None,
+    bound_s: float | None = None,
+) -> list[psutil.Process]:
+    """End what bears *token*, with all descendants; return what could not be ended.
+
+    All are asked (SIGTERM), and after the grace what is left is killed, until nothing is found any
+    more. An obedient tree takes some 20 ms. From any thread, in a finaliser too; takes no lock. If
+    it is interrupted (by a second Ctrl-C), it kills at once, then raises. Zombies count as gone:
+    reaping is their parents' business.
+
+    Args:
+        roots: Pids of our own children of which descendants count whatever their environment;
+            one that has been reaped is ignored, even if the pid is another process's now.
+        spare: Tokens of runs under *token* to leave alone.
+        grace_s: Seconds between asking and killing; None for ``GRACE_S``.
+        bound_s: Seconds for all; None for ``BOUND_S``.
+    """
+    import psutil
+
+    started = time.monotonic()
+    grace_end = started + (GRACE_S if grace_s is None else grace_s)
+    deadline = started + (BOUND_S if bound_s is None else bound_s)
+    tree = _Tree(token, tuple(roots), spare)
+    try:
+        left = tree.signal_until_gone(psutil.Process.terminate, min(grace_end, deadline))
+        if left:
+            left = tree.signal_until_gone(psutil.Process.kill, deadline)
+    except BaseException:
+        tree.signal_until_gone(psutil.Process.kill, deadline)
+        raise
+    for process in left:
+        _log.warning("process %d of run %s cannot be ended", process.pid, token)
+    return left
+
+
+class _Tree:
+    """What belongs to a token, as far as it has been seen.
+
+    A process that was seen once is remembered: with its parent's death it may lose the only sign
+    that it is ours. psutil knows it by pid and start time, so a signal goes to no other.
+    """
+
+    def __init__(self, token: str, roots: Collection[int], spare: Collection[str]) -> None:
+        self._token = token
+        self._roots = roots
+        self._spare = spare
+        self._known: dict[int, psutil.Process] = {}
+        self._denied: set[psutil.Process] = set()
+
+    def signal_until_gone(
+        self, send: Callable[[psutil.Process], None], end: float
+    ) -> list[psutil.Process]:
+        """Signal each once, those that appear meanwhile too; return what lives at *end*."""
+        signalled: set[psutil.Process] = set()
+        pause_s = FIRST_PAUSE_S
+        quiet_looks = 0
+        while True:
+            living = self._look()
+            for process in living:
+                if process not in signalled:
+                    self._signal(send, process)
+                    signalled.add(process)
+            quiet_looks = 0 if living else quiet_looks + 1
+            if quiet_looks == QUIET_LOOKS:
+                return []
+            if time.monotonic() >= end or (living and self._denied.issuperset(living)):
+                return living
+            time.sleep(pause_s if living else FIRST_PAUSE_S)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def _signal(self, send: Callable[[psutil.Process], None], process: psutil.Process) -> None:
+        import psutil
+
+        try:
+            name = process.name()  # a command line could tell a secret
+            send(process)
+            _log.debug("run %s: %s %d (%s)", self._token, send.__name__, process.pid, name)
+            if process.status() == psutil.STATUS_STOPPED:
+                process.resume()  # it does not see the signal before
+        except psutil.NoSuchProcess:
+            pass  # ended by itself
+        except psutil.AccessDenied:
+            self._denied.add(process)
+
+    def _look(self) -> list[psutil.Process]:
+        """All that live now: by mark, by root, by memory, and what hangs below these."""
+        # Newest first: what forks and ends again and again is caught at its latest.
+        kin = {pid: found for pid in sorted(_pids(), reverse=True) if (found := _kin(pid))}
+        us = os.getpid()
+        # A root that is alive and not our child has been reaped, and its pid given away.
+        heads = {root for root in self._roots if root not in kin or kin[root][0] == us}
+        kin.pop(us, None)
+        ours = (heads & kin.keys()) | {pid for pid in kin if self._is_marked(pid)}
+        ours |= {pid for pid, process in self._known.items() if pid in kin and process.is_running()}
+        # The members of a session are taken for its leader's children: what is ours began it, and
+        # a member may have lost all other signs. They outlive a root, too.
+        below: dict[int, list[int]] = defaultdict(list)
+        for pid, (parent, session) in kin.items():
+            below[parent].append(pid)
+            below[session].append(pid)
+        unvisited = list(ours | heads)
+        while unvisited:
+            for pid in below.pop(unvisited.pop(), ()):
+                if pid not in ours:
+                    ours.add(pid)
+                    unvisited.append(pid)
+        return [process for pid in sorted(ours) if (process := self._remember(pid))]
+
+    def _is_marked(self, pid: int) -> bool:
+        mark = _mark(pid, self._token)
+        return belongs(mark, self._token) and not any(belongs(mark, run) for run in self._spare)
+
+    def _remember(self, pid: int) -> psutil.Process | None:
+        process = self._known.get(pid)
+        if not (process and process.is_running()) and (process := _process(pid)):
+            self._known[pid] = process
+        return process
+
+
+def _process(pid: int) -> psutil.Process | None:
+    import psutil
+
+    with suppress(psutil.Error):  # it has just ended
+        return psutil.Process(pid)
+    return None
+
+
+if sys.platform.startswith("linux"):
+    # psutil takes 40 microseconds for what a read takes 10, and all processes are looked at many
+    # times. Pids go round, so none is given away again between a look and what follows from it.
+
+    def _pids() -> list[int]:
+        try:
+            names = os.listdir("/proc")
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            with suppress(IndexError):  # another thread has taken it
+                os.close(_reserve.pop())
+            names = os.listdir("/proc")
+        return [int(name) for name in names if name.isdigit()]
+
+    def _mark(pid: int, token: str) -> str:
+        """The value of the marker, or "" where *token* is nowhere in it."""
+        environ = _read(f"/proc/{pid}/environ")
+        if token.encode() in environ:  # rarely
+            for variable in environ.split(b"\0"):
+                name, _, value = variable.partition(b"=")
+                if name == MARKER.encode():
+                    return value.decode(errors="replace")
+        return ""
+
+    def _kin(pid: int) -> tuple[int, int] | None:
+        """Its parent and its session; None for what does not live."""
+        # "PID (NAME) STATE PARENT GROUP SESSION ...", and a name may have ")" and spaces.
+        fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split(None, 4)
+        if not fields or fields[0] in (b"Z", b"X"):
+            return None
+        return int(fields[1]), int(fields[3])
+
+    def _read(path: str) -> bytes:
+        # Ended, or another user's. "Too many open files", say, does not mean that there is none.
+        try:
+            with open(path, "rb", buffering=0) as file:
+                return file.read()
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            return b""
+
+else:
+
+    def _pids() -> list[int]:
+        import psutil
+
+        return psutil.pids()
+
+    def _mark(pid: int, token: str) -> str:
+        import psutil
+
+        with suppress(psutil.Error):  # ended, or another user's
+            return psutil.Process(pid).environ().get(MARKER, "")
+        return ""
+
+    def _kin(pid: int) -> tuple[int, int] | None:
+        import psutil
+
+        with suppress(psutil.Error, ProcessLookupError, PermissionError):
+            process = psutil.Process(pid)
+            if process.status() != psutil.STATUS_ZOMBIE:
+                parent = process.parent()  # None where the pid is a later process's by now
+                session = os.getsid(pid) if hasattr(os, "getsid") else pid
+                return parent.pid if parent else 0, session
+        return None

@@ -1,0 +1,199 @@
+"""A process per run: the default runner, which needs nothing running.
+
+Request --> _command: argv, env --+
+            _datadir: lease ------+--> _process --> _run: a source of events
+            _gate: start-up slot -+
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from . import _watchdog
+from ._command import DEFAULT_BINARY, add_plugin, build_argv, build_env, resolve_binary
+from ._datadir import DataDirectories, Lease
+from ._gate import Gate
+from ._run import ProcessRun
+from .config import RunConfig
+from .errors import OpenCodeConfigError
+from .runner import Request, Runner, StrPath
+
+
+class OpenCodeClient(Runner):
+    """Runs each prompt in an ``opencode run`` process of its own.
+
+    Safe to share between threads, picklable as its settings, and a context manager: closing it
+    ends the runs under way and removes what it made.
+    """
+
+    def __init__(
+        self,
+        binary: StrPath = DEFAULT_BINARY,
+        startup_concurrency: int | None = 1,
+        startup_delay_s: float = 0.3,
+        isolate_db: bool = True,
+        *,
+        data_dir: StrPath | None = None,
+        run_cfg: RunConfig | None = None,
+        max_workers: int | None = None,
+        watchdog: bool = True,
+    ) -> None:
+        """
+        Args:
+            binary: A path, or a name on ``PATH``; looked for with the first run.
+            startup_concurrency: How many runs that share a database may start at a time; 0 or
+                None for any number. With *isolate_db* none share one.
+            startup_delay_s: Seconds after which a start no longer holds up the next one.
+            isolate_db: Give runs data directories of the client's own, so that parallel ones do
+                not lock one another's database. Credentials are linked from the user's.
+            data_dir: Where to keep these directories, with the sessions in them; None for
+                temporary ones. With ``isolate_db=False``, the one directory that all runs share.
+            run_cfg: Settings of runs that bring none of their own.
+            max_workers: Threads for ``submit`` and ``map``; None for what the machine carries.
+            watchdog: Keep a small process that stops the runs if this process is killed outright.
+        """
+        super().__init__(run_cfg)
+        _check_settings(startup_concurrency, startup_delay_s, max_workers)
+        self._settings: dict[str, Any] = {
+            "binary": binary,
+            "startup_concurrency": startup_concurrency,
+            "startup_delay_s": startup_delay_s,
+            "isolate_db": isolate_db,
+            "data_dir": data_dir,
+            "run_cfg": run_cfg,
+            "max_workers": max_workers,
+            "watchdog": watchdog,
+        }
+        self._resolved: str | None = None
+        self._gate = Gate(startup_concurrency)
+        self._startup_delay_s = startup_delay_s
+        self._isolate_db = isolate_db
+        self._shared_data = None if data_dir is None else Path(data_dir).expanduser().absolute()
+        self._watchdog = watchdog
+        self._make_directories()
+
+    def _make_directories(self) -> None:
+        self._owner_pid = os.getpid()
+        self._directories = DataDirectories(
+            self._settings["data_dir"] if self._isolate_db else None,
+            on_make=_watchdog.add_directory if self._watchdog else _nothing,
+            on_remove=_watchdog.discard_directory if self._watchdog else _nothing,
+        )
+        weakref.finalize(self, _close_in, self._owner_pid, self._directories)
+
+    def resolved_binary(self) -> str:
+        """The absolute path of the program that runs use; looked for once.
+
+        Raises:
+            OpenCodeBinaryNotFoundError: Names what was looked for, and how to get it.
+        """
+        if self._resolved is None:
+            self._resolved = resolve_binary(self._settings["binary"])
+        return self._resolved
+
+    def close(self) -> None:
+        super().close()
+        _close_in(self._owner_pid, self._directories)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._streams)} running"
+        return f"<OpenCodeClient binary={os.fspath(self._settings['binary'])!r}, {state}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._settings
+
+    def __setstate__(self, settings: dict[str, Any]) -> None:
+        self.__init__(**settings)  # type: ignore[misc]
+
+    def _check(self, cfg: RunConfig) -> None:
+        super()._check(cfg)
+        if cfg.attach is not None:
+            raise OpenCodeConfigError(
+                "attach is not supported here: the binary's own --attach loses events"
+            )
+
+    def _open(self, request: Request, cancelled: Callable[[], bool], keep_raw: bool) -> ProcessRun:
+        binary = self.resolved_binary()
+        if os.getpid() != self._owner_pid:  # forked: the directories are the parent's
+            self._streams.clear()
+            self._make_directories()
+        if self._watchdog:
+            _watchdog.guard()
+        cfg = request.cfg
+        env = add_plugin(build_env(cfg))
+        isolated = self._isolate_db and "XDG_DATA_HOME" not in (cfg.extra_env or {})
+        with ExitStack() as undo:
+            lease = None
+            if isolated:
+                cfg = self._own_session(cfg, request.workspace)
+                lease = self._directories.lease(env, session_id=cfg.session_id)
+                undo.callback(lease.release)
+            self._place(env, cfg, lease)
+            with ExitStack() as starting:
+                if not isolated:
+                    starting.enter_context(self._gate.slot(cancelled))
+                run = ProcessRun(
+                    build_argv(binary, None, _with_logs(cfg)),
+                    env,
+                    request.prompt,
+                    request.workspace,
+                    lease=lease,
+                    keep_background=cfg.keep_background,
+                    keep_raw=keep_raw,
+                    keep_logs=bool(cfg.print_logs),
+                )
+                if not isolated:
+                    run.wait_started(self._startup_delay_s)
+            undo.pop_all()
+        return run
+
+    def _own_session(self, cfg: RunConfig, workspace: Path) -> RunConfig:
+        """*cfg* with the session named that ``continue_session`` means."""
+        if not cfg.continue_session:
+            return cfg
+        last = self._directories.last_session(str(workspace))
+        if last is None and cfg.fork:
+            raise OpenCodeConfigError(f"fork=True, but there is no session yet in {workspace}")
+        return cfg.replace(continue_session=False, session_id=last)
+
+    def _place(self, env: dict[str, str], cfg: RunConfig, lease: Lease | None) -> None:
+        if lease is not None:
+            env["XDG_DATA_HOME"] = str(lease.path)
+        elif not self._isolate_db and self._shared_data is not None:
+            env["XDG_DATA_HOME"] = str(self._shared_data)
+        if not cfg.inherit_user_config:
+            env["XDG_CONFIG_HOME"] = str(self._directories.empty_config())
+
+
+def _check_settings(
+    startup_concurrency: int | None, startup_delay_s: float, max_workers: int | None
+) -> None:
+    for name, value, least in (
+        ("startup_concurrency", startup_concurrency, 0),
+        ("max_workers", max_workers, 1),
+    ):
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise OpenCodeConfigError(f"{name} is {value!r}: use {least} or more, or None")
+    if not isinstance(startup_delay_s, (int, float)) or not startup_delay_s >= 0:
+        raise OpenCodeConfigError(f"startup_delay_s is {startup_delay_s!r}: use 0 or more seconds")
+
+
+def _with_logs(cfg: RunConfig) -> RunConfig:
+    # Without them a provider's refusals, which OpenCode retries for minutes, would be silent.
+    return (
+        cfg if cfg.print_logs else cfg.replace(print_logs=True, log_level=cfg.log_level or "ERROR")
+    )
+
+
+def _close_in(pid: int, directories: DataDirectories) -> None:
+    if os.getpid() == pid:
+        directories.close()
+
+
+def _nothing(path: Path) -> None:
+    pass

@@ -1,0 +1,250 @@
+"""What one run is asked for: values, checked before anything is started.
+
+Knows the names of settings and which of them go together; nothing of flags, files or processes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import OpenCodeConfigError
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARN", "ERROR")
+_ACTIONS = ("allow", "deny")
+
+# Fields that may hold passwords, tokens or keys: they show in a repr as "...".
+_SECRET_FIELDS = frozenset({"password", "extra_env", "mcp", "config_overrides"})
+
+
+@dataclass(frozen=True, repr=False)
+class RunConfig:
+    """Settings of a run. All are optional; what is None is left to OpenCode and its own config.
+
+    Attributes:
+        agent: Name of the agent. An unknown one is not refused by OpenCode: the default agent
+            runs, with a warning on stderr.
+        model: ``"provider/model"``. With none configured anywhere, the prompt goes to the
+            vendor's free models.
+        files: Paths attached to the prompt; relative ones count from the workspace.
+        title: Title of the session.
+        command: Name of an OpenCode command; the prompt becomes its arguments.
+        continue_session: Continue this client's last session in the workspace.
+        session_id: Continue this session.
+        fork: Branch the continued session, leaving the original as it is.
+        share: Share the session publicly.
+        attach: URL of a running server that shall do the work.
+        password, username: Credentials for *attach*.
+        remote_dir: Directory on the server of *attach*.
+        port: Accepted for compatibility; OpenCode's ``run`` does nothing with it.
+        variant: The provider's name for a reasoning effort, such as ``"high"``.
+        thinking: Give the model's reasoning as ``reasoning`` events.
+        print_logs: Keep OpenCode's log lines in the result's ``stderr``.
+        log_level: ``"DEBUG"``, ``"INFO"``, ``"WARN"`` or ``"ERROR"``.
+        disable_autoupdate: Keep OpenCode from replacing its own binary.
+        extra_env: Variables for the child, over the environment it inherits. A tool sees them all.
+        permission: OpenCode's permission rules, each leaf ``"allow"`` or ``"deny"``.
+        mcp, tools: OpenCode's configuration keys of these names.
+        config_overrides: Any other OpenCode configuration; the fields above are merged over it.
+        auto: Answer permission questions with yes; explicit denials hold.
+        pure: Run without plugins.
+        instructions: Paths, globs or URLs of instruction files, OpenCode's key of this name.
+        inherit_user_config: Use the configuration of the user's home and environment.
+        inherit_project_config: Use the configuration found in the workspace.
+        keep_background: Leave processes alone that tools left running at the run's normal end.
+        lean: Switch off what a single run rarely needs, for a faster start.
+    """
+
+    agent: str | None = None
+    model: str | None = None
+    files: tuple[str | Path, ...] = ()
+    title: str | None = None
+    command: str | None = None
+    continue_session: bool = False
+    session_id: str | None = None
+    fork: bool = False
+    share: bool | None = None
+    attach: str | None = None
+    password: str | None = None
+    remote_dir: str | None = None
+    port: int | None = None
+    variant: str | None = None
+    thinking: bool | None = None
+    print_logs: bool | None = None
+    log_level: str | None = None
+    disable_autoupdate: bool = True
+    extra_env: Mapping[str, str] | None = None
+    permission: str | Mapping[str, Any] | None = None
+    mcp: Mapping[str, Any] | None = None
+    tools: Mapping[str, Any] | None = None
+    config_overrides: Mapping[str, Any] | None = None
+    username: str | None = None
+    auto: bool = False
+    pure: bool = False
+    instructions: tuple[str, ...] = ()
+    inherit_user_config: bool = True
+    inherit_project_config: bool = True
+    keep_background: bool = False
+    lean: bool = False
+
+    def __post_init__(self) -> None:
+        # Copies, so that a caller who changes his mapping later does not change a frozen value.
+        for name in ("extra_env", "permission", "mcp", "tools", "config_overrides"):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, copy.deepcopy(dict(value)))
+        for name in ("files", "instructions"):
+            value = getattr(self, name)
+            # A lone path is one file; iterated, it would be one file per character.
+            single = isinstance(value, (str, Path))
+            object.__setattr__(self, name, (value,) if single else tuple(value))
+
+    def __repr__(self) -> str:
+        shown = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                text = "..." if field.name in _SECRET_FIELDS else repr(value)
+                shown.append(f"{field.name}={text}")
+        return f"RunConfig({', '.join(shown)})"
+
+    def replace(self, **changes: Any) -> RunConfig:
+        """A copy with *changes*; raises TypeError for a field that does not exist."""
+        return replace(self, **changes)
+
+    def build_opencode_config_dict(self) -> dict[str, Any]:
+        """OpenCode's configuration for this run: *config_overrides* with the fields over it.
+
+        Mappings merge key by key, everything else replaces. Empty where nothing is set.
+        """
+        config: dict[str, Any] = copy.deepcopy(dict(self.config_overrides or {}))
+        for key in ("permission", "mcp", "tools"):
+            value = getattr(self, key)
+            if value is not None:
+                config = merged(config, {key: value})
+        if self.instructions:
+            config["instructions"] = list(self.instructions)
+        return config
+
+    def opencode_config_content_json(self) -> str | None:
+        """The same as JSON for ``OPENCODE_CONFIG_CONTENT``, or None where it is empty."""
+        config = self.build_opencode_config_dict()
+        return json.dumps(config, ensure_ascii=False) if config else None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One entry of a batch; what is None is taken from the batch's own settings.
+
+    Attributes:
+        prompt: The prompt.
+        workspace: Directory to work in.
+        run_cfg: Settings, in place of the batch's as a whole.
+        timeout_s: Seconds from the start of the run's process.
+        key: Name of the job in a checkpoint and in its result.
+    """
+
+    prompt: str
+    workspace: str | Path | None = None
+    run_cfg: RunConfig | None = None
+    timeout_s: float | None = None
+    key: str | None = None
+
+
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """*over* laid on *under*: mappings merge key by key, everything else replaces."""
+    result = dict(under)
+    for key, value in over.items():
+        below = result.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = merged(below, value)
+        result[key] = value
+    return result
+
+
+def validate_permission_actions(permission: Any, *, _path: str = "") -> None:
+    """Check that every leaf of a permission mapping is ``"allow"`` or ``"deny"``.
+
+    Raises:
+        OpenCodeConfigError: Also a ValueError; names the leaf by its dotted path.
+    """
+    if isinstance(permission, Mapping):
+        for key, value in permission.items():
+            validate_permission_actions(value, _path=f"{_path}.{key}" if _path else str(key))
+    elif permission == "ask":
+        raise OpenCodeConfigError(
+            f"permission {_path!r} is 'ask', but a run has nobody to ask: "
+            "use 'allow' or 'deny', or a session with on_permission"
+        )
+    elif permission not in _ACTIONS:
+        raise OpenCodeConfigError(f"permission {_path!r} is {permission!r}: use 'allow' or 'deny'")
+
+
+def validate_config_for_run(cfg: RunConfig) -> None:
+    """Check settings that OpenCode would ignore, misread or hang on.
+
+    Raises:
+        OpenCodeConfigError: Names the field, its value, and what to use instead.
+    """
+    config = cfg.build_opencode_config_dict()
+    _check_permissions(config)
+    _check_serialisable(config)
+    _check_combinations(cfg)
+    _check_words(cfg)
+    _check_environment(cfg.extra_env or {})
+
+
+def _check_permissions(config: Mapping[str, Any]) -> None:
+    if config.get("permission") is not None:
+        validate_permission_actions(config["permission"])
+    agents = config.get("agent")
+    for name, agent in agents.items() if isinstance(agents, Mapping) else ():
+        if isinstance(agent, Mapping) and agent.get("permission") is not None:
+            validate_permission_actions(agent["permission"], _path=f"agent.{name}.permission")
+
+
+def _check_serialisable(config: Mapping[str, Any]) -> None:
+    for key, value in config.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise OpenCodeConfigError(f"config key {key!r} is no JSON: {error}") from None
+
+
+def _check_combinations(cfg: RunConfig) -> None:
+    if cfg.fork and not (cfg.session_id or cfg.continue_session):
+        raise OpenCodeConfigError("fork=True has no session: set session_id or continue_session")
+    if cfg.session_id and cfg.continue_session:
+        raise OpenCodeConfigError("session_id and continue_session exclude each other: set one")
+    for name in ("password", "username", "remote_dir"):
+        if getattr(cfg, name) is not None and cfg.attach is None:
+            raise OpenCodeConfigError(f"{name} is set without attach: it belongs to a server's URL")
+
+
+def _check_words(cfg: RunConfig) -> None:
+    if cfg.model is not None and not all(cfg.model.partition("/")):
+        raise OpenCodeConfigError(f"model {cfg.model!r} names no provider: use 'provider/model'")
+    if cfg.log_level is not None and cfg.log_level not in LOG_LEVELS:
+        raise OpenCodeConfigError(
+            f"log_level {cfg.log_level!r}: use one of {', '.join(LOG_LEVELS)}"
+        )
+    for name in ("agent", "model", "title", "command", "session_id", "attach", "variant"):
+        value = getattr(cfg, name)
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise OpenCodeConfigError(f"{name} is {value!r}: it must be a str")
+        if "\0" in value or (not value.strip() and name != "title"):
+            raise OpenCodeConfigError(f"{name} is {value!r}: it must not be blank or hold a NUL")
+
+
+def _check_environment(env: Mapping[str, str]) -> None:
+    for name, value in env.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise OpenCodeConfigError(f"extra_env[{name!r}]: names and values must be str")
+        if not name or "=" in name or "\0" in name + value:
+            raise OpenCodeConfigError(f"extra_env[{name!r}]: a name without '=', and no NUL bytes")

@@ -1,0 +1,217 @@
+"""Everything that opencode_sync raises on purpose.
+
+OpenCodeError
+ +- OpenCodeBinaryNotFoundError   also FileNotFoundError: no such program, or none that runs
+ +- OpenCodeConfigError           also ValueError: refused before anything was started
+ +- OpenCodeProcessError          the run ended badly: exit status, stderr, events, the reason
+ +- OpenCodeIncompleteError       the stream broke off: a cut line, or no closing step
+ +- OpenCodeTimeoutError          also TimeoutError: total or idle, it says which
+ +- OpenCodeCancelledError        also concurrent.futures.CancelledError
+ +- OpenCodeBudgetError           max_cost or max_total_cost was passed
+ +- OpenCodeOutputError           structured output that does not fit its schema
+ +- OpenCodeServerError           the server did not start, died, or refused
+
+Each carries ``.result``, what the run had produced until then, or None where no run had begun.
+Each pickles with all its attributes and compares equal to its copy.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Sequence
+from concurrent.futures import CancelledError
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from .events import Event
+    from .result import RunResult
+
+_STDERR_TAIL = 2_000  # characters, the length that py-opencode-wrapper's message has
+_ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+
+_E = TypeVar("_E", bound="OpenCodeError")
+
+
+def strip_ansi(text: str) -> str:
+    """*text* without terminal escape sequences: OpenCode colours stderr even where it is a file."""
+    return _ANSI.sub("", text)
+
+
+class OpenCodeError(Exception):
+    """The base of every error of this package.
+
+    Attributes:
+        result: What the run had produced, or None where no run had begun.
+        prompt, index, key: Which job of a batch this was; None outside of one.
+    """
+
+    def __init__(self, message: str, *, result: RunResult | None = None) -> None:
+        super().__init__(message)
+        self.result = result
+        self.prompt: str | None = None
+        self.index: int | None = None
+        self.key: str | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.args, self.__dict__)
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        assert isinstance(other, OpenCodeError)
+        return self.args == other.args and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        return hash((type(self), str(self)))
+
+
+def _restore(cls: type[_E], args: tuple[Any, ...], state: dict[str, Any]) -> _E:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class OpenCodeBinaryNotFoundError(OpenCodeError, FileNotFoundError):
+    """The opencode program was not found, or what was found cannot be run."""
+
+
+class OpenCodeConfigError(OpenCodeError, ValueError):
+    """A setting, prompt, workspace or use was refused before anything was started."""
+
+
+class OpenCodeProcessError(OpenCodeError):
+    """The run ended with an error: a non-zero exit status, or an ``error`` event.
+
+    Attributes:
+        exit_code: The exit status; negative is the number of the signal that ended the process.
+            None where there was no process (a turn on a server).
+        stderr: All of it, with its colours.
+        events: The events until the end.
+        raw_stdout_lines: The lines as they came.
+        reason: OpenCode's own words for what went wrong, or None.
+    """
+
+    def __init__(
+        self,
+        exit_code: int | None,
+        stderr: str = "",
+        events: Sequence[Event] = (),
+        raw_stdout_lines: Sequence[str] = (),
+        *,
+        reason: str | None = None,
+        result: RunResult | None = None,
+    ) -> None:
+        message = _ending(exit_code)
+        if reason:
+            message += f": {strip_ansi(reason)}"
+        tail = strip_ansi(stderr)[-_STDERR_TAIL:].strip()
+        if tail and tail != reason:
+            message += f"\n{tail}"
+        super().__init__(message, result=result)
+        self.exit_code = exit_code
+        self.stderr = stderr
+        self.events = list(events)
+        self.raw_stdout_lines = list(raw_stdout_lines)
+        self.reason = reason
+
+
+def _ending(exit_code: int | None) -> str:
+    if not exit_code:
+        return "opencode reported an error"
+    if exit_code > 0:
+        return f"opencode exited with status {exit_code}"
+    try:
+        name = signal.Signals(-exit_code).name
+    except ValueError:
+        name = "unknown"
+    return f"opencode was ended by signal {-exit_code} ({name})"
+
+
+class OpenCodeIncompleteError(OpenCodeError):
+    """The run's output broke off, though it exited with status 0; ``.result`` has what came."""
+
+
+class OpenCodeTimeoutError(OpenCodeError, TimeoutError):
+    """A time limit passed; the run and its tools are gone.
+
+    Attributes:
+        limit: ``"timeout_s"`` or ``"idle_timeout_s"``.
+        limit_s: Its value in seconds.
+        elapsed_s: Seconds since the run's process started.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        limit: str = "timeout_s",
+        limit_s: float | None = None,
+        elapsed_s: float | None = None,
+        result: RunResult | None = None,
+    ) -> None:
+        super().__init__(message, result=result)
+        self.limit = limit
+        self.limit_s = limit_s
+        self.elapsed_s = elapsed_s
+
+
+class OpenCodeCancelledError(OpenCodeError, CancelledError):
+    """The run was cancelled, or its client closed, while it was under way."""
+
+
+class OpenCodeBudgetError(OpenCodeError):
+    """More was spent than allowed.
+
+    Attributes:
+        limit: The budget in US dollars.
+        spent: What had been spent when it was noticed, in US dollars.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        limit: float | None = None,
+        spent: float | None = None,
+        result: RunResult | None = None,
+    ) -> None:
+        super().__init__(message, result=result)
+        self.limit = limit
+        self.spent = spent
+
+
+class OpenCodeOutputError(OpenCodeError):
+    """Structured output that does not fit its schema, also after the repairs.
+
+    Attributes:
+        errors: The validator's words, one entry a fault.
+        text: The answer that was validated.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        errors: Sequence[str] = (),
+        text: str = "",
+        result: RunResult | None = None,
+    ) -> None:
+        super().__init__(message, result=result)
+        self.errors = list(errors)
+        self.text = text
+
+
+class OpenCodeServerError(OpenCodeError):
+    """The server did not start, died, or refused a request.
+
+    Attributes:
+        status_code: The HTTP status of the refusal, or None.
+    """
+
+    def __init__(
+        self, message: str, *, status_code: int | None = None, result: RunResult | None = None
+    ) -> None:
+        super().__init__(message, result=result)
+        self.status_code = status_code

@@ -1,0 +1,239 @@
+"""One line of output becomes one event: a plain dict, typed by its ``type``.
+
+Whatever the line holds, an event comes out and nothing of the line is lost: what is no JSON object
+becomes a ``diagnostic``. Types and keys that are not listed here pass through as they are, since
+newer versions of OpenCode add both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, TypedDict, Union
+
+
+class _Stamped(TypedDict, total=False):
+    timestamp: int  # milliseconds since 1970
+    sessionID: str
+
+
+class CacheTokens(TypedDict, total=False):
+    read: int
+    write: int
+
+
+class Tokens(TypedDict, total=False):
+    total: int
+    input: int
+    output: int
+    reasoning: int
+    cache: CacheTokens
+
+
+class TextPart(TypedDict, total=False):
+    id: str
+    messageID: str
+    sessionID: str
+    type: str
+    text: str
+    time: dict[str, int]
+
+
+class ToolState(TypedDict, total=False):
+    status: str  # "completed" or "error"
+    input: dict[str, Any]
+    output: str
+    error: str
+    title: str
+    metadata: dict[str, Any]  # bash's exit code is metadata["exit"]
+    time: dict[str, int]
+
+
+class ToolPart(TypedDict, total=False):
+    id: str
+    messageID: str
+    sessionID: str
+    type: str
+    tool: str
+    callID: str
+    state: ToolState
+
+
+class StepPart(TypedDict, total=False):
+    id: str
+    messageID: str
+    sessionID: str
+    type: str
+    snapshot: str
+    reason: str  # "stop", "tool-calls", "length", ...
+    cost: float  # US dollars
+    tokens: Tokens
+
+
+class ErrorData(TypedDict, total=False):
+    message: str
+    statusCode: int
+    isRetryable: bool
+
+
+class ErrorBody(TypedDict, total=False):
+    name: str
+    data: ErrorData
+
+
+class StepStartEvent(_Stamped):
+    type: Literal["step_start"]
+    part: StepPart
+
+
+class TextEvent(_Stamped):
+    """A text part, once it is complete."""
+
+    type: Literal["text"]
+    part: TextPart
+
+
+class ReasoningEvent(_Stamped):
+    """A reasoning part, once it is complete; only with ``thinking=True``."""
+
+    type: Literal["reasoning"]
+    part: TextPart
+
+
+class ToolUseEvent(_Stamped):
+    """A tool call, once it has ended."""
+
+    type: Literal["tool_use"]
+    part: ToolPart
+
+
+class StepFinishEvent(_Stamped):
+    type: Literal["step_finish"]
+    part: StepPart
+
+
+class ErrorEvent(_Stamped):
+    type: Literal["error"]
+    error: ErrorBody
+
+
+class DoneEvent(_Stamped, total=False):
+    """The end of a run, from newer builds of OpenCode."""
+
+    type: Literal["done"]
+    reason: str
+    rejected: Any
+
+
+class TextDeltaEvent(_Stamped):
+    """A piece of text as the model writes it (server only); the whole follows as ``text``."""
+
+    type: Literal["text_delta"]
+    partID: str
+    delta: str
+
+
+class ReasoningDeltaEvent(_Stamped):
+    """A piece of reasoning as the model writes it (server only)."""
+
+    type: Literal["reasoning_delta"]
+    partID: str
+    delta: str
+
+
+class RetryEvent(_Stamped, total=False):
+    """The provider refused, and OpenCode asks it again on its own."""
+
+    type: Literal["retry"]
+    attempt: int
+    message: str
+    statusCode: int
+
+
+class PermissionEvent(_Stamped):
+    """A tool waits for permission (server only)."""
+
+    type: Literal["permission"]
+    request: dict[str, Any]
+
+
+class QuestionEvent(_Stamped):
+    """The model asks the user (server only)."""
+
+    type: Literal["question"]
+    request: dict[str, Any]
+
+
+class DiagnosticEvent(TypedDict, total=False):
+    """A line that is no JSON object."""
+
+    type: Literal["diagnostic"]
+    kind: Literal["empty_line", "non_object_json", "json_decode_error"]
+    raw: str
+    value: Any
+    error: str
+
+
+class OtherEvent(_Stamped, total=False):
+    """Any type that this version does not know."""
+
+    type: str
+    part: Any
+    error: Any
+    payload: Any
+
+
+Event = Union[  # noqa: UP007 - evaluated at run time, where Python 3.10's TypedDicts have no "|"
+    StepStartEvent,
+    TextEvent,
+    ReasoningEvent,
+    ToolUseEvent,
+    StepFinishEvent,
+    ErrorEvent,
+    DoneEvent,
+    TextDeltaEvent,
+    ReasoningDeltaEvent,
+    RetryEvent,
+    PermissionEvent,
+    QuestionEvent,
+    DiagnosticEvent,
+    OtherEvent,
+]
+
+
+def parse_event_line(line: str | bytes) -> Event:
+    """The event of one line of output, with or without its newline.
+
+    Undecodable bytes become U+FFFD. A line that is no JSON object becomes
+    ``{"type": "diagnostic", "kind": ...}`` with the text as ``raw`` or the value as ``value``.
+    Never raises for what a line holds.
+    """
+    if isinstance(line, bytes):
+        line = line.decode("utf-8", "replace")
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return _diagnostic(line, error)
+    if isinstance(value, dict):
+        return value  # type: ignore[return-value]  # any object passes, known or not
+    return {"type": "diagnostic", "kind": "non_object_json", "value": value}
+
+
+def _diagnostic(line: str, error: Exception) -> Event:
+    raw = line.rstrip("\r\n")
+    if not raw.strip():
+        return {"type": "diagnostic", "kind": "empty_line", "raw": raw}
+    return {"type": "diagnostic", "kind": "json_decode_error", "raw": raw, "error": str(error)}
+
+
+def iter_parse_lines(lines: Iterable[str | bytes]) -> Iterator[Event]:
+    """One event per line, lazily."""
+    return map(parse_event_line, lines)
+
+
+def dump_event(event: Event) -> bytes:
+    """*event* as one line of JSON with its newline, readable by every JSON parser."""
+    try:
+        return json.dumps(event, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can carry and UTF-8 can not
+        return json.dumps(event).encode() + b"\n"

