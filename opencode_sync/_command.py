@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,15 @@ _USER_CONFIG_VARIABLES = (
     "OPENCODE_CONFIG_CONTENT",
     "OPENCODE_PERMISSION",
 )
+
+# What leads to the user's own files: the first to ~/.config/opencode; the second to ~/.opencode,
+# for which there is no other switch, and to skills and instructions in ~/.claude and ~/.agents.
+_USER_CONFIG_DIRECTORIES = ("XDG_CONFIG_HOME", "OPENCODE_TEST_HOME")
+
+# Strings are matched first and kept, whatever stands in them.
+_STRING = r'("(?:[^"\\]|\\.)*")'
+_COMMENT = re.compile(_STRING + r"|//[^\n]*|/\*.*?\*/", re.DOTALL)
+_TRAILING_COMMA = re.compile(_STRING + r"|,(?=\s*[}\]])")
 
 # Harmless for a run that ends after one answer: no language servers are downloaded, no model
 # list is fetched, nothing is shared, compacted or watched.
@@ -91,10 +101,12 @@ def resolve_binary(binary: str | os.PathLike[str] = DEFAULT_BINARY) -> str:
         return found
     if is_default and name == DEFAULT_BINARY and (managed := managed_binary()):
         return str(managed)
-    source = " (from OPENCODE_BINARY)" if is_default and name != DEFAULT_BINARY else ""
+    if is_default and name != DEFAULT_BINARY:
+        raise OpenCodeBinaryNotFoundError(
+            f"{_why_not(name)}, which OPENCODE_BINARY names: mend or unset the variable"
+        )
     raise OpenCodeBinaryNotFoundError(
-        f"{_why_not(name)}{source}: run 'opencode-sync install', "
-        'or pass binary="path/to/opencode"'
+        f"{_why_not(name)}: run 'opencode-sync install', or pass binary=\"path/to/opencode\""
     )
 
 
@@ -103,26 +115,24 @@ def _program(name: str) -> str | None:
     # not stand in for the program.
     if os.path.basename(name) == name and (found := shutil.which(name)):
         return os.path.abspath(found)
-    path = Path(name).expanduser()
-    return str(path.absolute()) if os.path.isfile(path) and os.access(path, os.X_OK) else None
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if os.path.isfile(path) and os.access(path, os.X_OK) else None
 
 
 def _why_not(name: str) -> str:
-    path = Path(name).expanduser()
-    if os.path.isdir(path) and os.path.basename(name) != name:
-        return f"{name!r} is a directory, not a program"
+    path = os.path.expanduser(name)
     if os.path.isfile(path):
         return f"{name!r} is not executable"
     if os.path.basename(name) == name:
         return f"no {name!r} on PATH"
-    return f"no file {name!r}"
+    return f"{name!r} is a directory, not a program" if os.path.isdir(path) else f"no file {name!r}"
 
 
 def build_argv(binary_resolved: str, prompt: str | None, run_cfg: RunConfig) -> list[str]:
     """The command line of ``opencode run``.
 
-    *prompt*, where given, comes last, after ``--``. The clients of this package give none: on
-    argv OpenCode wraps a prompt that has spaces in quotes, while stdin is verbatim.
+    *prompt*, where there is one, comes last, after ``--``. The clients of this package give none:
+    on argv OpenCode wraps a prompt that has spaces in quotes, while stdin is verbatim.
     ``password`` never stands here; :func:`build_env` has it.
     """
     cfg = run_cfg
@@ -148,7 +158,7 @@ def build_argv(binary_resolved: str, prompt: str | None, run_cfg: RunConfig) -> 
     argv += _switch("--auto", cfg.auto)
     argv += _switch("--pure", cfg.pure)
     # "--" also ends the list of -f, which would take the prompt for a file name.
-    return argv if prompt is None else [*argv, "--", prompt]
+    return [*argv, "--", prompt] if prompt else argv
 
 
 def _switch(flag: str, value: bool | None) -> list[str]:
@@ -180,10 +190,15 @@ def build_env(run_cfg: RunConfig, base: Mapping[str, str] | None = None) -> dict
             env.pop(name, None)
     if not run_cfg.inherit_project_config:
         env["OPENCODE_DISABLE_PROJECT_CONFIG"] = "1"
+        # The other switch leaves the skills of the project's .claude and .agents as they are.
+        env["OPENCODE_DISABLE_EXTERNAL_SKILLS"] = "1"
     if run_cfg.lean:
         env.update(_LEAN_ENVIRONMENT)
     env.update(run_cfg.extra_env or {})
     config = run_cfg.build_opencode_config_dict()
+    if run_cfg.instructions and not run_cfg.inherit_user_config:
+        # OpenCode's own idea of "~" is then the empty directory of without_user_config().
+        config["instructions"] = [os.path.expanduser(path) for path in run_cfg.instructions]
     if run_cfg.lean:
         config = merged(_LEAN_CONFIG, config)
     if config:
@@ -206,11 +221,29 @@ def add_plugin(env: dict[str, str]) -> dict[str, str]:
     return {**env, "OPENCODE_CONFIG_CONTENT": json.dumps(config, ensure_ascii=False)}
 
 
+def without_user_config(env: dict[str, str], run_cfg: RunConfig, empty: Path) -> dict[str, str]:
+    """*env* with the directory *empty* where OpenCode looks for the user's own files.
+
+    A variable that ``extra_env`` sets itself stays. Tools keep their ``HOME``.
+    """
+    own = run_cfg.extra_env or {}
+    return {**env, **{name: str(empty) for name in _USER_CONFIG_DIRECTORIES if name not in own}}
+
+
+def without_database(env: dict[str, str], run_cfg: RunConfig) -> dict[str, str]:
+    """*env* without the variable that takes the database out of the data directory.
+
+    Set by ``extra_env`` itself, it stays.
+    """
+    own = run_cfg.extra_env or {}
+    return {name: value for name, value in env.items() if name != "OPENCODE_DB" or name in own}
+
+
 def _parent_config(content: str | None) -> dict[str, Any]:
     if not content:
         return {}
     try:
-        config = json.loads(content)
+        config = json.loads(_without_comments(content))
     except ValueError:
         config = None
     if not isinstance(config, dict):
@@ -219,3 +252,9 @@ def _parent_config(content: str | None) -> dict[str, Any]:
             "configuration cannot be merged over it: mend or unset it"
         )
     return config
+
+
+def _without_comments(text: str) -> str:
+    """JSON for *text*, which may have comments and trailing commas, as OpenCode takes it."""
+    text = _COMMENT.sub(lambda match: match[1] or " ", text)
+    return _TRAILING_COMMA.sub(lambda match: match[1] or "", text)

@@ -8,26 +8,31 @@
 Parallel runs on one OpenCode database lock one another out; with a directory each they do not. A
 session lives in the directory of the run that began it. Credentials are links to the user's own
 files: OpenCode writes a refreshed OAuth token in place, so a copy would leave the user with a
-revoked one. Locks are reentrant, since a finaliser may return a lease in the middle of anything.
+revoked one. A finaliser may return a lease in the middle of anything: returning waits for no lock.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import OpenCodeConfigError
+from . import _interrupt
+from .errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
+
+_log = logging.getLogger("opencode_sync")
 
 CREDENTIALS = ("auth.json", "mcp-auth.json", "account.json")
 TEMPORARY_PREFIX = "opencode-sync-"
@@ -54,6 +59,9 @@ class Lease:
         self._slot = slot
         self._session = session
         self._released = False
+
+    def __del__(self) -> None:
+        self.release()  # lost by an exception that came before anybody kept us
 
     def remember(self, session_id: str, workspace: str) -> None:
         """Record that *session_id* is here, and is the last one in *workspace*."""
@@ -90,6 +98,9 @@ class DataDirectories:
         self._busy: set[str] = set()  # sessions with a run on them
         self._sessions: dict[str, _Home] = {}  # in the order of their last use
         self._file_locks: dict[int, BaseFileLock] = {}
+        self._returned: deque[tuple[int, str | None]] = deque()
+        self._is_closed = False
+        self._pid = os.getpid()
 
     def lease(self, env: Mapping[str, str], *, session_id: str | None = None) -> Lease:
         """A directory for one run: the one of *session_id*, else one that is free.
@@ -99,8 +110,20 @@ class DataDirectories:
 
         Raises:
             OpenCodeConfigError: If the session is unknown here, or has a run on it now.
+            OpenCodeCancelledError: If this was closed in the meantime.
+            OpenCodeError: If there is no place for a directory.
         """
-        with self._lock:
+        try:
+            with _interrupt.deferred():
+                return self._lease(env, session_id)
+        except OSError as error:
+            where = error.filename or self._kept or tempfile.gettempdir()
+            raise OpenCodeError(f"data directory {str(where)!r}: {error.strerror}") from error
+
+    def _lease(self, env: Mapping[str, str], session_id: str | None) -> Lease:
+        with self._locked():
+            if self._is_closed:
+                raise OpenCodeCancelledError("the client was closed while the run was starting")
             slot = self._free_slot() if session_id is None else self._slot_of(session_id)
             self._users[slot] = self._users.get(slot, 0) + 1
             if session_id is not None:
@@ -116,7 +139,7 @@ class DataDirectories:
 
     def last_session(self, workspace: str) -> str | None:
         """The session last used in *workspace*, or None."""
-        with self._lock:
+        with self._locked():
             self._read_index()
             for session_id, home in reversed(self._sessions.items()):
                 if home.workspace == workspace:
@@ -125,26 +148,31 @@ class DataDirectories:
 
     def empty_config(self) -> Path:
         """A directory without configuration."""
-        with self._lock:
+        with _interrupt.deferred(), self._locked():
             path = self._root() / "config"
         path.mkdir(mode=0o700, exist_ok=True)
         return path
 
     def close(self) -> None:
         """Remove a temporary root with everything in it; a kept one stays."""
-        with self._lock:
+        with self._locked():
+            self._is_closed = True
             root, self._temporary = self._temporary, None
             self._sessions.clear()
         if root is not None:
             shutil.rmtree(root, ignore_errors=True)
-            self._on_remove(root)
+            if not root.exists():  # else whoever was told of it may have more luck later
+                with _interrupt.deferred():
+                    self._on_remove(root)
 
     def _root(self) -> Path:
         if self._kept is not None:
             try:
                 self._kept.mkdir(mode=0o700, parents=True, exist_ok=True)
             except OSError as error:
-                raise OpenCodeConfigError(f"data_dir {str(self._kept)!r}: {error.strerror}") from None
+                raise OpenCodeConfigError(
+                    f"data_dir {str(self._kept)!r}: {error.strerror}"
+                ) from None
             return self._kept
         if self._temporary is None:
             self._temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX))
@@ -188,27 +216,56 @@ class DataDirectories:
         return True
 
     def _release(self, slot: int, session_id: str | None) -> None:
+        if os.getpid() != self._pid:  # forked: the locks are the parent's
+            return
+        self._returned.append((slot, session_id))
+        self._take_back()
+
+    def _take_back(self) -> None:
+        # Never waits for the lock: a finaliser may call in a thread that holds others' locks, a
+        # log handler's say. Whoever holds it takes back when done.
+        while self._returned and self._lock.acquire(blocking=False):
+            try:
+                self._free(*self._returned.popleft())
+            except IndexError:  # another thread was first
+                pass
+            finally:
+                self._lock.release()
+
+    def _free(self, slot: int, session_id: str | None) -> None:
+        self._busy.discard(session_id or "")
+        self._users[slot] -= 1
+        if self._users[slot]:
+            return
+        del self._users[slot]
+        if (lock := self._file_locks.pop(slot, None)) is not None:
+            lock.release()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
         with self._lock:
-            self._busy.discard(session_id or "")
-            self._users[slot] -= 1
-            if self._users[slot]:
-                return
-            del self._users[slot]
-            if (lock := self._file_locks.pop(slot, None)) is not None:
-                lock.release()
+            yield
+        self._take_back()
 
     def _remember(self, session_id: str, slot: int, workspace: str) -> None:
-        with self._lock:
+        with self._locked():
             self._sessions.pop(session_id, None)
             self._sessions[session_id] = _Home(slot, workspace)
-            if self._kept is None:
-                return
-            line = json.dumps({"session": session_id, "slot": slot, "workspace": workspace})
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-            # One write of one line: processes that share the root do not mix theirs.
-            fd = os.open(self._kept / "sessions.jsonl", flags, 0o600)
-            with open(fd, "wb", buffering=0) as index:
-                index.write(line.encode() + b"\n")
+        if self._kept is None:
+            return
+        line = json.dumps({"session": session_id, "slot": slot, "workspace": workspace})
+        try:
+            self._write_index(line.encode() + b"\n")
+        except OSError as error:  # no reason to end a run that is under way
+            _log.warning("session %s will not be found by later processes: %s", session_id, error)
+
+    def _write_index(self, line: bytes) -> None:
+        assert self._kept is not None
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        fd = os.open(self._kept / "sessions.jsonl", flags, 0o600)
+        # One write of one line: processes that share the root do not mix theirs.
+        with open(fd, "wb", buffering=0) as index:
+            index.write(line)
 
     def _read_index(self) -> None:
         if self._kept is None:

@@ -10,7 +10,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_SLICE_S = 0.05  # how soon a waiting start notices that it was cancelled
+from .errors import OpenCodeCancelledError
+
+SLICE_S = 0.05  # how soon a waiting start notices that it was cancelled
 
 
 class Gate:
@@ -21,12 +23,18 @@ class Gate:
 
     @contextmanager
     def slot(self, cancelled: Callable[[], bool]) -> Iterator[None]:
-        """Hold a slot inside the block, or hold none if *cancelled* came true in the wait."""
-        taken = False
-        while self._semaphore is not None and not taken and not cancelled():
-            taken = self._semaphore.acquire(timeout=_SLICE_S)
+        """Hold a slot inside the block.
+
+        Raises:
+            OpenCodeCancelledError: If *cancelled* comes true in the wait for one.
+        """
+        if self._semaphore is None:
+            yield
+            return
+        while not self._semaphore.acquire(timeout=SLICE_S):
+            if cancelled():
+                raise OpenCodeCancelledError("the run was cancelled before it had started")
         try:
             yield
         finally:
-            if taken and self._semaphore is not None:
-                self._semaphore.release()
+            self._semaphore.release()

@@ -20,9 +20,10 @@ from .events import Event, RetryEvent
 
 PLUGIN_PREFIX = "opencode-sync: "
 
+_LONGEST = 65_536  # characters of a line that are looked at
 _LOG_LINE = re.compile(r"timestamp=\S+ level=[A-Z]+ ")
-_LOG_FIELD = re.compile(r'([\w.]+)=("(?:[^"\\]|\\.)*"|\S*)')
-_NO_AGENT = re.compile(r'agent "(.*)" not found\. Falling back to default agent')
+_LOG_FIELD = re.compile(r'(?<=\s)([\w.]+)=("(?:[^"\\]|\\.)*"|\S*)')
+_NO_AGENT = re.compile(r'agent "([^"]*)" not found\. Falling back to default agent')
 
 
 def log_fields(line: str) -> dict[str, str] | None:
@@ -49,27 +50,40 @@ class LogReader:
         cause: The last failure that the log explains: more than OpenCode's ``error`` event tells
             of an unknown model.
         missing_agent: The agent that OpenCode did not find, or None.
+        pending: A refusal of which the next line shows whether it is the last, or None. Without
+            our plugin the HTTP status is not known; if nothing follows, it is being retried.
     """
 
     cause: str = ""
     missing_agent: str | None = None
+    pending: Event | None = None
     _status: dict[str, object] = field(default_factory=dict)
 
-    def read(self, line: str) -> tuple[bool, Event | None]:
-        """Whether *line* is a log line (or our plugin's), and the event that it amounts to."""
+    def read(self, line: str) -> tuple[bool, list[Event]]:
+        """Whether *line* is a log line (or our plugin's), and the events that it amounts to."""
+        line = line[:_LONGEST]
         if line.startswith(PLUGIN_PREFIX):
             self._note_status(line[len(PLUGIN_PREFIX) :])
-            return True, None
+            return True, []
         fields = log_fields(line)
         if fields is None:
             if (match := _NO_AGENT.search(strip_ansi(line))) is not None:
                 self.missing_agent = match[1]
-            return False, None
-        if fields.get("message") == "failed" and "error" in fields:
+            return False, []
+        message = fields.get("message")
+        if message == "failed" and "error" in fields:
             self.cause = fields["error"]
-        if fields.get("message") == "stream error" and fields.get("small") != "true":
-            return True, self._retry(fields)
-        return True, None
+        events = self.take_pending()
+        if message == "process" and "error" in fields:
+            events = []  # OpenCode has given up: an error event follows
+        if message == "stream error":
+            events += self._refusal(fields)
+        return True, events
+
+    def take_pending(self) -> list[Event]:
+        """The refusal that was held back, as nothing says that it is the last."""
+        event, self.pending = self.pending, None
+        return [] if event is None else [event]
 
     def _note_status(self, text: str) -> None:
         try:
@@ -78,19 +92,27 @@ class LogReader:
             return
         self._status = value if isinstance(value, dict) else {}
 
-    def _retry(self, fields: dict[str, str]) -> Event | None:
-        status, self._status = self._status.get("status"), {}
+    def _refusal(self, fields: dict[str, str]) -> list[Event]:
+        seen, self._status = self._status, {}
+        if fields.get("small") == "true":  # a title that OpenCode asks for by itself
+            return []
         message = fields.get("error.error") or fields.get("error") or "unknown error"
         message = message.partition("AI_APICallError: ")[2] or message
-        event: RetryEvent = {"type": "retry", "timestamp": time.time_ns() // 1_000_000}
-        event["sessionID"] = fields.get("session.id", "")
-        if isinstance(status, int):
-            if not is_retried(status):
-                return None
-            event["statusCode"] = status
-            message = f"{status} {message}"
-        event["message"] = message
-        return event
+        event: RetryEvent = {
+            "type": "retry",
+            "timestamp": time.time_ns() // 1_000_000,
+            "sessionID": fields.get("session.id", ""),
+            "message": message,
+        }
+        status = seen.get("status")
+        if not isinstance(status, int):
+            self.pending = event
+            return []
+        event["statusCode"] = status
+        event["message"] = f"{status} {message}"
+        if seen.get("retry_after"):
+            event["message"] += f" (retry-after: {seen['retry_after']})"
+        return [event] if is_retried(status) else []
 
 
 def is_retried(status: int) -> bool:

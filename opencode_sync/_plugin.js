@@ -5,7 +5,8 @@ export const OpencodeSync = async () => {
   const fetch = globalThis.fetch
   const observed = async (input, init) => {
     const response = await fetch(input, init)
-    if (response.status >= 400) {
+    // Models are asked by POST; pages that a tool fetches are not.
+    if (response.status >= 400 && (init?.method ?? input?.method) === "POST") {
       const seen = { status: response.status, retry_after: response.headers.get("retry-after") }
       process.stderr.write("opencode-sync: " + JSON.stringify(seen) + "\n")
     }

@@ -5,11 +5,11 @@
     child stderr --> unnamed file --+--> receive()  (the caller's thread)
     child exit ---------------------+
 
-OpenCode exits without flushing what it wrote to a pipe, so the child writes regular files, which are
-whole at its exit. A file never fills up as a pipe does, so nobody has to empty it while the child
-runs: there are no reader threads, and a slow reader costs disk alone. The files have no names:
-nothing is left of them, however we end. The end is the child's exit and both files read to their
-end; a grandchild that holds them open delays nothing.
+OpenCode exits without flushing what it wrote to a pipe, so the child writes regular files, which
+are whole at its exit. A file never fills up as a pipe does, so nobody has to empty it while the
+child runs: there are no reader threads, and a slow reader costs disk alone. The files have no
+names: nothing is left of them, however we end. The end is the child's exit and both files read to
+their end; a grandchild that holds them open delays nothing.
 
 Knows bytes, nothing of OpenCode.
 """
@@ -26,15 +26,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import IO, Literal
 
-from . import _tree
+from . import _interrupt, _tree
 
 _log = logging.getLogger("opencode_sync")
 
 BLOCK_BYTES = 256 * 1024
+# How long a new line, or the exit, can go unseen: a twentieth of the time that was waited for it,
+# at most the second. Most of a run is spent waiting for a model, at 0.5 % of a core per run.
 FIRST_PAUSE_S = 0.001
-# How long a new line, or the exit, can go unseen. Most of a run is spent waiting for a model; a
-# pause this short costs 0.4 % of a core per run.
-PAUSE_S = 0.005
+LONGEST_PAUSE_S = 0.02
 REAP_S = 2.0  # bound on waiting for a child that has been killed
 
 Channel = Literal["stdout", "stderr"]
@@ -63,19 +63,18 @@ class Process:
             OSError: As :class:`subprocess.Popen` does; nothing is left behind.
         """
         self._token = token
+        self._owner_pid = os.getpid()
         self._is_closed = False
         self._outputs: dict[Channel, _Output] = {}
         self._popen: subprocess.Popen[bytes] | None = None
         try:
-            self._popen = self._start(argv, cwd, env, stdin)
-        except BaseException as error:
-            self._is_closed = True
-            if not isinstance(error, Exception):  # Ctrl-C, perhaps with the child already there
-                _tree.stop(token)
-            self._close_files()
+            with _interrupt.deferred():
+                self._popen = self._start(argv, cwd, env, stdin)
+                self.pid = self._popen.pid
+                self.started_at = time.monotonic()
+        except BaseException:
+            self.close()
             raise
-        self.pid = self._popen.pid
-        self.started_at = time.monotonic()
 
     def _start(
         self, argv: Sequence[str], cwd: str, env: Mapping[str, str], stdin: bytes
@@ -108,7 +107,12 @@ class Process:
     @property
     def returncode(self) -> int | None:
         """The exit status, negative for a signal; None while it runs."""
-        return None if self._popen is None else self._popen.poll()
+        if self._popen is None:
+            return None
+        if self._popen.returncode is None and _has_exited(self.pid):
+            with _interrupt.deferred():  # or it could leave Popen's own lock locked for ever
+                self._popen.poll()
+        return self._popen.returncode
 
     def receive(self, timeout: float | None) -> Block | None:
         """The next block of output, or None once the child has ended and all of it was given.
@@ -118,8 +122,7 @@ class Process:
         Raises:
             queue.Empty: If nothing came for *timeout* seconds.
         """
-        end = None if timeout is None else time.monotonic() + timeout
-        pause_s = FIRST_PAUSE_S
+        begun = time.monotonic()
         while True:
             # Asked before the read, so that what was written before the exit is read after it.
             has_ended = self.returncode is not None
@@ -128,22 +131,15 @@ class Process:
                     return channel, block
             if has_ended:
                 return None
-            if end is not None:
-                left_s = end - time.monotonic()
-                if left_s <= 0:
-                    raise queue.Empty
-                pause_s = min(pause_s, left_s)
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, PAUSE_S)
+            if not _pause(begun, timeout):
+                raise queue.Empty
 
     def wait_started(self, timeout: float) -> None:
         """Return at the first output or the end, at the latest after *timeout* seconds."""
-        end = time.monotonic() + timeout
+        begun = time.monotonic()
         while self.returncode is None and not any(map(_Output.has_more, self._outputs.values())):
-            left_s = end - time.monotonic()
-            if left_s <= 0:
+            if not _pause(begun, timeout):
                 return
-            time.sleep(min(PAUSE_S, left_s))
 
     def has_left_something(self) -> bool:
         """Whether processes that it started live, after its own end."""
@@ -154,19 +150,20 @@ class Process:
 
         Bounded in time, idempotent, from any thread. Output that was written stays readable.
         """
-        if self._popen is None:
-            _tree.stop(self._token)
-            return
+        assert self._popen is not None
         _tree.stop(self._token, roots=() if self._popen.returncode is not None else (self.pid,))
-        with suppress(subprocess.TimeoutExpired):  # stop() has told of what cannot be ended
-            self._popen.wait(REAP_S)
+        begun = time.monotonic()
+        while self.returncode is None and _pause(begun, REAP_S):
+            pass
 
     def close(self) -> None:
         """Give the files back; a child that still runs is stopped."""
         if self._is_closed:
             return
         try:
-            if self.returncode is None:
+            # In a forked child of ours it is none of our children.
+            is_ours = self._popen is not None and os.getpid() == self._owner_pid
+            if is_ours and self.returncode is None:
                 self.stop()
         finally:
             self._is_closed = True
@@ -175,6 +172,28 @@ class Process:
     def _close_files(self) -> None:
         for output in self._outputs.values():
             output.file.close()
+
+
+def _has_exited(pid: int) -> bool:
+    """Whether our child *pid* has, for all we know; leaves it to be reaped."""
+    if not hasattr(os, "waitid"):  # macOS before Python 3.13
+        return True
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # reaped by somebody else
+        return True
+
+
+def _pause(begun: float, timeout: float | None) -> bool:
+    """Sleep a little, at most to the end of a wait since *begun*; False where that has come."""
+    waited_s = time.monotonic() - begun
+    pause_s = min(max(FIRST_PAUSE_S, waited_s / 20), LONGEST_PAUSE_S)
+    if timeout is not None:
+        if waited_s >= timeout:
+            return False
+        pause_s = min(pause_s, timeout - waited_s)
+    time.sleep(pause_s)
+    return True
 
 
 class _Output:

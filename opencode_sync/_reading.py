@@ -1,4 +1,4 @@
-"""What one event says: texts, usage, errors, refusals.
+"""What an event says: texts, usage, errors, refusals.
 
 Nothing here raises, whatever an event holds: missing or odd values count as nothing. Facts of
 OpenCode 1.18.33 where no other version is named.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import strip_ansi
@@ -17,6 +17,9 @@ from .errors import strip_ansi
 _BUILT_IN_TOOLS = frozenset(
     {"bash", "edit", "glob", "grep", "read", "skill", "task", "todowrite", "webfetch", "write"}
 )
+TEXT_TYPES = ("text", "message", "assistant", "model")
+_NAMELESS = "UnknownError"
+_TEXT_KEYS = ("text", "delta", "output", "message", "result", "value")  # beside "content"
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,43 @@ class ErrorInfo:
 
     def __str__(self) -> str:
         status = f" {self.status_code}" if self.status_code else ""
-        return f"{self.name}{status}: {self.message}"
+        message = f": {self.message}" if self.message else ""
+        return f"{self.name}{status}{message}"
+
+
+@dataclass
+class Texts:
+    """The model's texts in order; joined only when they are read, and so cheap to add to."""
+
+    paragraphs: list[str] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)  # of the paragraph being written
+    step_from: int = 0  # the last step's first paragraph
+
+    def add(self, text: str, *, is_piece: bool) -> None:
+        if is_piece:
+            self.pieces.append(text)
+        elif text:
+            self.end_paragraph()
+            self.paragraphs.append(text)
+
+    def end_paragraph(self) -> None:
+        if self.pieces:
+            self.paragraphs.append("".join(self.pieces))
+            self.pieces = []
+
+    def begin_step(self) -> None:
+        self.end_paragraph()
+        self.step_from = len(self.paragraphs)
+
+    def joined(self, first: int = 0) -> str:
+        last = ["".join(self.pieces)] if self.pieces else []
+        return "\n\n".join(self.paragraphs[first:] + last)
 
 
 def text_of(event: Mapping[str, Any]) -> tuple[str, bool]:
+    """The text of an event of TEXT_TYPES, and whether it is a piece of a longer one."""
+    if event.get("type") != "text":
+        return _content_text(event.get("content")), False
     part = event.get("part")
     if isinstance(part, Mapping) and isinstance(part.get("text"), str):
         return part["text"], False
@@ -66,7 +102,8 @@ def text_of(event: Mapping[str, Any]) -> tuple[str, bool]:
     return "", False
 
 
-def message_text(content: Any) -> str:
+def _content_text(content: Any) -> str:
+    """The text of a message's ``content``: a string, or a list of parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
@@ -80,14 +117,31 @@ def message_text(content: Any) -> str:
     return "".join(texts)
 
 
+def strings_in(event: Mapping[str, Any]) -> list[str]:
+    """Readable texts of an event of any shape, stripped."""
+    kind = event.get("type")
+    if kind == "diagnostic":
+        return []
+    if kind in TEXT_TYPES and (text := text_of(event)[0].strip()):
+        return [text]
+    inner = event.get("message")
+    values = [_content_text(event.get("content")), *map(event.get, _TEXT_KEYS)]
+    if isinstance(inner, Mapping):
+        values += [inner.get("content"), inner.get("text")]
+    return [text for value in values if isinstance(value, str) and (text := value.strip())]
+
+
 def denied_tool(event: Mapping[str, Any]) -> str | None:
+    """The tool whose use *event* tells was refused, or None."""
     part = event.get("part")
     state = part.get("state") if isinstance(part, Mapping) else None
     if not isinstance(part, Mapping) or not isinstance(state, Mapping):
         return None
     tool, error = part.get("tool"), state.get("error")
+    if not isinstance(tool, str):
+        return None
     if isinstance(error, str) and state.get("status") == "error" and _is_refusal(error):
-        return str(tool)
+        return tool
     # A tool that is denied as a whole is not offered to the model, and a call of it comes back as
     # "invalid", just as one of a tool that the model made up.
     asked = state.get("input")
@@ -100,19 +154,25 @@ def _is_refusal(text: str) -> bool:
 
 
 def error_info(error: Any) -> ErrorInfo:
+    """What the ``error`` of an event says, whatever its shape."""
     if not isinstance(error, Mapping):
-        return ErrorInfo("UnknownError", strip_ansi(str(error)))
+        return ErrorInfo(_NAMELESS, _words(error))
     data = error.get("data")
     data = data if isinstance(data, Mapping) else error
     status = data.get("statusCode")
     return ErrorInfo(
-        name=str(error.get("name") or "UnknownError"),
-        message=strip_ansi(str(data.get("message") or "")),
-        status_code=status if isinstance(status, int) else None,
+        name=_words(error.get("name")) or _NAMELESS,
+        message=_words(data.get("message")),
+        status_code=status if type(status) is int else None,
     )
 
 
+def _words(value: Any) -> str:
+    return "" if value is None else strip_ansi(str(value))
+
+
 def number_of(value: Any) -> float:
+    """*value* if it is a number that can be counted with, else 0.0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return 0.0
     try:

@@ -3,20 +3,21 @@
     _process blocks --stdout--> lines --> events.parse_event_line --+--> receive()
                     --stderr--> lines --> _logs: retries, warnings --+
 
-Tells at the end how the run went: settle() names the reason, in the provider's words where there are
-any. Knows what OpenCode prints; nothing of deadlines and retries.
+Tells at the end how the run went: settle() names the reason, in the provider's words where there
+are any. Knows what OpenCode prints; nothing of deadlines and retries.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import os
+import logging
+import queue
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import _tree
+from . import _tree, _watchdog
 from ._datadir import Lease
 from ._logs import LogReader
 from ._process import LineSplitter, Process
@@ -31,7 +32,12 @@ from .errors import (
 from .events import Event, parse_event_line
 from .result import RunResult
 
+_log = logging.getLogger("opencode_sync")
+
 VERSION_TIMEOUT_S = 10.0
+# How long a refusal of the provider waits for the line that would tell that it is the last.
+PENDING_S = 1.0
+_LONGEST_USAGE = 50_000
 
 # What a start-up says that lost a race for a database; it has done nothing by then.
 _STARTUP_FAILURES = (
@@ -46,7 +52,7 @@ _STARTUP_FAILURES = (
 
 
 class ProcessRun:
-    """A started run; see :class:`~opencode_sync.stream.Source` for what it promises."""
+    """A started run; see :class:`~opencode_sync._source.Source` for what it promises."""
 
     def __init__(
         self,
@@ -82,25 +88,42 @@ class ProcessRun:
         self._raw_lines: list[bytes] = []
         self._stderr_lines: list[bytes] = []
         self._session: str | None = None
-        self._is_done = self._is_cut = self._was_stopped = False
-        token = _tree.run_token()
+        self._has_events = self._is_done = self._is_cut = False
+        self._was_stopped = self._is_gone = False
+        self._token = token = _tree.run_token()
         try:
             self._process = Process(
                 argv, cwd=self._workspace, env=env, stdin=prompt.encode(), token=token
             )
         except (OSError, ValueError) as error:
             raise _start_error(error, argv[0], self._workspace) from error
-        self.label = f"run {token} (pid {self._process.pid})"
+        self.label = f"run {token.rpartition('.')[2]} (pid {self._process.pid})"
+        self.started_at = self._process.started_at
+
+    def __del__(self) -> None:
+        # Lost by an exception that came between our start and whoever was to keep us.
+        if hasattr(self, "started_at"):
+            with contextlib.suppress(Exception):  # a finaliser has nobody to raise to
+                self.close()
 
     def wait_started(self, timeout: float) -> None:
         """Return at the first output or the end, at the latest after *timeout* seconds."""
-        self._process.started.wait(timeout)
+        self._process.wait_started(timeout)
+
+    @property
+    def is_over(self) -> bool:
+        return self._process.returncode is not None
 
     def receive(self, timeout: float | None) -> list[Event] | None:
-        """The next events; see :meth:`~opencode_sync.stream.Source.receive`."""
+        """The next events; see :meth:`~opencode_sync._source.Source.receive`."""
         if self._is_done:
             return None
-        block = self._process.receive(timeout)
+        try:
+            block = self._process.receive(self._patience(timeout))
+        except queue.Empty:
+            if events := self._logs.take_pending():
+                return events
+            raise
         if block is None:
             self._is_done = True
             return self._last_events() or None
@@ -110,17 +133,25 @@ class ProcessRun:
         return self._read_stderr(self._stderr.feed(data))
 
     def stop(self) -> None:
+        """End it with its tools; see :meth:`~opencode_sync._source.Source.stop`."""
+        if self._is_gone:
+            return
         self._was_stopped = True
         self._process.stop()
+        self._is_gone = True
 
     def settle(self, result: RunResult) -> OpenCodeError | None:
         """Complete *result* with exit status, stderr and raw lines, and say what went wrong."""
-        if not (self._keep_background or self._was_stopped):
-            self._process.sweep()
+        if not self._was_stopped and self._process.has_left_something():
+            if self._keep_background:
+                _watchdog.spare(self._token)
+            else:
+                _log.info("%s left processes running; they are stopped", self.label)
+                self._process.stop()
+        self._is_gone = True
         result.exit_code = self._process.returncode
-        result.stderr = b"".join(line + b"\n" for line in self._stderr_lines).decode(
-            "utf-8", "replace"
-        )
+        stderr = b"".join(line + b"\n" for line in self._stderr_lines)
+        result.stderr = stderr.decode("utf-8", "replace")
         result.raw_stdout_lines = [line.decode("utf-8", "replace") for line in self._raw_lines]
         result.truncated = self._is_cut
         if result.status == "error":
@@ -138,12 +169,18 @@ class ProcessRun:
 
     def may_repeat(self, result: RunResult) -> bool:
         """True for a start-up that lost a race for its database, before any event."""
-        if not result.exit_code or result.session_id is not None or self._raw_lines:
+        if not result.exit_code or self._has_events:
             return False
-        stderr = result.stderr.lower()
+        stderr = result.stderr[-_LONGEST_USAGE:].lower()
         return any(words in stderr for words in _STARTUP_FAILURES)
 
+    def _patience(self, timeout: float | None) -> float | None:
+        if self._logs.pending is None:
+            return timeout
+        return PENDING_S if timeout is None else min(timeout, PENDING_S)
+
     def close(self) -> None:
+        """Give back files and data directory; it is stopped if it still runs."""
         try:
             self._process.close()
         finally:
@@ -155,6 +192,7 @@ class ProcessRun:
     def _events(self, lines: Sequence[bytes]) -> list[Event]:
         if self._keep_raw:
             self._raw_lines += lines
+        self._has_events = self._has_events or bool(lines)
         events = [parse_event_line(line) for line in lines]
         if self._session is None:
             self._note_session(events)
@@ -179,13 +217,12 @@ class ProcessRun:
         return events
 
     def _read_stderr(self, lines: Sequence[bytes]) -> list[Event]:
-        events = []
+        events: list[Event] = []
         for line in lines:
-            is_log, event = self._logs.read(line.decode("utf-8", "replace"))
+            is_log, found = self._logs.read(line.decode("utf-8", "replace"))
             if self._keep_logs or not is_log:
                 self._stderr_lines.append(line)
-            if event is not None:
-                events.append(event)
+            events += found
         if self._logs.missing_agent is not None and not self._was_stopped:
             events.append(_no_agent(self._logs.missing_agent))
             # The default agent has taken over, and may be allowed more than the one asked for.
@@ -212,7 +249,7 @@ class ProcessRun:
 
     def _unknown_flag(self, stderr: str) -> str | None:
         """Where OpenCode answered with its usage alone: the flag of ours that is not in it."""
-        usage = strip_ansi(stderr)
+        usage = strip_ansi(stderr[:_LONGEST_USAGE])
         if "Options:" not in usage or "--help" not in usage:
             return None
         flags = [word.partition("=")[0] for word in self._argv[2:] if word.startswith("-")]
@@ -254,13 +291,15 @@ def _start_error(error: OSError | ValueError, binary: str, workspace: str) -> Op
     """The error for a process that the system would not start."""
     if isinstance(error, ValueError):  # a NUL byte in an argument or a variable
         return OpenCodeConfigError(f"opencode cannot be started: {error}")
-    if not os.path.isdir(workspace):
-        return OpenCodeConfigError(f"workspace {workspace!r} has vanished")
+    if error.filename == workspace:
+        vanished = error.errno == errno.ENOENT
+        what = "has vanished" if vanished else f"cannot be worked in: {error.strerror}"
+        return OpenCodeConfigError(f"workspace {workspace!r} {what}")
     if error.errno == errno.E2BIG:
         return OpenCodeConfigError(
             "the environment is too large for a process: make extra_env, config_overrides or the "
             "environment of this program smaller"
         )
-    if error.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.EISDIR, errno.ENOTDIR):
+    if error.filename == binary and error.errno != errno.ETXTBSY:
         return OpenCodeBinaryNotFoundError(f"{binary!r} cannot be run: {error.strerror}")
     return OpenCodeError(f"opencode cannot be started: {error.strerror}")

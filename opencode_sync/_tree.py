@@ -195,10 +195,11 @@ class _Tree:
         # A root that is alive and not our child has been reaped, and its pid given away.
         heads = {root for root in self._roots if root not in kin or kin[root][0] == us}
         kin.pop(us, None)
+        heads |= {pid for pid in self._known if pid not in kin}
         ours = (heads & kin.keys()) | {pid for pid in kin if self._is_marked(pid)}
         ours |= {pid for pid, process in self._known.items() if pid in kin and process.is_running()}
-        # The members of a session are taken for its leader's children: what is ours began it, and
-        # a member may have lost all other signs. They outlive a root, too.
+        # The members of a session are taken for its leader's children, after its end too: what is
+        # ours began it, and what was forked behind our back may have lost all other signs.
         below: dict[int, list[int]] = defaultdict(list)
         for pid, (parent, session) in kin.items():
             below[parent].append(pid)

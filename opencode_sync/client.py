@@ -7,6 +7,7 @@ Request --> _command: argv, env --+
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Callable
@@ -14,8 +15,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from . import _watchdog
-from ._command import DEFAULT_BINARY, add_plugin, build_argv, build_env, resolve_binary
+from . import _interrupt, _watchdog
+from ._command import (
+    DEFAULT_BINARY,
+    add_plugin,
+    build_argv,
+    build_env,
+    resolve_binary,
+    without_database,
+    without_user_config,
+)
 from ._datadir import DataDirectories, Lease
 from ._gate import Gate
 from ._run import ProcessRun
@@ -57,8 +66,8 @@ class OpenCodeClient(Runner):
             max_workers: Threads for ``submit`` and ``map``; None for what the machine carries.
             watchdog: Keep a small process that stops the runs if this process is killed outright.
         """
-        super().__init__(run_cfg)
-        _check_settings(startup_concurrency, startup_delay_s, max_workers)
+        super().__init__(run_cfg, max_workers)
+        _check_settings(binary, startup_concurrency, startup_delay_s, max_workers)
         self._settings: dict[str, Any] = {
             "binary": binary,
             "startup_concurrency": startup_concurrency,
@@ -121,9 +130,11 @@ class OpenCodeClient(Runner):
         binary = self.resolved_binary()
         if os.getpid() != self._owner_pid:  # forked: the directories are the parent's
             self._streams.clear()
+            self._gate = Gate(self._settings["startup_concurrency"])
             self._make_directories()
         if self._watchdog:
-            _watchdog.guard()
+            with _interrupt.deferred():
+                _watchdog.guard()
         cfg = request.cfg
         env = add_plugin(build_env(cfg))
         isolated = self._isolate_db and "XDG_DATA_HOME" not in (cfg.extra_env or {})
@@ -133,7 +144,7 @@ class OpenCodeClient(Runner):
                 cfg = self._own_session(cfg, request.workspace)
                 lease = self._directories.lease(env, session_id=cfg.session_id)
                 undo.callback(lease.release)
-            self._place(env, cfg, lease)
+            env = self._placed(env, cfg, lease)
             with ExitStack() as starting:
                 if not isolated:
                     starting.enter_context(self._gate.slot(cancelled))
@@ -161,25 +172,33 @@ class OpenCodeClient(Runner):
             raise OpenCodeConfigError(f"fork=True, but there is no session yet in {workspace}")
         return cfg.replace(continue_session=False, session_id=last)
 
-    def _place(self, env: dict[str, str], cfg: RunConfig, lease: Lease | None) -> None:
+    def _placed(self, env: dict[str, str], cfg: RunConfig, lease: Lease | None) -> dict[str, str]:
+        """*env* with the directories that this run is to use."""
         if lease is not None:
-            env["XDG_DATA_HOME"] = str(lease.path)
+            env = without_database(env, cfg) | {"XDG_DATA_HOME": str(lease.path)}
         elif not self._isolate_db and self._shared_data is not None:
-            env["XDG_DATA_HOME"] = str(self._shared_data)
+            env = env | {"XDG_DATA_HOME": str(self._shared_data)}
         if not cfg.inherit_user_config:
-            env["XDG_CONFIG_HOME"] = str(self._directories.empty_config())
+            env = without_user_config(env, cfg, self._directories.empty_config())
+        return env
 
 
 def _check_settings(
-    startup_concurrency: int | None, startup_delay_s: float, max_workers: int | None
+    binary: StrPath,
+    startup_concurrency: int | None,
+    startup_delay_s: float,
+    max_workers: int | None,
 ) -> None:
+    if not isinstance(binary, (str, os.PathLike)) or not os.fspath(binary):
+        raise OpenCodeConfigError(f"binary is {binary!r}: use a path, or a name on PATH")
     for name, value, least in (
         ("startup_concurrency", startup_concurrency, 0),
         ("max_workers", max_workers, 1),
     ):
         if value is not None and (not isinstance(value, int) or value < least):
             raise OpenCodeConfigError(f"{name} is {value!r}: use {least} or more, or None")
-    if not isinstance(startup_delay_s, (int, float)) or not startup_delay_s >= 0:
+    is_number = isinstance(startup_delay_s, (int, float))
+    if not is_number or not math.isfinite(startup_delay_s) or startup_delay_s < 0:
         raise OpenCodeConfigError(f"startup_delay_s is {startup_delay_s!r}: use 0 or more seconds")
 
 

@@ -5,9 +5,10 @@ Knows the names of settings and which of them go together; nothing of flags, fil
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from .errors import OpenCodeConfigError
 LOG_LEVELS = ("DEBUG", "INFO", "WARN", "ERROR")
 _ACTIONS = ("allow", "deny")
 
-# Fields that may hold passwords, tokens or keys: they show in a repr as "...".
+# Fields that may hold passwords, tokens or keys: they show in a repr as "...", and so does what
+# stands before the "@" of a URL.
 _SECRET_FIELDS = frozenset({"password", "extra_env", "mcp", "config_overrides"})
+_URL_LOGIN = re.compile(r"(?<=://)[^/\s]*(?=@)")
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,8 +56,11 @@ class RunConfig:
         auto: Answer permission questions with yes; explicit denials hold.
         pure: Run without plugins.
         instructions: Paths, globs or URLs of instruction files, OpenCode's key of this name.
-        inherit_user_config: Use the configuration of the user's home and environment.
-        inherit_project_config: Use the configuration found in the workspace.
+        inherit_user_config: Use the configuration, agents, skills and instructions of the user's
+            home and environment. Without them, tools see an empty ``XDG_CONFIG_HOME``.
+        inherit_project_config: Use those found in the workspace. Without them, skills in
+            ``.claude`` and ``.agents`` directories are left out, the user's too: OpenCode has one
+            switch for both.
         keep_background: Leave processes alone that tools left running at the run's normal end.
         lean: Switch off what a single run rarely needs, for a faster start.
     """
@@ -95,13 +101,12 @@ class RunConfig:
         # Copies, so that a caller who changes his mapping later does not change a frozen value.
         for name in ("extra_env", "permission", "mcp", "tools", "config_overrides"):
             value = getattr(self, name)
-            if isinstance(value, Mapping):
-                object.__setattr__(self, name, copy.deepcopy(dict(value)))
+            object.__setattr__(self, name, _plain_copy(value))
         for name in ("files", "instructions"):
             value = getattr(self, name)
             # A lone path is one file; iterated, it would be one file per character.
-            single = isinstance(value, (str, Path))
-            object.__setattr__(self, name, (value,) if single else tuple(value))
+            single = isinstance(value, (str, os.PathLike))
+            object.__setattr__(self, name, (value,) if single else tuple(value or ()))
 
     def __repr__(self) -> str:
         shown = []
@@ -109,7 +114,7 @@ class RunConfig:
             value = getattr(self, field.name)
             if value != field.default:
                 text = "..." if field.name in _SECRET_FIELDS else repr(value)
-                shown.append(f"{field.name}={text}")
+                shown.append(f"{field.name}={_URL_LOGIN.sub('...', text)}")
         return f"RunConfig({', '.join(shown)})"
 
     def replace(self, **changes: Any) -> RunConfig:
@@ -121,11 +126,11 @@ class RunConfig:
 
         Mappings merge key by key, everything else replaces. Empty where nothing is set.
         """
-        config: dict[str, Any] = copy.deepcopy(dict(self.config_overrides or {}))
+        config: dict[str, Any] = _plain_copy(self.config_overrides or {})
         for key in ("permission", "mcp", "tools"):
             value = getattr(self, key)
             if value is not None:
-                config = merged(config, {key: value})
+                config = merged(config, {key: _plain_copy(value)})
         if self.instructions:
             config["instructions"] = list(self.instructions)
         return config
@@ -155,6 +160,13 @@ class Job:
     key: str | None = None
 
 
+def _plain_copy(value: Any) -> Any:
+    """A deep copy with a dict for every mapping: JSON takes no other kind."""
+    if isinstance(value, Mapping):
+        return {key: _plain_copy(below) for key, below in value.items()}
+    return [_plain_copy(below) for below in value] if isinstance(value, (list, tuple)) else value
+
+
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """*over* laid on *under*: mappings merge key by key, everything else replaces."""
     result = dict(under)
@@ -167,29 +179,31 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def validate_permission_actions(permission: Any, *, _path: str = "") -> None:
-    """Check that every leaf of a permission mapping is ``"allow"`` or ``"deny"``.
+    """Check that every leaf of a permission setting is ``"allow"`` or ``"deny"``; None has none.
 
     Raises:
         OpenCodeConfigError: Also a ValueError; names the leaf by its dotted path.
     """
+    where = f"permission {_path!r}" if _path else "permission"
     if isinstance(permission, Mapping):
         for key, value in permission.items():
             validate_permission_actions(value, _path=f"{_path}.{key}" if _path else str(key))
     elif permission == "ask":
         raise OpenCodeConfigError(
-            f"permission {_path!r} is 'ask', but a run has nobody to ask: "
+            f"{where} is 'ask', but a run has nobody to ask: "
             "use 'allow' or 'deny', or a session with on_permission"
         )
-    elif permission not in _ACTIONS:
-        raise OpenCodeConfigError(f"permission {_path!r} is {permission!r}: use 'allow' or 'deny'")
+    elif permission not in _ACTIONS and (_path or permission is not None):
+        raise OpenCodeConfigError(f"{where} is {permission!r}: use 'allow' or 'deny'")
 
 
 def validate_config_for_run(cfg: RunConfig) -> None:
     """Check settings that OpenCode would ignore, misread or hang on.
 
     Raises:
-        OpenCodeConfigError: Names the field, its value, and what to use instead.
+        OpenCodeConfigError: Names the field, its value unless it may be secret, and what to use.
     """
+    _check_types(cfg)
     config = cfg.build_opencode_config_dict()
     _check_permissions(config)
     _check_serialisable(config)
@@ -198,19 +212,47 @@ def validate_config_for_run(cfg: RunConfig) -> None:
     _check_environment(cfg.extra_env or {})
 
 
+def _check_types(cfg: RunConfig) -> None:
+    for field in fields(RunConfig):
+        value = getattr(cfg, field.name)
+        accepted, words = _ACCEPTED[str(field.type)]
+        odd = [v for v in (value if isinstance(value, tuple) else (value,)) if not accepted(v)]
+        if odd:
+            kind = type(odd[0]).__name__
+            raise OpenCodeConfigError(f"{field.name} is of type {kind}: use {words}")
+
+
+def _optional(*types: type) -> Callable[[object], bool]:
+    return lambda value: value is None or isinstance(value, types)
+
+
+# By annotation; of a tuple, each entry is looked at.
+_ACCEPTED: dict[str, tuple[Callable[[object], bool], str]] = {
+    "str | None": (_optional(str), "a str"),
+    "bool": (lambda value: isinstance(value, bool), "True or False"),
+    "bool | None": (_optional(bool), "True or False, or None"),
+    "int | None": (lambda value: value is None or type(value) is int, "an int"),
+    "tuple[str, ...]": (lambda value: isinstance(value, str), "strings"),
+    "tuple[str | Path, ...]": (lambda value: isinstance(value, (str, os.PathLike)), "paths"),
+    "Mapping[str, str] | None": (_optional(Mapping), "a mapping"),
+    "Mapping[str, Any] | None": (_optional(Mapping), "a mapping"),
+    "str | Mapping[str, Any] | None": (_optional(str, Mapping), "a str or a mapping"),
+}
+
+
 def _check_permissions(config: Mapping[str, Any]) -> None:
-    if config.get("permission") is not None:
-        validate_permission_actions(config["permission"])
-    agents = config.get("agent")
-    for name, agent in agents.items() if isinstance(agents, Mapping) else ():
-        if isinstance(agent, Mapping) and agent.get("permission") is not None:
-            validate_permission_actions(agent["permission"], _path=f"agent.{name}.permission")
+    validate_permission_actions(config.get("permission"))
+    for key in ("agent", "mode"):  # the second is the older name of the first
+        agents = config.get(key)
+        for name, agent in agents.items() if isinstance(agents, Mapping) else ():
+            if isinstance(agent, Mapping) and agent.get("permission") is not None:
+                validate_permission_actions(agent["permission"], _path=f"{key}.{name}.permission")
 
 
 def _check_serialisable(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         try:
-            json.dumps(value, allow_nan=False)
+            json.dumps({key: value}, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise OpenCodeConfigError(f"config key {key!r} is no JSON: {error}") from None
 
@@ -226,20 +268,21 @@ def _check_combinations(cfg: RunConfig) -> None:
 
 
 def _check_words(cfg: RunConfig) -> None:
-    if cfg.model is not None and not all(cfg.model.partition("/")):
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        for word in value if isinstance(value, tuple) else (value,):
+            text = os.fspath(word) if isinstance(word, os.PathLike) else word
+            if not isinstance(text, str):
+                continue
+            if "\0" in text or not (text.strip() or field.name == "title"):
+                shown = "" if field.name in _SECRET_FIELDS else f" {text!r}"
+                raise OpenCodeConfigError(f"{field.name}{shown} is blank or holds a NUL character")
+    if cfg.model is not None and not all(part.strip() for part in cfg.model.partition("/")):
         raise OpenCodeConfigError(f"model {cfg.model!r} names no provider: use 'provider/model'")
     if cfg.log_level is not None and cfg.log_level not in LOG_LEVELS:
         raise OpenCodeConfigError(
             f"log_level {cfg.log_level!r}: use one of {', '.join(LOG_LEVELS)}"
         )
-    for name in ("agent", "model", "title", "command", "session_id", "attach", "variant"):
-        value = getattr(cfg, name)
-        if value is None:
-            continue
-        if not isinstance(value, str):
-            raise OpenCodeConfigError(f"{name} is {value!r}: it must be a str")
-        if "\0" in value or (not value.strip() and name != "title"):
-            raise OpenCodeConfigError(f"{name} is {value!r}: it must not be blank or hold a NUL")
 
 
 def _check_environment(env: Mapping[str, str]) -> None:

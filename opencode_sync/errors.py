@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from .result import RunResult
 
 _STDERR_TAIL = 2_000  # characters, the length that py-opencode-wrapper's message has
-_ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+# ECMA-48: control sequences (colours, cursor), strings up to their end (titles, links), the rest.
+_ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)|[ -/]*[0-~])")
 
 _E = TypeVar("_E", bound="OpenCodeError")
 
@@ -104,10 +105,11 @@ class OpenCodeProcessError(OpenCodeError):
         result: RunResult | None = None,
     ) -> None:
         message = _ending(exit_code)
-        if reason:
-            message += f": {strip_ansi(reason)}"
+        told = strip_ansi(reason or "").strip()
+        if told:
+            message += f": {told}"
         tail = strip_ansi(stderr)[-_STDERR_TAIL:].strip()
-        if tail and tail != reason:
+        if tail and tail != told:
             message += f"\n{tail}"
         super().__init__(message, result=result)
         self.exit_code = exit_code
@@ -123,10 +125,10 @@ def _ending(exit_code: int | None) -> str:
     if exit_code > 0:
         return f"opencode exited with status {exit_code}"
     try:
-        name = signal.Signals(-exit_code).name
-    except ValueError:
-        name = "unknown"
-    return f"opencode was ended by signal {-exit_code} ({name})"
+        name = f" ({signal.Signals(-exit_code).name})"
+    except ValueError:  # a real-time signal
+        name = ""
+    return f"opencode was ended by signal {-exit_code}{name}"
 
 
 class OpenCodeIncompleteError(OpenCodeError):

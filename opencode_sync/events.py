@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, TypedDict, Union
+from typing import Any, Literal, NoReturn, TypedDict, Union
 
 
 class _Stamped(TypedDict, total=False):
@@ -175,11 +175,24 @@ class DiagnosticEvent(TypedDict, total=False):
 
 
 class OtherEvent(_Stamped, total=False):
-    """Any type that this version does not know."""
+    """What other versions of OpenCode print, and what this package adds.
 
-    type: str
+    Any further type passes through too. A type checker narrows by ``type`` only where each one is
+    a literal, so one that is not listed is compared as a str: ``kind: str = event["type"]``.
+    """
+
+    type: Literal[
+        "message",
+        "assistant",
+        "model",
+        "tool",
+        "tool_call",
+        "tool_result",
+        "step_tool",  # in RunResult.tool_calls: the tool of a step_finish
+        "attempt",  # in a log file: a process was started
+    ]
     part: Any
-    error: Any
+    content: Any
     payload: Any
 
 
@@ -211,12 +224,20 @@ def parse_event_line(line: str | bytes) -> Event:
     if isinstance(line, bytes):
         line = line.decode("utf-8", "replace")
     try:
-        value = json.loads(line)
+        value = _decode(line)
     except (ValueError, RecursionError) as error:
         return _diagnostic(line, error)
     if isinstance(value, dict):
         return value  # type: ignore[return-value]  # any object passes, known or not
     return {"type": "diagnostic", "kind": "non_object_json", "value": value}
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+# Python's own reading of JSON takes NaN and Infinity for numbers.
+_decode = json.JSONDecoder(parse_constant=_no_constant).decode
 
 
 def _diagnostic(line: str, error: Exception) -> Event:

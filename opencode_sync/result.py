@@ -16,12 +16,14 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, cast
 
 from ._reading import (
+    TEXT_TYPES,
     ErrorInfo,
+    Texts,
     TokenUsage,
     denied_tool,
     error_info,
-    message_text,
     number_of,
+    strings_in,
     text_of,
     usage_of,
 )
@@ -38,15 +40,27 @@ __all__ = [
 
 Status = Literal["ok", "error", "denied", "incomplete", "timed_out", "cancelled", "over_budget"]
 
-_FUZZY_KEYS = ("content", "text", "delta", "output", "message", "result", "value")
+_SHOWN_CHARS = 80  # of a text in a repr
 
 
-@dataclass(eq=False)
+class _FinalText:
+    """The attribute ``RunResult.final_text``: a field like the others, kept in ``_texts``."""
+
+    def __get__(self, result: RunResult | None, owner: object = None) -> str:
+        return "" if result is None else result._texts.joined()  # "" is the field's default
+
+    def __set__(self, result: RunResult, text: str) -> None:
+        if text != result._texts.joined():
+            result._texts = Texts([text] if text else [])
+
+
+@dataclass(eq=False, repr=False)
 class RunResult:
     """What a run produced; partial while it is under way or where it broke off.
 
     Attributes:
         events: The events in order, plain dicts.
+        final_text: The model's text of all steps; whole parts stand apart by a blank line.
         tool_calls: The events of tools, whole.
         exit_code: The exit status; None where there was no process, or it has not ended.
         stderr: All of it, with its colours.
@@ -66,11 +80,16 @@ class RunResult:
         parsed: The validated value of structured output.
     """
 
-    events: list[Event] = field(default_factory=list, repr=False)
-    tool_calls: list[Event] = field(default_factory=list, repr=False)
+    # First, so that the constructor has set it when it comes to final_text.
+    _texts: Texts = field(default_factory=Texts, kw_only=True)
+    _stopped: Status | None = field(default=None, kw_only=True)
+
+    events: list[Event] = field(default_factory=list)
+    final_text: _FinalText = _FinalText()
+    tool_calls: list[Event] = field(default_factory=list)
     exit_code: int | None = None
-    stderr: str = field(default="", repr=False)
-    raw_stdout_lines: list[str] = field(default_factory=list, repr=False)
+    stderr: str = ""
+    raw_stdout_lines: list[str] = field(default_factory=list)
     token_usage: TokenUsage = field(default_factory=TokenUsage)
     total_cost: float = 0.0
     turns: int = 0
@@ -79,27 +98,18 @@ class RunResult:
     denied_tools: list[str] = field(default_factory=list)
     finish_reason: str | None = None
     truncated: bool = False
-    prompt: str = field(default="", repr=False)
+    prompt: str = ""
     workspace: str = ""
     index: int | None = None
     key: str | None = None
     attempts: int = 0
     duration_s: float = 0.0
     parsed: Any = None
-    _stopped: Status | None = field(default=None, repr=False)
-    _paragraphs: list[str] = field(default_factory=list, repr=False)
-    _deltas: list[str] = field(default_factory=list, repr=False)  # of the paragraph being written
-    _step_from: int = field(default=0, repr=False)  # the last step's first paragraph
-
-    @property
-    def final_text(self) -> str:
-        """The model's text of all steps; whole parts stand apart by a blank line."""
-        return self._text_from(0)
 
     @property
     def answer(self) -> str:
         """The text of the last step alone."""
-        return self._text_from(self._step_from)
+        return self._texts.joined(self._texts.step_from)
 
     @property
     def status(self) -> Status:
@@ -108,11 +118,13 @@ class RunResult:
             return self._stopped
         if self.error is not None or self.exit_code:
             return "error"
-        if self.denied_tools:
-            return "denied"
-        if self.truncated or self.finish_reason in (None, "tool-calls"):
+        if self.truncated or self.finish_reason is None:
             return "incomplete"
-        return "ok"
+        if self.denied_tools:
+            # Also where the last reason is "tool-calls": OpenCode ends a run at a refused
+            # permission, with its step closed.
+            return "denied"
+        return "incomplete" if self.finish_reason == "tool-calls" else "ok"
 
     def mark_stopped(self, status: Literal["timed_out", "cancelled", "over_budget"]) -> None:
         """Record that the run was ended from outside, which then is its status."""
@@ -137,27 +149,44 @@ class RunResult:
 
         ``parsed`` stands as it is: whether JSON takes it depends on the schema.
         """
-        names = [f.name for f in fields(self) if not f.name.startswith("_")]
-        data = {name: getattr(self, name) for name in names}
+        data = {name: getattr(self, name) for name in _public_fields(RunResult)}
+        for name in _LISTS:
+            data[name] = list(data[name])
         data["token_usage"] = asdict(self.token_usage)
         data["error"] = None if self.error is None else asdict(self.error)
-        data.update(status=self.status, final_text=self.final_text, answer=self.answer)
-        return data
+        return {"status": self.status, **data, "answer": self.answer}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RunResult:
         """The result that :meth:`to_dict` gave *data* for; unknown keys are ignored."""
-        known = {f.name for f in fields(cls) if not f.name.startswith("_")}
-        result = cls(**{key: value for key, value in data.items() if key in known})
-        result.token_usage = TokenUsage(**(data.get("token_usage") or {}))
-        result.error = ErrorInfo(**data["error"]) if data.get("error") else None
-        answer = data.get("answer") or ""
-        before = (data.get("final_text") or "").removesuffix(answer).removesuffix("\n\n")
-        result._paragraphs = [text for text in (before, answer) if text]
-        result._step_from = len(result._paragraphs) - bool(answer)
+        result = cls(**_known(RunResult, data))
+        for name in _LISTS:
+            setattr(result, name, list(data.get(name) or ()))
+        result.token_usage = TokenUsage(**_known(TokenUsage, data.get("token_usage") or {}))
+        if error := data.get("error"):
+            result.error = ErrorInfo(**_known(ErrorInfo, error))
+        text = data.get("final_text") or ""
+        answer = data.get("answer", text) or ""
+        before = text.removesuffix(answer).removesuffix("\n\n" if answer else "")
+        result._texts = Texts([part for part in (before, answer) if part])
+        result._texts.step_from = len(result._texts.paragraphs) - bool(answer)
         if data.get("status") in ("timed_out", "cancelled", "over_budget"):
             result._stopped = data["status"]
         return result
+
+    def __repr__(self) -> str:
+        text = self.final_text
+        facts = {
+            "status": self.status,
+            "final_text": text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}...",
+            "error": self.error and str(self.error),
+            "denied_tools": self.denied_tools,
+            "turns": self.turns,
+            "total_cost": self.total_cost,
+            "session_id": self.session_id,
+            "key": self.key,
+        }
+        return f"RunResult({', '.join(f'{k}={v!r}' for k, v in facts.items() if v)})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RunResult):
@@ -166,45 +195,34 @@ class RunResult:
 
     __hash__ = None  # type: ignore[assignment] # it changes while its run goes on
 
-    def _text_from(self, first: int) -> str:
-        paragraphs = self._paragraphs[first:]
-        if self._deltas:
-            paragraphs.append("".join(self._deltas))
-        return "\n\n".join(paragraphs)
 
-    def _end_paragraph(self) -> None:
-        if self._deltas:
-            self._paragraphs.append("".join(self._deltas))
-            self._deltas = []
+_LISTS = ("events", "tool_calls", "raw_stdout_lines", "denied_tools")
+
+
+def _public_fields(cls: type[RunResult | TokenUsage | ErrorInfo]) -> list[str]:
+    return [f.name for f in fields(cls) if not f.name.startswith("_")]
+
+
+def _known(cls: type[RunResult | TokenUsage | ErrorInfo], data: Any) -> dict[str, Any]:
+    return {name: data[name] for name in _public_fields(cls) if name in data}
 
 
 _Rule = Callable[[RunResult, Mapping[str, Any]], None]
 
 
 def _fold_text(result: RunResult, event: Mapping[str, Any]) -> None:
-    text, is_delta = text_of(event)
-    if is_delta:
-        result._deltas.append(text)
-    elif text:
-        result._end_paragraph()
-        result._paragraphs.append(text)
-
-
-def _fold_message(result: RunResult, event: Mapping[str, Any]) -> None:
-    if text := message_text(event.get("content")):
-        result._end_paragraph()
-        result._paragraphs.append(text)
+    text, is_piece = text_of(event)
+    result._texts.add(text, is_piece=is_piece)
 
 
 def _fold_step_start(result: RunResult, event: Mapping[str, Any]) -> None:
-    result._end_paragraph()
-    result._step_from = len(result._paragraphs)
+    result._texts.begin_step()
     result.finish_reason = None
 
 
 def _fold_step_finish(result: RunResult, event: Mapping[str, Any]) -> None:
     step = event.get("part")
-    if not isinstance(step, Mapping):
+    if not isinstance(step, Mapping) or not step:
         step = event
     result.turns += 1
     result.total_cost += number_of(step.get("cost"))
@@ -227,10 +245,7 @@ def _fold_error(result: RunResult, event: Mapping[str, Any]) -> None:
 
 
 _RULES: dict[str, _Rule] = {
-    "text": _fold_text,
-    "message": _fold_message,
-    "assistant": _fold_message,
-    "model": _fold_message,
+    **dict.fromkeys(TEXT_TYPES, _fold_text),
     "step_start": _fold_step_start,
     "step_finish": _fold_step_finish,
     "tool_use": _fold_tool,
@@ -262,15 +277,5 @@ def run_result_fuzzy_text(result: RunResult) -> str:
     """
     if text := result.final_text.strip():
         return text
-    found = [text for event in result.events for text in _strings_in(event)]
+    found = [text for event in result.events for text in strings_in(event)]
     return "\n".join(found or [line for raw in result.raw_stdout_lines if (line := raw.strip())])
-
-
-def _strings_in(event: Mapping[str, Any]) -> list[str]:
-    if event.get("type") == "diagnostic":
-        return []
-    inner = event.get("message")
-    values = [event.get(key) for key in _FUZZY_KEYS]
-    if isinstance(inner, Mapping):
-        values += [inner.get("content"), inner.get("text")]
-    return [text for value in values if isinstance(value, str) and (text := value.strip())]

@@ -1,57 +1,54 @@
-"""The verbs, said once: run and stream (submit and map join them).
+"""The verbs of both runners: run and stream for one prompt, submit and map for many.
 
-    run(prompt, ...) -----> stream(prompt, ...) --wait()--> RunResult
-    stream(prompt, ...) --> Request --> _open() of the subclass --> RunStream
+    submit(prompt, ...) --> a stream in a thread of the pool --> RunFuture
+    map(jobs, ...) -------> BatchRun: a stream for each job, on an executor
 
-A subclass says how one request becomes a source of events; everything else is the same for a
-process per run and for a server.
+A subclass says how one request becomes a source of events; see the room of the runs.
 """
 
 from __future__ import annotations
 
-import abc
+import atexit
+import functools
 import os
+import threading
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-from typing import TypeVar
+from collections.abc import Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from .config import RunConfig, validate_config_for_run
-from .errors import OpenCodeConfigError
+from ._futures import RunFuture
+from ._machine import workers_for_processes
+from ._request import Request, StrPath, absolute
+from ._runs import CLOSE_S, Runs
+from .config import Job, RunConfig
+from .errors import OpenCodeError
 from .result import RunResult
-from .stream import Limits, RunStream, Source
+from .stream import Limits
 
-StrPath = str | os.PathLike[str]
+if TYPE_CHECKING:
+    from ._options import OnError
+    from .batch import BatchRun
 
-CLOSE_S = 8.0  # bound on waiting for other threads' runs to end; stopping one takes 5 s at most
-
-_R = TypeVar("_R", bound="Runner")
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt, checked: what a source is opened for."""
-
-    prompt: str
-    workspace: Path
-    cfg: RunConfig
+__all__ = ["Request", "Runner", "StrPath"]
 
 
-class Runner(abc.ABC):
-    """What a client and a server have in common: the verbs, and the runs under way.
+class Runner(Runs):
+    """What a client and a server have in common.
 
     Safe to share between threads. A context manager; :meth:`close` ends the runs under way.
     """
 
-    def __init__(self, run_cfg: RunConfig | None = None) -> None:
-        self._run_cfg = run_cfg if run_cfg is not None else RunConfig()
-        # A plain dict, whose single operations are atomic: see stream._live.
-        self._streams: dict[int, weakref.ref[RunStream]] = {}
-        self._closed = False
+    def __init__(self, run_cfg: RunConfig | None = None, max_workers: int | None = None) -> None:
+        super().__init__(run_cfg)
+        self._max_workers = max_workers
+        # Plain dicts, whose single operations are atomic: see stream._live.
+        self._futures: dict[int, RunFuture] = {}
+        self._batches: dict[int, weakref.ref[BatchRun[Any]]] = {}
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None  # with the process it is of
+        self._pool_lock = threading.Lock()
 
-    def run(
+    def submit(
         self,
         prompt: str,
         workspace: StrPath = ".",
@@ -63,153 +60,221 @@ class Runner(abc.ABC):
         log_file: StrPath | None = None,
         max_retries: int = 2,
         retry_delay_s: float = 1.0,
-    ) -> RunResult:
-        """Run one prompt to its end.
+    ) -> RunFuture:
+        """Run one prompt in a thread; arguments as for :meth:`run`.
 
-        Args:
-            prompt: Reaches the model byte for byte.
-            workspace: The directory that OpenCode works in.
-            run_cfg: Settings, in place of this runner's own as a whole.
-            timeout_s: Seconds from the start of the process, over all attempts.
-            idle_timeout_s: Seconds without an event or a log line.
-            max_cost: US dollars; a run that passes it in mid-work is stopped at that step.
-            log_file: Gets each event as a line of JSON as it comes, and a line for each attempt.
-                Truncated at the start of the run.
-            max_retries: Further attempts after a start-up failure that is safe to repeat.
-            retry_delay_s: Seconds between attempts.
+        At most *max_workers* of this runner are under way at a time, the others wait for their
+        turn. At the interpreter's exit all are ended, for nobody would see what they bring.
 
-        Raises:
-            OpenCodeConfigError: Refused before anything was started.
-            OpenCodeError: One of its subclasses, with what was got as ``.result``. Whichever way
-                it ends, the process and its tools are gone. A denied tool is no error: it stands
-                in the result's ``status`` and ``denied_tools``.
+        Returns:
+            A ``concurrent.futures.Future`` of the result, for ``wait`` and ``as_completed``; its
+            ``cancel()`` ends the run also when it is under way.
         """
-        with self.stream(
+        self._check_open()
+        limits = Limits(timeout_s, idle_timeout_s, max_cost, max_retries, retry_delay_s)
+        begin = functools.partial(
+            self._begin,
             prompt,
-            workspace,
+            absolute(workspace),
+            limits,
             run_cfg=run_cfg,
-            timeout_s=timeout_s,
-            idle_timeout_s=idle_timeout_s,
-            max_cost=max_cost,
             log_file=log_file,
-            max_retries=max_retries,
-            retry_delay_s=retry_delay_s,
-        ) as stream:
-            return stream.wait()
+        )
+        future = RunFuture()
+        self._futures[id(future)] = future
+        future.add_done_callback(self._forget_future)
+        try:
+            self._threads().submit(future.work, begin)
+        except BaseException:
+            self._forget_future(future)
+            raise
+        if self._closed:  # in the meantime
+            future.cancel("the runner was closed")
+        return future
 
-    def stream(
+    @overload
+    def map(
         self,
-        prompt: str,
+        jobs: Iterable[str | Job],
         workspace: StrPath = ".",
         *,
         run_cfg: RunConfig | None = None,
         timeout_s: float | None = None,
         idle_timeout_s: float | None = None,
         max_cost: float | None = None,
-        log_file: StrPath | None = None,
+        max_total_cost: float | None = None,
+        max_workers: int | None = None,
+        buffersize: int | None = None,
+        ordered: bool = True,
+        on_error: Literal["return"],
+        progress: bool | Literal["always"] = False,
+        checkpoint: StrPath | None = None,
+        retry_failed: bool = True,
+        executor: Executor | None = None,
+        adaptive: bool = True,
         max_retries: int = 2,
         retry_delay_s: float = 1.0,
         keep_events: bool = True,
         keep_raw: bool = True,
-    ) -> RunStream:
-        """Start one prompt, and give its events as they come; arguments as for :meth:`run`.
+    ) -> BatchRun[RunResult | OpenCodeError]: ...
+
+    @overload
+    def map(
+        self,
+        jobs: Iterable[str | Job],
+        workspace: StrPath = ".",
+        *,
+        run_cfg: RunConfig | None = None,
+        timeout_s: float | None = None,
+        idle_timeout_s: float | None = None,
+        max_cost: float | None = None,
+        max_total_cost: float | None = None,
+        max_workers: int | None = None,
+        buffersize: int | None = None,
+        ordered: bool = True,
+        on_error: Literal["raise"] = "raise",
+        progress: bool | Literal["always"] = False,
+        checkpoint: StrPath | None = None,
+        retry_failed: bool = True,
+        executor: Executor | None = None,
+        adaptive: bool = True,
+        max_retries: int = 2,
+        retry_delay_s: float = 1.0,
+        keep_events: bool = True,
+        keep_raw: bool = True,
+    ) -> BatchRun[RunResult]: ...
+
+    def map(
+        self,
+        jobs: Iterable[str | Job],
+        workspace: StrPath = ".",
+        *,
+        run_cfg: RunConfig | None = None,
+        timeout_s: float | None = None,
+        idle_timeout_s: float | None = None,
+        max_cost: float | None = None,
+        max_total_cost: float | None = None,
+        max_workers: int | None = None,
+        buffersize: int | None = None,
+        ordered: bool = True,
+        on_error: OnError = "raise",
+        progress: bool | Literal["always"] = False,
+        checkpoint: StrPath | None = None,
+        retry_failed: bool = True,
+        executor: Executor | None = None,
+        adaptive: bool = True,
+        max_retries: int = 2,
+        retry_delay_s: float = 1.0,
+        keep_events: bool = True,
+        keep_raw: bool = True,
+    ) -> BatchRun[Any]:
+        """Run many prompts, several at a time, and give their results one by one.
+
+        Nothing starts before the first result is asked for. The input is drawn as room comes, in
+        the thread that iterates, so it may be endless. Leaving the loop or the block ends what is
+        under way. Arguments that are not explained here are those of :meth:`run`, for each job.
 
         Args:
-            keep_events: Keep the events in ``.result`` too.
-            keep_raw: Keep the raw lines in ``.result`` too.
+            jobs: Prompts, or a Job for each that has settings of its own.
+            timeout_s: For each job, from its own start.
+            max_cost: For each job.
+            max_total_cost: US dollars for this batch. Once they are spent no job is started any
+                more; those under way go on. The place of the first job that was not run has an
+                OpenCodeBudgetError.
+            max_workers: How many jobs at a time; None for as many workers as *executor* has, else
+                what this runner was made with, else what the machine carries: for a process per
+                run two for each core, as far as memory goes (0.55 GiB each), and 32 at most.
+            buffersize: How many jobs are drawn and not yet given, at most; None for twice as many
+                as *max_workers*.
+            ordered: Give results in the order of the input, else as they come.
+            on_error: ``"raise"`` the first error in its place, which ends the batch; or
+                ``"return"`` the error object in the result's place, with ``index``, ``key``,
+                ``prompt`` and the partial ``result``.
+            progress: Show a bar where stderr is a terminal or a notebook; ``"always"`` anywhere.
+            checkpoint: A file of finished jobs, a line of JSON each, on disk before the result is
+                given. Those in it are not run again: their results come from the file.
+            retry_failed: Run those again that failed in the checkpoint, or give their errors.
+            executor: Where to run: a ``concurrent.futures`` executor of threads or processes, or
+                a Dask cluster's ``Client.get_executor()``. It is not shut down.
+            adaptive: Have fewer jobs at a time while the provider refuses for too many requests.
+            keep_events, keep_raw: Keep events and raw lines in the results. Without, they are
+                small, and so is the checkpoint.
 
         Raises:
-            OpenCodeConfigError: Refused before anything was started. What goes wrong later is
-                raised by the iteration, after the last event.
+            OpenCodeConfigError: A setting was refused. Errors of jobs are raised by the iteration.
         """
+        from ._options import Options
+        from .batch import BatchRun
+
         self._check_open()
-        limits = Limits(timeout_s, idle_timeout_s, max_cost, max_retries, retry_delay_s)
-        request = self._request(prompt, workspace, run_cfg)
-
-        def open_source(cancelled: Callable[[], bool]) -> Source:
-            return self._open(request, cancelled, keep_raw)
-
-        stream = RunStream(
-            open_source,
-            RunResult(prompt=prompt, workspace=str(request.workspace)),
-            limits,
-            log_file=log_file,
+        options = Options(
+            workspace=workspace,
+            run_cfg=self._checked(run_cfg),
+            limits=Limits(timeout_s, idle_timeout_s, max_cost, max_retries, retry_delay_s),
             keep_events=keep_events,
-            on_end=self._forget,
+            keep_raw=keep_raw,
+            max_total_cost=max_total_cost,
+            max_workers=max_workers,
+            default_workers=self._workers,
+            buffersize=buffersize,
+            ordered=ordered,
+            on_error=on_error,
+            progress=progress,
+            checkpoint=checkpoint,
+            retry_failed=retry_failed,
+            executor=executor,
+            adaptive=adaptive,
         )
-        self._streams[id(stream)] = weakref.ref(stream)
-        if self._closed:  # it was closed while the run was being started
-            stream.cancel("the runner was closed")
-        return stream
+        run: BatchRun[Any] = BatchRun(self, jobs, options)
+        self._batches[id(run)] = weakref.ref(run)
+        weakref.finalize(run, self._batches.pop, id(run), None).atexit = False
+        return run
 
     def close(self) -> None:
         """End the runs under way; their callers get OpenCodeCancelledError. Idempotent."""
         self._closed = True
-        streams = [stream for ref in list(self._streams.values()) if (stream := ref())]
-        for stream in streams:
-            stream.cancel("the runner was closed")
-        for stream in streams:
-            stream.wait_ended(CLOSE_S)
+        for ref in list(self._batches.values()):
+            if (batch := ref()) is not None:
+                batch.cancel("the runner was closed")
+        futures = list(self._futures.values())
+        for future in futures:
+            future.cancel_waiting()
+        super().close()
+        if self._pool is not None and self._pool[0] == os.getpid():
+            wait(futures, CLOSE_S)
+            self._pool[1].shutdown(wait=False)
 
-    def __enter__(self: _R) -> _R:
-        self._check_open()
-        return self
+    def _default_workers(self) -> int:
+        """How many runs of this kind the machine carries."""
+        return workers_for_processes()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+    def _workers(self) -> int:
+        return self._max_workers or self._default_workers()
 
-    @abc.abstractmethod
-    def _open(self, request: Request, cancelled: Callable[[], bool], keep_raw: bool) -> Source:
-        """Start one attempt at *request*."""
+    def _threads(self) -> ThreadPoolExecutor:
+        """The pool of submit(), made when first asked for; its threads end with this runner."""
+        with self._pool_lock:
+            if self._pool is None or self._pool[0] != os.getpid():  # a forked child has no threads
+                pool = ThreadPoolExecutor(self._workers(), "opencode-submit")
+                self._pool = os.getpid(), pool
+                _submitting[id(self)] = weakref.ref(self)
+            return self._pool[1]
 
-    def _check(self, cfg: RunConfig) -> None:
-        """Refuse settings that this kind of runner cannot follow."""
-        validate_config_for_run(cfg)
-
-    def _request(self, prompt: str, workspace: StrPath, run_cfg: RunConfig | None) -> Request:
-        cfg = self._run_cfg if run_cfg is None else run_cfg
-        if not isinstance(cfg, RunConfig):
-            raise OpenCodeConfigError(f"run_cfg is {type(cfg).__name__}: use a RunConfig")
-        self._check(cfg)
-        _check_prompt(prompt, cfg)
-        directory = _directory(workspace)
-        for file in cfg.files:
-            if not (directory / os.path.expanduser(file)).is_file():
-                raise OpenCodeConfigError(f"no file {os.fspath(file)!r} (counted from {directory})")
-        return Request(prompt, directory, cfg)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise OpenCodeConfigError(f"this {type(self).__name__} is closed: make a new one")
-
-    def _forget(self, stream: RunStream) -> None:
-        self._streams.pop(id(stream), None)
+    def _forget_future(self, future: object) -> None:
+        self._futures.pop(id(future), None)
 
 
-def _check_prompt(prompt: str, cfg: RunConfig) -> None:
-    if not isinstance(prompt, str):
-        raise OpenCodeConfigError(f"prompt is {type(prompt).__name__}: use a str")
-    if not prompt.strip() and cfg.command is None:
-        raise OpenCodeConfigError("the prompt is blank")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise OpenCodeConfigError(f"the prompt cannot be encoded as UTF-8: {error}") from None
+# Runners that have a pool. What waits in one would be run at the interpreter's exit otherwise.
+_submitting: dict[int, weakref.ref[Runner]] = {}
 
 
-def _directory(workspace: StrPath) -> Path:
-    if not isinstance(workspace, (str, os.PathLike)) or not os.fspath(workspace):
-        raise OpenCodeConfigError(f"workspace is {workspace!r}: use the path of a directory")
-    try:
-        path = Path(workspace).expanduser().resolve()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise OpenCodeConfigError(f"workspace {os.fspath(workspace)!r}: {error}") from None
-    if not path.is_dir():
-        what = "is not a directory" if path.exists() else "does not exist"
-        raise OpenCodeConfigError(f"workspace {str(path)!r} {what}")
-    return path
+def _close_all() -> None:
+    for ref in list(_submitting.values()):
+        if (runner := ref()) is not None:
+            runner.close()
+
+
+# Before concurrent.futures waits for its threads, and before stream._stop_all: see there.
+getattr(threading, "_register_atexit", atexit.register)(_close_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_submitting.clear)  # they are the parent's

@@ -41,7 +41,9 @@ class Tool:
     pids: list[int]
 
     def living(self) -> list[int]:
-        return [pid for pid in (self.process.pid, *self.pids) if is_alive(pid)]
+        """Of these, and of the sessions that they began."""
+        told = {self.process.pid, *self.pids}
+        return [pid for pid in psutil.pids() if {pid, session_of(pid)} & told and is_alive(pid)]
 
 
 def is_alive(pid: int) -> bool:
@@ -49,6 +51,12 @@ def is_alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def session_of(pid: int) -> int:
+    with suppress(OSError):
+        return os.getsid(pid)
+    return 0
 
 
 @pytest.fixture
@@ -198,6 +206,11 @@ def test_a_zombie_is_not_found(tool: Callable[..., Tool], token: str) -> None:
         ),
         pytest.param(
             "echo $$; while :; do sleep 912 & sleep 0.01; done", 1, id="forks all the time"
+        ),
+        pytest.param(
+            "env -i setsid sh -c 'echo $$; while :; do sleep 927 & sleep 0.001; done' & wait",
+            1,
+            id="forks all the time with a cleaned environment",
         ),
     ],
 )

@@ -1,0 +1,149 @@
+"""Settings -> what a server is asked: the only place that knows the bodies of its requests.
+
+What ``opencode run`` does on its own is done here too: the same rules for a session, the same
+treatment of files. Measured with OpenCode 1.18.33. Sends nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .config import RunConfig
+from .errors import OpenCodeConfigError
+
+TITLE_CHARACTERS = 50
+
+# Settings of the server as a whole, the same for all that it runs.
+SERVER_WIDE = (
+    "extra_env",
+    "mcp",
+    "config_overrides",
+    "instructions",
+    "inherit_user_config",
+    "inherit_project_config",
+    "disable_autoupdate",
+    "pure",
+    "lean",
+    "print_logs",
+    "log_level",
+)
+
+# They would wait for an answer for ever.
+_NOBODY_TO_ASK = tuple(
+    {"permission": name, "pattern": "*", "action": "deny"}
+    for name in ("question", "plan_enter", "plan_exit")
+)
+_EDITING_TOOLS = ("write", "edit", "patch", "multiedit")  # one permission stands for them
+
+Rule = Mapping[str, str]
+
+
+def check_server_wide(cfg: RunConfig, server: RunConfig) -> None:
+    """Refuse a run's setting that is the server's, unless it is the same or left out.
+
+    Raises:
+        OpenCodeConfigError: Names the setting.
+    """
+    for field in dataclasses.fields(RunConfig):
+        value = getattr(cfg, field.name)
+        if field.name in SERVER_WIDE and value not in (field.default, getattr(server, field.name)):
+            raise OpenCodeConfigError(
+                f"{field.name} is the same for all runs of a server: set it in the run_cfg that "
+                "the server is started with"
+            )
+
+
+def session_body(prompt: str, cfg: RunConfig) -> dict[str, Any]:
+    """A new session for *prompt*."""
+    # Without a title the model is asked for one, with each prompt.
+    title = cfg.title or _head(prompt) or "opencode-sync"
+    return {"title": title, "permission": [*_NOBODY_TO_ASK, *permission_rules(cfg)]}
+
+
+def _head(prompt: str) -> str:
+    line = prompt.strip().partition("\n")[0].strip()
+    return line if len(line) <= TITLE_CHARACTERS else line[: TITLE_CHARACTERS - 3] + "..."
+
+
+def permission_rules(cfg: RunConfig) -> list[Rule]:
+    """*permission* and *tools* as rules of a session; of those that match, the last one counts."""
+    rules = []
+    # Not with the prompt, where OpenCode takes "tools" for the session's only rules.
+    for tool, is_on in (cfg.tools or {}).items():
+        name = "edit" if tool in _EDITING_TOOLS else tool
+        rules.append(_rule(name, "*", "allow" if is_on else "deny"))
+    permission = {"*": cfg.permission} if isinstance(cfg.permission, str) else cfg.permission or {}
+    for name, actions in permission.items():
+        if isinstance(actions, Mapping):
+            rules += [_rule(name, _at_home(pattern), word) for pattern, word in actions.items()]
+        else:
+            rules.append(_rule(name, "*", actions))
+    return rules
+
+
+def _rule(permission: str, pattern: str, action: str) -> Rule:
+    return {"permission": permission, "pattern": pattern, "action": action}
+
+
+def _at_home(pattern: str) -> str:
+    # OpenCode does so for patterns of its configuration only.
+    for home in ("~", "$HOME"):
+        if pattern == home or pattern.startswith(f"{home}/"):
+            return os.path.expanduser("~") + pattern[len(home) :]
+    return pattern
+
+
+def prompt_body(prompt: str, cfg: RunConfig, workspace: Path) -> dict[str, Any]:
+    """*prompt* with its files, for ``prompt_async``.
+
+    Raises:
+        OpenCodeConfigError: If a file cannot be read.
+    """
+    body: dict[str, Any] = {"parts": [*_files(cfg, workspace), {"type": "text", "text": prompt}]}
+    if cfg.model is not None:
+        provider, _, model = cfg.model.partition("/")
+        body["model"] = {"providerID": provider, "modelID": model}
+    return body | _who(cfg)
+
+
+def command_body(prompt: str, cfg: RunConfig, workspace: Path) -> dict[str, Any]:
+    """The command with *prompt* as its arguments.
+
+    Raises:
+        OpenCodeConfigError: If a file cannot be read.
+    """
+    body: dict[str, Any] = {"command": cfg.command, "arguments": prompt}
+    if cfg.files:
+        body["parts"] = _files(cfg, workspace)
+    if cfg.model is not None:
+        body["model"] = cfg.model
+    return body | _who(cfg)
+
+
+def _who(cfg: RunConfig) -> dict[str, str]:
+    return {key: value for key in ("agent", "variant") if (value := getattr(cfg, key)) is not None}
+
+
+def _files(cfg: RunConfig, workspace: Path) -> list[dict[str, str]]:
+    return [_file(workspace / os.path.expanduser(file)) for file in cfg.files]
+
+
+def _file(path: Path) -> dict[str, str]:
+    import mimetypes
+
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise OpenCodeConfigError(f"file {str(path)!r}: {error.strerror}") from None
+    try:
+        content.decode()
+        media_type = "text/plain"  # the model gets it as text; most providers refuse other types
+    except UnicodeDecodeError:
+        media_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    url = f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+    return {"type": "file", "mime": media_type, "filename": path.name, "url": url}

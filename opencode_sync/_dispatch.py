@@ -1,0 +1,333 @@
+"""Tasks onto an executor: as many at a time as may be, their ends saved before they are shown.
+
+    put() --> pending --+                      +--> in flight --done--> completed --+
+    (consumer's thread) |  dispatching thread  |   (executor)                       |
+                        +--> may one start? ---+       checkpoint, tally, throttle <+
+    take() <-- ready <------------------------------------------------------------- +
+
+One thread of its own starts tasks and takes in their ends, so that work goes on while the consumer
+is busy. A task counts as in flight until its end is on disk: what a killed batch does twice is at
+most what was in flight. Knows tasks and outcomes; nothing of the input, and of order the index.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import replace
+
+from ._tally import BatchReport, Tally
+from ._task import (
+    End,
+    Outcome,
+    Settings,
+    Streams,
+    Task,
+    executor_error,
+    of_task,
+    outcome_of,
+    over_budget,
+    unforeseen,
+)
+from ._throttle import Throttle
+from ._work import Work
+from .checkpoint import Checkpoint, Entry, Saved
+from .errors import OpenCodeCancelledError, OpenCodeError
+from .result import RunResult
+
+STOP_S = 8.0  # bound on waiting for tasks that were told to end; stopping one takes 5 s at most
+TRIES = 4  # of a task that fails of too many requests, with nothing done
+REPEAT_S = 2.0  # before the second of them; doubled for each further one
+
+
+class Dispatch:
+    """The tasks of one batch, from :meth:`put` to :meth:`take`.
+
+    Attributes:
+        changed: Notified whenever something is ready, or a number of the report changes.
+    """
+
+    def __init__(
+        self,
+        runner: Streams,
+        settings: Settings,
+        throttle: Throttle,
+        tally: Tally,
+        *,
+        checkpoint: Checkpoint | None = None,
+        max_total_cost: float | None = None,
+        stop_at_failure: bool = True,
+    ) -> None:
+        self.changed = threading.Condition()
+        self._work = Work(runner, settings, self)
+        self._throttle = throttle
+        self._tally = tally
+        self._checkpoint = checkpoint
+        self._max_total_cost = max_total_cost
+        self._stop_at_failure = stop_at_failure
+        self._pending: deque[Task] = deque()
+        self._in_flight: dict[Future[Outcome], Task] = {}
+        self._completed: deque[Future[Outcome]] = deque()
+        self._ready: dict[int, End | Saved] = {}  # in the order of coming
+        self._failed_at: int | None = None
+        self._fatal: OpenCodeError | None = None
+        self._stop_by: float | None = None
+        self._is_over = False
+        self._executor: Executor | None = None
+        self._thread = threading.Thread(target=self._loop, name="opencode-batch", daemon=True)
+
+    # -- the consumer's side ---------------------------------------------------------------------
+
+    def begin(self, executor: Executor) -> None:
+        """Start dispatching, onto *executor*."""
+        self._executor = executor
+        self._tally.begin()
+        self._thread.start()
+
+    def put(self, task: Task) -> None:
+        """Have *task* run in its turn."""
+        with self.changed:
+            self._pending.append(task)
+            self.changed.notify_all()
+
+    def put_ready(self, index: int, end: End | Saved) -> None:
+        """Have something taken that needs no run."""
+        with self.changed:
+            self._ready[index] = end
+            self._note_failure(index, end)
+
+    def is_ready(self, index: int | None) -> bool:
+        """Whether there is something to take: what belongs at *index*, or anything."""
+        return bool(self._ready) if index is None else index in self._ready
+
+    def take(self, index: int | None, on_change: Callable[[], None]) -> tuple[int, End | Saved]:
+        """Wait for what belongs at *index*, or for anything, and take it.
+
+        Args:
+            on_change: Called in this thread whenever the report may have changed.
+
+        Raises:
+            OpenCodeError: If nothing more will come.
+        """
+        while True:
+            with self.changed:
+                if self.is_ready(index):
+                    found = next(iter(self._ready)) if index is None else index
+                    return found, self._ready.pop(found)
+                is_last = not self._in_flight or self._stop_by is not None or self._is_over
+                if self._fatal is not None and is_last:
+                    raise self._fatal
+                self.changed.wait()
+            on_change()
+
+    def report(self) -> BatchReport:
+        """The batch as it stands."""
+        return self._tally.report(
+            running=len(self._in_flight),
+            rate_limits=self._throttle.refusals,
+            max_workers=self._throttle.most,
+            lowest=self._throttle.lowest,
+        )
+
+    def refused(self, index: int, retry_after_s: float | None) -> None:
+        """A provider refused a request of a task in flight; from any thread."""
+        with self.changed:
+            self._throttle.refused(len(self._in_flight), index, retry_after_s)
+            self.changed.notify_all()
+
+    def recovered(self, index: int) -> None:
+        """That task goes on; from any thread."""
+        with self.changed:
+            self._throttle.recovered(index)
+
+    def stop(self, reason: str, error: OpenCodeError | None = None) -> None:
+        """End what is in flight, and start nothing more; bounded, from any thread.
+
+        What has finished by then is on disk when this returns.
+
+        Args:
+            error: For who waits in :meth:`take`.
+        """
+        with self.changed:
+            self._fatal = self._fatal or error or OpenCodeCancelledError(reason)
+            if self._stop_by is None:
+                self._stop_by = time.monotonic() + STOP_S
+                self._tally.count("not_run", len(self._pending))
+                self._pending.clear()
+            in_flight = list(self._in_flight)
+            self.changed.notify_all()
+        for future in in_flight:
+            future.cancel()
+        self._work.stop(reason)
+        # A finaliser may run in any thread, that one too.
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(STOP_S)
+        self._tally.end()
+
+    # -- the dispatching thread ------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        try:
+            while self._await_work():
+                self._take_in()
+                self._start()
+        except BaseException as error:  # noqa: BLE001 - raised where the consumer waits
+            self._is_over = True
+            self._fail(unforeseen(error))
+
+    def _await_work(self) -> bool:
+        """Wait until there is something to do; False when all is done for good."""
+        with self.changed:
+            while not self._completed:
+                timeout = None
+                if self._stop_by is not None:
+                    timeout = self._stop_by - time.monotonic()
+                    if not self._in_flight or timeout <= 0:
+                        return False
+                elif self._may_start():
+                    pause = self._throttle.pause_s()
+                    if not pause:
+                        return True
+                    timeout = pause
+                self.changed.wait(timeout)
+            return True
+
+    def _may_start(self) -> bool:
+        """Whether the next task may start, but for a pause."""
+        if not self._pending or self._fatal is not None:
+            return False
+        # In the order of the input, the tasks before a failure have their turn before it.
+        if self._failed_at is not None and self._pending[0].index > self._failed_at:
+            return False
+        if len(self._in_flight) >= self._throttle.limit:
+            return False
+        return self._max_total_cost is None or self._is_affordable(self._max_total_cost)
+
+    def _is_affordable(self, budget: float) -> bool:
+        """Whether the budget allows one more; where it is spent, the pending tasks are refused."""
+        spent = self._tally.cost
+        if spent >= budget:
+            for task in self._pending:
+                self._ready[task.index] = end = of_task(over_budget(budget, spent), task)
+                self._note_failure(task.index, end)
+            self._tally.count("not_run", len(self._pending))
+            self._pending.clear()
+            self.changed.notify_all()
+            return False
+        # What runs costs at least what it has cost by now, and as a rule what others did.
+        so_far = self._work.costs()
+        mean = self._tally.mean_cost
+        expected = sum(max(so_far.get(t.index, 0.0), mean) for t in self._in_flight.values())
+        return spent + expected < budget
+
+    def _start(self) -> None:
+        assert self._executor is not None
+        while True:
+            with self.changed:
+                if self._stop_by is not None or not self._may_start() or self._throttle.pause_s():
+                    return
+                task = self._pending.popleft()
+            # Not under our lock: an executor calls back with its own lock held.
+            try:
+                future = self._executor.submit(self._work, task)
+            except Exception as error:  # noqa: BLE001 - broken, shut down, or unable to pickle
+                with self.changed:
+                    self._pending.appendleft(task)
+                self._fail(executor_error(error))
+                return
+            with self.changed:
+                self._in_flight[future] = task
+                is_late = self._stop_by is not None
+            future.add_done_callback(self._on_done)
+            if is_late:
+                future.cancel()
+
+    def _on_done(self, future: Future[Outcome]) -> None:
+        with self.changed:
+            self._completed.append(future)
+            self.changed.notify_all()
+
+    def _take_in(self) -> None:
+        with self.changed:
+            completed = [(f, self._in_flight[f]) for f in self._completed]
+            self._completed.clear()
+        ended = []
+        for future, task in completed:
+            outcome = outcome_of(future)
+            self._count_refusals(outcome, task)
+            if self._is_to_repeat(task, outcome):
+                self._repeat(future, task, outcome)
+            else:
+                end = of_task(outcome.end, task)
+                ended.append((future, task, replace(outcome, end=end)))
+        is_saved = self._save([(task, outcome) for _, task, outcome in ended])
+        with self.changed:
+            for future, task, outcome in ended:
+                del self._in_flight[future]
+                if is_saved:
+                    self._show(task, outcome)
+            self.changed.notify_all()
+
+    def _count_refusals(self, outcome: Outcome, task: Task) -> None:
+        with self.changed:
+            self._throttle.recovered(task.index)
+            # A run in this process has told of each as it came.
+            for _ in range(outcome.refusals if outcome.is_remote else 0):
+                self._throttle.refused(len(self._in_flight))
+
+    def _is_to_repeat(self, task: Task, outcome: Outcome) -> bool:
+        may_run = self._stop_by is None and self._fatal is None
+        return self._throttle.is_adaptive and may_run and outcome.was_refused and task.tries < TRIES
+
+    def _repeat(self, future: Future[Outcome], task: Task, outcome: Outcome) -> None:
+        self._tally.spend(outcome.result)
+        self._tally.count("retried")
+        with self.changed:
+            del self._in_flight[future]
+            self._pending.appendleft(replace(task, tries=task.tries + 1))
+            self._throttle.pause(REPEAT_S * 2 ** (task.tries - 1))
+
+    def _save(self, ended: list[tuple[Task, Outcome]]) -> bool:
+        """Put on disk what has ended by itself; False where the disk does not take it."""
+        if self._checkpoint is None:
+            return True
+        entries = [
+            Entry(task.key or "", task.fingerprint, outcome.end)
+            for task, outcome in ended
+            if outcome.is_final
+        ]
+        try:
+            if entries:
+                self._checkpoint.write(entries)
+        except OpenCodeError as error:
+            self._fail(error)
+            return False
+        return True
+
+    def _show(self, task: Task, outcome: Outcome) -> None:
+        end = outcome.end
+        if self._stop_by is not None and isinstance(end, OpenCodeCancelledError):
+            # By us: whoever waits hears of that, not of each job.
+            self._tally.spend(outcome.result)
+            self._tally.count("not_run")
+            return
+        self._ready[task.index] = end
+        self._tally.finish(task.index, task.prompt, task.key, end, outcome.busy_s)
+        if isinstance(end, RunResult):
+            self._throttle.succeeded()
+        if outcome.result is not None and outcome.result.attempts > 1:
+            self._tally.count("retried")
+        self._note_failure(task.index, end)
+
+    def _note_failure(self, index: int, end: End | Saved) -> None:
+        is_failure = isinstance(end, OpenCodeError) or (isinstance(end, Saved) and end.is_failure)
+        if is_failure and self._stop_at_failure:
+            self._failed_at = index if self._failed_at is None else min(index, self._failed_at)
+
+    def _fail(self, error: OpenCodeError) -> None:
+        with self.changed:
+            self._fatal = self._fatal or error
+            self.changed.notify_all()

@@ -1,0 +1,55 @@
+"""A run's log file: each event as a line of JSON, in the file before the next one is waited for.
+
+{"type": "attempt", ...}       before each attempt
+{"type": "step_start", ...}    and so on, as they come
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import OpenCodeConfigError, OpenCodeError
+from .events import Event, OtherEvent, dump_event
+
+
+class EventLog:
+    """Truncated when made; written unbuffered, so that a kill of ours loses nothing."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """
+        Raises:
+            OpenCodeConfigError: If it cannot be opened.
+        """
+        try:
+            self._file = open(Path(path).expanduser(), "wb", buffering=0)
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OpenCodeConfigError(f"log_file {path!r}: {reason}") from error
+
+    def mark_attempt(self) -> None:
+        """Write the line that stands before an attempt's events."""
+        mark: OtherEvent = {"type": "attempt", "timestamp": time.time_ns() // 1_000_000}
+        self.write([mark])
+
+    def write(self, events: Iterable[Event]) -> None:
+        """
+        Raises:
+            OpenCodeError: If the disk is full, say; nothing more is written then.
+        """
+        if self._file.closed:
+            return
+        data = memoryview(b"".join(map(dump_event, events)))
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            self.close()
+            raise OpenCodeError(
+                f"log_file {os.fspath(self._file.name)!r}: {error.strerror}; the run was stopped"
+            ) from error
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,57 @@
+"""Fingerprints of jobs: equal for what asks the same of OpenCode, and no secret goes into them.
+
+Passwords, variables' values and whatever a key of a configuration calls a secret are left out
+before anything is hashed, so a fingerprint tells nothing of them, and a new key is no new job.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from .config import RunConfig
+
+_DIGITS = 32  # 128 bits: no two of any number of jobs are alike by chance
+_SECRET = re.compile(r"key|token|secret|passw|credential|auth|cookie", re.IGNORECASE)
+_VALUES_ARE_SECRET = ("headers", "env", "environment")
+_USER_IN_URL = re.compile(r"://[^/@\s]*@")
+
+
+def settings_fingerprint(cfg: RunConfig) -> str:
+    """What *cfg* asks for, without its secrets."""
+    settings = {
+        field.name: value
+        for field in fields(cfg)
+        if field.name != "password" and (value := getattr(cfg, field.name)) != field.default
+    }
+    if isinstance(environment := settings.get("extra_env"), Mapping):
+        settings["extra_env"] = sorted(environment)
+    return _hashed(_without_secrets(settings))
+
+
+def job_fingerprint(prompt: str, workspace: str, settings: str) -> str:
+    """A job's, given that of its settings."""
+    return _hashed([prompt, workspace, settings])
+
+
+def _without_secrets(value: Any, *, names_only: bool = False) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            str(key): None
+            if names_only or _SECRET.search(str(key))
+            else _without_secrets(each, names_only=str(key) in _VALUES_ARE_SECRET)
+            for key, each in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_without_secrets(each) for each in value]
+    return _USER_IN_URL.sub("://", value) if isinstance(value, str) else value
+
+
+def _hashed(value: Any) -> str:
+    # ASCII, so that lone surrogates pass.
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]

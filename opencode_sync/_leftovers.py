@@ -1,0 +1,131 @@
+"""What earlier crashes have left on this machine.
+
+    Leftovers.find() --> processes, paths --> remove()
+
+A run's processes bear the pid of the Python process that it belongs to, and so do its temporary
+directories: what belongs to a process that is no more is a leftover. Where a watchdog was at work
+there is none.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ._command import managed_root
+from ._datadir import TEMPORARY_PREFIX
+from ._markup import one_line
+from ._tree import MARKER
+
+if TYPE_CHECKING:
+    import psutil
+
+GRACE_S = 2.0  # between asking a process to end and killing it
+
+_INSTALLING = ".installing-*"  # below managed_root(), see install.py
+_TEMPORARY = re.compile(re.escape(TEMPORARY_PREFIX) + r"(?P<pid>\d+)-")
+
+
+@dataclass
+class Leftovers:
+    """What belongs to a process that is no more.
+
+    Attributes:
+        processes: Tools and OpenCodes; also those that ``keep_background`` left on purpose.
+        paths: Temporary directories and files, and installs that were cut off.
+    """
+
+    processes: list[psutil.Process] = field(default_factory=list)
+    paths: list[Path] = field(default_factory=list)
+
+    @classmethod
+    def find(cls) -> Leftovers:
+        return cls(list(_processes()), [*_temporary(), *_installs()])
+
+    def __bool__(self) -> bool:
+        return bool(self.processes or self.paths)
+
+    def __str__(self) -> str:
+        things = [f"process {process.pid} ({_name(process)})" for process in self.processes]
+        return one_line(", ".join([*things, *map(str, self.paths)]), 1_000)
+
+    def remove(self) -> None:
+        """End the processes and remove the directories, as far as that can be done."""
+        import psutil
+
+        left = self.processes
+        for signal in (psutil.Process.terminate, psutil.Process.kill):
+            for process in left:
+                with suppress(psutil.Error):  # ended by itself, or another user's
+                    signal(process)
+            left = psutil.wait_procs(left, timeout=GRACE_S)[1]
+        for path in self.paths:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _name(process: psutil.Process) -> str:
+    import psutil
+
+    try:
+        return process.name()  # the command line could tell a secret
+    except psutil.Error:
+        return "ended by now"
+
+
+def _processes() -> Iterator[psutil.Process]:
+    import psutil
+
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, PermissionError):  # ended by now, or another user's
+            # A run in a run bears the outer one's token first; that one would stop it too.
+            owner = process.environ().get(MARKER, "").partition("/")[0].partition("-")[0]
+            is_ours = owner.isdigit() and process.pid != os.getpid() and _counts_as_we(process.pid)
+            if is_ours and not _lived_at(int(owner), process.create_time()):
+                yield process
+
+
+def _counts_as_we(pid: int) -> bool:
+    """Whether *pid* is in no container with pids of its own, where an owner's says nothing."""
+    if not os.path.isdir("/proc/self/ns"):
+        return True
+    return os.readlink(f"/proc/{pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
+
+
+def _temporary() -> Iterator[Path]:
+    for path in Path(tempfile.gettempdir()).glob(f"{TEMPORARY_PREFIX}*"):
+        name = _TEMPORARY.match(path.name)
+        with suppress(FileNotFoundError):
+            if name and not _lived_at(int(name["pid"]), path.stat().st_mtime):
+                yield path
+
+
+def _installs() -> Iterator[Path]:
+    from filelock import FileLock, Timeout
+
+    root = managed_root()
+    if not (found := list(root.glob(_INSTALLING))):
+        return
+    with suppress(Timeout), FileLock(root / ".lock", timeout=0):
+        yield from found
+
+
+def _lived_at(pid: int, instant: float) -> bool:
+    """Whether the process that has *pid* now had it already at *instant*, seconds since 1970."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).create_time() <= instant + 1  # clocks tick coarsely
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True

@@ -1,0 +1,175 @@
+"""Text for people: safe to print into a terminal, or to show in a notebook.
+
+What a model, a tool or a prompt says may hold escape sequences, script tags or the address of a
+picture that tells its server who looked. Here it becomes text that is only looked at. Knows strings
+and the figures of a result; nothing of screens.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from .errors import strip_ansi
+
+if TYPE_CHECKING:
+    from .errors import OpenCodeError
+    from .result import RunResult
+
+SHOWN_CHARS = 100_000  # of an answer in a notebook; a browser shows no megabytes
+
+# All but tab and newline; and the marks that let text run backwards over what stands before it.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_FENCE = re.compile(r" {0,3}(?P<marks>`{3,}(?=[^`]*$)|~{3,})\s*(?P<language>[\w+#.-]*)")
+_CODE = re.compile(r"(?<![\\`])(`+)(?!`)(.+?)(?<!`)\1(?!`)")
+_CODE_CHARS = 10_000  # of a line in which code is looked for: it takes time in the square of them
+_LIBRARIES = (os.path.dirname(__file__), os.path.dirname(os.__file__))  # ours, and Python's
+_PUNCTUATION = re.compile(r"[^\w\s]")
+
+
+def printable(text: str) -> str:
+    """*text* without what a terminal would obey; newlines and tabs stay."""
+    return _CONTROLS.sub("", strip_ansi(text).replace("\r\n", "\n"))
+
+
+def one_line(text: str, width: int) -> str:
+    """*text* as one printable line of at most *width* characters."""
+    line = " ".join(printable(text).split())
+    return line if len(line) <= width else f"{line[: width - 3]}..."
+
+
+def money(dollars: float) -> str:
+    """``"$0.0012"``, ``"$3.40"``."""
+    return f"${dollars:.2f}" if dollars >= 1 else f"${dollars:.4f}"
+
+
+def count(number: int, noun: str) -> str:
+    """``"1 step"``, ``"2,000 steps"``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def outcome(result: RunResult) -> str:
+    """``"ok, 2 steps, bash, edit x2, 360 tokens, $0.0009, 4.1 s"``."""
+    words = [result.status, count(result.turns, "step"), *tools_used(result)]
+    words += [count(result.token_usage.total, "token"), money(result.total_cost)]
+    return one_line(", ".join([*words, f"{result.duration_s:.1f} s"]), 200)
+
+
+def tools_used(result: RunResult) -> list[str]:
+    """Each tool's name once, in the order of first use; ``"edit x2"`` where it was used twice."""
+    parts = [event.get("part") for event in result.tool_calls]
+    names = Counter(str(part.get("tool")) for part in parts if isinstance(part, dict))
+    return [name if times == 1 else f"{name} x{times}" for name, times in names.items()]
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """*rows* as lines with aligned columns, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def verbatim(text: str) -> str:
+    """*text* with all punctuation as HTML entities: Markdown and HTML alike show it as it is."""
+    return _PUNCTUATION.sub(lambda match: f"&#{ord(match[0])};", printable(text))
+
+
+def markdown(text: str) -> str:
+    """*text*, which is Markdown, without HTML and pictures.
+
+    Tags and pictures show as the text that they were written with. A block of code is fenced anew,
+    from the first column and with a fence that does not occur in it, so that whoever renders this
+    sees the blocks that were seen here.
+    """
+    lines = iter(printable(text).split("\n"))
+    out: list[str] = []
+    for line in lines:
+        fence = _FENCE.match(line)
+        if fence is None:
+            out.append(_prose(line))
+            continue
+        closing = re.compile(rf" {{0,3}}{fence['marks'][0]}{{{len(fence['marks'])},}}\s*$")
+        block: list[str] = []
+        for inside in lines:
+            if closing.match(inside):
+                break
+            block.append(inside)
+        inner = max(map(len, re.findall("`+", "\n".join(block))), default=0)
+        marks = "`" * max(3, inner + 1)
+        out += ["", f"{marks}{fence['language']}", *block, marks, ""]
+    return "\n".join(out)
+
+
+def _code(match: re.Match[str]) -> str:
+    return f"<code>{verbatim(match[2])}</code>" if "<" in match[2] else match[0]
+
+
+def _prose(line: str) -> str:
+    """A line outside of code blocks. Code in it that holds a tag becomes HTML of ours."""
+    if len(line) <= _CODE_CHARS:
+        line = _CODE.sub(_code, line)
+    return re.sub(r"<(?!/?code>)", "&lt;", line).replace("![", "!&#91;")
+
+
+def html_table(rows: Iterable[tuple[str, str]]) -> str:
+    """*rows* of a name and a text as an HTML table, all escaped."""
+    left = "text-align: left; vertical-align: top"
+    lines = (
+        f'<tr><th style="{left}">{html.escape(name)}</th>'
+        f'<td style="{left}; white-space: pre-wrap">{html.escape(printable(text))}</td></tr>'
+        for name, text in rows
+    )
+    return f"<table>{''.join(lines)}</table>"
+
+
+def result_markdown(result: RunResult) -> str:
+    """A result as a notebook shows it: the answer, and a line on how it came about."""
+    text = result.answer or result.final_text
+    if len(text) > SHOWN_CHARS:
+        text = f"{text[:SHOWN_CHARS]}\n\n... {len(text) - SHOWN_CHARS:,} characters more"
+    notes = [outcome(result)]
+    if result.error is not None:
+        notes.append(one_line(str(result.error), 500))
+    if result.denied_tools:
+        notes.append(f"denied: {', '.join(result.denied_tools)}")
+    return "\n\n".join([markdown(text), *(f"*{verbatim(note)}*" for note in notes)])
+
+
+def error_html(error: OpenCodeError) -> str:
+    """An error as a notebook shows it where it is a value: a small table."""
+    rows = [(type(error).__name__, str(error))]
+    if error.index is not None:
+        rows.append(("job", str(error.index) if error.key is None else error.key))
+    if error.prompt:
+        rows.append(("prompt", one_line(error.prompt, 200)))
+    if error.result is not None:
+        rows.append(("until then", outcome(error.result)))
+    return html_table(rows)
+
+
+def error_lines(error: OpenCodeError) -> list[str]:
+    """An error as IPython shows it where it was raised: the user's own lines, and the message."""
+    import traceback
+
+    lines = [
+        f"{_place(frame.filename)}, line {frame.lineno}: {frame.line}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(_LIBRARIES) and "site-packages" not in frame.filename
+    ]
+    if error.result is not None:
+        lines.append(f"until then: {outcome(error.result)}")
+    return [*lines, f"{type(error).__name__}: {printable(str(error))}"]
+
+
+def _place(filename: str) -> str:
+    # A notebook's cells have files of their own, with numbers for names.
+    return "cell" if "ipykernel_" in filename else os.path.basename(filename)

@@ -1,0 +1,79 @@
+"""How a batch is to go: values, checked before anything is drawn."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ._machine import workers_for_processes
+from .config import RunConfig
+from .errors import OpenCodeConfigError
+from .stream import Limits
+
+OnError = Literal["raise", "return"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a batch is to go; checked when made. Meanings as for ``map``.
+
+    Attributes:
+        default_workers: How many jobs at a time, where neither user nor executor say.
+    """
+
+    workspace: str | os.PathLike[str] = "."
+    run_cfg: RunConfig = field(default_factory=RunConfig)
+    limits: Limits = field(default_factory=Limits)
+    keep_events: bool = True
+    keep_raw: bool = True
+    max_total_cost: float | None = None
+    max_workers: int | None = None
+    default_workers: Callable[[], int] = workers_for_processes
+    buffersize: int | None = None
+    ordered: bool = True
+    on_error: OnError = "raise"
+    progress: bool | Literal["always"] = False
+    checkpoint: str | os.PathLike[str] | None = None
+    retry_failed: bool = True
+    executor: Executor | None = None
+    adaptive: bool = True
+
+    def workers(self) -> int:
+        """How many jobs at a time."""
+        own = self.default_workers
+        return self.max_workers or _workers_of(self.executor) or own()
+
+    def __post_init__(self) -> None:
+        for name in ("max_workers", "buffersize"):
+            value = getattr(self, name)
+            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if value is not None and not is_count:
+                raise OpenCodeConfigError(f"{name} is {value!r}: use 1 or more, or None")
+        budget = self.max_total_cost
+        if budget is not None and not (isinstance(budget, (int, float)) and 0 <= budget < math.inf):
+            raise OpenCodeConfigError(f"max_total_cost is {budget!r}: use US dollars, or None")
+        _check_choice("on_error", self.on_error, "raise", "return")
+        _check_choice("progress", self.progress, False, True, "always")
+        if self.executor is not None and not isinstance(self.executor, Executor):
+            kind = type(self.executor).__name__
+            raise OpenCodeConfigError(f"executor is {kind}: use a concurrent.futures.Executor")
+
+
+def _check_choice(name: str, value: object, *choices: object) -> None:
+    if value not in choices:
+        raise OpenCodeConfigError(f"{name} is {value!r}: use {' or '.join(map(repr, choices))}")
+
+
+def _workers_of(executor: Executor | None) -> int | None:
+    """How many jobs *executor* carries out at a time, where it says so; in no public words."""
+    most = getattr(executor, "_max_workers", None)
+    if isinstance(most, int):
+        return most
+    cluster = getattr(executor, "_client", None)  # of Dask
+    if callable(threads := getattr(cluster, "nthreads", None)):
+        return max(1, int(sum(threads().values())))
+    return None

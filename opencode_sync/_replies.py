@@ -1,0 +1,91 @@
+"""What is answered to the permission requests and questions of a turn.
+
+    permission.asked --+--> note() --> give() --> the caller's answer --> server
+    question.asked   --+               (in the caller's thread)
+
+Knows requests and the bodies of replies; nothing of turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ._http import Connection
+from ._sse import Message
+from .errors import OpenCodeServerError
+
+Body = Mapping[str, Any]
+PermissionAnswer = Callable[[Body], Body]
+QuestionAnswer = Callable[[Body], "Body | None"]
+
+
+def reject(request: Body) -> Body:
+    """The answer to a permission request where nobody is there to ask."""
+    return {"reply": "reject"}
+
+
+def allow_once(request: Body) -> Body:
+    """The answer of ``auto=True``; what a rule denies does not come to be asked."""
+    return {"reply": "once"}
+
+
+def decline(request: Body) -> None:
+    """The answer to a question where nobody is there to ask."""
+
+
+class Replies:
+    """The open requests of one turn, its sub-agents' included."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        directory: str,
+        permission: PermissionAnswer = reject,
+        question: QuestionAnswer = decline,
+    ) -> None:
+        """
+        Args:
+            permission: Gives the body of the reply to a request.
+            question: The same; None declines.
+        """
+        self._connection = connection
+        self._directory = directory
+        self._permission = permission
+        self._question = question
+        self._open: list[Message] = []
+        self._seen: set[str] = set()
+
+    def note(self, message: Message) -> None:
+        """Take in *message*, if it is a request, and a new one."""
+        request_id = str(message.properties.get("id"))
+        if message.type in ("permission.asked", "question.asked") and request_id not in self._seen:
+            self._seen.add(request_id)
+            self._open.append(message)
+
+    def give(self) -> None:
+        """Answer what is open. What an answer raises comes here, after a refusal in its place.
+
+        Raises:
+            OpenCodeServerError: If the server does not take an answer.
+        """
+        while self._open:
+            _, kind, request = self._open.pop(0)
+            is_permission = kind == "permission.asked"
+            path = f"/{'permission' if is_permission else 'question'}/{request.get('id')}"
+            try:
+                body = self._permission(request) if is_permission else self._question(request)
+            except BaseException:
+                with contextlib.suppress(OpenCodeServerError):
+                    self._send(path, reject(request) if is_permission else None)
+                raise
+            self._send(path, body)
+
+    def _send(self, path: str, body: Body | None) -> None:
+        verb = "reject" if body is None else "reply"
+        try:
+            self._connection.post(f"{path}/{verb}", body, directory=self._directory)
+        except OpenCodeServerError as error:
+            if error.status_code != 404:  # somebody else was faster, or the turn was aborted
+                raise

@@ -1,0 +1,70 @@
+"""One prompt, checked: what a source is opened for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from .config import RunConfig
+from .errors import OpenCodeConfigError
+
+StrPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt with its directory and settings.
+
+    Raises:
+        OpenCodeConfigError: When made, of a prompt or a file that cannot be passed on.
+    """
+
+    prompt: str
+    workspace: Path
+    cfg: RunConfig
+
+    def __post_init__(self) -> None:
+        _check_prompt(self.prompt, self.cfg)
+        for file in self.cfg.files:
+            if not (self.workspace / os.path.expanduser(file)).is_file():
+                raise OpenCodeConfigError(
+                    f"no file {os.fspath(file)!r} (counted from {self.workspace})"
+                )
+
+
+def absolute(workspace: StrPath) -> str:
+    """*workspace* as what a worker elsewhere, or later, takes for the same directory."""
+    if not isinstance(workspace, (str, os.PathLike)) or not os.fspath(workspace):
+        return cast(str, workspace)  # refused where the run is begun
+    return os.path.abspath(os.path.expanduser(os.fspath(workspace)))
+
+
+def directory(workspace: StrPath) -> Path:
+    """The directory itself, links and all resolved.
+
+    Raises:
+        OpenCodeConfigError: Where there is none.
+    """
+    if not isinstance(workspace, (str, os.PathLike)) or not os.fspath(workspace):
+        raise OpenCodeConfigError(f"workspace is {workspace!r}: use the path of a directory")
+    try:
+        path = Path(workspace).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OpenCodeConfigError(f"workspace {os.fspath(workspace)!r}: {error}") from None
+    if not path.is_dir():
+        what = "is not a directory" if path.exists() else "does not exist"
+        raise OpenCodeConfigError(f"workspace {str(path)!r} {what}")
+    return path
+
+
+def _check_prompt(prompt: str, cfg: RunConfig) -> None:
+    if not isinstance(prompt, str):
+        raise OpenCodeConfigError(f"prompt is {type(prompt).__name__}: use a str")
+    if not prompt.strip() and cfg.command is None:
+        raise OpenCodeConfigError("the prompt is blank")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise OpenCodeConfigError(f"the prompt cannot be encoded as UTF-8: {error}") from None

@@ -1,0 +1,199 @@
+"""Runs one at a time: the verbs run and stream, and the runs under way.
+
+    run(prompt, ...) --------> stream(prompt, ...) --wait()--> RunResult
+    stream(prompt, ...) --> Request --> _open() of the subclass --> RunStream
+
+A subclass says how one request becomes a source of events; everything else is the same for a
+process per run and for a server. The verbs for many runs are in the room of the runner.
+"""
+
+from __future__ import annotations
+
+import abc
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import TypeVar
+
+from ._futures import cancel_together
+from ._request import Request, StrPath, directory
+from .config import RunConfig, validate_config_for_run
+from .errors import OpenCodeCancelledError, OpenCodeConfigError
+from .result import RunResult
+from .stream import Limits, RunStream, Source
+
+CLOSE_S = 8.0  # bound on waiting for other threads' runs to end; stopping one takes 5 s at most
+
+_CLOSED = "the runner was closed"
+
+_R = TypeVar("_R", bound="Runs")
+
+
+class Runs(abc.ABC):
+    """What starts runs and knows those under way."""
+
+    def __init__(self, run_cfg: RunConfig | None = None) -> None:
+        self._run_cfg = run_cfg if run_cfg is not None else RunConfig()
+        # A plain dict, whose single operations are atomic: see stream._live.
+        self._streams: dict[int, weakref.ref[RunStream]] = {}
+        self._closed = False
+
+    def run(
+        self,
+        prompt: str,
+        workspace: StrPath = ".",
+        *,
+        run_cfg: RunConfig | None = None,
+        timeout_s: float | None = None,
+        idle_timeout_s: float | None = None,
+        max_cost: float | None = None,
+        log_file: StrPath | None = None,
+        max_retries: int = 2,
+        retry_delay_s: float = 1.0,
+    ) -> RunResult:
+        """Run one prompt to its end.
+
+        Args:
+            prompt: Reaches the model byte for byte.
+            workspace: The directory that OpenCode works in.
+            run_cfg: Settings, in place of this runner's own as a whole.
+            timeout_s: Seconds from the start of the process, over all attempts.
+            idle_timeout_s: Seconds without an event or a log line.
+            max_cost: US dollars; a run that passes it in mid-work is stopped at that step.
+            log_file: Gets each event as a line of JSON as it comes, and a line for each attempt.
+                Truncated at the start of the run.
+            max_retries: Further attempts after a start-up failure that is safe to repeat.
+            retry_delay_s: Seconds between attempts.
+
+        Raises:
+            OpenCodeConfigError: Refused before anything was started.
+            OpenCodeError: One of its subclasses, with what was got as ``.result``. Whichever way
+                it ends, the process and its tools are gone. A denied tool is no error: it stands
+                in the result's ``status`` and ``denied_tools``.
+        """
+        with self.stream(
+            prompt,
+            workspace,
+            run_cfg=run_cfg,
+            timeout_s=timeout_s,
+            idle_timeout_s=idle_timeout_s,
+            max_cost=max_cost,
+            log_file=log_file,
+            max_retries=max_retries,
+            retry_delay_s=retry_delay_s,
+        ) as stream:
+            return stream.wait()
+
+    def stream(
+        self,
+        prompt: str,
+        workspace: StrPath = ".",
+        *,
+        run_cfg: RunConfig | None = None,
+        timeout_s: float | None = None,
+        idle_timeout_s: float | None = None,
+        max_cost: float | None = None,
+        log_file: StrPath | None = None,
+        max_retries: int = 2,
+        retry_delay_s: float = 1.0,
+        keep_events: bool = True,
+        keep_raw: bool = True,
+    ) -> RunStream:
+        """Start one prompt, and give its events as they come; arguments as for :meth:`run`.
+
+        Args:
+            keep_events: Keep the events in ``.result`` too.
+            keep_raw: Keep the raw lines in ``.result`` too.
+
+        Raises:
+            OpenCodeConfigError: Refused before anything was started. What goes wrong later is
+                raised by the iteration, after the last event.
+        """
+        self._check_open()
+        limits = Limits(timeout_s, idle_timeout_s, max_cost, max_retries, retry_delay_s)
+        return self._begin(
+            prompt,
+            workspace,
+            limits,
+            run_cfg=run_cfg,
+            log_file=log_file,
+            keep_events=keep_events,
+            keep_raw=keep_raw,
+        )
+
+    def _begin(
+        self,
+        prompt: str,
+        workspace: StrPath,
+        limits: Limits,
+        *,
+        run_cfg: RunConfig | None = None,
+        log_file: StrPath | None = None,
+        keep_events: bool = True,
+        keep_raw: bool = True,
+        on_begin: Callable[[RunStream], None] | None = None,
+    ) -> RunStream:
+        """Start one prompt; *on_begin* gets the stream before anything is started."""
+        request = Request(prompt, directory(workspace), self._checked(run_cfg))
+
+        def open_source(cancelled: Callable[[], bool]) -> Source:
+            return self._open(request, cancelled, keep_raw)
+
+        def remember(stream: RunStream) -> None:
+            self._streams[id(stream)] = weakref.ref(stream)
+            if self._closed:  # close() looks for streams after it has said so
+                raise OpenCodeCancelledError(_CLOSED)
+            if on_begin is not None:
+                on_begin(stream)
+
+        return RunStream(
+            open_source,
+            RunResult(prompt=prompt, workspace=str(request.workspace)),
+            limits,
+            log_file=log_file,
+            keep_events=keep_events,
+            on_begin=remember,
+            on_end=self._forget,
+        )
+
+    def close(self) -> None:
+        """End the runs under way; their callers get OpenCodeCancelledError. Idempotent."""
+        self._closed = True
+        streams = [stream for ref in list(self._streams.values()) if (stream := ref())]
+        cancel_together(streams, _CLOSED)
+        for stream in streams:
+            stream.wait_ended(CLOSE_S)
+
+    def __enter__(self: _R) -> _R:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @abc.abstractmethod
+    def _open(self, request: Request, cancelled: Callable[[], bool], keep_raw: bool) -> Source:
+        """Start one attempt at *request*."""
+
+    def _check(self, cfg: RunConfig) -> None:
+        """Refuse settings that this kind of runner cannot follow."""
+        validate_config_for_run(cfg)
+
+    def _checked(self, run_cfg: RunConfig | None) -> RunConfig:
+        cfg = self._run_cfg if run_cfg is None else run_cfg
+        if not isinstance(cfg, RunConfig):
+            raise OpenCodeConfigError(f"run_cfg is {type(cfg).__name__}: use a RunConfig")
+        self._check(cfg)
+        return cfg
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise OpenCodeConfigError(f"this {type(self).__name__} is closed: make a new one")
+
+    def _forget(self, stream: RunStream) -> None:
+        self._streams.pop(id(stream), None)

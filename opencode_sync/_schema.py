@@ -1,0 +1,186 @@
+"""The shape of an answer: asked for in words, found in a text, validated.
+
+    schema (a class, a type, a JSON Schema) --> OutputSchema --+--> instruction   for the prompt
+    answer text --> JSON values in it --> validated value  <---+
+                                      +-> the validator's words, for a repair
+
+pydantic validates classes and types, jsonschema validates mappings; both are imported when used.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .errors import OpenCodeConfigError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+_FENCED = re.compile(r"```[\w-]*[ \t]*\n(.*?)```", re.DOTALL)
+_OPENING = re.compile(r"[\[{]")
+_MOST_STARTS = 200  # where a value may begin in prose; a text of braces alone would take for ever
+_MOST_WORDS = 20  # faults told to the model at a time
+
+
+class SchemaMismatch(Exception):
+    """An answer that does not fit; *faults* are the validator's words, one entry a fault."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("; ".join(faults))
+        self.faults = faults
+
+
+class OutputSchema:
+    """What an answer has to look like; picklable as what it was made of.
+
+    Attributes:
+        json_schema: The same as a JSON Schema.
+    """
+
+    def __init__(self, schema: Any) -> None:
+        """
+        Args:
+            schema: A JSON Schema as a mapping, or a pydantic model class, a dataclass, a
+                ``TypedDict``, or any other type that pydantic's ``TypeAdapter`` takes.
+
+        Raises:
+            OpenCodeConfigError: If it is none of these, or the package for it is missing.
+        """
+        self._source = schema
+        self._adapter: TypeAdapter[Any] | None = None
+        if isinstance(schema, Mapping):
+            self.json_schema = _checked_schema(schema)
+        else:
+            self._adapter, self.json_schema = _adapted(schema)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OutputSchema, (self._source,)
+
+    @property
+    def instruction(self) -> str:
+        """What a prompt has to say for such an answer."""
+        schema = json.dumps(self.json_schema, ensure_ascii=False)
+        return (
+            "Answer with one JSON value and nothing else: no introduction, no explanation. "
+            f"It has to fit this JSON Schema:\n{schema}"
+        )
+
+    @staticmethod
+    def repair(faults: list[str]) -> str:
+        """What to say to an answer that did not fit."""
+        words = "\n".join(f"- {fault}" for fault in faults[:_MOST_WORDS])
+        return (
+            f"That answer does not fit the JSON Schema:\n{words}\n"
+            "Answer again, with the corrected JSON value and nothing else."
+        )
+
+    def parse(self, text: str) -> Any:
+        """The validated value of the JSON in *text*: bare, in a fenced block, or amid prose.
+
+        Raises:
+            SchemaMismatch: With what is wrong with the likeliest value.
+        """
+        first: SchemaMismatch | None = None
+        for value in _json_values(text):
+            try:
+                return self.validate(value)
+            except SchemaMismatch as mismatch:
+                first = first or mismatch
+        raise first or SchemaMismatch(["the answer holds no JSON value"])
+
+    def validate(self, value: Any) -> Any:
+        """The validated form of a JSON value; raises SchemaMismatch."""
+        if self._adapter is None:
+            return _validate_mapping(self.json_schema, value)
+        from pydantic import ValidationError
+
+        try:
+            return self._adapter.validate_python(value)
+        except ValidationError as error:
+            raise SchemaMismatch(
+                [f"{_path(fault['loc'])}: {fault['msg']}" for fault in error.errors()]
+            ) from None
+
+    def dump(self, parsed: Any) -> Any:
+        """A validated value as plain JSON, from which :meth:`validate` makes it again."""
+        return parsed if self._adapter is None else self._adapter.dump_python(parsed, mode="json")
+
+
+def _adapted(schema: Any) -> tuple[TypeAdapter[Any], dict[str, Any]]:
+    try:
+        from pydantic import TypeAdapter
+        from pydantic.errors import PydanticUserError
+    except ImportError:
+        raise _missing("pydantic") from None
+    name = getattr(schema, "__name__", repr(schema))
+    if isinstance(schema, (str, bytes, int, float, list, tuple)) or schema is None:
+        raise OpenCodeConfigError(f"schema is {schema!r}: use a class, a type or a JSON Schema")
+    try:
+        adapter = TypeAdapter(schema)
+        return adapter, adapter.json_schema()
+    except PydanticUserError as error:
+        reason = str(error).partition("\n")[0]
+        raise OpenCodeConfigError(f"schema {name} cannot be used: {reason}") from error
+
+
+def _checked_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        from jsonschema.exceptions import SchemaError
+        from jsonschema.validators import validator_for
+    except ImportError:
+        raise _missing("jsonschema") from None
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(schema, allow_nan=False))
+        validator_for(plain).check_schema(plain)
+    except SchemaError as error:
+        raise OpenCodeConfigError(f"schema is no JSON Schema: {error.message}") from None
+    except (TypeError, ValueError) as error:
+        raise OpenCodeConfigError(f"schema is no JSON: {error}") from None
+    return plain
+
+
+def _validate_mapping(schema: dict[str, Any], value: Any) -> Any:
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+
+    # A registry of its own: by default a "$ref" to a URL would be fetched.
+    validator = validator_for(schema)(schema, registry=Registry())
+    try:
+        faults = [f"{error.json_path}: {error.message}" for error in validator.iter_errors(value)]
+    except Unresolvable as error:
+        raise OpenCodeConfigError(f"schema refers to what it does not hold: {error}") from None
+    if faults:
+        raise SchemaMismatch(faults)
+    return value
+
+
+def _missing(package: str) -> OpenCodeConfigError:
+    return OpenCodeConfigError(f'schema= needs {package} here: pip install "opencode-sync[schema]"')
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    return "$" + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in location)
+
+
+def _json_values(text: str) -> Iterator[Any]:
+    """The JSON values in *text*, the likeliest first."""
+    for candidate in (text, *_FENCED.findall(text)):
+        try:
+            yield json.loads(candidate)
+        except (ValueError, RecursionError):
+            continue
+    decoder, position = json.JSONDecoder(), 0
+    for _ in range(_MOST_STARTS):
+        match = _OPENING.search(text, position)
+        if match is None:
+            return
+        try:
+            value, position = decoder.raw_decode(text, match.start())
+        except (ValueError, RecursionError):
+            position = match.start() + 1
+        else:
+            yield value

@@ -1,0 +1,224 @@
+"""An ``opencode serve`` of our own, from its start to its end.
+
+    child stdout, stderr --> output thread --> the URL, refusals, the last lines
+    child exit ------------> exit thread ----> on_exit(why), then its tools are stopped
+
+The password stands in the child's environment alone, until the plugin that comes with it has taken
+it out of there too. Knows a process and its lines; nothing of requests.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import signal
+import socket
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from . import _tree
+from .errors import OpenCodeBinaryNotFoundError, OpenCodeServerError, strip_ansi
+
+_log = logging.getLogger("opencode_sync")
+
+PLUGIN = Path(__file__).with_name("_server_plugin.js")
+LINES_KEPT = 20
+JOIN_S = 2.0  # bound on waiting for our own threads, once the child is gone
+
+_LISTENING = "listening on http"
+_REFUSAL = "opencode-sync: "  # what the plugin's lines begin with
+
+# Without a network OpenCode tries for 70 s to install what plugins may need, in each directory,
+# before it answers; the plugin gives tools npm's own default back.
+_ENVIRONMENT = {"npm_config_fetch_retries": "0"}
+
+
+class Server:
+    """A started server, listening on loopback.
+
+    Attributes:
+        pid: Its process id.
+        token: Marks it and all that it starts.
+        url, password: Where it is, and what it asks for.
+    """
+
+    def __init__(
+        self,
+        binary: str,
+        env: Mapping[str, str],
+        directory: Path,
+        *,
+        timeout_s: float,
+        on_exit: Callable[[str], None],
+        on_refusal: Callable[[str, int], None],
+    ) -> None:
+        """Start it in *directory*, and wait until it listens.
+
+        Args:
+            on_exit: Called in a helper thread when it has ended, with what ended it.
+            on_refusal: Called in a helper thread with the session and the HTTP status that a
+                provider refused it with.
+
+        Raises:
+            OpenCodeBinaryNotFoundError: If the binary cannot be run.
+            OpenCodeServerError: If it ends, or does not listen *timeout_s* seconds; with its words.
+        """
+        self.token = _tree.run_token()
+        self.password = secrets.token_urlsafe(32)
+        self.url = ""
+        self._on_exit = on_exit
+        self._on_refusal = on_refusal
+        self._lines: deque[str] = deque(maxlen=LINES_KEPT)
+        self._settled = threading.Event()  # it listens, or has ended
+        self._exited = threading.Event()
+        self._is_stopping = False
+        self._output, childs_end = socket.socketpair()
+        try:
+            self._popen = self._start(binary, env, directory, childs_end)
+        except BaseException:
+            self._output.close()
+            _tree.stop(self.token)
+            raise
+        finally:
+            childs_end.close()
+        self.pid = self._popen.pid
+        self._threads = [self._thread("output", self._read), self._thread("exit", self._wait)]
+        try:
+            self._settled.wait(timeout_s)
+            if not self.url:
+                raise OpenCodeServerError(self._why_not(timeout_s))
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(
+        self, binary: str, env: Mapping[str, str], directory: Path, output: socket.socket
+    ) -> subprocess.Popen[bytes]:
+        try:
+            return subprocess.Popen(
+                # Port 0 is 4096, or a free one where that is taken.
+                [binary, "serve", "--hostname", "127.0.0.1", "--port", "0"],
+                stdin=subprocess.DEVNULL,
+                # A socket and not a pipe, so that we can stop reading whoever else holds it open.
+                stdout=output.fileno(),
+                stderr=output.fileno(),
+                cwd=directory,
+                env={
+                    **_ENVIRONMENT,
+                    **env,
+                    "OPENCODE_CONFIG_CONTENT": _with_plugin(env.get("OPENCODE_CONFIG_CONTENT")),
+                    "OPENCODE_SERVER_PASSWORD": self.password,
+                    "OPENCODE_SERVER_USERNAME": "opencode",
+                    "PWD": str(directory),
+                    _tree.MARKER: _tree.chain(self.token, env),
+                },
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise OpenCodeBinaryNotFoundError(
+                f"{binary!r} cannot be run: {error.strerror}"
+            ) from error
+
+    def _thread(self, what: str, target: Callable[[], None]) -> threading.Thread:
+        name = f"opencode-{self._popen.pid}-{what}"
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        thread.start()
+        return thread
+
+    @property
+    def has_exited(self) -> bool:
+        return self._exited.is_set()
+
+    def wait_exited(self, timeout: float) -> bool:
+        """Whether it has ended, after at most *timeout* seconds."""
+        return self._exited.wait(timeout)
+
+    def memory(self) -> int:
+        """Bytes of memory that it takes, without what it started; 0 where it has ended."""
+        import psutil
+
+        with suppress(psutil.Error):
+            return int(psutil.Process(self.pid).memory_info().rss)
+        return 0
+
+    def stop(self) -> None:
+        """End it with all that it started. Bounded, idempotent, from any thread."""
+        self._is_stopping = True
+        _tree.stop(self.token, roots=() if self.has_exited else (self.pid,))
+        self._exited.wait(JOIN_S)
+        with suppress(OSError):
+            self._output.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            if thread is not threading.current_thread():  # a finaliser may run in any thread
+                thread.join(JOIN_S)
+        self._output.close()
+
+    # -- helper threads ------------------------------------------------------------------------
+
+    def _wait(self) -> None:
+        status = self._popen.wait()
+        self._exited.set()
+        self._settled.set()
+        if not self._is_stopping:
+            self._on_exit(f"the server (pid {self.pid}) {_ending(status)}")
+            _tree.stop(self.token)
+
+    def _read(self) -> None:
+        rest = b""
+        with suppress(OSError):  # closed by stop()
+            while block := self._output.recv(65536):
+                *lines, rest = (rest + block).split(b"\n")
+                for line in lines:
+                    self._take(line.decode("utf-8", "replace"))
+
+    def _take(self, line: str) -> None:
+        if line.startswith(_REFUSAL):
+            with suppress(ValueError, KeyError, TypeError):
+                seen = json.loads(line[len(_REFUSAL) :])
+                self._on_refusal(str(seen["session"]), int(seen["status"]))
+            return
+        self._lines.append(strip_ansi(line))
+        if not self.url and _LISTENING in line:
+            self.url = line[line.index("http") :].strip()
+            self._settled.set()
+
+    def _why_not(self, timeout_s: float) -> str:
+        words = "\n".join(self._lines).strip()
+        if self.has_exited:
+            what = f"opencode serve {_ending(self._popen.returncode)} before it listened"
+        else:
+            what = f"opencode serve did not listen within {timeout_s:g} s (startup_timeout_s)"
+        return f"{what}: {words}" if words else what
+
+
+def _ending(status: int) -> str:
+    if status >= 0:
+        return f"exited with status {status}"
+    with suppress(ValueError):
+        return f"was ended by signal {-status} ({signal.Signals(-status).name})"
+    return f"was ended by signal {-status}"
+
+
+def _with_plugin(content: str | None) -> str:
+    """The configuration with our plugin in it, beside those that are there."""
+    config: dict[str, Any] = json.loads(content) if content else {}
+    plugins = config.get("plugin")
+    config["plugin"] = [*(plugins if isinstance(plugins, list) else []), PLUGIN.as_uri()]
+    return json.dumps(config, ensure_ascii=False)
+
+
+def spare_installation(config_home: Path) -> None:
+    """Have OpenCode find nothing to install in an empty configuration directory of ours.
+
+    It would take 3 s, and the first prompt in each directory waits for it.
+    """
+    directory = config_home / "opencode"
+    (directory / "node_modules").mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = {"packages": {"": {"dependencies": {"@opencode-ai/plugin": "*"}}}}
+    (directory / "package-lock.json").write_text(json.dumps(lock), encoding="utf-8")

@@ -1,0 +1,214 @@
+"""What a batch did, counted as it goes: BatchReport is one look at it.
+
+Holds numbers and the few slowest jobs, so that its size does not grow with the batch.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .errors import OpenCodeError
+from .result import RunResult, TokenUsage
+
+SLOWEST = 5
+_PROMPT_CHARS = 60
+_MAX_KINDS = 100  # of errors told apart; a provider may put anything into a name
+
+
+@dataclass(frozen=True)
+class SlowJob:
+    """One of the jobs that took longest."""
+
+    seconds: float
+    index: int
+    key: str | None
+    prompt: str  # its beginning
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """A batch at one moment, during it or after its end; ``str()`` of it is for people.
+
+    Attributes:
+        done: Jobs that ended well, those from the checkpoint not among them.
+        failed: Jobs that ended with an error.
+        cached: Jobs whose result or error came from the checkpoint.
+        retried: Jobs that were begun again: after a start-up failure, a refusal for too many
+            requests, or since the checkpoint has them as failed.
+        not_run: Jobs that were drawn and not run to an end: the budget was spent, or the batch was
+            left.
+        running: Jobs under way.
+        cost: US dollars spent by this batch: on failed jobs too, not on those of the checkpoint.
+        tokens: Tokens, counted in the same way.
+        wall_s: Seconds from the first job to now, or to the end.
+        busy_s: Seconds that the jobs took, summed: more than *wall_s* where several run at once.
+        rate_limits: How often a provider refused for too many requests.
+        max_workers: How many jobs may be in flight without refusals.
+        lowest_workers: The least that the refusals brought that down to.
+        slowest: The jobs that took longest, slowest first.
+        errors: How many errors there were, by kind.
+    """
+
+    done: int = 0
+    failed: int = 0
+    cached: int = 0
+    retried: int = 0
+    not_run: int = 0
+    running: int = 0
+    cost: float = 0.0
+    tokens: TokenUsage = field(default_factory=TokenUsage)
+    wall_s: float = 0.0
+    busy_s: float = 0.0
+    rate_limits: int = 0
+    max_workers: int = 0
+    lowest_workers: int = 0
+    slowest: tuple[SlowJob, ...] = ()
+    errors: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as values that ``json`` takes."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        counts = [f"{self.done} done", f"{self.failed} failed"]
+        for n, word in (
+            (self.cached, "from the checkpoint"),
+            (self.retried, "retried"),
+            (self.not_run, "not run"),
+            (self.running, "running"),
+        ):
+            counts += [f"{n} {word}"] if n else []
+        tokens = self.tokens
+        lines = [
+            ", ".join(counts),
+            f"${self.cost:.4f}, {tokens.total} tokens ({tokens.input} in, {tokens.output} out)",
+            f"{self.wall_s:.1f} s, jobs {self.busy_s:.1f} s in all",
+        ]
+        if self.rate_limits:
+            lines.append(
+                f"refused {self.rate_limits} times for too many requests: "
+                f"down to {self.lowest_workers} of {self.max_workers} at once"
+            )
+        lines += [f"{n} x {kind}" for kind, n in self.errors.items()]
+        if self.slowest:
+            lines.append("slowest:")
+            lines += [
+                f"  {job.seconds:.1f} s  {job.key or f'job {job.index}'}: {job.prompt}"
+                for job in self.slowest
+            ]
+        return "\n".join(lines)
+
+
+class Tally:
+    """Counts what happens to a batch's jobs; from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._began: float | None = None
+        self._ended: float | None = None
+        self._report = BatchReport()
+        self._counts: Counter[str] = Counter()
+        self._cost = 0.0
+        self._busy_s = 0.0
+        self._tokens = TokenUsage()
+        self._errors: Counter[str] = Counter()
+        self._slowest: list[tuple[float, int, SlowJob]] = []
+
+    @property
+    def cost(self) -> float:
+        """US dollars that the finished jobs have cost."""
+        return self._cost
+
+    @property
+    def mean_cost(self) -> float:
+        """US dollars per finished job; 0.0 before the first."""
+        finished = self._counts["done"] + self._counts["failed"]
+        return self._cost / finished if finished else 0.0
+
+    def begin(self) -> None:
+        """Start the clock, with the first job."""
+        self._began = self._began or time.monotonic()
+
+    def end(self) -> None:
+        """Stop the clock."""
+        self._ended = self._ended or time.monotonic()
+
+    def count(self, what: str, n: int = 1) -> None:
+        """Add to one of the plain numbers: ``"cached"``, ``"retried"``, ``"not_run"``."""
+        with self._lock:
+            self._counts[what] += n
+
+    def spend(self, result: RunResult | None) -> None:
+        """Add what a run cost that is not counted as done or failed."""
+        with self._lock:
+            self._spend(result)
+
+    def finish(
+        self,
+        index: int,
+        prompt: str,
+        key: str | None,
+        end: RunResult | OpenCodeError,
+        busy_s: float = 0.0,
+    ) -> None:
+        """Count a job that has ended."""
+        result = end.result if isinstance(end, OpenCodeError) else end
+        with self._lock:
+            self._counts["failed" if isinstance(end, OpenCodeError) else "done"] += 1
+            if isinstance(end, OpenCodeError):
+                self._count_error(kind_of(end))
+            self._spend(result)
+            self._busy_s += busy_s
+            beginning = " ".join(prompt[: 2 * _PROMPT_CHARS].split())[:_PROMPT_CHARS]
+            job = SlowJob(busy_s, index, key, beginning)
+            heapq.heappush(self._slowest, (busy_s, -index, job))
+            if len(self._slowest) > SLOWEST:
+                heapq.heappop(self._slowest)
+
+    def report(
+        self, *, running: int, rate_limits: int, max_workers: int, lowest: int
+    ) -> BatchReport:
+        """The batch as it stands; the arguments are what others count."""
+        with self._lock:
+            began, ended = self._began, self._ended or time.monotonic()
+            return BatchReport(
+                done=self._counts["done"],
+                failed=self._counts["failed"],
+                cached=self._counts["cached"],
+                retried=self._counts["retried"],
+                not_run=self._counts["not_run"],
+                running=running,
+                cost=self._cost,
+                tokens=self._tokens,
+                wall_s=0.0 if began is None else ended - began,
+                busy_s=self._busy_s,
+                rate_limits=rate_limits,
+                max_workers=max_workers,
+                lowest_workers=lowest,
+                slowest=tuple(job for *_, job in sorted(self._slowest, reverse=True)),
+                errors=dict(self._errors.most_common()),
+            )
+
+    def _spend(self, result: RunResult | None) -> None:
+        if result is not None:
+            self._cost += result.total_cost
+            self._tokens += result.token_usage
+
+    def _count_error(self, kind: str) -> None:
+        known = kind in self._errors or len(self._errors) < _MAX_KINDS
+        self._errors[kind if known else "others"] += 1
+
+
+def kind_of(error: OpenCodeError) -> str:
+    """What an error is counted under, such as ``"OpenCodeProcessError (APIError 401)"``."""
+    kind = type(error).__name__
+    info = error.result.error if error.result is not None else None
+    if info is None:
+        return kind
+    status = f" {info.status_code}" if info.status_code else ""
+    return f"{kind} ({info.name}{status})"

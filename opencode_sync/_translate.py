@@ -1,0 +1,239 @@
+"""A session's messages become the events that ``opencode run`` prints, and some more.
+
+    message.updated ------> which messages belong to the turn, and whether they are complete
+    message.part.updated -> step_start, text, reasoning, tool_use, step_finish   (each part once)
+    message.part.delta ---> text_delta, reasoning_delta
+    session.status -------> retry; busy or idle
+    session.error --------> error
+    permission.asked, question.asked --> permission, question
+
+The turn is over when its session is idle and its answers are complete. Idle alone says nothing: it
+comes twice after an abort or an error, the second time perhaps only after the next prompt.
+Measured with OpenCode 1.18.33. Asks the server nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from ._sse import Message, mapping
+from .events import Event
+
+REFUSED = "provider.refused"  # ours: the HTTP status of a provider's refusal, from the plugin
+ANSWER = "answer"  # ours: the end of a request that is answered when all is done
+
+_STEPS = {"step-start": "step_start", "step-finish": "step_finish"}
+_TRACE = "\n    at "  # with it come the errors that end a turn outside of the model's loop
+
+
+class Translator:
+    """Reads the messages of one turn, in order.
+
+    Attributes:
+        has_begun: The server has taken the prompt.
+        has_used_tools: A tool has run, so that something of it may be left.
+        structured: The last structured output, unchecked; None where there was none.
+    """
+
+    def __init__(self, session_id: str, *, since: int = 0, with_reasoning: bool = False) -> None:
+        """
+        Args:
+            since: When the session's last message was made, in the server's milliseconds; only
+                later ones belong to the turn.
+        """
+        self.has_begun = self.has_used_tools = False
+        self.structured: Any = None
+        self._session_id = session_id
+        self._since = since
+        self._began_at = since
+        self._with_reasoning = with_reasoning
+        self._ours: set[str] = set()  # messages of the turn
+        self._open: set[str] = set()  # answers that are not complete
+        self._has_answer = self._is_idle = self._is_answered = False
+        self._is_stopped = self._has_ended = False
+        self._refusal: str | None = None
+        self._told: set[str] = set()  # parts
+        self._writing: dict[str, str] = {}  # parts under way: text or reasoning
+        self._errors: set[tuple[str, str]] = set()
+        self._refusals: dict[str, int] = {}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is to come."""
+        is_done = self.has_begun and self._is_idle and not self._open
+        is_refused = self._refusal is not None and bool(self._errors)
+        return self._has_ended or is_refused or (is_done and (self._has_answer or self._is_stopped))
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether it may be over without a word that says so."""
+        return not self.is_over and (self._is_idle or self._is_answered or bool(self._errors))
+
+    def stopped(self) -> None:
+        """The turn is being aborted by us, and what the server says about that is no error."""
+        self._is_stopped = True
+
+    def end(self) -> list[Event]:
+        """The turn is over, by what the server says when asked; the last events."""
+        self._has_ended = True
+        if self._refusal is None or self._errors:
+            return []
+        return self._tell_error({"name": "UnknownError", "data": {"message": self._refusal}})
+
+    def read(self, message: Message) -> list[Event]:
+        """The events that *message* amounts to; mostly none or one."""
+        rule = _RULES.get(message.type)
+        return rule(self, message.session_id, message.properties) if rule else []
+
+    def covers(self, stored: Mapping[str, Any]) -> bool:
+        """Whether a stored message is of this turn or a later one."""
+        return _created(mapping(stored.get("info"))) > self._since
+
+    def read_stored(self, session_id: str, stored: Iterable[Mapping[str, Any]]) -> list[Event]:
+        """The events of what the server has stored of a session, but for those told before."""
+        events: list[Event] = []
+        for entry in stored:
+            info = mapping(entry.get("info"))
+            if not self.covers(entry) or _created(info) < self._began_at:
+                continue
+            events += self._message(session_id, {"info": info})
+            for part in entry.get("parts") or ():
+                events += self._part(session_id, {"part": part})
+        return events
+
+    # -- rules ---------------------------------------------------------------------------------
+
+    def _message(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        info = mapping(properties.get("info"))
+        if session_id != self._session_id or _created(info) <= self._since:
+            return []
+        message_id = str(info.get("id"))
+        self._ours.add(message_id)
+        if info.get("role") == "user":
+            if not self.has_begun:
+                self.has_begun, self._began_at = True, _created(info)
+            return []
+        self._has_answer = True
+        if mapping(info.get("time")).get("completed"):
+            self._open.discard(message_id)
+        else:
+            self._open.add(message_id)
+        self.structured = info.get("structured", self.structured)
+        return self._tell_error(info.get("error"))
+
+    def _part(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        part = mapping(properties.get("part"))
+        part_id, kind = str(part.get("id")), part.get("type")
+        is_root = session_id == self._session_id
+        if part_id in self._told or (is_root and part.get("messageID") not in self._ours):
+            return []
+        if kind in ("text", "reasoning"):
+            if not mapping(part.get("time")).get("end"):
+                self._writing[part_id] = kind
+                return []
+            self._writing.pop(part_id, None)
+            if kind == "reasoning" and not self._with_reasoning:
+                return []
+        elif kind == "tool":
+            self.has_used_tools = True
+            if mapping(part.get("state")).get("status") not in ("completed", "error"):
+                return []
+            kind = "tool_use"
+        elif kind in _STEPS:
+            kind = _STEPS[kind]
+        else:
+            return []
+        self._told.add(part_id)
+        return [_event(kind, session_id, part=dict(part))]
+
+    def _delta(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        part_id = str(properties.get("partID"))
+        kind = self._writing.get(part_id)
+        if kind is None or properties.get("field") != "text":
+            return []
+        if kind == "reasoning" and not self._with_reasoning:
+            return []
+        delta = str(properties.get("delta"))
+        return [_event(f"{kind}_delta", session_id, partID=part_id, delta=delta)]
+
+    def _status(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        status = mapping(properties.get("status"))
+        if session_id == self._session_id:
+            self._is_idle = status.get("type") == "idle"
+        if status.get("type") != "retry":
+            return []
+        text = str(status.get("message"))
+        more: dict[str, Any] = {"attempt": status.get("attempt")}
+        if (code := self._refusals.pop(session_id, None)) is not None:
+            more["statusCode"] = code
+            text = f"{code} {text}"
+        return [_event("retry", session_id, message=text, **more)]
+
+    def _refused(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        self._refusals[session_id] = properties["status"]
+        return []
+
+    def _error(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        if session_id != self._session_id:
+            return []  # its parent hears of it as the failure of a tool
+        error = mapping(properties.get("error"))
+        message = str(mapping(error.get("data")).get("message"))
+        if _TRACE in message and (self._is_idle or not self.has_begun):
+            # The last word of a turn that failed around the model's loop; mostly said before.
+            self._has_ended = True
+            message = message.partition("\n")[0]
+            error = {"name": error.get("name"), "data": {"message": message}}
+            return [] if self._errors else self._tell_error(error)
+        return self._tell_error(error)
+
+    def _tell_error(self, error: Any) -> list[Event]:
+        error = mapping(error)
+        key = str(error.get("name")), str(mapping(error.get("data")).get("message"))
+        if not error or key in self._errors:
+            return []
+        if self._is_stopped and key[0] == "MessageAbortedError":
+            return []
+        self._errors.add(key)
+        return [_event("error", self._session_id, error=dict(error))]
+
+    def _answer(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        self._is_answered = True
+        error = properties.get("error")
+        # The reason comes as a message, before it or after; the refusal itself has none.
+        if error is not None and error.status_code is not None:
+            self._refusal = str(error)
+        return []
+
+    def _request(self, session_id: str, properties: Mapping[str, Any], kind: str) -> list[Event]:
+        return [_event(kind, session_id, request=dict(properties))]
+
+    def _permission(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        return self._request(session_id, properties, "permission")
+
+    def _question(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        return self._request(session_id, properties, "question")
+
+
+_RULES = {
+    "message.updated": Translator._message,
+    "message.part.updated": Translator._part,
+    "message.part.delta": Translator._delta,
+    "session.status": Translator._status,
+    "session.error": Translator._error,
+    "permission.asked": Translator._permission,
+    "question.asked": Translator._question,
+    REFUSED: Translator._refused,
+    ANSWER: Translator._answer,
+}
+
+
+def _created(info: Mapping[str, Any]) -> int:
+    created = mapping(info.get("time")).get("created")
+    return created if isinstance(created, int) else 0
+
+
+def _event(kind: str, session_id: str, **more: Any) -> Event:
+    stamp = {"type": kind, "timestamp": time.time_ns() // 1_000_000, "sessionID": session_id}
+    return cast(Event, stamp | more)

@@ -1,0 +1,275 @@
+"""One prompt in a session of a server, as a source of events.
+
+    mailbox --> Translator --> events --> receive()          (the caller's thread)
+                    |
+    GAP, silence ---+-- ask the server for the state: nothing lost, nothing twice
+    questions ------> answers, given in the caller's thread
+
+Knows requests and messages; nothing of deadlines, nor of whose the server is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from . import _tree
+from ._http import Connection
+from ._replies import Replies
+from ._sse import GAP, Mailbox, Message, mapping
+from ._translate import Translator
+from .errors import (
+    OpenCodeError,
+    OpenCodeIncompleteError,
+    OpenCodeProcessError,
+    OpenCodeServerError,
+)
+from .events import Event
+from .result import RunResult
+
+DOUBT_S = 0.5  # silence after which the server is asked whether the turn is over, if it may be
+LOOK_S = 2.0  # the same where nothing speaks for it; doubled each time
+LONGEST_LOOK_S = 30.0
+BEGIN_S = 60.0  # how long a prompt that was taken may show no sign of life
+ABORT_S = 2.0  # bound on each request for the end
+BEGUN_S = 2.0  # bound on waiting, at an early end, for a turn to begin: only then it can be aborted
+PAUSE_S = 0.02
+
+
+class Turn:
+    """A turn under way; see :class:`~opencode_sync._source.Source` for what it promises.
+
+    Attributes:
+        session_id: The session it is a turn of.
+        started_at: When the prompt was sent, a ``time.monotonic()`` instant.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        mailbox: Mailbox,
+        session_id: str,
+        directory: str,
+        *,
+        since: int = 0,
+        with_reasoning: bool = False,
+        keep_background: bool = False,
+        has_marks: bool = False,
+        replies: Replies | None = None,
+    ) -> None:
+        """
+        Args:
+            mailbox: Of the session; closed with the turn.
+            since: When the session's last message was made, in the server's milliseconds.
+            has_marks: The tools' processes bear the session's id, and can be stopped by it.
+            replies: To permission requests and questions; None refuses them all.
+        """
+        self.session_id = session_id
+        self.started_at = time.monotonic()
+        self.label = f"turn in {session_id} on {connection.label}"
+        self._connection = connection
+        self._mailbox = mailbox
+        self._directory = directory
+        self._translator = Translator(session_id, since=since, with_reasoning=with_reasoning)
+        self._keep_background = keep_background
+        self._has_marks = has_marks
+        self._replies = replies or Replies(connection, directory)
+        self._on_close: list[Callable[[], None]] = []
+        self._look_s = LOOK_S
+        self._idle_looks = 0
+        self._loss: OpenCodeServerError | None = None
+        self._is_done = self._was_stopped = False
+
+    @property
+    def is_over(self) -> bool:
+        return self._is_done
+
+    @property
+    def structured(self) -> Any:
+        """The structured output as the model gave it, unchecked; None where there is none."""
+        return self._translator.structured
+
+    def on_close(self, call: Callable[[], None]) -> None:
+        """Have *call* called once, when all is done."""
+        self._on_close.append(call)
+
+    def send(self, body: Mapping[str, Any]) -> None:
+        """Give the server the prompt.
+
+        Raises:
+            OpenCodeServerError: If it refuses.
+        """
+        if "command" not in body:
+            self._connection.post(self._path("prompt_async"), body, directory=self._directory)
+            return
+
+        def answered(error: OpenCodeServerError | None) -> None:
+            self._mailbox.put(Message(self.session_id, "answer", {"error": error}))
+
+        # There is no request for a command that is answered at once.
+        path = f"{self._path('command')}?directory={quote(self._directory)}"
+        self._connection.in_background(path, body, answered)
+
+    def receive(self, timeout: float | None) -> list[Event] | None:
+        """The next events; see :meth:`~opencode_sync._source.Source.receive`."""
+        if self._is_done:
+            return None
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            if not self._was_stopped:
+                self._replies.give()
+            while True:
+                try:
+                    return self._read(self._mailbox.receive(self._patience(deadline)))
+                except queue.Empty:
+                    if deadline is not None and time.monotonic() >= deadline:
+                        raise
+                events = self._look()
+                if events or self._is_done:
+                    return events or None
+        except OpenCodeServerError as error:
+            with contextlib.suppress(OpenCodeServerError):
+                self._abort()  # it may have failed us, and be there all the same
+            self._loss, self._is_done = error, True
+            return None
+
+    def stop(self) -> None:
+        """Abort the turn, and end its tools; see :meth:`~opencode_sync._source.Source.stop`."""
+        self._translator.stopped()
+        self._was_stopped = True
+        with contextlib.suppress(OpenCodeServerError):
+            has_begun = self._has_begun()
+            self._abort()
+            # What has not begun yet cannot be aborted, and would begin unseen.
+            end = time.monotonic() + BEGUN_S
+            while not has_begun and time.monotonic() < end:
+                time.sleep(PAUSE_S)
+                has_begun = self._has_begun()
+                if has_begun:
+                    self._abort()
+        self._stop_tools()
+
+    def settle(self, result: RunResult) -> OpenCodeError | None:
+        """Complete *result*, and say what went wrong."""
+        # After a stop too: it came from another thread, perhaps, which is still at it.
+        may_have_left = self._translator.has_used_tools and not self._keep_background
+        if may_have_left or self._was_stopped or self._loss is not None:
+            self._stop_tools()
+        result.session_id = self.session_id
+        if self._loss is not None:
+            self._loss.result = result
+            return self._loss
+        if result.status == "error":
+            reason = str(result.error)
+            return OpenCodeProcessError(None, events=result.events, reason=reason, result=result)
+        if result.status == "incomplete":
+            reason = result.finish_reason or "none"
+            return OpenCodeIncompleteError(
+                f"the turn ended without a closing step (last reason: {reason})", result=result
+            )
+        return None
+
+    def may_repeat(self, result: RunResult) -> bool:
+        """Never: what keeps a prompt from being taken is raised before there is a turn."""
+        return False
+
+    def close(self) -> None:
+        self._mailbox.close()
+        while self._on_close:
+            self._on_close.pop()()
+
+    # -- messages ------------------------------------------------------------------------------
+
+    def _read(self, messages: Sequence[Message]) -> list[Event] | None:
+        self._look_s, self._idle_looks = LOOK_S, 0
+        events: list[Event] = []
+        for message in messages:
+            if message is GAP:
+                events += self._catch_up()
+                continue
+            events += self._translator.read(message)
+            self._replies.note(message)
+        if self._translator.is_over:
+            self._is_done = True
+            return events or None
+        return events
+
+    def _patience(self, deadline: float | None) -> float:
+        wait_s = DOUBT_S if self._translator.is_doubtful else self._look_s
+        return wait_s if deadline is None else max(0.0, min(wait_s, deadline - time.monotonic()))
+
+    def _look(self) -> list[Event]:
+        """Nothing came for a while: has the end been missed?"""
+        if self._is_busy():
+            self._look_s, self._idle_looks = min(2 * self._look_s, LONGEST_LOOK_S), 0
+            return []
+        self._idle_looks += 1
+        has_started = self._translator.has_begun or self._translator.is_doubtful
+        # Once may be the moment before it begins.
+        if self._idle_looks < 2 or not (has_started or self._age() > BEGIN_S):
+            return []
+        self._is_done = True
+        return [*self._stored(), *self._translator.end()]
+
+    def _catch_up(self) -> list[Event]:
+        """Messages were lost: take what the server has stored in their place."""
+        events = self._stored()
+        status = "busy" if self._is_busy() else "idle"
+        events += self._translator.read(
+            Message(self.session_id, "session.status", {"status": {"type": status}})
+        )
+        for kind in ("permission", "question"):
+            for request in self._get(f"/{kind}"):
+                if mapping(request).get("sessionID") in self._mailbox.sessions:
+                    message = Message(request["sessionID"], f"{kind}.asked", request)
+                    events += self._translator.read(message)
+                    self._replies.note(message)
+        return events
+
+    def _stored(self) -> list[Event]:
+        events: list[Event] = []
+        told: set[str] = set()
+        while new := [name for name in self._mailbox.sessions if name not in told]:
+            for session_id in new:
+                told.add(session_id)
+                stored = self._get(f"/session/{quote(session_id, safe='')}/message")
+                events += self._translator.read_stored(session_id, stored)
+                for part in (part for entry in stored for part in entry.get("parts") or ()):
+                    metadata = mapping(mapping(mapping(part).get("state")).get("metadata"))
+                    if part.get("tool") == "task" and (child := metadata.get("sessionId")):
+                        self._mailbox.follow(str(child))
+        return events
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def _path(self, verb: str) -> str:
+        return f"/session/{quote(self.session_id, safe='')}/{verb}"
+
+    def _get(self, path: str, **params: Any) -> Any:
+        return self._connection.get(path, directory=self._directory, **params) or ()
+
+    def _is_busy(self, **bounds: Any) -> bool:
+        return self.session_id in self._get("/session/status", **bounds)
+
+    def _has_begun(self) -> bool:
+        if self._is_done or self._translator.has_begun or self._is_busy(timeout_s=ABORT_S):
+            return True
+        last = self._get(self._path("message"), limit=1, timeout_s=ABORT_S)
+        return any(map(self._translator.covers, last))
+
+    def _abort(self) -> None:
+        if not self._is_done:
+            path = self._path("abort")
+            self._connection.post(path, directory=self._directory, timeout_s=ABORT_S)
+
+    def _stop_tools(self) -> None:
+        if self._has_marks:
+            for session_id in tuple(self._mailbox.sessions):
+                _tree.stop(session_id)
+
+    def _age(self) -> float:
+        return time.monotonic() - self.started_at

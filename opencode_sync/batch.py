@@ -1,0 +1,297 @@
+"""Many jobs, drawn lazily, run at the same time, and their results one by one.
+
+    jobs --draw--> Task --put--> Dispatch --take--> result or error --> the caller's loop
+            |                      ^
+            +-- found in the checkpoint: ready at once
+
+The caller's thread is the only one that touches the input, the progress bar, and what is given out;
+what happens in between is the dispatch's. Knows nothing of OpenCode: a job is what a stream is made
+of.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Generic, TypeVar, cast
+
+from ._dispatch import Dispatch
+from ._fingerprint import job_fingerprint, settings_fingerprint
+from ._options import Options
+from ._progress import Progress
+from ._request import absolute
+from ._tally import BatchReport, Tally
+from ._task import End, Settings, Streams, Task
+from ._throttle import Throttle
+from .checkpoint import Checkpoint, Saved
+from .config import Job
+from .errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
+from .result import RunResult
+
+T = TypeVar("T", bound=RunResult | OpenCodeError, covariant=True)
+
+
+class BatchRun(Iterator[T], Generic[T]):
+    """The results of a batch, and its report: an iterator and a context manager.
+
+    Nothing starts before the first result is asked for. Leaving the block, or losing the last
+    reference, ends the runs under way with their tools, within seconds; finished ones are in the
+    checkpoint by then. One thread iterates; :meth:`close` and ``report`` may come from any.
+    """
+
+    def __init__(self, runner: Streams, jobs: Iterable[str | Job], options: Options) -> None:
+        self._is_ended = True  # nothing to close, should one of the next lines raise
+        if isinstance(jobs, (str, bytes, Job, Mapping)) or not isinstance(jobs, Iterable):
+            raise OpenCodeConfigError(f"jobs is {type(jobs).__name__}: use an iterable of prompts")
+        self._jobs = iter(jobs)
+        self._n_jobs = len(jobs) if isinstance(jobs, Sized) else None
+        self._options = options
+        self._most = options.workers()
+        self._buffersize = options.buffersize or 2 * self._most
+        self._runner = runner
+        self._tally = Tally()
+        self._dispatch: Dispatch | None = None
+        self._checkpoint: Checkpoint | None = None
+        self._own_executor: ThreadPoolExecutor | None = None
+        self._progress: Progress | None = None
+        self._settings = ""
+        self._drawn = self._given = 0
+        self._has_input = True
+        self._input_error: Exception | None = None
+        self._error: OpenCodeError | None = None
+        self._advancing, self._closing = threading.Lock(), threading.Lock()
+        self._pid = os.getpid()
+        self._is_ended = False
+
+    @property
+    def report(self) -> BatchReport:
+        """The batch as it stands, during it and after its end."""
+        if self._dispatch is not None:
+            return self._dispatch.report()
+        most = self._most
+        return self._tally.report(running=0, rate_limits=0, max_workers=most, lowest=most)
+
+    def __iter__(self) -> BatchRun[T]:
+        return self
+
+    def __next__(self) -> T:
+        if os.getpid() != self._pid:
+            raise OpenCodeConfigError("this batch belongs to the process that was forked from")
+        if not self._advancing.acquire(blocking=False):
+            raise OpenCodeConfigError("this batch is being iterated already, here or in a thread")
+        try:
+            if self._is_ended:
+                error, self._error = self._error, None
+                raise error or StopIteration
+            try:
+                return cast(T, self._next())
+            except BaseException:  # StopIteration and Ctrl-C too
+                self.close()
+                raise
+        finally:
+            self._advancing.release()
+
+    def close(self) -> None:
+        """End the runs under way with their tools; iteration then just ends. Idempotent."""
+        self._stop("the batch was closed")
+
+    def cancel(self, reason: str = "the batch was cancelled") -> None:
+        """The same, but who iterates gets OpenCodeCancelledError."""
+        self._stop(reason, OpenCodeCancelledError(reason))
+
+    def __enter__(self) -> BatchRun[T]:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_is_ended", True):
+            with contextlib.suppress(Exception):  # a finaliser has nobody to raise to
+                self.close()
+
+    def __repr__(self) -> str:
+        state = "ended" if self._is_ended else "open"
+        return f"<BatchRun {state}, {self._drawn} drawn, {self._given} given>"
+
+    def _next(self) -> End:
+        dispatch = self._begin()
+        self._draw(dispatch)
+        if self._given == self._drawn:
+            if self._input_error is not None:
+                raise self._input_error
+            raise StopIteration
+        place = self._given if self._options.ordered else None
+        try:
+            index, end = dispatch.take(place, self._show_progress)
+        except OpenCodeCancelledError:
+            if self._is_ended and self._error is None:  # closed in another thread
+                raise StopIteration from None
+            self._error = None
+            raise
+        if isinstance(end, Saved):
+            end = self._load(index, end)
+        self._given += 1
+        self._show_progress()
+        if isinstance(end, OpenCodeError) and self._options.on_error == "raise":
+            raise end
+        return end
+
+    # -- the input -------------------------------------------------------------------------------
+
+    def _draw(self, dispatch: Dispatch) -> None:
+        """Draw jobs until the buffer is full; only one where there is something to give."""
+        place = self._given if self._options.ordered else None
+        while self._has_input and self._drawn - self._given < self._buffersize:
+            is_ready = dispatch.is_ready(place)
+            try:
+                job = next(self._jobs)
+            except StopIteration:
+                self._has_input = False
+                return
+            except Exception as error:  # noqa: BLE001 - raised in its place, after what was drawn
+                self._has_input, self._input_error = False, error
+                return
+            self._add(dispatch, self._drawn, job)
+            self._drawn += 1
+            if is_ready:
+                return
+
+    def _add(self, dispatch: Dispatch, index: int, job: str | Job) -> None:
+        task = self._task(index, job)
+        if isinstance(task, OpenCodeError):
+            task.index = index
+            dispatch.put_ready(index, task)
+            self._tally.finish(index, str(job), None, task, 0.0)
+            return
+        if self._checkpoint is not None and task.key is not None:
+            wanted = not self._options.retry_failed
+            saved = self._checkpoint.find(task.key, task.fingerprint, failures=wanted)
+            if saved is not None:
+                self._tally.count("cached")
+                dispatch.put_ready(index, saved)
+                return
+            self._tally.count("retried", int(self._checkpoint.has_failed(task.key)))
+        dispatch.put(task)
+
+    def _task(self, index: int, job: str | Job) -> Task | OpenCodeConfigError:
+        """*job* with the batch's settings where it has none; or what is wrong with it."""
+        if isinstance(job, str):
+            job = Job(job)
+        if not isinstance(job, Job):
+            kind = type(job).__name__
+            return OpenCodeConfigError(f"job {index} is {kind}: use a str or a Job")
+        options = self._options
+        cfg = options.run_cfg if job.run_cfg is None else job.run_cfg
+        workspace = absolute(options.workspace if job.workspace is None else job.workspace)
+        timeout_s = options.limits.timeout_s if job.timeout_s is None else job.timeout_s
+        key, fingerprint = job.key, ""
+        if self._checkpoint is not None:
+            own = self._settings if job.run_cfg is None else settings_fingerprint(cfg)
+            fingerprint = job_fingerprint(job.prompt, workspace, own)
+            key = self._checkpoint.take_key(key, fingerprint)
+        return Task(index, job.prompt, workspace, key, cfg, timeout_s, fingerprint)
+
+    def _load(self, index: int, saved: Saved) -> End:
+        assert self._checkpoint is not None
+        end = self._checkpoint.load(saved)
+        end.index = index
+        if isinstance(end, OpenCodeError) and end.result is not None:
+            end.prompt, end.key, end.result.index = end.result.prompt, end.result.key, index
+        return end
+
+    # -- beginning and end -----------------------------------------------------------------------
+
+    def _begin(self) -> Dispatch:
+        if self._dispatch is not None:
+            return self._dispatch
+        options = self._options
+        self._settings = settings_fingerprint(options.run_cfg)
+        if options.checkpoint is not None:
+            self._checkpoint = Checkpoint(options.checkpoint, self._settings)
+        if options.progress:
+            self._progress = Progress(self._n_jobs, always=options.progress == "always")
+        # Nothing that its thread holds may lead back here, or dropping the batch would not end it.
+        self._dispatch = Dispatch(
+            self._runner,
+            Settings(options.limits, options.keep_events, options.keep_raw),
+            Throttle(self._most, adaptive=options.adaptive),
+            self._tally,
+            checkpoint=self._checkpoint,
+            max_total_cost=options.max_total_cost,
+            stop_at_failure=options.on_error == "raise",
+        )
+        executor = options.executor
+        if executor is None:
+            executor = self._own_executor = ThreadPoolExecutor(self._most, "opencode-batch")
+        _open[id(self)] = weakref.ref(self)
+        _mind_exit()
+        self._dispatch.begin(executor)
+        return self._dispatch
+
+    def _show_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.show(self.report)
+
+    def _stop(self, reason: str, error: OpenCodeError | None = None) -> None:
+        if os.getpid() != self._pid:  # a forked child owns none of this
+            self._is_ended = True
+            return
+        with self._closing:
+            if self._is_ended:
+                return
+            self._error = error
+            self._is_ended = True
+            _open.pop(id(self), None)
+            try:
+                if self._dispatch is not None:
+                    self._dispatch.stop(reason)
+            finally:
+                self._release()
+
+    def _release(self) -> None:
+        self._tally.end()
+        if self._own_executor is not None:
+            self._own_executor.shutdown(wait=False)
+        if self._progress is not None:
+            self._show_progress()
+            self._progress.close()
+        if self._checkpoint is not None:
+            self._checkpoint.close()
+
+
+# Batches under way. A plain dict, whose single operations are atomic: see stream._live.
+_open: dict[int, weakref.ref[BatchRun[Any]]] = {}
+_minded: set[bool] = set()
+
+
+def _cancel_at_exit() -> None:
+    for ref in list(_open.values()):
+        if (batch := ref()) is not None:
+            batch.cancel("the interpreter is shutting down")
+
+
+def _mind_exit() -> None:
+    """See that batches under way do not hold up the interpreter's exit."""
+    # concurrent.futures waits there for what its pools have, and what is registered last is called
+    # first: so once more, if it was then that the pools of processes were first imported.
+    has_processes = "concurrent.futures.process" in sys.modules
+    if has_processes not in _minded:
+        _minded.add(has_processes)
+        getattr(threading, "_register_atexit", atexit.register)(_cancel_at_exit)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_open.clear)  # they are the parent's

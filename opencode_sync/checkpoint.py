@@ -1,0 +1,303 @@
+"""Finished jobs on disk, one line of JSON each, found again by key.
+
+    {"key": ..., "fingerprint": ..., "settings": ..., "failure": null, <RunResult.to_dict()>}
+    {"key": ..., "fingerprint": ..., "settings": ..., "failure": {"type", "message", ...}, ...}
+
+All lines have the same keys, so that ``pandas.read_json(path, lines=True)`` reads them. In memory
+are the keys and where their lines begin. A line is complete and synced, or it is cut off by the
+next to open the file. One batch writes, by a lock on ``PATH.lock``, which stays behind. Knows
+results; nothing of how they came about.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ._saved import dumped, end_of, failure_of
+from .errors import OpenCodeConfigError, OpenCodeError
+from .result import RunResult
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+_log = logging.getLogger("opencode_sync")
+
+_BEGINNING = b'{"key": "'  # of each line; what begins otherwise is none of ours, and left alone
+
+
+class Entry(NamedTuple):
+    """One finished job."""
+
+    key: str
+    fingerprint: str
+    end: RunResult | OpenCodeError
+
+
+class Saved(NamedTuple):
+    """Where a finished job stands."""
+
+    offset: int
+    is_failure: bool
+    fingerprint: str
+
+
+class Checkpoint:
+    """The finished jobs of a batch, in a file that outlives it."""
+
+    def __init__(self, path: str | os.PathLike[str], settings: str) -> None:
+        """Open *path*, or make it.
+
+        Args:
+            settings: Fingerprint of what all jobs have in common.
+
+        Raises:
+            OpenCodeConfigError: It is in use, damaged, no checkpoint, or of other settings.
+        """
+        # What a link leads to, so that two names of one file have one lock.
+        self._path = Path(os.path.realpath(os.path.expanduser(path)))
+        self._settings = settings
+        self._index: dict[str, Saved] = {}
+        self._taken: dict[str, int] = {}  # how often a key was given out by this batch
+        self._superseded = 0
+        self._writing = (
+            threading.Lock()
+        )  # held against close(), after which the descriptor is another's
+        self._lock = self._acquire()
+        try:
+            self._descriptor = self._open()
+            try:
+                self._size = self._scan()
+            except BaseException:
+                os.close(self._descriptor)
+                raise
+        except BaseException:
+            self._lock.release()
+            raise
+        self._is_open = True
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def take_key(self, key: str | None, fingerprint: str) -> str:
+        """The key of this batch's next job: its own, or one made of its *fingerprint*.
+
+        Raises:
+            OpenCodeConfigError: If *key* was taken before, or cannot be written.
+        """
+        wanted = fingerprint if key is None else key
+        taken = self._taken[wanted] = self._taken.get(wanted, 0) + 1
+        if key is None:
+            return wanted if taken == 1 else f"{wanted}#{taken}"  # the same prompt once more
+        if taken > 1:
+            raise OpenCodeConfigError(f"two jobs have the key {key!r}: a checkpoint needs one each")
+        try:
+            key.encode()
+        except UnicodeEncodeError:
+            raise OpenCodeConfigError(f"the key {key!r} cannot be encoded as UTF-8") from None
+        return key
+
+    def find(self, key: str, fingerprint: str, *, failures: bool = True) -> Saved | None:
+        """Where *key* stands; None if it does not, or has failed and *failures* are not wanted.
+
+        Raises:
+            OpenCodeConfigError: If what stands there was another prompt, workspace or settings.
+        """
+        saved = self._index.get(key)
+        if saved is None or (saved.is_failure and not failures):
+            return None
+        if saved.fingerprint != fingerprint:
+            raise OpenCodeConfigError(
+                f"checkpoint {str(self._path)!r} has the job {key!r} with another prompt, "
+                "workspace or other settings: use another file, or another key"
+            )
+        return saved
+
+    def has_failed(self, key: str) -> bool:
+        """Whether *key* stands there with a failure."""
+        saved = self._index.get(key)
+        return saved is not None and saved.is_failure
+
+    def load(self, saved: Saved) -> RunResult | OpenCodeError:
+        """The finished job as it was."""
+        with open(self._path, "rb") as file:
+            file.seek(saved.offset)
+            return end_of(json.loads(file.readline()))
+
+    def write(self, entries: Sequence[Entry]) -> None:
+        """Append *entries*; returns when they are on the disk.
+
+        Raises:
+            OpenCodeError: If the system does not take them; none of them is in the file then.
+        """
+        lines = [self._line(entry) for entry in entries]
+        with self._writing:
+            try:
+                self._append(b"".join(lines))
+            except OSError as error:
+                raise OpenCodeError(
+                    f"checkpoint {str(self._path)!r}: {error.strerror}; "
+                    f"{len(entries)} finished jobs were not saved"
+                ) from error
+        for entry, line in zip(entries, lines, strict=True):
+            is_failure = isinstance(entry.end, OpenCodeError)
+            self._note(entry.key, Saved(self._size, is_failure, entry.fingerprint))
+            self._size += len(line)
+
+    def close(self) -> None:
+        """Give the file back, with one line a job. Idempotent."""
+        with self._writing:
+            if not self._is_open:
+                return
+            self._is_open = False
+            os.close(self._descriptor)
+        try:
+            if self._superseded:
+                self._drop_superseded()
+        except OSError as error:  # the file is as good as before, only longer
+            _log.warning("checkpoint %s keeps old failures: %s", self._path, error.strerror)
+        finally:
+            self._lock.release()
+
+    # -- the file ----------------------------------------------------------------------------------
+
+    def _acquire(self) -> BaseFileLock:
+        from filelock import FileLock, Timeout
+
+        if not self._path.parent.is_dir():  # the lock would make it
+            raise self._refusal(f"there is no directory {str(self._path.parent)!r}")
+        lock = FileLock(f"{self._path}.lock", timeout=0, thread_local=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise OpenCodeConfigError(
+                f"checkpoint {str(self._path)!r} is being written by another batch"
+            ) from None
+        except OSError as error:
+            raise self._refusal(error.strerror or str(error)) from error
+        return lock
+
+    def _open(self) -> int:
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._sync_directory()
+        except OSError as error:
+            raise self._refusal(error.strerror or str(error)) from error
+        return descriptor
+
+    def _scan(self) -> int:
+        """Index all lines, and repair the last one; returns the file's size."""
+        offset = 0
+        for number, line in enumerate(self._lines(), 1):
+            entry = _parsed(line)
+            if entry is None and not line.endswith(b"\n") and _may_be_torn(line):
+                _log.warning(
+                    "checkpoint %s: line %d was cut off, and is removed", self._path, number
+                )
+                os.ftruncate(self._descriptor, offset)
+                os.fsync(self._descriptor)
+                break
+            if entry is None:
+                raise self._refusal(f"line {number} is damaged, or no line of a checkpoint")
+            if entry["settings"] != self._settings:
+                raise self._refusal(f"line {number} is of other settings: use another file")
+            is_failure = entry["failure"] is not None
+            self._note(entry["key"], Saved(offset, is_failure, entry["fingerprint"]))
+            offset += len(line)
+            if not line.endswith(b"\n"):  # complete all the same
+                _write_all(self._descriptor, b"\n")
+                offset += 1
+                break
+        return offset
+
+    def _lines(self) -> Iterator[bytes]:
+        with open(self._path, "rb") as file:
+            yield from file
+
+    def _append(self, data: bytes) -> None:
+        if not self._is_open:
+            raise OSError(errno.EBADF, "it is closed")
+        try:
+            _write_all(self._descriptor, data)
+            os.fsync(self._descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._size)
+            raise
+
+    def _note(self, key: str, saved: Saved) -> None:
+        self._superseded += key in self._index
+        self._index[key] = saved
+
+    def _line(self, entry: Entry) -> bytes:
+        if isinstance(entry.end, OpenCodeError):
+            error: OpenCodeError | None = entry.end
+            result = entry.end.result or RunResult(prompt=entry.end.prompt or "")
+        else:
+            error, result = None, entry.end
+        line = {
+            "key": entry.key,
+            "fingerprint": entry.fingerprint,
+            "settings": self._settings,
+            "failure": None if error is None else failure_of(error),
+            **{name: value for name, value in result.to_dict().items() if name != "key"},
+        }
+        return dumped(line) + b"\n"
+
+    def _drop_superseded(self) -> None:
+        """Keep the last line of each key: a failure gives way to what a later run made of it."""
+        current = {saved.offset for saved in self._index.values()}
+        new = self._path.with_name(f"{self._path.name}.new")  # one of a killed batch is overwritten
+        offset = 0
+        with open(new, "wb") as file:
+            for line in self._lines():
+                if offset in current:
+                    file.write(line)
+                offset += len(line)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.copymode(self._path, new)
+        os.replace(new, self._path)
+        self._sync_directory()
+
+    def _sync_directory(self) -> None:
+        descriptor = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _refusal(self, why: str) -> OpenCodeConfigError:
+        return OpenCodeConfigError(f"checkpoint {str(self._path)!r}: {why}")
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The line's object, if it is one of ours."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or "failure" not in entry:
+        return None
+    is_ours = all(isinstance(entry.get(name), str) for name in ("key", "fingerprint", "settings"))
+    return entry if is_ours and isinstance(entry["failure"], (dict, type(None))) else None
+
+
+def _may_be_torn(line: bytes) -> bool:
+    # After a power cut, a file system may show zeros where data had not arrived.
+    begins = line.startswith(_BEGINNING) or _BEGINNING.startswith(line)
+    return begins or not line.strip(b"\0")

@@ -1,0 +1,149 @@
+"""Batches of real runs."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from pathlib import Path
+
+from opencode_sync import (
+    Job,
+    OpenCodeClient,
+    OpenCodeProcessError,
+    RunConfig,
+    RunResult,
+)
+from opencode_sync.testing import Answer, ChatRequest, Reply
+from tests.live.conftest import MakeModel
+
+ROOT = Path(__file__).parent.parent.parent
+
+# Prints what it got on stdout; the bar is on stderr, which is a terminal.
+SCRIPT = """
+import sys
+from opencode_sync import OpenCodeClient, OpenCodeError
+from opencode_sync.testing import Reply, ScriptedModel
+
+def answer(request):
+    if "bad" in request.prompt:
+        return Reply.failure(401, "bad key")
+    return f"You said {request.prompt}."
+
+with ScriptedModel(answer) as model, OpenCodeClient(sys.argv[1]) as client:
+    cfg = model.run_config()
+    jobs = ["one", "two", "bad three", "four", "bad five", "six"]
+    batch = client.map(jobs, run_cfg=cfg, max_workers=2, on_error="return", progress=True)
+    for end in batch:
+        is_error = isinstance(end, OpenCodeError)
+        print(end.index, str(end).partition("\\n")[0] if is_error else end.answer)
+    print(batch.report.done, batch.report.failed, batch.report.errors)
+"""
+
+
+def test_six_prompts_some_of_which_fail_with_a_bar_on_a_terminal(
+    opencode_binary: str, workspace: Path
+) -> None:
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 150, 0, 0))
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        child = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, opencode_binary],
+            cwd=workspace,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            text=True,
+        )
+        os.close(theirs)
+        shown: list[bytes] = []
+        reader = threading.Thread(target=_read, args=(terminal, shown))
+        reader.start()
+        out, _ = child.communicate(timeout=110)
+        reader.join(10)
+
+    assert out.splitlines() == [
+        "0 You said one.",
+        "1 You said two.",
+        "2 opencode exited with status 1: APIError 401: bad key",
+        "3 You said four.",
+        "4 opencode exited with status 1: APIError 401: bad key",
+        "5 You said six.",
+        "4 2 {'OpenCodeProcessError (APIError 401)': 2}",
+    ]
+    last = b"".join(shown).decode().rstrip().rpartition("\r")[2]
+    assert "6/6" in last
+    assert "2 failed" in last
+
+
+def _read(terminal: object, into: list[bytes]) -> None:
+    try:
+        while data := terminal.read(65536):  # type: ignore[attr-defined]
+            into.append(data)
+    except OSError:  # the other end is closed
+        pass
+
+
+def test_a_refusal_for_too_many_requests_is_noticed_as_it_comes(
+    client: OpenCodeClient, workspace: Path, scripted: MakeModel
+) -> None:
+    def answer(request: ChatRequest) -> Answer:
+        refused.wait(60)
+        return "done"
+
+    refused = threading.Event()
+    model = scripted(answer, max_concurrent=1, retry_after_s=0.5)
+    jobs = ["one", "two", "three"]
+    batch = client.map(jobs, workspace, run_cfg=model.run_config(), max_workers=2)
+    watcher = threading.Thread(target=_set_when, args=(refused, batch))
+    watcher.start()
+
+    results = list(batch)
+
+    watcher.join(10)
+    assert [result.answer for result in results] == ["done"] * 3
+    assert batch.report.rate_limits >= 1
+    assert batch.report.lowest_workers == 1
+    assert len(model.requests) + len(model.refused_requests) < 6
+
+
+def _set_when(refused: threading.Event, batch: object) -> None:
+    while not batch.report.rate_limits and not refused.wait(0.05):  # type: ignore[attr-defined]
+        pass
+    refused.set()
+
+
+def test_cancelling_a_future_ends_a_real_run(
+    client: OpenCodeClient, workspace: Path, scripted: MakeModel
+) -> None:
+    model = scripted(Reply.hang("Working"))
+    future = client.submit("Work", workspace, run_cfg=model.run_config())
+    model.wait_for_requests(1, timeout_s=60)
+
+    assert future.cancel()
+
+    assert future.cancelled()
+    model.wait_until_idle(10)
+
+
+def test_jobs_have_settings_and_workspaces_of_their_own(
+    client: OpenCodeClient, tmp_path: Path, scripted: MakeModel
+) -> None:
+    model = scripted("fine")
+    good = model.run_config()
+    bad = good.replace(model="nobody/nothing")
+    directories = [tmp_path / name for name in "ab"]
+    for directory in directories:
+        directory.mkdir()
+    jobs = [Job("one", directories[0], good), Job("two", directories[1], bad, key="k")]
+
+    first, second = client.map(jobs, max_workers=2, on_error="return", run_cfg=RunConfig())
+
+    assert isinstance(first, RunResult)
+    assert (first.answer, first.workspace) == ("fine", str(directories[0].resolve()))
+    assert isinstance(second, OpenCodeProcessError)
+    assert (second.index, second.key) == (1, "k")

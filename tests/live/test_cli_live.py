@@ -1,0 +1,107 @@
+"""The shell's door with the real opencode: every shape of a run, and the demo."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from opencode_sync import cli
+from opencode_sync.testing import Reply, ScriptedModel, tool_call
+
+Scripted = Callable[..., ScriptedModel]
+Shell = Callable[..., tuple[int, str, str]]
+Options = Callable[[ScriptedModel], list[str]]
+
+
+@pytest.fixture
+def shell(
+    opencode_binary: str,
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Shell:
+    """Runs a command line in the workspace; returns the exit status, stdout and stderr."""
+    monkeypatch.setenv("OPENCODE_BINARY", opencode_binary)
+    monkeypatch.chdir(workspace)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        return cli.main(words), *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def asking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Options:
+    """The options that make a command ask a scripted model."""
+
+    def options(model: ScriptedModel) -> list[str]:
+        cfg = model.run_config()
+        for name, value in (cfg.extra_env or {}).items():
+            monkeypatch.setenv(name, value)
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(cfg.build_opencode_config_dict()))
+        return ["--config", str(path), "--model", str(cfg.model)]
+
+    return options
+
+
+def test_a_run_prints_the_answer_and_the_next_one_goes_on_with_its_session(
+    shell: Shell, scripted: Scripted, asking: Options
+) -> None:
+    model = scripted(["Your name is Bob.", "Bob."])
+
+    status, out, err = shell("run", "My name is Bob.", *asking(model))
+    session = err.rpartition("session ")[2].strip()
+    again = shell("run", "What is my name?", *asking(model), "--session", session)
+
+    assert (status, out) == (0, "Your name is Bob.\n")
+    assert again[:2] == (0, "Bob.\n")
+    assert "My name is Bob." in json.dumps(model.requests[1].messages)
+
+
+def test_a_stream_prints_text_and_tools(shell: Shell, scripted: Scripted, asking: Options) -> None:
+    look = tool_call("bash", command="ls", description="List files")
+    model = scripted([Reply.calls(look, text="I look."), "Nothing."])
+
+    status, out, err = shell("run", "Look.", "--stream", *asking(model))
+
+    assert (status, out) == (0, "I look.\n\nNothing.\n")
+    assert err.splitlines()[0] == "[bash] ls"
+
+
+def test_json_of_a_run_whose_key_is_refused_holds_the_reason(
+    shell: Shell, scripted: Scripted, asking: Options
+) -> None:
+    model = scripted(Reply.failure(401, "bad key"))
+
+    status, out, err = shell("run", "Look.", "--json", *asking(model))
+
+    assert status == 1
+    assert json.loads(out)["error"]["status_code"] == 401
+    assert "401: bad key" in err.splitlines()[-1]
+
+
+def test_a_run_that_ended_at_a_denied_tool_is_told_apart_from_one_that_is_done(
+    shell: Shell, scripted: Scripted, asking: Options, tmp_path: Path
+) -> None:
+    outside = tool_call("read", filePath=str(tmp_path / "config.json"))
+    model = scripted([outside, "never said"])
+
+    status, _, err = shell("run", "Look.", *asking(model))
+
+    assert status == 1
+    assert "was refused" in err
+
+
+def test_the_demo_works_and_says_what_it_cost(shell: Shell) -> None:
+    status, out, err = shell("demo")
+
+    assert (status, err) == (0, "")
+    assert "hello.txt now holds 'Hello, world!\\n'" in out
+    assert "Name the capital of Kenya.  Nairobi." in out
+    assert re.search(r"^together +9 +1,080 +0\.0027 +\d+\.\d$", out, re.MULTILINE)
+    assert out.endswith("Everything worked.\n")

@@ -1,0 +1,105 @@
+"""A batch over a Dask cluster: two worker processes, real runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opencode_sync import OpenCodeClient, OpenCodeProcessError, RunResult
+from opencode_sync.testing import Answer, ChatRequest, Reply, tool_call
+from tests.live.conftest import MakeModel
+
+distributed = pytest.importorskip("distributed")
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Dask client of two worker processes."""
+    with (
+        # Dask's own has a thread that never ends.
+        ThreadPoolExecutor(1) as offloading,
+        monkeypatch.context() as patch,
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        ) as cluster,
+        cluster.get_client() as client,
+    ):
+        patch.setattr("distributed.utils._offload_executor", offloading)
+        yield client
+
+
+def test_a_batch_over_a_cluster_brings_back_results_and_errors(
+    client: OpenCodeClient, workspace: Path, scripted: MakeModel, cluster: Any
+) -> None:
+    def answer(request: ChatRequest) -> Answer:
+        if "bad" in request.prompt and len(request.messages) > 2:
+            return Reply.failure(401, "bad key")
+        if "bad" in request.prompt:
+            return tool_call("bash", command="echo hello", description="Say hello")
+        return f"You said {request.prompt}."
+
+    model = scripted(answer)
+    jobs = ["one", "two", "bad three", "four"]
+
+    ends = list(
+        client.map(
+            jobs,
+            workspace,
+            run_cfg=model.run_config(),
+            executor=cluster.get_executor(),
+            on_error="return",
+        )
+    )
+
+    assert [getattr(end, "answer", None) for end in ends] == [
+        "You said one.",
+        "You said two.",
+        None,
+        "You said four.",
+    ]
+    assert [end.index for end in ends] == [0, 1, 2, 3]
+    error = ends[2]
+    assert isinstance(error, OpenCodeProcessError)
+    assert error.reason == "APIError 401: bad key"
+    assert error.result is not None
+    assert [call["part"]["state"]["output"] for call in error.result.tool_calls] == ["hello\n"]  # type: ignore[typeddict-item]
+
+
+def test_a_worker_that_is_killed_costs_no_finished_result(
+    client: OpenCodeClient, workspace: Path, scripted: MakeModel, cluster: Any, tmp_path: Path
+) -> None:
+    def answer(request: ChatRequest) -> Answer:
+        return Reply.hang("thinking") if request.prompt == "three" and not killed else "done"
+
+    killed: list[int] = []
+    model = scripted(answer)
+    batch = client.map(
+        ["one", "two", "three"],
+        workspace,
+        run_cfg=model.run_config(),
+        executor=cluster.get_executor(),
+        checkpoint=tmp_path / "batch.jsonl",
+    )
+
+    results = [next(batch), next(batch)]
+    model.wait_for_requests(3, timeout_s=60)
+    pid = _pid_of_busy_worker(cluster)
+    killed.append(pid)
+    os.kill(pid, signal.SIGKILL)
+    results += batch
+
+    assert [type(result) for result in results] == [RunResult] * 3
+    assert [result.answer for result in results] == ["done"] * 3
+    assert len((tmp_path / "batch.jsonl").read_text().splitlines()) == 3
+
+
+def _pid_of_busy_worker(cluster: Any) -> int:
+    pids: dict[str, int] = cluster.run(os.getpid)
+    (busy,) = (address for address, tasks in cluster.processing().items() if tasks)
+    return pids[busy]

@@ -1,0 +1,166 @@
+"""A notebook's kernel, the real opencode and a scripted model: what the cells show."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nbclient
+import nbformat
+import psutil
+import pytest
+from jupyter_core.utils import ensure_event_loop
+
+ROOT = Path(__file__).parent.parent.parent
+WITHIN_S = 90
+
+# The prompts name what the model does: "say X", "tool X", "fail".
+SETUP = """
+import os
+from opencode_sync import OpenCodeClient, display
+from opencode_sync.testing import Reply, ScriptedModel, tool_call
+
+def answer(request):
+    verb, _, words = request.prompt.strip().partition(" ")
+    if verb == "fail":
+        return Reply.failure(401, "bad <key>")
+    if verb == "tool" and not request.tool_results:
+        return tool_call("bash", command=words, description="A tool")
+    return words
+
+model = ScriptedModel(answer).start()
+cfg = model.run_config()
+os.environ.update(cfg.extra_env)
+os.environ["OPENCODE_CONFIG_CONTENT"] = cfg.opencode_config_content_json()
+client = OpenCodeClient(run_cfg=cfg)
+%load_ext opencode_sync
+"""
+
+Cell = Callable[[str], list[Any]]
+
+
+class Kernel:
+    """A running kernel, cell by cell."""
+
+    def __init__(self, workspace: Path) -> None:
+        self.workspace = workspace
+        self._notebook: Any = nbformat.v4.new_notebook()  # type: ignore[no-untyped-call]
+        self.client = nbclient.NotebookClient(self._notebook, allow_errors=True, timeout=WITHIN_S)
+
+    def run(self, code: str) -> list[Any]:
+        """The outputs of a cell with *code*."""
+        cells = self._notebook.cells
+        cells.append(nbformat.v4.new_code_cell(code.strip("\n")))  # type: ignore[no-untyped-call]
+        return list(self.client.execute_cell(cells[-1], len(cells) - 1)["outputs"])
+
+    def value(self, code: str) -> str:
+        """What *code* is, as the notebook shows it in plain text."""
+        (output,) = self.run(code)
+        return str(output["data"]["text/plain"])
+
+    def run_until(self, exists: Path, code: str) -> list[Any]:
+        """The same, with the stop button pressed as soon as the file *exists*."""
+
+        def press() -> None:
+            while not has_ended.wait(0.05):
+                if exists.exists():
+                    os.killpg(group, signal.SIGINT)  # what the button does
+                    return
+
+        group = os.getpgid(int(self.value("os.getpid()")))
+        has_ended = threading.Event()
+        finger = threading.Thread(target=press)
+        finger.start()
+        try:
+            return self.run(code)
+        finally:
+            has_ended.set()
+            finger.join()
+
+
+@pytest.fixture(scope="module")
+def kernel(opencode_binary: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
+    workspace = tmp_path_factory.mktemp("notebook")
+    # What the kernel keeps from cell to cell is no leak of a test's.
+    temporary = tmp_path_factory.mktemp("temporary")
+    environ = {
+        "OPENCODE_BINARY": opencode_binary,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "TMPDIR": str(temporary),
+    }
+    kernel = Kernel(workspace)
+    with kernel.client.setup_kernel(env={**os.environ, **environ}, cwd=str(workspace)):
+        outputs = kernel.run(SETUP)
+        assert not outputs, outputs
+        yield kernel
+        kernel.run("client.close()\nmodel.close()\n%unload_ext opencode_sync")
+        assert not list(temporary.glob("opencode-sync*"))
+    ensure_event_loop().close()  # nbclient's own, which it keeps for ever
+
+
+def test_a_result_shows_as_markdown(kernel: Kernel) -> None:
+    (output,) = kernel.run("client.run('say **Hello** <script>')")
+
+    assert output["data"]["text/markdown"].startswith("**Hello** &lt;script>\n\n*ok")
+
+
+def test_a_live_stream_is_one_cell_that_updates(kernel: Kernel) -> None:
+    (output,) = kernel.run("result = display.live(client.stream('tool ls'))")
+
+    page = output["data"]["text/markdown"]
+    assert output["output_type"] == "display_data"
+    assert page.startswith("<code>&#91;bash&#93; ls</code>\n\nls\n\n*ok")
+
+
+def test_the_magic_runs_the_cell_and_keeps_the_result(kernel: Kernel) -> None:
+    kernel.run("word = 'Hello'")
+
+    (output,) = kernel.run("%%opencode -m scripted/scripted --fill --into greeting\nsay {word}")
+
+    assert output["data"]["text/markdown"].startswith("Hello\n\n*ok")
+    assert kernel.value("greeting.answer") == "'Hello'"
+
+
+def test_an_error_is_shown_in_brief(kernel: Kernel) -> None:
+    (output,) = kernel.run("client.run('fail')")
+
+    lines = [line for part in output["traceback"] for line in part.splitlines()]
+    assert output["ename"] == "OpenCodeProcessError"
+    assert lines[0] == "cell, line 1: client.run('fail')"
+    assert "401: bad <key>" in lines[2]
+    assert len(lines) < 8
+
+
+def test_a_map_shows_a_bar(kernel: Kernel) -> None:
+    outputs = kernel.run(
+        "[r.answer for r in client.map(['say 1', 'say 2'], max_workers=2, progress=True)]"
+    )
+
+    assert outputs[-1]["data"]["text/plain"] == "['1', '2']"
+    assert "2/2" in "".join(str(output.get("text", output.get("data"))) for output in outputs)
+
+
+def test_the_stop_button_ends_a_map_and_leaves_what_was_finished(kernel: Kernel) -> None:
+    outputs = kernel.run_until(
+        kernel.workspace / "begun",
+        """
+results = []
+for result in client.map(["say 1", "tool touch begun; exec sleep 98765"], max_workers=1):
+    results.append(result)
+""",
+    )
+
+    assert outputs[-1]["ename"] == "KeyboardInterrupt"
+    assert kernel.value("[result.answer for result in results]") == "['1']"
+    assert not [each for each in psutil.process_iter() if "98765" in " ".join(_command(each))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

@@ -1,0 +1,655 @@
+"""The warm server with the real opencode: one for all tests, and one to be killed."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from opencode_sync import (
+    OpenCodeCancelledError,
+    OpenCodeClient,
+    OpenCodeConfigError,
+    OpenCodeProcessError,
+    OpenCodeServerError,
+    OpenCodeTimeoutError,
+    RunConfig,
+    RunResult,
+)
+from opencode_sync.events import Event
+from opencode_sync.server import OpenCodeServer
+from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell")
+
+WITHIN_S = 60
+CONNECTIONS = 12  # more than any test uses at once
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+# Of the three sleeps, one is the shell's child, and two are nobody's.
+LEAVING = "(setsid sh -c 'sleep 901 & sleep 902' &); sleep 903"
+
+
+@dataclass
+class Script:
+    """What the model answers to each prompt, and what it was asked."""
+
+    answers: dict[str, Callable[[ChatRequest], Answer]] = field(default_factory=dict)
+    requests: list[ChatRequest] = field(default_factory=list)
+
+    def __call__(self, request: ChatRequest) -> Answer:
+        self.requests.append(request)
+        # With text files, their text stands before the prompt.
+        prompts = (
+            p for p in self.answers if request.prompt == p or request.prompt.endswith(f"\n{p}")
+        )
+        return self.answers[next(prompts)](request)
+
+    def to(self, prompt: str, *replies: Answer) -> str:
+        """Answer *prompt* with *replies*, one for each step."""
+        self.answers[prompt] = lambda request: replies[
+            min(len(request.tool_results), len(replies) - 1)
+        ]
+        return prompt
+
+
+def shell(command: str) -> Answer:
+    return tool_call("bash", command=command, description="A command")
+
+
+def config(model: ScriptedModel, **changes: Any) -> RunConfig:
+    # Each connection to the model ends with its request, and so within its test.
+    options = {"scripted": {"options": {"headers": {"Connection": "close"}}}}
+    commands = {"greet": {"template": "say hello to $ARGUMENTS", "description": "Greets"}}
+    overrides = {"provider": options, "command": commands}
+    return model.run_config(config_overrides=overrides, **changes)
+
+
+@pytest.fixture(scope="module")
+def script() -> Script:
+    return Script()
+
+
+@pytest.fixture(scope="module")
+def model(script: Script) -> Iterator[ScriptedModel]:
+    with ScriptedModel(script) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def server(opencode_binary: str, model: ScriptedModel) -> Iterator[OpenCodeServer]:
+    with OpenCodeServer(opencode_binary, run_cfg=config(model)) as server:
+        with ExitStack() as requests:  # at once, so that no test opens a connection that stays
+            client = server._fleet.current().link.connection._client
+            begun = [
+                requests.enter_context(client.stream("GET", "/global/health"))
+                for _ in range(CONNECTIONS)
+            ]
+            for response in begun:
+                response.read()
+        yield server
+
+
+@pytest.fixture(scope="module")
+def workspace(server: OpenCodeServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("workspace")
+
+
+def until_text(stream: Iterator[Event], kind: str = "text_delta") -> Event:
+    return next(event for event in stream if event["type"] == kind)
+
+
+# --- events --------------------------------------------------------------------------------------
+
+
+def test_a_turn_s_events_are_those_that_opencode_run_prints(
+    server: OpenCodeServer,
+    workspace: Path,
+    script: Script,
+    model: ScriptedModel,
+    opencode_binary: str,
+) -> None:
+    looking = Reply("Let me look.", tool_calls=[shell("echo found; exit 3")], reasoning="Hm.")
+    prompt = script.to("Compare", looking, "Found.")
+
+    with OpenCodeClient(opencode_binary) as client:
+        printed = client.run(prompt, workspace, run_cfg=config(model, thinking=True))
+    told = server.run(prompt, workspace, run_cfg=RunConfig(thinking=True))
+
+    deltas = ("text_delta", "reasoning_delta")
+    events = [event for event in told.events if event["type"] not in deltas]
+    assert sorted(map(shape, events)) == sorted(map(shape, printed.events))
+    assert told.final_text == printed.final_text
+    assert told.token_usage == printed.token_usage
+    assert told.total_cost == pytest.approx(printed.total_cost)
+    assert [event["type"] for event in told.events if event["type"] in deltas] == [
+        "reasoning_delta",
+        "text_delta",
+        "text_delta",
+    ]
+
+
+def shape(event: Event) -> str:
+    """What of *event* is the same in each run: all but ids and times."""
+    part = {key: value for key, value in event["part"].items() if key not in ("id", "messageID")}
+    part.pop("sessionID", None)
+    part.pop("callID", None)
+    part.pop("snapshot", None)
+    part["time"] = sorted(part.pop("time", ()))
+    if "state" in part:
+        part["state"] = {**part["state"], "time": sorted(part["state"]["time"])}
+    return json.dumps([sorted(event), event["type"], part], sort_keys=True)
+
+
+def test_a_delta_comes_before_the_model_has_finished(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    released = threading.Event()
+    prompt = script.to("Slowly", Reply(["first ", released, "second"]))
+
+    with server.stream(prompt, workspace) as stream:
+        first = until_text(stream)
+        was_released = released.is_set()
+        released.set()
+        rest = [event["type"] for event in stream]
+
+    assert first["delta"] == "first "
+    assert not was_released
+    assert rest == ["text_delta", "text", "step_finish"]
+    assert stream.result.final_text == "first second"
+
+
+def test_a_sub_agent_s_events_bear_its_session_and_are_paid_for(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    task = tool_call("task", description="look", prompt="Look around", subagent_type="general")
+    prompt = script.to("Delegate", task, "Parent done.")
+    script.to("Look around", "Child done.")
+
+    result = server.run(prompt, workspace)
+
+    texts = {
+        event["part"]["text"]: event["sessionID"]
+        for event in result.events
+        if event["type"] == "text"
+    }
+    assert texts["Parent done."] == result.session_id
+    assert texts["Child done."] != result.session_id
+    assert result.total_cost == pytest.approx(3 * (100 * 1 + 20 * 10) / 1e6)
+
+
+@pytest.mark.parametrize("size", [2_000_000, 8_000_000], ids=["2 MB", "8 MB"])
+def test_a_large_answer_arrives_whole(
+    server: OpenCodeServer, workspace: Path, script: Script, size: int
+) -> None:
+    answer = "".join(f"{number:09d}\n" for number in range(size // 10)).rstrip("\n")
+    prompt = script.to(f"Count to {size}", answer)
+
+    result = server.run(prompt, workspace)
+
+    is_whole = result.final_text == answer  # compared first: to show the difference takes minutes
+    assert is_whole
+
+
+# --- the prompt ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["-- \"first\"\n\n'second'\twith a tab\u2028and more, ünï 🙂\r\n  ", "x" * 2_000_000 + "\nend"],
+    ids=["every kind of character", "2 MB"],
+)
+def test_a_prompt_reaches_the_model_byte_for_byte(
+    server: OpenCodeServer, workspace: Path, script: Script, prompt: str
+) -> None:
+    server.run(script.to(prompt, "ok"), workspace)
+
+    assert script.requests[-1].prompt == prompt
+
+
+def test_files_reach_the_model_as_what_they_are(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    (workspace / "notes.json").write_text('{"word": "Kiebitz"}')
+    (workspace / "dot.png").write_bytes(PNG)
+    cfg = RunConfig(files=("notes.json", workspace / "dot.png"))
+    script.to("What is there?", "Files.")
+
+    server.run("What is there?", workspace, run_cfg=cfg)
+
+    content = json.dumps(script.requests[-1].messages[-1]["content"])
+    assert "Kiebitz" in content
+    assert f"data:image/png;base64,{base64.b64encode(PNG).decode()}" in content
+
+
+def test_a_prompt_asks_the_model_once(
+    server: OpenCodeServer, workspace: Path, script: Script, model: ScriptedModel
+) -> None:
+    before = len(model.requests) + len(model.side_requests)
+
+    server.run(script.to("Once", "ok"), workspace)
+
+    assert len(model.requests) + len(model.side_requests) == before + 1
+
+
+def test_a_command_is_run_with_the_prompt_as_its_arguments(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    script.to("say hello to Bob and Ann", "Hello.")
+
+    result = server.run("Bob and Ann", workspace, run_cfg=RunConfig(command="greet"))
+
+    assert (result.status, result.answer) == ("ok", "Hello.")
+
+
+# --- sessions ------------------------------------------------------------------------------------
+
+
+def conversation(request: ChatRequest) -> list[str]:
+    texts = []
+    for message in request.messages:
+        content = message["content"]
+        is_text = isinstance(content, str)
+        if message["role"] != "system":
+            texts.append(content if is_text else "".join(part["text"] for part in content))
+    return texts
+
+
+def test_a_session_is_continued_and_forked(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    for prompt in ("My name is Bob", "And mine?", "Fork", "On"):
+        script.to(prompt, f"re {prompt}")
+    first = server.run("My name is Bob", workspace)
+    going_on = RunConfig(session_id=first.session_id)
+
+    server.run("And mine?", workspace, run_cfg=going_on)
+    continued = conversation(script.requests[-1])
+    fork = server.run("Fork", workspace, run_cfg=going_on.replace(fork=True))
+    forked = conversation(script.requests[-1])
+    server.run("On", workspace, run_cfg=going_on)
+
+    past = ["My name is Bob", "re My name is Bob"]
+    assert continued == [*past, "And mine?"]
+    assert forked == [*past, "And mine?", "re And mine?", "Fork"]
+    assert "Fork" not in conversation(script.requests[-1])
+    assert fork.session_id != first.session_id
+    assert fork.final_text == "re Fork"
+
+
+def test_five_directories_are_served_at_once(
+    server: OpenCodeServer, script: Script, tmp_path: Path
+) -> None:
+    script.to("Where?", shell("pwd"), "There.")
+    directories = [tmp_path / str(number) for number in range(5)]
+    for directory in directories:
+        directory.mkdir()
+
+    with ThreadPoolExecutor(5) as threads:
+        results = list(threads.map(lambda path: server.run("Where?", path), directories))
+
+    outputs = [result.tool_calls[0]["part"]["state"]["output"] for result in results]
+    assert outputs == [f"{directory}\n" for directory in directories]
+
+
+# --- rules ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        RunConfig(permission={"bash": "deny"}),
+        RunConfig(permission={"bash": {"*": "allow", "touch *": "deny"}}),
+        RunConfig(tools={"bash": False}),
+    ],
+    ids=["permission", "pattern", "tools"],
+)
+def test_what_a_run_denies_is_not_done(
+    server: OpenCodeServer, script: Script, tmp_path: Path, cfg: RunConfig
+) -> None:
+    prompt = script.to("Touch it", shell("touch made"), "Done.")
+
+    result = server.run(prompt, tmp_path, run_cfg=cfg)
+
+    assert not (tmp_path / "made").exists()
+    assert (result.status, result.denied_tools) == ("denied", ["bash"])
+
+
+def test_what_a_run_denies_its_sub_agents_do_not_do_either(
+    server: OpenCodeServer, script: Script, tmp_path: Path
+) -> None:
+    task = tool_call("task", description="touch", prompt="Touch below", subagent_type="general")
+    prompt = script.to("Have it touched", task, "Done.")
+    script.to("Touch below", shell("touch made"), "Tried.")
+    cfg = RunConfig(permission={"bash": {"*": "allow", "touch *": "deny"}})
+
+    server.run(prompt, tmp_path, run_cfg=cfg)
+
+    assert not (tmp_path / "made").exists()
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cfg, words",
+    [
+        (RunConfig(model="scripted/none"), "Model not found: scripted/none"),
+        (RunConfig(agent="nobody"), 'Agent not found: "nobody"'),
+        (RunConfig(command="nothing"), 'Command not found: "nothing"'),
+    ],
+    ids=["model", "agent", "command"],
+)
+def test_what_is_unknown_is_an_error_that_names_it(
+    server: OpenCodeServer, workspace: Path, cfg: RunConfig, words: str
+) -> None:
+    with pytest.raises(OpenCodeProcessError, match=words) as caught:
+        server.run("Hello", workspace, run_cfg=cfg)
+
+    assert "\n    at " not in str(caught.value)
+
+
+def test_an_unknown_session_is_refused(server: OpenCodeServer, workspace: Path) -> None:
+    cfg = RunConfig(session_id="ses_00000000000000000000000000")
+
+    with pytest.raises(OpenCodeConfigError, match="unknown"):
+        server.run("Hello", workspace, run_cfg=cfg)
+
+
+def test_a_provider_s_refusal_is_an_error_with_its_status(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    prompt = script.to("Refuse", Reply.failure(401, "bad key"))
+
+    with pytest.raises(OpenCodeProcessError, match="401: bad key") as caught:
+        server.run(prompt, workspace)
+
+    assert caught.value.result is not None
+    assert caught.value.result.error is not None
+    assert caught.value.result.error.status_code == 401
+
+
+def test_a_provider_that_is_being_retried_is_named_by_the_timeout(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    prompt = script.to("Later", Reply.failure(429, "slow down", retry_after_s=3600))
+
+    with pytest.raises(OpenCodeTimeoutError, match="429 slow down") as caught:
+        server.run(prompt, workspace, idle_timeout_s=1)
+
+    assert caught.value.result is not None
+    (retry,) = [event for event in caught.value.result.events if event["type"] == "retry"]
+    assert (retry["statusCode"], retry["attempt"]) == (429, 1)
+
+
+# --- stopping ------------------------------------------------------------------------------------
+
+
+def sleeps() -> list[psutil.Process]:
+    """The tool's processes."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.cmdline()[:1] == ["sleep"] and process.cmdline()[1] in ("901", "902", "903"):
+                found.append(process)
+    return found
+
+
+def wait_for_sleeps(count: int) -> None:
+    deadline = time.monotonic() + WITHIN_S
+    while len(sleeps()) != count and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(sleeps()) == count
+
+
+def stop_by_timeout(server: OpenCodeServer, prompt: str, workspace: Path) -> RunResult:
+    with pytest.raises(OpenCodeTimeoutError) as caught:
+        server.run(prompt, workspace, idle_timeout_s=2)
+    assert caught.value.result is not None
+    return caught.value.result
+
+
+def stop_by_leaving(server: OpenCodeServer, prompt: str, workspace: Path) -> RunResult:
+    with server.stream(prompt, workspace) as stream:
+        until_text(stream)
+        wait_for_sleeps(3)
+    return stream.result
+
+
+def stop_by_cancelling(server: OpenCodeServer, prompt: str, workspace: Path) -> RunResult:
+    stream = server.stream(prompt, workspace)
+    with ThreadPoolExecutor(1) as threads:
+        future = threads.submit(stream.wait)
+        wait_for_sleeps(3)
+        stream.cancel()
+        with pytest.raises(OpenCodeCancelledError):
+            future.result(WITHIN_S)
+    return stream.result
+
+
+def stop_by_an_exception(server: OpenCodeServer, prompt: str, workspace: Path) -> RunResult:
+    stream = server.stream(prompt, workspace)
+    with pytest.raises(ZeroDivisionError), stream:
+        until_text(stream)
+        wait_for_sleeps(3)
+        raise ZeroDivisionError
+    return stream.result
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [stop_by_timeout, stop_by_leaving, stop_by_cancelling, stop_by_an_exception],
+    ids=lambda stop: stop.__name__.removeprefix("stop_by_"),
+)
+def test_a_stopped_run_leaves_no_tool_and_its_session_goes_on(
+    server: OpenCodeServer,
+    workspace: Path,
+    script: Script,
+    stop: Callable[[OpenCodeServer, str, Path], RunResult],
+) -> None:
+    prompt = script.to("Leave something", Reply("Leaving.", tool_calls=[shell(LEAVING)]), "Left.")
+    script.to("Go on", "Going on.")
+
+    result = stop(server, prompt, workspace)
+
+    assert sleeps() == []
+    going_on = server.run("Go on", workspace, run_cfg=RunConfig(session_id=result.session_id))
+    assert going_on.answer == "Going on."
+
+
+def test_what_a_tool_leaves_running_ends_with_the_run(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    prompt = script.to("Leave it", shell("setsid sleep 901 >/dev/null 2>&1 & echo left"), "Done.")
+
+    result = server.run(prompt, workspace)
+
+    assert result.status == "ok"
+    assert sleeps() == []
+
+
+# --- secrets -------------------------------------------------------------------------------------
+
+
+def test_no_tool_can_read_the_password(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    look = "env; for p in /proc/[0-9]*; do tr '\\0' '\\n' < $p/environ; done 2>/dev/null"
+    prompt = script.to("Look for it", shell(f"({look}) > seen.txt; echo looked"), "Looked.")
+
+    server.run(prompt, workspace)
+
+    seen = (workspace / "seen.txt").read_text(errors="replace")
+    assert "OPENCODE_SYNC_RUN=" in seen
+    assert server.password is not None
+    assert server.password not in seen
+
+
+def test_the_server_still_asks_for_the_password(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    server.run(script.to("Hello", "ok"), workspace)
+
+    for password in (None, "", "x" * len(server.password or "")):
+        with (
+            pytest.raises(OpenCodeServerError, match="401"),
+            OpenCodeServer.connect(server.url, password),
+        ):
+            pass
+
+
+def test_no_secret_stands_on_a_command_line(server: OpenCodeServer) -> None:
+    lines = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True).stdout
+
+    assert server.password is not None
+    assert server.password not in lines
+
+
+# --- broken connections --------------------------------------------------------------------------
+
+
+class Proxy:
+    """Hands bytes on to a server, until it cuts its connections; a context manager."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._start(self._accept)
+
+    def cut(self) -> None:
+        sockets, self._sockets = self._sockets, []
+        for end in sockets:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+        for thread in self._threads:
+            thread.join(WITHIN_S)
+
+    def _start(self, target: Callable[..., None], *args: Any) -> None:
+        thread = threading.Thread(target=target, args=args)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._port))
+                self._sockets += [near, far]
+                self._start(self._hand_on, near, far)
+                self._start(self._hand_on, far, near)
+
+    def _hand_on(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError), source:
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+
+def test_an_event_stream_that_is_cut_in_mid_turn_leaves_the_result_whole(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    released = threading.Event()
+    steps = (
+        Reply("Before.", tool_calls=[shell("echo one")]),
+        Reply(["Mid", released, "dle."], tool_calls=[shell("echo two")]),
+        Reply("After."),
+    )
+    prompt = script.to("Cut me", *steps)
+    port = int(server.url.rpartition(":")[2])
+
+    with (
+        Proxy(port) as proxy,
+        OpenCodeServer.connect(proxy.url, server.password) as there,
+        there.stream(prompt, workspace) as stream,
+    ):
+        for event in stream:
+            if event.get("delta") == "Mid":
+                proxy.cut()
+                released.set()
+
+    types = [event["type"] for event in stream.result.events if event["type"] != "text_delta"]
+    assert types.count("step_start") == types.count("step_finish") == types.count("text") == 3
+    assert [call["part"]["state"]["output"] for call in stream.result.tool_calls] == [
+        "one\n",
+        "two\n",
+    ]
+    assert stream.result.final_text == "Before.\n\nMiddle.\n\nAfter."
+    assert stream.result.status == "ok"
+
+
+# --- the server's death --------------------------------------------------------------------------
+
+
+def test_a_killed_server_fails_its_runs_and_is_started_again(
+    opencode_binary: str, model: ScriptedModel, script: Script, tmp_path: Path
+) -> None:
+    script.to("Remember me", "I do.")
+    script.to("Do you?", "Yes.")
+    prompt = script.to("Leave something", Reply("Leaving.", tool_calls=[shell(LEAVING)]), "Left.")
+
+    with OpenCodeServer(opencode_binary, run_cfg=config(model)) as server:
+        first = server.run("Remember me", tmp_path)
+        streams = [server.stream(prompt, tmp_path) for _ in range(4)]
+        for stream in streams:
+            until_text(stream)
+        wait_for_sleeps(12)
+        assert server.pid is not None
+
+        os.kill(server.pid, signal.SIGKILL)
+        started = time.monotonic()
+        for stream in streams:
+            with pytest.raises(OpenCodeServerError, match="signal 9"):
+                stream.wait()
+        took_s, left = time.monotonic() - started, sleeps()
+        again = server.run("Do you?", tmp_path, run_cfg=RunConfig(session_id=first.session_id))
+
+    assert took_s < 2
+    assert left == []
+    assert again.answer == "Yes."
+    assert conversation(script.requests[-1]) == ["Remember me", "I do.", "Do you?"]
+
+
+def test_closing_the_server_leaves_nothing(
+    opencode_binary: str, model: ScriptedModel, script: Script, tmp_path: Path
+) -> None:
+    prompt = script.to("Leave something", Reply("Leaving.", tool_calls=[shell(LEAVING)]), "Left.")
+    server = OpenCodeServer(opencode_binary, run_cfg=config(model))
+    stream = server.stream(prompt, tmp_path)
+    until_text(stream)
+    wait_for_sleeps(3)
+    pid = server.pid
+    assert pid is not None
+
+    server.close()
+
+    assert sleeps() == []
+    assert not psutil.pid_exists(pid)
+    with pytest.raises(OpenCodeCancelledError):
+        stream.wait()

@@ -1,0 +1,137 @@
+"""A runner without processes: what a prompt says is what happens, at once.
+
+"hello"        answers "HELLO", for 0.01 dollars and 10 tokens
+"fail ..."     ends with an APIError 401, after a step that was paid for
+"hold ..."     says a word, then nothing until release() or the end of its run
+"refused ..."  is refused with a 429 once, then answers
+"broken ..."   raises what no run should raise
+"die ..."      ends its whole process
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from opencode_sync.errors import OpenCodeError, OpenCodeProcessError
+from opencode_sync.events import Event
+from opencode_sync.result import RunResult
+from opencode_sync.runner import Request, Runner
+
+STEP_COST = 0.01
+
+
+class ScriptedRunner(Runner):
+    """Records what it was asked for.
+
+    Attributes:
+        begun: The requests, in the order of their coming.
+        most: How many ran at the same time, at most.
+    """
+
+    def __init__(self, max_workers: int | None = None, **settings: Any) -> None:
+        super().__init__(max_workers=max_workers, **settings)
+        self.begun: list[Request] = []
+        self.most = 0
+        self._running = 0
+        self._changed = threading.Condition()
+        self._holding: list[_Source] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ScriptedRunner, (self._max_workers,)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts that were begun, in order."""
+        with self._changed:
+            return [request.prompt for request in self.begun]
+
+    def wait_for(self, n: int, within_s: float = 10.0) -> None:
+        """Wait until *n* runs have begun in all."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self.begun) >= n, within_s):
+                raise TimeoutError(f"{len(self.begun)} of {n} have begun: {self.begun}")
+
+    def release(self) -> None:
+        """Let those that hold go on."""
+        with self._changed:
+            holding, self._holding = self._holding, []
+        for source in holding:
+            source.answer()
+
+    def _open(self, request: Request, cancelled: Callable[[], bool], keep_raw: bool) -> _Source:
+        with self._changed:
+            self.begun.append(request)
+            self._running += 1
+            self.most = max(self.most, self._running)
+            source = _Source(request.prompt, self._ended)
+            if request.prompt.startswith("hold"):
+                self._holding.append(source)
+            self._changed.notify_all()
+        return source
+
+    def _ended(self) -> None:
+        with self._changed:
+            self._running -= 1
+            self._changed.notify_all()
+
+
+class _Source:
+    is_over = False
+
+    def __init__(self, prompt: str, on_close: Callable[[], None]) -> None:
+        self.started_at = time.monotonic()
+        self.label = f"run of {prompt!r}"
+        self._prompt = prompt
+        self._on_close = on_close
+        self._blocks: queue.SimpleQueue[list[Event] | None] = queue.SimpleQueue()
+        if prompt.startswith("die"):
+            os._exit(1)
+        if prompt.startswith("broken"):
+            raise ZeroDivisionError("broken script")
+        start: Any = {"type": "step_start", "sessionID": "ses_1"}
+        self._say(start)
+        if prompt.startswith("refused"):
+            refusal: Any = {"type": "retry", "statusCode": 429, "message": "slow down"}
+            self._say(refusal)
+        if prompt.startswith("hold"):
+            self._say({"type": "text", "part": {"text": "wait"}})
+        else:
+            self.answer()
+
+    def _say(self, event: Event) -> None:
+        self._blocks.put([event])
+
+    def answer(self) -> None:
+        self._say({"type": "text", "part": {"text": self._prompt.upper()}})
+        tokens = {"total": 10, "input": 7, "output": 3}
+        step: Any = {"reason": "stop", "cost": STEP_COST, "tokens": tokens}
+        self._say({"type": "step_finish", "part": step})
+        if self._prompt.startswith("fail"):
+            error: Any = {"name": "APIError", "data": {"message": "bad key", "statusCode": 401}}
+            self._say({"type": "error", "error": error})
+        self._blocks.put(None)
+
+    def receive(self, timeout: float | None) -> Sequence[Event] | None:
+        block = self._blocks.get(timeout=timeout)
+        if block is None:
+            self._blocks.put(None)
+        return block
+
+    def stop(self) -> None:
+        self._blocks.put(None)
+
+    def settle(self, result: RunResult) -> OpenCodeError | None:
+        if result.error is None:
+            return None
+        return OpenCodeProcessError(1, "", result.events, reason=str(result.error), result=result)
+
+    def may_repeat(self, result: RunResult) -> bool:
+        return False
+
+    def close(self) -> None:
+        self._on_close()

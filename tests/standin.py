@@ -1,0 +1,43 @@
+"""A small program in the place of opencode: it prints the events that a test wrote.
+
+Its prompt is Python: what the test sends is what the program does, with these words at hand.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+_PROGRAM = """\
+import json, os, signal, sys, time
+
+def show(**event):
+    print(json.dumps({"sessionID": "ses_1", **event}), flush=True)
+
+def step(*, text=None, tool=None, reason="stop", cost=0.01):
+    show(type="step_start", part={})
+    if text is not None:
+        show(type="text", part={"id": "prt_1", "text": text})
+    if tool is not None:
+        show(type="tool_use", part={"tool": tool[0], "state": tool[1]})
+    tokens = {"total": 120, "input": 100, "output": 20}
+    show(type="step_finish", part={"reason": reason, "cost": cost, "tokens": tokens})
+
+def fail(message, status=401):
+    data = {"message": message, "statusCode": status}
+    show(type="error", error={"name": "APIError", "data": data})
+    sys.exit(1)
+
+if sys.argv[1:] == ["--version"]:
+    print("1.18.33")
+else:
+    exec(sys.stdin.read())
+"""
+
+
+def write_standin(path: Path) -> Path:
+    """Write the program to *path*, and return it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!{sys.executable} -IS\n{_PROGRAM}")
+    path.chmod(0o755)
+    return path

@@ -1,0 +1,517 @@
+"""`map`: many jobs, drawn lazily, several at a time; with a runner that needs no process."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from opencode_sync import (
+    Job,
+    OpenCodeBudgetError,
+    OpenCodeCancelledError,
+    OpenCodeConfigError,
+    OpenCodeError,
+    OpenCodeProcessError,
+    OpenCodeTimeoutError,
+    RunConfig,
+    RunResult,
+)
+from tests.scripted import STEP_COST, ScriptedRunner
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def runner() -> Iterator[ScriptedRunner]:
+    with ScriptedRunner(max_workers=2) as runner:
+        yield runner
+
+
+def after(runner: ScriptedRunner, n: int, act: Callable[[], None]) -> None:
+    runner.wait_for(n)
+    act()
+
+
+# --- in and out ----------------------------------------------------------------------------------
+
+
+def test_results_come_in_the_order_of_the_input(runner: ScriptedRunner) -> None:
+    results = list(runner.map(["a", "b", "c", "d", "e"]))
+
+    assert [result.answer for result in results] == ["A", "B", "C", "D", "E"]
+    assert [(result.index, result.prompt) for result in results] == list(enumerate("abcde"))
+
+
+def test_without_order_they_come_as_they_finish(runner: ScriptedRunner) -> None:
+    with runner.map(["hold first", "b", "c"], ordered=False) as batch:
+        early = {next(batch).answer, next(batch).answer}
+        runner.release()
+        last = next(batch)
+
+    assert early == {"B", "C"}
+    assert (last.index, last.answer) == (0, "wait\n\nHOLD FIRST")
+
+
+def test_an_endless_input_is_drawn_as_room_comes(runner: ScriptedRunner) -> None:
+    drawn = itertools.count()
+
+    with runner.map((str(n) for n in drawn), buffersize=5) as batch:
+        taken = [next(batch).answer for _ in range(20)]
+
+    assert taken == [str(n) for n in range(20)]
+    assert next(drawn) <= 20 + 5
+
+
+def test_nothing_is_drawn_before_the_first_result_is_asked_for(runner: ScriptedRunner) -> None:
+    drawn = itertools.count()
+
+    runner.map(str(n) for n in drawn)
+
+    assert next(drawn) == 0
+
+
+def test_at_most_twice_the_workers_are_drawn_ahead(runner: ScriptedRunner) -> None:
+    drawn = itertools.count()
+
+    with runner.map((f"hold {n}" for n in drawn), max_workers=3) as batch:
+        waiter = threading.Thread(target=next, args=(batch, None))
+        waiter.start()
+        runner.wait_for(3)
+        batch.close()
+        waiter.join(10)
+
+    assert next(drawn) == 2 * 3
+    assert runner.most == 3
+
+
+def test_work_goes_on_while_the_consumer_is_busy(runner: ScriptedRunner) -> None:
+    with runner.map([str(n) for n in range(10)], buffersize=6) as batch:
+        next(batch)
+
+        runner.wait_for(6)
+
+
+def test_an_empty_input_gives_nothing(runner: ScriptedRunner) -> None:
+    batch = runner.map([])
+
+    assert list(batch) == []
+    assert str(batch.report).startswith("0 done, 0 failed")
+
+
+def test_a_generator_that_raises_does_so_in_its_place(runner: ScriptedRunner) -> None:
+    def jobs() -> Iterator[str]:
+        yield from "ab"
+        raise LookupError("no more rows")
+
+    batch = runner.map(jobs())
+
+    assert [next(batch).answer, next(batch).answer] == ["A", "B"]
+    with pytest.raises(LookupError, match="no more rows"):
+        next(batch)
+
+
+def test_a_job_has_its_own_workspace_settings_timeout_and_key(
+    runner: ScriptedRunner, tmp_path: Path
+) -> None:
+    cfg = RunConfig(model="a/b")
+    jobs: list[str | Job] = [
+        "plain",
+        Job("own", tmp_path, cfg, key="k"),
+        Job("hold late", timeout_s=0.1),
+    ]
+
+    plain, own, late = runner.map(jobs, on_error="return")
+
+    assert isinstance(own, RunResult)
+    assert (own.workspace, own.key) == (str(tmp_path.resolve()), "k")
+    assert {request.prompt: request.cfg for request in runner.begun}["own"] == cfg
+    assert isinstance(plain, RunResult)
+    assert plain.workspace == os.getcwd()
+    assert isinstance(late, OpenCodeTimeoutError)
+
+
+@pytest.mark.parametrize("jobs", ["one prompt", Job("one"), b"x", 3, {"a": 1}], ids=repr)
+def test_what_is_no_list_of_jobs_is_refused(runner: ScriptedRunner, jobs: object) -> None:
+    with pytest.raises(OpenCodeConfigError, match="use an iterable of prompts"):
+        runner.map(jobs)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_workers": 0},
+        {"buffersize": 0},
+        {"max_workers": True},
+        {"max_total_cost": -1},
+        {"max_total_cost": float("nan")},
+        {"on_error": "ignore"},
+        {"progress": "yes"},
+        {"executor": "dask"},
+        {"timeout_s": 0},
+        {"run_cfg": {"model": "a/b"}},
+        {"run_cfg": RunConfig(permission="ask")},
+    ],
+    ids=str,
+)
+def test_a_setting_that_makes_no_sense_is_refused_at_once(
+    runner: ScriptedRunner, options: dict[str, object]
+) -> None:
+    with pytest.raises(OpenCodeConfigError):
+        runner.map(["a"], **options)  # type: ignore[call-overload]
+
+
+def test_small_results_are_to_be_had(runner: ScriptedRunner) -> None:
+    (result,) = runner.map(["a"], keep_events=False)
+
+    assert (result.events, result.answer, result.turns) == ([], "A", 1)
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def test_an_error_is_raised_in_its_place_and_ends_the_batch(runner: ScriptedRunner) -> None:
+    batch = runner.map(itertools.chain("ab", ["fail"], map(str, itertools.count())))
+
+    assert [next(batch).answer, next(batch).answer] == ["A", "B"]
+    with pytest.raises(OpenCodeProcessError, match="bad key") as caught:
+        next(batch)
+    assert (caught.value.index, caught.value.prompt) == (2, "fail")
+    assert list(batch) == []
+
+
+def test_after_a_failure_nothing_that_comes_after_it_is_started(runner: ScriptedRunner) -> None:
+    jobs = ["hold first", "fail", *"cdef"]
+
+    with runner.map(jobs, buffersize=6) as batch:
+        waiter = threading.Thread(target=next, args=(batch, None))
+        waiter.start()
+        while batch.report.failed == 0:
+            runner.wait_for(2)
+        runner.release()
+        waiter.join(10)
+        with pytest.raises(OpenCodeProcessError):
+            next(batch)
+
+    assert sorted(runner.prompts) == ["fail", "hold first"]
+
+
+def test_errors_stand_in_the_places_of_their_results(runner: ScriptedRunner) -> None:
+    good, bad, other = runner.map(["a", Job("fail", key="k"), "c"], on_error="return")
+
+    assert isinstance(good, RunResult)
+    assert isinstance(other, RunResult)
+    assert isinstance(bad, OpenCodeProcessError)
+    assert (bad.index, bad.key, bad.prompt) == (1, "k", "fail")
+    assert bad.result is not None
+    assert (bad.result.answer, bad.result.index, bad.result.key) == ("FAIL", 1, "k")
+
+
+def test_a_job_that_cannot_be_begun_is_an_error_of_its_own(
+    runner: ScriptedRunner, tmp_path: Path
+) -> None:
+    jobs = [Job("a", tmp_path / "missing"), "", 7, "broken", "b"]
+
+    *errors, good = runner.map(jobs, on_error="return")  # type: ignore[call-overload]
+
+    assert [type(error) for error in errors] == [OpenCodeConfigError] * 3 + [OpenCodeError]
+    assert [error.index for error in errors] == [0, 1, 2, 3]
+    assert str(errors[3]) == "ZeroDivisionError: broken script"
+    assert isinstance(good, RunResult)
+
+
+# --- the end -------------------------------------------------------------------------------------
+
+
+def test_leaving_the_loop_ends_what_runs(runner: ScriptedRunner) -> None:
+    for result in runner.map(itertools.chain("a", map("hold {}".format, itertools.count()))):
+        assert result.answer == "A"
+        break
+
+    begun = runner.prompts
+    assert next(runner.map(["b"])).answer == "B"
+    assert len(runner.prompts) == len(begun) + 1
+
+
+def test_leaving_the_block_ends_what_runs(runner: ScriptedRunner) -> None:
+    with runner.map(["a", "hold b", "hold c"]) as batch:
+        next(batch)
+        runner.wait_for(3)
+
+    assert list(batch) == []
+    assert (batch.report.done, batch.report.failed, batch.report.not_run) == (1, 0, 2)
+
+
+def test_a_batch_that_nobody_holds_any_more_is_ended(runner: ScriptedRunner) -> None:
+    batch = runner.map(["a", "hold b"])
+    next(batch)
+    seen = weakref.ref(batch)
+
+    del batch
+
+    assert seen() is None
+
+
+def test_closing_the_batch_from_another_thread_just_ends_the_loop(runner: ScriptedRunner) -> None:
+    batch = runner.map(["hold a"])
+    closer = threading.Thread(target=after, args=(runner, 1, batch.close))
+    closer.start()
+
+    assert list(batch) == []
+    closer.join(10)
+
+
+def test_closing_the_runner_cancels_its_batches(runner: ScriptedRunner) -> None:
+    batch = runner.map(["hold a"])
+    closer = threading.Thread(target=after, args=(runner, 1, runner.close))
+    closer.start()
+
+    with pytest.raises(OpenCodeCancelledError, match="the runner was closed"):
+        next(batch)
+    closer.join(10)
+
+
+def test_ctrl_c_ends_what_runs(runner: ScriptedRunner) -> None:
+    batch = runner.map(["hold a", "hold b"])
+    killer = threading.Thread(
+        target=after, args=(runner, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    )
+    killer.start()
+
+    with pytest.raises(KeyboardInterrupt):
+        next(batch)
+    killer.join(10)
+    assert list(batch) == []
+
+
+def test_one_thread_iterates_at_a_time(runner: ScriptedRunner) -> None:
+    with runner.map(["hold a"]) as batch:
+        waiter = threading.Thread(target=next, args=(batch, None))
+        waiter.start()
+        runner.wait_for(1)
+
+        with pytest.raises(OpenCodeConfigError, match="is being iterated already"):
+            next(batch)
+
+        runner.release()
+        waiter.join(10)
+
+
+def test_a_closed_runner_maps_no_more(runner: ScriptedRunner) -> None:
+    runner.close()
+
+    with pytest.raises(OpenCodeConfigError, match="is closed"):
+        runner.map(["a"])
+
+
+# --- budgets -------------------------------------------------------------------------------------
+
+
+def test_no_job_is_started_once_the_budget_is_spent(runner: ScriptedRunner) -> None:
+    batch = runner.map(map(str, itertools.count()), max_total_cost=5 * STEP_COST)
+    results: list[RunResult] = []
+
+    with pytest.raises(OpenCodeBudgetError, match=r"max_total_cost of \$0.05 is spent") as caught:
+        results.extend(batch)
+
+    assert len(results) == 5
+    assert len(runner.begun) == 5
+    assert caught.value.index == 5
+    assert caught.value.spent == pytest.approx(5 * STEP_COST)
+
+
+def test_the_budget_error_stands_in_the_places_of_the_jobs_not_run(runner: ScriptedRunner) -> None:
+    ends = list(runner.map(list("abcdef"), max_total_cost=2 * STEP_COST, on_error="return"))
+    assert [type(end) for end in ends] == [RunResult] * 2 + [OpenCodeBudgetError] * 4
+
+
+def test_a_budget_of_nothing_starts_nothing(runner: ScriptedRunner) -> None:
+    with pytest.raises(OpenCodeBudgetError):
+        list(runner.map(["a"], max_total_cost=0))
+
+    assert runner.begun == []
+
+
+def test_failed_jobs_count_for_the_budget(runner: ScriptedRunner) -> None:
+    jobs = ["fail 1", "fail 2", "c"]
+
+    ends = list(runner.map(jobs, max_total_cost=2 * STEP_COST, on_error="return"))
+
+    assert isinstance(ends[2], OpenCodeBudgetError)
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def test_the_report_adds_up(runner: ScriptedRunner) -> None:
+    batch = runner.map(["a", "fail", "c", "refused d"], on_error="return")
+    list(batch)
+
+    report = batch.report
+
+    assert (report.done, report.failed, report.cached, report.not_run) == (3, 1, 0, 0)
+    assert report.cost == pytest.approx(4 * STEP_COST)
+    assert (report.tokens.total, report.tokens.input, report.tokens.output) == (40, 28, 12)
+    assert report.errors == {"OpenCodeProcessError (APIError 401)": 1}
+    assert (report.rate_limits, report.lowest_workers) == (1, 1)
+    assert {job.prompt for job in report.slowest} == {"a", "fail", "c", "refused d"}
+    assert report.busy_s > 0
+    assert report.to_dict()["tokens"]["total"] == 40
+    assert "3 done, 1 failed" in str(report)
+    assert "1 x OpenCodeProcessError (APIError 401)" in str(report)
+
+
+def test_the_report_can_be_had_half_way_and_before(runner: ScriptedRunner) -> None:
+    with runner.map(["a", "hold b", "c"]) as batch:
+        before = batch.report
+        next(batch)
+        runner.wait_for(3)
+        half_way = batch.report
+
+    assert (before.done, before.running, before.max_workers) == (0, 0, 2)
+    assert half_way.done >= 1
+    assert half_way.running >= 1
+
+
+# --- executors -----------------------------------------------------------------------------------
+
+
+# Newer Pythons warn of fork in a process that has threads.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+@pytest.fixture(params=["threads", "fork", "spawn"])
+def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
+    if request.param == "threads":
+        pool: Executor = ThreadPoolExecutor(2)
+    else:
+        pool = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context(request.param))
+    with pool:
+        yield pool
+
+
+def test_jobs_run_on_an_executor_of_the_users_own(
+    runner: ScriptedRunner, executor: Executor
+) -> None:
+    good, bad = runner.map(["a", Job("fail", key="k")], executor=executor, on_error="return")
+
+    assert isinstance(good, RunResult)
+    assert (good.answer, good.index) == ("A", 0)
+    assert isinstance(bad, OpenCodeProcessError)
+    assert (bad.index, bad.key, bad.prompt) == (1, "k", "fail")
+    assert bad.result is not None
+    assert bad.result.answer == "FAIL"
+    assert executor.submit(int, "3").result() == 3
+
+
+def test_leaving_a_batch_ends_what_runs_on_an_executor(
+    runner: ScriptedRunner, executor: Executor
+) -> None:
+    with runner.map(["a", "hold b", "hold c"], executor=executor) as batch:
+        next(batch)
+
+    assert executor.submit(int, "3").result(timeout=10) == 3
+
+
+def test_a_refusal_is_heard_of_from_an_executor(runner: ScriptedRunner, executor: Executor) -> None:
+    batch = runner.map(["refused a", "b"], executor=executor)
+    list(batch)
+
+    assert (batch.report.rate_limits, batch.report.lowest_workers) == (1, 1)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "return"])
+def test_a_pool_that_loses_a_worker_loses_no_finished_result(
+    runner: ScriptedRunner, tmp_path: Path, on_error: Any
+) -> None:
+    path = tmp_path / "batch.jsonl"
+    given: list[object] = []
+
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        batch = runner.map(
+            ["a", "b", "die", "c"], executor=pool, checkpoint=path, on_error=on_error
+        )
+        with pytest.raises(OpenCodeError, match=r"worker was lost|takes no more jobs"):
+            given.extend(batch)
+
+    assert [end.answer for end in given if isinstance(end, RunResult)] == ["A", "B"]
+    assert len(path.read_text().splitlines()) == 2
+
+
+SCRIPT = """
+import multiprocessing, sys
+from concurrent.futures import ProcessPoolExecutor
+from tests.scripted import ScriptedRunner
+
+class Telling(ScriptedRunner):
+    def __reduce__(self):
+        return Telling, ()
+
+    def _open(self, request, cancelled, keep_raw):
+        print(request.prompt, flush=True)
+        return super()._open(request, cancelled, keep_raw)
+
+    def _ended(self):
+        print("ended", flush=True)
+
+pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"))
+for result in Telling().map(["hold"], executor=pool):
+    pass
+"""
+
+
+def test_when_the_batch_is_killed_its_runs_in_worker_processes_are_ended() -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    with child:
+        assert child.stdout.readline() == "hold\n"
+        (worker,) = psutil.Process(child.pid).children()
+        child.kill()
+
+        assert child.stdout.readline() == "ended\n"
+        worker.kill()  # a forked worker never notices that its pool is dead (CPython 3.11)
+
+
+def test_an_executor_that_was_shut_down_is_an_error(runner: ScriptedRunner) -> None:
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+
+    with pytest.raises(OpenCodeError, match="the executor takes no more jobs"):
+        list(runner.map(["a"], executor=pool))
+
+
+# --- too many requests ---------------------------------------------------------------------------
+
+
+def test_a_refusal_brings_down_how_many_run_and_successes_bring_it_up(
+    runner: ScriptedRunner,
+) -> None:
+    jobs = ["refused 1", *(str(n) for n in range(40))]
+
+    batch = runner.map(jobs, max_workers=4)
+    results = list(batch)
+
+    assert len(results) == 41
+    assert batch.report.rate_limits == 1
+    assert batch.report.lowest_workers < 4
+
+
+def test_refusals_change_nothing_where_that_is_switched_off(runner: ScriptedRunner) -> None:
+    batch = runner.map(["refused 1", "b"], max_workers=4, adaptive=False)
+    list(batch)
+
+    assert (batch.report.rate_limits, batch.report.lowest_workers) == (1, 4)

@@ -1,0 +1,405 @@
+"""Finished jobs on disk: found again, never lost, never run twice without need."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opencode_sync import (
+    Job,
+    OpenCodeConfigError,
+    OpenCodeError,
+    OpenCodeProcessError,
+    OpenCodeTimeoutError,
+    RunConfig,
+    RunResult,
+)
+from opencode_sync.checkpoint import Checkpoint, Entry
+from tests.scripted import ScriptedRunner
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def runner() -> Iterator[ScriptedRunner]:
+    with ScriptedRunner(max_workers=2) as runner:
+        yield runner
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "batch.jsonl"
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- found again ---------------------------------------------------------------------------------
+
+
+def test_finished_jobs_are_not_run_again(runner: ScriptedRunner, path: Path) -> None:
+    first = list(runner.map(["a", "b"], checkpoint=path))
+
+    batch = runner.map(["b", "a", "c"], checkpoint=path)
+    again = list(batch)
+
+    assert [result.answer for result in again] == ["B", "A", "C"]
+    assert [result.index for result in again] == [0, 1, 2]
+    assert again[1].events == first[0].events
+    assert sorted(runner.prompts) == ["a", "b", "c"]
+    assert (batch.report.cached, batch.report.done, batch.report.cost) == (2, 1, 0.01)
+
+
+def test_a_result_is_in_the_file_before_it_is_given(runner: ScriptedRunner, path: Path) -> None:
+    for n, result in enumerate(runner.map(map(str, range(20)), checkpoint=path)):
+        assert result.key in {line["key"] for line in lines_of(path)}
+        assert n == result.index
+
+
+def test_the_same_prompt_more_than_once_is_as_many_jobs(runner: ScriptedRunner, path: Path) -> None:
+    list(runner.map(["a", "a"], checkpoint=path))
+
+    again = list(runner.map(["a", "a", "a"], checkpoint=path))
+
+    assert len({result.key for result in again}) == 3
+    assert runner.prompts == ["a"] * 3
+
+
+def test_a_job_with_a_key_is_found_by_it(runner: ScriptedRunner, path: Path) -> None:
+    list(runner.map([Job("a", key="one"), Job("a", key="two")], checkpoint=path))
+
+    again = list(runner.map([Job("a", key="two")], checkpoint=path))
+
+    assert {line["key"] for line in lines_of(path)} == {"one", "two"}
+    assert again[0].key == "two"
+    assert len(runner.prompts) == 2
+
+
+def test_failures_are_run_again(runner: ScriptedRunner, path: Path) -> None:
+    list(runner.map(["a", "fail b"], checkpoint=path, on_error="return"))
+
+    batch = runner.map(["a", "fail b"], checkpoint=path, on_error="return")
+    list(batch)
+
+    assert sorted(runner.prompts) == ["a", "fail b", "fail b"]
+    assert (batch.report.cached, batch.report.retried) == (1, 1)
+
+
+def test_the_failure_of_a_job_that_was_run_again_is_dropped_from_the_file(
+    runner: ScriptedRunner, path: Path
+) -> None:
+    list(runner.map([Job("fail", key="k"), "b"], checkpoint=path, on_error="return"))
+
+    list(runner.map([Job("better", key="k"), "b"], checkpoint=path))
+
+    assert [(line["prompt"], line["failure"]) for line in lines_of(path)] == [
+        ("b", None),
+        ("better", None),
+    ]
+
+
+def test_failures_can_be_kept(runner: ScriptedRunner, path: Path) -> None:
+    jobs: list[str | Job] = ["a", Job("fail b", key="k")]
+    _, first = runner.map(jobs, checkpoint=path, on_error="return")
+
+    _, again = runner.map(jobs, checkpoint=path, on_error="return", retry_failed=False)
+
+    assert again == first
+    assert isinstance(again, OpenCodeProcessError)
+    assert (again.index, again.key, again.prompt) == (1, "k", "fail b")
+    assert len(runner.prompts) == 2
+
+
+def test_a_kept_failure_is_raised_in_its_place(runner: ScriptedRunner, path: Path) -> None:
+    list(runner.map(["a", "fail"], checkpoint=path, on_error="return"))
+    batch = runner.map(["a", "fail", "c"], checkpoint=path, retry_failed=False)
+
+    assert next(batch).answer == "A"
+    with pytest.raises(OpenCodeProcessError, match="bad key"):
+        next(batch)
+
+
+def test_what_was_ended_from_outside_is_not_in_the_file(runner: ScriptedRunner, path: Path) -> None:
+    with runner.map(["a", "hold b"], checkpoint=path) as batch:
+        next(batch)
+        runner.wait_for(2)
+
+    assert [line["prompt"] for line in lines_of(path)] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OpenCodeTimeoutError("too long", limit_s=3.0, elapsed_s=3.1),
+        OpenCodeConfigError("no such workspace"),
+        OpenCodeProcessError(7, "red", reason="none"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_comes_back_equal(path: Path, error: OpenCodeError) -> None:
+    if not isinstance(error, OpenCodeConfigError):
+        error.result = RunResult(attempts=1, prompt="p", key="k", index=3, stderr="red")
+    checkpoint = Checkpoint(path, "s")
+
+    checkpoint.write([Entry("k", "f", error)])
+    saved = checkpoint.find("k", "f")
+
+    assert saved is not None
+    assert checkpoint.load(saved) == error
+    checkpoint.close()
+
+
+# --- the file ------------------------------------------------------------------------------------
+
+
+def test_all_lines_are_of_one_shape(runner: ScriptedRunner, path: Path) -> None:
+    jobs = ["a", "fail", "", "refused", "line\u2028separator and \ud83d\ude00"]
+
+    list(runner.map(jobs, checkpoint=path, on_error="return"))
+
+    shapes = {tuple(line) for line in map(json.loads, path.read_text().split("\n")[:-1])}
+    assert len(shapes) == 1
+    assert {"key", "prompt", "status", "answer", "total_cost", "failure"} <= set(shapes.pop())
+
+
+def test_what_json_does_not_know_is_written_all_the_same(path: Path) -> None:
+    events: list[Any] = [{"type": "x", "n": float("nan"), "half": "\ud800", "path": ROOT}]
+    checkpoint = Checkpoint(path, "s")
+
+    checkpoint.write([Entry("k", "f", RunResult(events=events))])
+    checkpoint.close()
+
+    (line,) = lines_of(path)
+    assert line["events"] == [{"type": "x", "n": None, "half": "?", "path": str(ROOT)}]
+
+
+def test_a_torn_last_line_is_cut_off(runner: ScriptedRunner, path: Path) -> None:
+    list(runner.map(["a", "b"], checkpoint=path, max_workers=1))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+
+    again = list(runner.map(["a", "b"], checkpoint=path, max_workers=1))
+
+    assert [result.answer for result in again] == ["A", "B"]
+    assert runner.prompts == ["a", "b", "b"]
+    assert len(lines_of(path)) == 2
+
+
+@pytest.mark.parametrize("cut", [1, 2, 9], ids=lambda n: f"{n} bytes of it")
+def test_a_line_that_was_hardly_begun_is_cut_off(
+    runner: ScriptedRunner, path: Path, cut: int
+) -> None:
+    list(runner.map(["a"], checkpoint=path))
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:cut])
+
+    list(runner.map(["a"], checkpoint=path))
+
+    assert path.read_bytes() == whole
+
+
+def test_zeros_at_the_end_are_cut_off(runner: ScriptedRunner, path: Path) -> None:
+    list(runner.map(["a"], checkpoint=path))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"\0" * 4096)
+
+    list(runner.map(["a"], checkpoint=path))
+
+    assert path.read_bytes() == whole
+
+
+def test_a_last_line_without_its_newline_counts(runner: ScriptedRunner, path: Path) -> None:
+    list(runner.map(["a"], checkpoint=path))
+    path.write_bytes(path.read_bytes()[:-1])
+
+    list(runner.map(["a", "b"], checkpoint=path))
+
+    assert sorted(runner.prompts) == ["a", "b"]
+    assert len(lines_of(path)) == 2
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"key": "x", \n', b"\n", b"\0\0\0\n", b'{"key": 3}\n', b"[]\n"], ids=repr
+)
+def test_other_damage_is_an_error_that_names_the_line(
+    runner: ScriptedRunner, path: Path, damage: bytes
+) -> None:
+    list(runner.map(["a", "b"], checkpoint=path))
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + damage + second)
+
+    with pytest.raises(OpenCodeConfigError, match=r"batch.jsonl.*line 2 is damaged"):
+        next(runner.map(["a"], checkpoint=path))
+
+    assert path.read_bytes() == first + damage + second
+
+
+@pytest.mark.parametrize("text", ["a line of prose", '{"prompt": "a"}', "x\n"], ids=repr)
+def test_a_file_that_is_no_checkpoint_is_left_alone(
+    runner: ScriptedRunner, path: Path, text: str
+) -> None:
+    path.write_text(text)
+
+    with pytest.raises(OpenCodeConfigError, match="line 1 is damaged, or no line of a checkpoint"):
+        next(runner.map(["a"], checkpoint=path))
+
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("where", ["missing/x.jsonl", "."], ids=["no directory", "a directory"])
+def test_a_path_that_cannot_be_written_is_refused(
+    runner: ScriptedRunner, tmp_path: Path, where: str
+) -> None:
+    with pytest.raises(OpenCodeConfigError, match="checkpoint"):
+        next(runner.map(["a"], checkpoint=tmp_path / where))
+
+
+def test_two_writers_are_refused(runner: ScriptedRunner, path: Path) -> None:
+    with runner.map(["a", "b"], checkpoint=path) as first:
+        next(first)
+
+        with pytest.raises(OpenCodeConfigError, match="is being written by another batch"):
+            next(runner.map(["c"], checkpoint=path))
+
+
+def test_the_file_is_free_after_the_batch(runner: ScriptedRunner, path: Path) -> None:
+    with runner.map(["a", "b"], checkpoint=path) as batch:
+        next(batch)
+
+    assert len(list(runner.map(["a", "b"], checkpoint=path))) == 2
+
+
+def test_a_full_disk_ends_the_batch_and_leaves_the_file_whole(
+    runner: ScriptedRunner, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(runner.map(["a"], checkpoint=path))
+    before = path.read_bytes()
+    monkeypatch.setattr("os.fsync", _no_space)
+
+    with pytest.raises(OpenCodeError, match="No space left on device; 1 finished jobs were not"):
+        list(runner.map(["a", "b"], checkpoint=path))
+
+    assert path.read_bytes() == before
+
+
+def _no_space(descriptor: int) -> None:
+    if os.path.isfile(f"/proc/self/fd/{descriptor}"):
+        raise OSError(28, "No space left on device")
+
+
+# --- settings and secrets ------------------------------------------------------------------------
+
+
+def test_a_file_of_other_settings_is_noticed(runner: ScriptedRunner, path: Path) -> None:
+    list(runner.map(["a"], checkpoint=path, run_cfg=RunConfig(model="a/b")))
+
+    with pytest.raises(OpenCodeConfigError, match="line 1 is of other settings"):
+        next(runner.map(["a"], checkpoint=path, run_cfg=RunConfig(model="a/c")))
+
+
+def test_a_key_that_means_another_prompt_by_now_is_noticed(
+    runner: ScriptedRunner, path: Path
+) -> None:
+    list(runner.map([Job("a", key="k")], checkpoint=path))
+
+    with pytest.raises(OpenCodeConfigError, match="has the job 'k' with another prompt"):
+        next(runner.map([Job("b", key="k")], checkpoint=path))
+
+
+def test_two_jobs_with_one_key_are_refused(runner: ScriptedRunner, path: Path) -> None:
+    with pytest.raises(OpenCodeConfigError, match="two jobs have the key 'k'"):
+        list(runner.map([Job("a", key="k"), Job("b", key="k")], checkpoint=path))
+
+
+def secret_config(word: str) -> RunConfig:
+    return RunConfig(
+        model="a/b",
+        password=word,
+        attach=f"http://user:{word}@127.0.0.1:1",
+        extra_env={"ANTHROPIC_API_KEY": word},
+        mcp={"x": {"headers": {"X-Own": word}, "environment": {"X": word}}},
+        config_overrides={"provider": {"p": {"options": {"apiKey": word, "token": [word]}}}},
+    )
+
+
+def test_no_secret_is_in_the_file(runner: ScriptedRunner, path: Path) -> None:
+    cfg = secret_config("s3cret-word")
+
+    list(runner.map(["a"], checkpoint=path, run_cfg=cfg))
+
+    assert "s3cret-word" not in path.read_text()
+
+
+def test_a_new_secret_makes_no_new_job(runner: ScriptedRunner, path: Path) -> None:
+    list(runner.map(["a"], checkpoint=path, run_cfg=secret_config("old")))
+
+    list(runner.map(["a"], checkpoint=path, run_cfg=secret_config("new")))
+
+    assert runner.prompts == ["a"]
+
+
+# --- killed in the middle ------------------------------------------------------------------------
+
+N_JOBS, WORKERS = 200, 4
+
+CHILD = f"""
+import sys, time
+from tests.scripted import ScriptedRunner
+
+class Slow(ScriptedRunner):
+    def _open(self, request, cancelled, keep_raw):
+        with open(sys.argv[2], "a") as log:
+            log.write(request.prompt + "\\n")
+        time.sleep(0.005)
+        return super()._open(request, cancelled, keep_raw)
+
+with Slow() as runner:
+    jobs = (str(n) for n in range({N_JOBS}))
+    for result in runner.map(jobs, checkpoint=sys.argv[1], max_workers={WORKERS}):
+        print(result.answer, flush=True)
+"""
+
+
+def run_child(path: Path, log: Path, kill_after: int | None = None, with_signal: int = 9) -> int:
+    """Run the batch in a process of its own, which gets the signal after so many results."""
+    command = [sys.executable, "-c", CHILD, str(path), str(log)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as child:
+        assert child.stdout is not None
+        for n, _ in enumerate(child.stdout, 1):
+            if n == kill_after:
+                child.send_signal(with_signal)
+        return child.wait(timeout=30)
+
+
+@pytest.mark.parametrize("is_torn", [False, True], ids=["whole", "torn"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_a_batch_that_was_ended_in_the_middle_is_completed(
+    path: Path, tmp_path: Path, number: signal.Signals, is_torn: bool
+) -> None:
+    log = tmp_path / "begun"
+
+    status = run_child(path, log, kill_after=80, with_signal=number)
+    assert status == -number
+    if is_torn:
+        with open(path, "ab") as file:
+            file.write(path.read_bytes()[:300])
+    assert run_child(path, log) == 0
+
+    answers = [line["answer"] for line in lines_of(path)]
+    assert sorted(answers, key=int) == [str(n) for n in range(N_JOBS)]
+    begun = Counter(log.read_text().split())
+    assert len(begun) == N_JOBS
+    assert max(begun.values()) <= 2
+    assert sum(count == 2 for count in begun.values()) <= WORKERS

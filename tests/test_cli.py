@@ -1,0 +1,421 @@
+"""The shell's door: what goes to stdout and to stderr, and every exit status.
+
+In the place of opencode stands a program that does what the prompt says, see standin.py.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opencode_sync import __version__, _demo, cli, install
+from opencode_sync._command import TESTED_VERSION
+from tests.standin import write_standin
+
+Shell = Callable[..., tuple[int, str, str]]
+Program = Callable[..., "subprocess.Popen[bytes]"]
+
+ROOT = Path(__file__).parent.parent
+WITHIN_S = 30
+HELLO = "step(text='Hello.')"
+
+
+@pytest.fixture(autouse=True)
+def standin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The program in the place of opencode; the current directory is another one."""
+    monkeypatch.chdir(tmp_path)
+    path = write_standin(tmp_path / "bin" / "opencode")
+    monkeypatch.setenv("OPENCODE_BINARY", str(path))
+    return path
+
+
+@pytest.fixture
+def shell(capfd: pytest.CaptureFixture[str]) -> Shell:
+    """Runs a command line; returns the exit status, stdout and stderr."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        try:
+            status = cli.main(words)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return status, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def program() -> Iterator[Program]:
+    """Starts the program in a process of its own."""
+    with ExitStack() as started:
+
+        def start(*words: str) -> subprocess.Popen[bytes]:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "opencode_sync", *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )
+            started.enter_context(process)
+            started.callback(process.kill)
+            return process
+
+        yield start
+
+
+# --- help and usage ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [[], *([command.name] for command in cli._COMMANDS)])
+def test_help_fits_a_screen_and_shows_an_example(shell: Shell, words: list[str]) -> None:
+    status, out, _ = shell(*words, "--help")
+
+    lines = out.splitlines()
+    assert status == 0
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    assert f"opencode-sync {' '.join(words)}" in lines[-1]
+
+
+def test_the_version_is_the_packages(shell: Shell) -> None:
+    assert shell("--version") == (0, f"opencode-sync {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param([], id="no command"),
+        pytest.param(["bogus"], id="unknown command"),
+        pytest.param(["run"], id="no prompt"),
+        pytest.param(["run", "a", "b"], id="two prompts"),
+        pytest.param(["run", "a", "--json", "--stream"], id="two shapes"),
+        pytest.param(["run", "--mod", "p/m", "a"], id="abbreviated option"),
+    ],
+)
+def test_wrong_usage_is_told_in_one_line(shell: Shell, words: list[str]) -> None:
+    status, out, err = shell(*words)
+
+    assert (status, out) == (2, "")
+    assert err.startswith("opencode-sync")
+    assert len(err.splitlines()) == 1
+
+
+def test_the_module_is_the_same_program(program: Program) -> None:
+    out, err = program("--version").communicate(timeout=WITHIN_S)
+
+    assert (out, err) == (f"opencode-sync {__version__}\n".encode(), b"")
+
+
+# --- run: what is printed ------------------------------------------------------------------------
+
+
+def test_the_text_alone_goes_to_stdout(shell: Shell) -> None:
+    status, out, err = shell("run", HELLO)
+
+    assert (status, out) == (0, "Hello.\n")
+    assert err.startswith("ok, 1 step, 120 tokens, $0.0100, ")
+    assert err.endswith("s, session ses_1\n")
+
+
+def test_a_stream_prints_the_same_text_and_tells_tools_on_stderr(shell: Shell) -> None:
+    tool = "('bash', {'status': 'completed', 'title': 'ls', 'metadata': {'exit': 0}})"
+    prompt = f"step(text='I look.', tool={tool}, reason='tool-calls')\nstep(text='Nothing.')"
+
+    streamed = shell("run", "--stream", prompt)
+    plain = shell("run", prompt)
+
+    assert streamed[1] == plain[1] == "I look.\n\nNothing.\n"
+    assert streamed[2].splitlines()[0] == "[bash] ls"
+
+
+def test_a_stream_is_printed_while_the_run_goes_on(program: Program, tmp_path: Path) -> None:
+    goes_on = tmp_path / "goes-on"
+    prompt = (
+        "step(text='first', reason='tool-calls')\n"
+        f"while not os.path.exists({str(goes_on)!r}): time.sleep(0.01)\n"
+        "step(text='last')"
+    )
+    process = program("run", "--stream", prompt)
+    assert process.stdout
+
+    first = process.stdout.readline()
+    goes_on.touch()
+
+    assert (first, process.communicate(timeout=WITHIN_S)[0]) == (b"first\n", b"\nlast\n")
+
+
+def test_json_is_the_whole_result(shell: Shell) -> None:
+    status, out, _ = shell("run", "--json", HELLO)
+
+    result = json.loads(out)
+    assert status == 0
+    assert (result["status"], result["answer"], result["total_cost"]) == ("ok", "Hello.", 0.01)
+    assert [event["type"] for event in result["events"]] == ["step_start", "text", "step_finish"]
+
+
+def test_json_tells_what_a_failed_run_had_produced(shell: Shell) -> None:
+    status, out, _ = shell("run", "--json", "step(text='So far.', reason='tool-calls'); fail('no')")
+
+    result = json.loads(out)
+    assert status == 1
+    assert (result["status"], result["final_text"]) == ("error", "So far.")
+
+
+def test_a_dash_reads_the_prompt_from_stdin(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(HELLO.encode())))
+
+    assert shell("run", "-")[:2] == (0, "Hello.\n")
+
+
+def test_text_that_utf8_cannot_hold_is_printed_all_the_same(shell: Shell) -> None:
+    assert shell("run", r"step(text='a\ud800b')")[:2] == (0, "a?b\n")
+
+
+def test_a_reader_that_has_enough_ends_the_program_quietly(program: Program) -> None:
+    process = program("run", "step(text='x' * 1_000_000)")
+    assert process.stdout
+    assert process.stderr
+
+    process.stdout.close()
+    err = process.stderr.read().decode()
+
+    assert process.wait(WITHIN_S) == 1
+    assert "Traceback" not in err
+    assert "Exception ignored" not in err
+
+
+# --- run: what it is asked for -------------------------------------------------------------------
+
+SHOW_ARGV = "step(text=json.dumps(sys.argv[1:]))"
+SHOW_CONFIG = "step(text=os.environ['OPENCODE_CONFIG_CONTENT'])"
+
+
+def test_options_reach_opencode(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("")
+    options = ["--model", "p/m", "--agent", "plan", "--session", "ses_9", "--file", "a.txt"]
+
+    _, out, _ = shell("run", *options, SHOW_ARGV)
+
+    argv = " ".join(json.loads(out))
+    assert "-m p/m" in argv
+    assert "--agent plan" in argv
+    assert "--session ses_9" in argv
+    assert f"-f {tmp_path / 'a.txt'}" in argv
+
+
+def test_the_workspace_is_where_opencode_works(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+
+    _, out, _ = shell("run", "--workspace", "there", "step(text=os.getcwd())")
+
+    assert out == f"{tmp_path / 'there'}\n"
+
+
+def test_a_file_counts_from_the_current_directory(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "a.txt").write_text("")
+
+    status, out, _ = shell("run", "--workspace", "there", "--file", "a.txt", SHOW_ARGV)
+
+    assert status == 0
+    assert str(tmp_path / "a.txt") in json.loads(out)
+
+
+def test_configuration_and_permission_are_merged(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text('{"share": "disabled", "permission": {"bash": "deny"}}')
+
+    _, out, _ = shell("run", "--config", "c.json", "--permission", '{"edit": "deny"}', SHOW_CONFIG)
+
+    config = json.loads(out)
+    assert config["share"] == "disabled"
+    assert config["permission"] == {"bash": "deny", "edit": "deny"}
+
+
+# --- every exit status ---------------------------------------------------------------------------
+
+
+def test_a_failed_run_exits_with_1_and_names_the_reason(shell: Shell) -> None:
+    status, out, err = shell("run", "fail('bad key')")
+
+    assert (status, out) == (1, "")
+    assert "APIError 401: bad key" in err
+
+
+def test_a_run_that_ended_at_a_refused_tool_exits_with_1(shell: Shell) -> None:
+    state = "{'status': 'error', 'error': 'The user rejected permission to use this tool.'}"
+
+    status, _, err = shell("run", f"step(tool=('bash', {state}), reason='tool-calls')")
+
+    assert status == 1
+    assert "refused" in err
+    assert "--permission" in err
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["run", " "], "blank"),
+        (["run", "x", "--workspace", "nowhere"], "nowhere"),
+        (["run", "x", "--file", "none.txt"], "none.txt"),
+        (["run", "x", "--config", "none.json"], "none.json"),
+        (["run", "x", "--config", "bad.json"], "line 3 column 3"),
+        (["run", "x", "--config", "list.json"], "object"),
+        (["run", "x", "--permission", "{"], "--permission"),
+        (["run", "x", "--permission", "ask"], "'ask'"),
+        (["run", "x", "--model", "m"], "provider/model"),
+        (["run", "x", "--timeout", "-1"], "timeout_s"),
+        (["run", "x", "--max-cost", "nan"], "max_cost"),
+        (["install", "--version", "latest"], "latest"),
+    ],
+)
+def test_refused_input_exits_with_2_and_is_told_in_one_line(
+    shell: Shell, tmp_path: Path, words: list[str], named: str
+) -> None:
+    (tmp_path / "bad.json").write_text('{\n  "a": 1,\n  b}')
+    (tmp_path / "list.json").write_text("[]")
+
+    status, out, err = shell(*words)
+
+    assert (status, out) == (2, "")
+    assert err.startswith("opencode-sync: ")
+    assert named in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_run_over_its_time_exits_with_124(shell: Shell) -> None:
+    status, out, err = shell("run", "--timeout", "0.5", "step(text='So far.'); time.sleep(60)")
+
+    assert (status, out) == (124, "So far.\n")
+    assert "0.5 s (timeout_s)" in err
+
+
+def test_a_run_over_its_budget_exits_with_1(shell: Shell) -> None:
+    prompt = "step(reason='tool-calls', cost=3); time.sleep(60)"
+
+    status, _, err = shell("run", "--max-cost", "2", prompt)
+
+    assert status == 1
+    assert "max_cost of $2 passed" in err
+
+
+def test_no_opencode_exits_with_1_and_says_how_to_get_one(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENCODE_BINARY")
+    monkeypatch.setenv("PATH", "/nowhere")
+
+    status, _, err = shell("run", "x")
+
+    assert status == 1
+    assert "opencode-sync install" in err
+
+
+# --- errors of all kinds -------------------------------------------------------------------------
+
+
+def test_a_fault_of_our_own_is_told_in_one_line(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(install, "install", _raise(ZeroDivisionError("by nought")))
+
+    assert shell("install") == (
+        1,
+        "",
+        "opencode-sync: ZeroDivisionError: by nought (--debug shows where)\n",
+    )
+
+
+def test_debug_shows_tracebacks_and_log_lines(shell: Shell) -> None:
+    status, _, err = shell("run", "--debug", "fail('bad key')")
+
+    assert status == 1
+    assert "Traceback" in err
+    assert "attempt 1" in err
+
+
+def test_the_log_is_quiet_again_after_debug(shell: Shell) -> None:
+    shell("run", "--debug", HELLO)
+
+    _, _, err = shell("run", HELLO)
+
+    assert "attempt 1" not in err
+
+
+def _raise(error: Exception) -> Callable[..., Any]:
+    def raises(*args: object, **settings: object) -> None:
+        raise error
+
+    return raises
+
+
+# --- install and demo ----------------------------------------------------------------------------
+
+
+def test_install_installs_the_version_asked_for(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+    monkeypatch.setattr(install, "install", asked.append)
+
+    statuses = [shell("install")[0], shell("install", "--version", "1.18.30")[0]]
+
+    assert (statuses, asked) == ([0, 0], [None, "1.18.30"])
+
+
+def test_a_demo_in_which_something_did_not_work_exits_with_1(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_demo, "demo", lambda: ["run: status: 'error', and not 'ok'"])
+
+    status, out, err = shell("demo")
+
+    assert (status, out) == (1, "")
+    assert "run: status: 'error', and not 'ok'" in err
+
+
+def test_the_demo_notices_that_its_runs_do_not_work() -> None:
+    said: list[str] = []
+
+    faults = _demo.demo(said.append)  # its prompts are no Python
+
+    assert [fault.partition(":")[0] for fault in faults] == ["run", "stream", "four_at_once"]
+
+
+def test_the_demo_installs_opencode_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, standin: Path
+) -> None:
+    monkeypatch.delenv("OPENCODE_BINARY")
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(_demo, "install", lambda report: standin)
+
+    assert _demo.find_program(lambda line: None) == str(standin)
+
+
+def test_the_demo_takes_no_opencode_that_is_older_than_the_tested(
+    monkeypatch: pytest.MonkeyPatch, standin: Path, tmp_path: Path
+) -> None:
+    old = tmp_path / "old" / "opencode"
+    old.parent.mkdir()
+    old.write_text(standin.read_text().replace(TESTED_VERSION, "1.1.0"))
+    old.chmod(0o755)
+    monkeypatch.delenv("OPENCODE_BINARY")
+    monkeypatch.setenv("PATH", str(old.parent))
+    monkeypatch.setattr(_demo, "install", lambda report: standin)
+    said: list[str] = []
+
+    program = _demo.find_program(said.append)
+
+    assert program == str(standin)
+    assert "1.1.0" in said[0]
+
+
+def test_the_demo_takes_an_opencode_that_was_chosen_as_it_is(standin: Path) -> None:
+    assert _demo.find_program(lambda line: None) == str(standin)

@@ -1,0 +1,528 @@
+"""Which program is run, with which arguments, in which environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opencode_sync import (
+    OpenCodeBinaryNotFoundError,
+    OpenCodeConfigError,
+    RunConfig,
+    build_argv,
+    build_env,
+    resolve_binary,
+)
+from opencode_sync._command import PLUGIN, add_plugin, managed_path, without_user_config
+
+SOON_S = 100.0
+
+# --- the program ---------------------------------------------------------------------------------
+
+Program = Callable[[str | Path], Path]
+
+
+@pytest.fixture
+def program() -> Program:
+    """Makes a file that can be run."""
+
+    def program(path: str | Path) -> Path:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("#!/bin/sh\n")
+        path.chmod(0o755)
+        return path
+
+    return program
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without any opencode, and a working directory of its own."""
+    home = tmp_path / "home"
+    for name in ("cwd", "bin"):
+        (home / name).mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("PATH", str(home / "bin"))
+    monkeypatch.delenv("OPENCODE_BINARY", raising=False)
+    monkeypatch.chdir(home / "cwd")
+    return home
+
+
+def test_a_name_is_looked_up_on_path(machine: Path, program: Program) -> None:
+    found = program(machine / "bin" / "opencode")
+
+    assert resolve_binary() == str(found)
+    assert resolve_binary("opencode") == str(found)
+
+
+def test_a_program_on_path_wins_over_a_file_of_its_name_here(
+    machine: Path, program: Program
+) -> None:
+    program("opencode")
+    found = program(machine / "bin" / "opencode")
+
+    assert resolve_binary() == str(found)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tools/oc", "./tools/oc", "~/cwd/tools/oc", Path("tools/oc")],
+    ids=["relative", "dotted", "home", "Path"],
+)
+def test_the_path_of_a_file_is_made_absolute(
+    machine: Path, program: Program, name: str | Path
+) -> None:
+    found = program(machine / "cwd" / "tools" / "oc")
+
+    assert resolve_binary(name) == str(found)
+
+
+def test_a_file_here_is_found_by_its_bare_name(machine: Path, program: Program) -> None:
+    found = program(machine / "cwd" / "oc")
+
+    assert resolve_binary("oc") == str(found)
+
+
+def test_the_managed_copy_is_found_last(machine: Path, program: Program) -> None:
+    managed = program(managed_path("1.18.33"))
+
+    without_path = resolve_binary()
+    on_path = program(machine / "bin" / "opencode")
+
+    assert without_path == str(managed)
+    assert resolve_binary() == str(on_path)
+
+
+def test_opencode_binary_comes_first(
+    machine: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(machine / "bin" / "opencode")
+    chosen = program(machine / "other" / "oc")
+
+    monkeypatch.setenv("OPENCODE_BINARY", "~/other/oc")
+
+    assert resolve_binary() == str(chosen)
+
+
+def test_opencode_binary_may_be_a_name(
+    machine: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = program(machine / "bin" / "oc")
+
+    monkeypatch.setenv("OPENCODE_BINARY", "oc")
+
+    assert resolve_binary() == str(chosen)
+
+
+def test_opencode_binary_does_not_stand_in_for_a_program_asked_for(
+    machine: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = program(machine / "cwd" / "mine")
+    monkeypatch.setenv("OPENCODE_BINARY", str(program(machine / "other" / "oc")))
+
+    assert resolve_binary("./mine") == str(wanted)
+
+
+def test_an_empty_opencode_binary_is_none(
+    machine: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = program(machine / "bin" / "opencode")
+
+    monkeypatch.setenv("OPENCODE_BINARY", "")
+
+    assert resolve_binary() == str(found)
+
+
+@pytest.mark.parametrize(
+    "name, what",
+    [
+        ("opencode", "no 'opencode' on PATH"),
+        ("oc", "no 'oc' on PATH"),
+        ("", "no '' on PATH"),
+        ("./oc", "no file './oc'"),
+        ("~/none/oc", "no file '~/none/oc'"),
+        ("~nobody-of-this-name/oc", "no file '~nobody-of-this-name/oc'"),
+        ("../bin", "'../bin' is a directory, not a program"),
+        ("text", "'text' is not executable"),
+        ("a\0b", "no 'a\\x00b' on PATH"),
+    ],
+    ids=["default", "name", "empty", "file", "home", "no user", "directory", "text", "NUL"],
+)
+def test_what_cannot_be_run_is_named_with_the_way_to_get_one(name: str, what: str) -> None:
+    Path("text").write_text("no program")
+
+    with pytest.raises(FileNotFoundError) as raised:
+        resolve_binary(name)
+
+    assert isinstance(raised.value, OpenCodeBinaryNotFoundError)
+    assert str(raised.value) == (
+        f"{what}: run 'opencode-sync install', or pass binary=\"path/to/opencode\""
+    )
+
+
+def test_a_wrong_opencode_binary_is_named_though_there_is_another_one(
+    machine: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(machine / "bin" / "opencode")
+    monkeypatch.setenv("OPENCODE_BINARY", "/none/oc")
+
+    with pytest.raises(OpenCodeBinaryNotFoundError, match="no file '/none/oc', which OPENCODE_BIN"):
+        resolve_binary()
+
+
+# --- its arguments -------------------------------------------------------------------------------
+
+RUN = ["oc", "run", "--format", "json"]
+
+
+def test_without_settings_there_is_only_the_format() -> None:
+    assert build_argv("oc", None, RunConfig()) == RUN
+
+
+def test_each_setting_has_its_flag_in_a_fixed_order() -> None:
+    cfg = RunConfig(
+        agent="build",
+        model="p/m",
+        files=("a.txt", Path("b.txt")),
+        title="T",
+        command="review",
+        continue_session=True,
+        session_id="ses_1",
+        fork=True,
+        share=True,
+        attach="http://host",
+        password="secret",
+        username="me",
+        remote_dir="/d",
+        port=4096,
+        variant="high",
+        thinking=True,
+        print_logs=True,
+        log_level="INFO",
+        auto=True,
+        pure=True,
+    )
+
+    argv = build_argv("oc", "Explain", cfg)
+
+    assert argv == [
+        *RUN,
+        "--print-logs",
+        *("--log-level", "INFO"),
+        *("--command", "review"),
+        "--continue",
+        *("--session", "ses_1"),
+        "--fork",
+        "--share",
+        *("-m", "p/m"),
+        *("--agent", "build"),
+        *("-f", "a.txt"),
+        *("-f", "b.txt"),
+        *("--title", "T"),
+        *("--attach", "http://host"),
+        *("--username", "me"),
+        *("--dir", "/d"),
+        *("--port", "4096"),
+        *("--variant", "high"),
+        "--thinking",
+        "--auto",
+        "--pure",
+        "--",
+        "Explain",
+    ]
+
+
+@pytest.mark.parametrize("prompt", ["Explain", "-x", "--", "two words", "line\nline"], ids=repr)
+def test_a_message_comes_last_after_the_end_of_the_flags(prompt: str) -> None:
+    argv = build_argv("oc", prompt, RunConfig(files=("a.txt",)))
+
+    assert argv == [*RUN, "-f", "a.txt", "--", prompt]
+
+
+@pytest.mark.parametrize("prompt", [None, ""], ids=repr)
+def test_no_message_leaves_no_trace(prompt: str | None) -> None:
+    assert build_argv("oc", prompt, RunConfig(command="init")) == [*RUN, "--command", "init"]
+
+
+@pytest.mark.parametrize(
+    "changes, argument",
+    [
+        ({"title": "--help"}, "--title=--help"),
+        ({"title": "-"}, "--title=-"),
+        ({"agent": "-a"}, "--agent=-a"),
+        ({"model": "-p/m"}, "--model=-p/m"),
+        ({"files": ("-notes.txt",)}, "--file=-notes.txt"),
+        ({"variant": "-v"}, "--variant=-v"),
+    ],
+    ids=["flag", "dash", "agent", "model", "file", "variant"],
+)
+def test_a_value_with_a_leading_dash_is_no_flag(changes: dict[str, Any], argument: str) -> None:
+    assert build_argv("oc", None, RunConfig(**changes)) == [*RUN, argument]
+
+
+def test_a_switch_that_is_off_or_not_set_has_no_flag() -> None:
+    cfg = RunConfig(share=False, thinking=None, print_logs=False, auto=False)
+
+    assert build_argv("oc", None, cfg) == RUN
+
+
+def test_an_empty_title_is_passed_on() -> None:
+    assert build_argv("oc", None, RunConfig(title="")) == [*RUN, "--title", ""]
+
+
+def test_the_home_of_a_file_is_expanded(machine: Path) -> None:
+    argv = build_argv("oc", None, RunConfig(files=("~/a.txt", Path("~/b.txt"))))
+
+    assert argv == [*RUN, "-f", f"{machine}/a.txt", "-f", f"{machine}/b.txt"]
+
+
+def test_no_secret_stands_among_the_arguments() -> None:
+    cfg = RunConfig(
+        attach="http://host",
+        password="secret",
+        extra_env={"TOKEN": "secret"},
+        mcp={"a": {"token": "secret"}},
+        config_overrides={"key": "secret"},
+    )
+
+    assert "secret" not in " ".join(build_argv("oc", "Explain", cfg))
+
+
+# --- its environment -----------------------------------------------------------------------------
+
+
+def content_of(env: dict[str, str]) -> Any:
+    return json.loads(env["OPENCODE_CONFIG_CONTENT"])
+
+
+def test_the_environment_is_that_of_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINE", "1")
+
+    env = build_env(RunConfig())
+
+    assert env == {**os.environ, "OPENCODE_DISABLE_AUTOUPDATE": "1"}
+    assert env is not os.environ
+
+
+def test_a_base_replaces_the_parents_environment_and_stays_as_it_is() -> None:
+    base = {"A": "1", "B": "2"}
+
+    env = build_env(RunConfig(extra_env={"B": "3"}), base)
+
+    assert env == {"A": "1", "B": "3", "OPENCODE_DISABLE_AUTOUPDATE": "1"}
+    assert base == {"A": "1", "B": "2"}
+
+
+def test_autoupdate_is_left_alone_where_it_is_wanted() -> None:
+    assert build_env(RunConfig(disable_autoupdate=False), {}) == {}
+
+
+def test_the_configuration_travels_in_a_variable() -> None:
+    cfg = RunConfig(permission={"bash": "deny"}, config_overrides={"username": "Åsa"})
+
+    env = build_env(cfg, {})
+
+    assert env["OPENCODE_CONFIG_CONTENT"] == cfg.opencode_config_content_json()
+
+
+def test_without_configuration_that_of_the_parent_stays_to_the_letter() -> None:
+    base = {"OPENCODE_CONFIG_CONTENT": "{ // as it is\n}"}
+
+    assert build_env(RunConfig(), base)["OPENCODE_CONFIG_CONTENT"] == "{ // as it is\n}"
+
+
+def test_our_configuration_is_merged_over_that_of_the_parent() -> None:
+    parent = {"permission": {"bash": "deny", "edit": "deny"}, "username": "U", "x": [1]}
+
+    env = build_env(
+        RunConfig(permission={"edit": "allow"}, config_overrides={"x": [2]}),
+        {"OPENCODE_CONFIG_CONTENT": json.dumps(parent)},
+    )
+
+    assert content_of(env) == {
+        "permission": {"bash": "deny", "edit": "allow"},
+        "username": "U",
+        "x": [2],
+    }
+
+
+def test_a_configuration_in_extra_env_stands_in_for_that_of_the_parent() -> None:
+    cfg = RunConfig(extra_env={"OPENCODE_CONFIG_CONTENT": '{"a": 1}'}, tools={"bash": False})
+
+    env = build_env(cfg, {"OPENCODE_CONFIG_CONTENT": '{"b": 2}'})
+
+    assert content_of(env) == {"a": 1, "tools": {"bash": False}}
+
+
+@pytest.mark.parametrize(
+    "content, config",
+    [
+        ('{"a": 1,}', {"a": 1}),
+        ('{"a": [1, 2 , ], // one, two\n}', {"a": [1, 2]}),
+        ('/* all\n of it */ {"a": /* x */ 1}', {"a": 1}),
+        ('{"url": "http://x/*y*/", "b": "a,}"}', {"url": "http://x/*y*/", "b": "a,}"}),
+        (r'{"a": "\" // no comment", "b": "\\"}', {"a": '" // no comment', "b": "\\"}),
+        ('{"a": 1, // last\n /* and */ }', {"a": 1}),
+        ("", {}),
+    ],
+    ids=["comma", "line", "block", "in strings", "escapes", "comma, then comments", "empty"],
+)
+def test_comments_and_trailing_commas_are_taken_as_opencode_takes_them(
+    content: str, config: dict[str, Any]
+) -> None:
+    env = build_env(RunConfig(tools={"bash": False}), {"OPENCODE_CONFIG_CONTENT": content})
+
+    assert content_of(env) == {**config, "tools": {"bash": False}}
+
+
+@pytest.mark.parametrize("content", ["no json", "[1]", '"text"', " ", '{"a"', '{"a": "b'], ids=repr)
+def test_a_configuration_of_the_parent_that_cannot_be_merged_is_refused(content: str) -> None:
+    with pytest.raises(OpenCodeConfigError, match="OPENCODE_CONFIG_CONTENT of the environment"):
+        build_env(RunConfig(permission="deny"), {"OPENCODE_CONFIG_CONTENT": content})
+
+
+def test_a_password_travels_in_its_variable() -> None:
+    cfg = RunConfig(attach="http://host", password="secret")
+
+    assert build_env(cfg, {})["OPENCODE_SERVER_PASSWORD"] == "secret"
+
+
+def test_lean_switches_can_be_taken_back_one_by_one() -> None:
+    cfg = RunConfig(
+        lean=True,
+        extra_env={"OPENCODE_DISABLE_SHARE": "0"},
+        config_overrides={"snapshot": True},
+    )
+
+    env = build_env(cfg, {})
+
+    assert env["OPENCODE_DISABLE_LSP_DOWNLOAD"] == "1"
+    assert env["OPENCODE_DISABLE_SHARE"] == "0"
+    assert content_of(env) == {"snapshot": True, "share": "disabled", "lsp": False}
+
+
+def test_our_plugin_is_added_to_those_that_are_there() -> None:
+    env = build_env(RunConfig(config_overrides={"plugin": ["theirs"], "a": 1}), {})
+
+    assert content_of(add_plugin(env)) == {"plugin": ["theirs", PLUGIN.as_uri()], "a": 1}
+    assert content_of(add_plugin({})) == {"plugin": [PLUGIN.as_uri()]}
+
+
+# --- leaving configuration out -------------------------------------------------------------------
+
+
+def test_the_users_variables_are_left_out_with_the_users_configuration() -> None:
+    base = {
+        "OPENCODE_CONFIG": "/f.json",
+        "OPENCODE_CONFIG_DIR": "/d",
+        "OPENCODE_CONFIG_CONTENT": "no json, and nobody minds",
+        "OPENCODE_PERMISSION": "{}",
+        "OTHER": "1",
+    }
+
+    env = build_env(RunConfig(inherit_user_config=False, tools={"bash": False}), base)
+
+    assert content_of(env) == {"tools": {"bash": False}}
+    assert env.keys() == {"OPENCODE_CONFIG_CONTENT", "OTHER", "OPENCODE_DISABLE_AUTOUPDATE"}
+
+
+def test_what_extra_env_sets_itself_is_not_left_out() -> None:
+    own = {"OPENCODE_CONFIG_DIR": "/mine", "XDG_CONFIG_HOME": "/mine/config"}
+    cfg = RunConfig(inherit_user_config=False, extra_env=own)
+
+    env = without_user_config(build_env(cfg, {}), cfg, Path("/empty"))
+
+    assert env["OPENCODE_CONFIG_DIR"] == "/mine"
+    assert env["XDG_CONFIG_HOME"] == "/mine/config"
+    assert env["OPENCODE_TEST_HOME"] == "/empty"
+
+
+def test_instructions_in_the_home_are_found_without_the_users_configuration(machine: Path) -> None:
+    cfg = RunConfig(inherit_user_config=False, instructions=("~/a.md", "b.md", "https://x/c.md"))
+
+    assert content_of(build_env(cfg, {})) == {
+        "instructions": [f"{machine}/a.md", "b.md", "https://x/c.md"]
+    }
+
+
+# --- what the real opencode makes of it ----------------------------------------------------------
+
+
+@pytest.fixture
+def resolved(machine: Path, tmp_path: Path, opencode_binary: str) -> Callable[[RunConfig], Any]:
+    """The configuration that opencode comes to, each source of which defines one command."""
+    workspace = tmp_path / "repo" / "inner"
+    for source, path in {
+        "user": machine / ".config/opencode/opencode.json",
+        "home": machine / ".opencode/opencode.json",
+        "repo": workspace.parent / "opencode.json",
+        "workspace": workspace / "opencode.json",
+        "dotted": workspace / ".opencode/opencode.json",
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(defining(source)))
+    (tmp_path / "repo" / ".git").mkdir()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+
+    def resolved(cfg: RunConfig) -> Any:
+        env = add_plugin(build_env(cfg))
+        if not cfg.inherit_user_config:
+            env = without_user_config(env, cfg, empty)
+        done = subprocess.run(
+            [opencode_binary, "debug", "config"],
+            env={**env, "PWD": str(workspace)},
+            cwd=workspace,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            timeout=SOON_S,
+            check=True,
+        )
+        return json.loads(done.stdout)
+
+    return resolved
+
+
+def defining(command: str) -> dict[str, Any]:
+    return {"command": {command: {"template": "x"}}, "instructions": [f"{command}.md"]}
+
+
+Resolved = Callable[[RunConfig], Any]
+
+
+def test_opencode_reads_every_source_and_ours_last(
+    resolved: Resolved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = json.dumps({**defining("parent"), "username": "parent"})
+    monkeypatch.setenv("OPENCODE_CONFIG_CONTENT", f"{parent} // with a comment")
+
+    config = resolved(RunConfig(config_overrides={"username": "ours"}))
+
+    assert set(config["command"]) == {"user", "home", "repo", "workspace", "dotted", "parent"}
+    assert config["username"] == "ours"
+    assert config["plugin"][-1] == PLUGIN.as_uri()
+
+
+@pytest.mark.parametrize(
+    "switches, sources",
+    [
+        ({"inherit_user_config": False}, {"repo", "workspace", "dotted"}),
+        ({"inherit_project_config": False}, {"user", "home"}),
+        ({"inherit_user_config": False, "inherit_project_config": False}, set()),
+    ],
+    ids=["user", "project", "both"],
+)
+def test_opencode_reads_nothing_of_what_is_left_out(
+    resolved: Resolved, switches: dict[str, Any], sources: set[str]
+) -> None:
+    config = resolved(RunConfig(**switches))
+
+    assert set(config.get("command", {})) == sources
+    assert set(config.get("instructions", ())) == {f"{source}.md" for source in sources}

@@ -1,0 +1,377 @@
+"""RunConfig and Job: values, checked before anything is started."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from opencode_sync import (
+    Job,
+    OpenCodeConfigError,
+    RunConfig,
+    validate_config_for_run,
+    validate_permission_actions,
+)
+from opencode_sync.config import merged
+
+
+def full_config() -> RunConfig:
+    return RunConfig(
+        agent="build",
+        model="provider/model",
+        files=("a.txt", Path("b.txt")),
+        session_id="ses_1",
+        fork=True,
+        attach="http://user:secret-login@host:4096/x",
+        password="secret-password",
+        extra_env={"TOKEN": "secret-token"},
+        permission={"*": "deny", "edit": {"*.md": "allow"}},
+        mcp={"github": {"headers": {"Authorization": "secret-header"}}},
+        tools={"webfetch": False},
+        config_overrides={"provider": {"p": {"options": {"apiKey": "secret-key"}}}},
+        instructions=("docs/*.md",),
+    )
+
+
+# --- a value -------------------------------------------------------------------------------------
+
+
+def test_a_config_cannot_be_changed() -> None:
+    cfg = RunConfig(model="provider/model")
+
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.model = "other/model"  # type: ignore[misc]
+
+
+def test_configs_of_the_same_settings_are_equal() -> None:
+    assert full_config() == full_config()
+    assert full_config() != full_config().replace(fork=False)
+    assert RunConfig() == RunConfig(files=(), extra_env=None)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda cfg: pickle.loads(pickle.dumps(cfg))],
+    ids=["copy", "deepcopy", "pickle"],
+)
+def test_a_copy_of_a_config_is_equal_to_it(copied: Callable[[RunConfig], RunConfig]) -> None:
+    assert copied(full_config()) == full_config()
+
+
+def test_replace_gives_a_changed_copy() -> None:
+    cfg = RunConfig(model="a/b", title="T")
+
+    changed = cfg.replace(model="c/d")
+
+    assert changed == RunConfig(model="c/d", title="T")
+    assert cfg == RunConfig(model="a/b", title="T")
+
+
+def test_replace_refuses_a_field_that_does_not_exist() -> None:
+    with pytest.raises(TypeError, match="modle"):
+        RunConfig().replace(modle="a/b")
+
+
+def test_a_config_keeps_copies_of_what_it_was_made_from() -> None:
+    permission = {"edit": {"*.md": "allow"}}
+    servers = {"github": {"command": ["npx"]}}
+    cfg = RunConfig(permission=permission, mcp=servers)
+
+    permission["edit"]["*.md"] = "deny"
+    servers["github"]["command"].append("other")
+
+    assert cfg == RunConfig(
+        permission={"edit": {"*.md": "allow"}}, mcp={"github": {"command": ["npx"]}}
+    )
+
+
+def test_a_config_is_not_changed_through_what_it_gives() -> None:
+    cfg = RunConfig(permission={"edit": {"*.md": "allow"}}, config_overrides={"a": {"b": [1]}})
+
+    given = cfg.build_opencode_config_dict()
+    given["permission"]["edit"]["*.md"] = "deny"
+    given["a"]["b"].append(2)
+
+    assert cfg.build_opencode_config_dict() == {
+        "a": {"b": [1]},
+        "permission": {"edit": {"*.md": "allow"}},
+    }
+
+
+def test_mappings_of_any_kind_become_json() -> None:
+    inner: Mapping[str, Any] = MappingProxyType({"*.md": "allow"})
+    cfg = RunConfig(permission=MappingProxyType({"edit": inner}), mcp={"a": [inner, (1, 2)]})
+
+    validate_config_for_run(cfg.replace(mcp=None))
+    content = cfg.opencode_config_content_json()
+
+    assert json.loads(content or "") == {
+        "permission": {"edit": {"*.md": "allow"}},
+        "mcp": {"a": [{"*.md": "allow"}, [1, 2]]},
+    }
+
+
+@pytest.mark.parametrize("lone", ["notes.txt", Path("notes.txt")], ids=["str", "Path"])
+def test_a_lone_path_is_one_file(lone: str | Path) -> None:
+    assert RunConfig(files=lone).files == (lone,)  # type: ignore[arg-type]
+
+
+def test_any_iterable_of_paths_will_do_and_none_is_no_path() -> None:
+    assert RunConfig(files=iter(["a", "b"])).files == ("a", "b")  # type: ignore[arg-type]
+    assert RunConfig(instructions=["a.md"]).instructions == ("a.md",)  # type: ignore[arg-type]
+    assert RunConfig(files=None).files == ()  # type: ignore[arg-type]
+
+
+def test_a_job_is_a_value_too() -> None:
+    job = Job("Explain", "repo", RunConfig(agent="plan"), timeout_s=3, key="k")
+
+    assert pickle.loads(pickle.dumps(job)) == job
+    assert dataclasses.replace(job, key="other") != job
+
+
+# --- its repr ------------------------------------------------------------------------------------
+
+
+def test_the_repr_shows_what_differs_from_the_defaults() -> None:
+    cfg = RunConfig(model="a/b", thinking=True, disable_autoupdate=False)
+
+    assert repr(cfg) == "RunConfig(model='a/b', thinking=True, disable_autoupdate=False)"
+    assert repr(RunConfig()) == "RunConfig()"
+
+
+@pytest.mark.parametrize(
+    "value", [full_config(), Job("Explain", run_cfg=full_config())], ids=["config", "job"]
+)
+def test_the_repr_hides_secrets(value: object) -> None:
+    text = repr(value)
+
+    assert "secret" not in text
+    assert "password=..." in text
+    assert "attach='http://...@host:4096/x'" in text
+    assert "model='provider/model'" in text
+
+
+# --- what OpenCode gets --------------------------------------------------------------------------
+
+
+def test_nothing_set_is_no_configuration() -> None:
+    assert RunConfig().build_opencode_config_dict() == {}
+    assert RunConfig().opencode_config_content_json() is None
+
+
+def test_the_fields_are_merged_over_config_overrides() -> None:
+    cfg = RunConfig(
+        config_overrides={
+            "theme": "dark",
+            "permission": {"bash": "deny", "edit": "deny"},
+            "mcp": {"a": {"command": ["x"], "enabled": True}},
+            "tools": {"read": True},
+        },
+        permission={"edit": {"*.md": "allow"}},
+        mcp={"a": {"enabled": False}, "b": {}},
+        tools={"webfetch": False},
+    )
+
+    assert cfg.build_opencode_config_dict() == {
+        "theme": "dark",
+        "permission": {"bash": "deny", "edit": {"*.md": "allow"}},
+        "mcp": {"a": {"command": ["x"], "enabled": False}, "b": {}},
+        "tools": {"read": True, "webfetch": False},
+    }
+
+
+def test_one_word_as_permission_replaces_a_mapping() -> None:
+    cfg = RunConfig(config_overrides={"permission": {"bash": "deny"}}, permission="allow")
+
+    assert cfg.build_opencode_config_dict() == {"permission": "allow"}
+
+
+def test_instructions_replace_those_of_config_overrides() -> None:
+    cfg = RunConfig(config_overrides={"instructions": ["a.md"]}, instructions=("b.md",))
+
+    assert cfg.build_opencode_config_dict() == {"instructions": ["b.md"]}
+
+
+def test_an_empty_mapping_is_a_setting() -> None:
+    assert RunConfig(permission={}).opencode_config_content_json() == '{"permission": {}}'
+
+
+def test_the_json_keeps_characters_as_they_are() -> None:
+    cfg = RunConfig(config_overrides={"username": "Åsa 😀"})
+
+    assert cfg.opencode_config_content_json() == '{"username": "Åsa 😀"}'
+
+
+@pytest.mark.parametrize(
+    "under, over, both",
+    [
+        ({"a": 1}, {"b": 2}, {"a": 1, "b": 2}),
+        ({"a": {"x": 1}}, {"a": {"y": 2}}, {"a": {"x": 1, "y": 2}}),
+        ({"a": [1]}, {"a": [2]}, {"a": [2]}),
+        ({"a": {"x": 1}}, {"a": 2}, {"a": 2}),
+        ({"a": 1}, {"a": {"x": 2}}, {"a": {"x": 2}}),
+        ({"a": {"x": 1}}, {"a": None}, {"a": None}),
+    ],
+    ids=["apart", "mappings", "lists", "word over mapping", "mapping over word", "null"],
+)
+def test_mappings_merge_and_everything_else_replaces(
+    under: dict[str, Any], over: dict[str, Any], both: dict[str, Any]
+) -> None:
+    assert merged(under, over) == both
+
+
+# --- permissions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "permission",
+    [None, "allow", "deny", {}, {"bash": "deny"}, {"edit": {"*": "deny", "a/*.py": "allow"}}],
+    ids=repr,
+)
+def test_allow_and_deny_are_permissions_at_any_depth(permission: Any) -> None:
+    validate_permission_actions(permission)
+    validate_config_for_run(RunConfig(permission=permission))
+
+
+@pytest.mark.parametrize(
+    "permission, message",
+    [
+        ({"edit": {"*.py": "ask"}}, "permission 'edit.*.py' is 'ask', but a run has nobody to ask"),
+        ({"bash": "ask"}, "permission 'bash' is 'ask', but a run has nobody to ask"),
+        ("ask", "permission is 'ask', but a run has nobody to ask"),
+        ({"bash": "perhaps"}, "permission 'bash' is 'perhaps': use 'allow' or 'deny'"),
+        ({"bash": "ALLOW"}, "permission 'bash' is 'ALLOW': use 'allow' or 'deny'"),
+        ({"bash": True}, "permission 'bash' is True: use 'allow' or 'deny'"),
+        ({"bash": None}, "permission 'bash' is None: use 'allow' or 'deny'"),
+        ({"edit": {"*": ["allow"]}}, "permission 'edit.*' is ['allow']: use 'allow' or 'deny'"),
+        ("yes", "permission is 'yes': use 'allow' or 'deny'"),
+    ],
+    ids=["nested ask", "ask", "lone ask", "word", "case", "bool", "null", "list", "lone word"],
+)
+def test_any_other_permission_is_refused_with_its_path(permission: Any, message: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        validate_permission_actions(permission)
+
+    assert isinstance(raised.value, OpenCodeConfigError)
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "config, path",
+    [
+        ({"permission": {"edit": "ask"}}, "'edit'"),
+        ({"agent": {"build": {"permission": {"bash": "ask"}}}}, "'agent.build.permission.bash'"),
+        ({"mode": {"plan": {"permission": "ask"}}}, "'mode.plan.permission'"),
+    ],
+    ids=["permission", "agent", "mode"],
+)
+def test_ask_is_refused_in_config_overrides_too(config: dict[str, Any], path: str) -> None:
+    with pytest.raises(OpenCodeConfigError, match="'ask'") as raised:
+        validate_config_for_run(RunConfig(config_overrides=config))
+
+    assert path in str(raised.value)
+
+
+# --- everything else that is refused -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        RunConfig(),
+        full_config(),
+        RunConfig(title=""),
+        RunConfig(session_id="ses_1"),
+        RunConfig(continue_session=True, fork=True),
+        RunConfig(model="openrouter/vendor/model"),
+        RunConfig(log_level="DEBUG", print_logs=True),
+        RunConfig(extra_env={"EMPTY": ""}),
+        RunConfig(config_overrides={"agent": None, "mode": []}),
+        RunConfig(port=4096, share=False, thinking=None),
+    ],
+    ids=repr,
+)
+def test_settings_that_go_together_pass(cfg: RunConfig) -> None:
+    validate_config_for_run(cfg)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "fork without a session": ({"fork": True}, "fork=True has no session"),
+    "two sessions": (
+        {"session_id": "s", "continue_session": True},
+        "session_id and continue_session exclude each other",
+    ),
+    "password without attach": ({"password": "p"}, "password is set without attach"),
+    "username without attach": ({"username": "u"}, "username is set without attach"),
+    "remote_dir without attach": ({"remote_dir": "/d"}, "remote_dir is set without attach"),
+    "model without provider": ({"model": "gpt"}, "model 'gpt' names no provider"),
+    "model with blank name": ({"model": "p/ "}, "model 'p/ ' names no provider"),
+    "model with blank provider": ({"model": "/m"}, "model '/m' names no provider"),
+    "log_level": ({"log_level": "debug"}, "log_level 'debug': use one of DEBUG, INFO"),
+    "blank agent": ({"agent": " "}, "agent ' ' is blank"),
+    "blank session": ({"session_id": ""}, "session_id '' is blank"),
+    "blank file": ({"files": ("a", "")}, "files '' is blank"),
+    "blank instruction": ({"instructions": (" ",)}, "instructions ' ' is blank"),
+    "NUL in title": ({"title": "a\0b"}, "title 'a\\x00b' is blank or holds a NUL"),
+    "NUL in file": ({"files": (Path("a\0b"),)}, "files 'a\\x00b' is blank or holds a NUL"),
+    "agent of a type": ({"agent": 3}, "agent is of type int: use a str"),
+    "model of a type": ({"model": 3}, "model is of type int: use a str"),
+    "files of a type": ({"files": (3,)}, "files is of type int: use paths"),
+    "files as bytes": ({"files": b"ab"}, "files is of type int: use paths"),
+    "instructions of a type": ({"instructions": (Path("a"),)}, "instructions is of type"),
+    "switch as a word": ({"auto": "false"}, "auto is of type str: use True or False"),
+    "switch as None": ({"fork": None}, "fork is of type NoneType: use True or False"),
+    "optional switch": ({"thinking": 1}, "thinking is of type int: use True or False, or None"),
+    "port of a type": ({"port": "80"}, "port is of type str: use an int"),
+    "port as bool": ({"port": True}, "port is of type bool: use an int"),
+    "permission of a type": ({"permission": ["bash"]}, "permission is of type list"),
+    "mcp of a type": ({"mcp": ["a"]}, "mcp is of type list: use a mapping"),
+    "config of a type": ({"config_overrides": "{}"}, "config_overrides is of type str"),
+    "extra_env of a type": ({"extra_env": [("A", "b")]}, "extra_env is of type list"),
+    "variable of a type": ({"extra_env": {"A": 1}}, "extra_env['A']: names and values must be str"),
+    "variable without a name": ({"extra_env": {"": "x"}}, "extra_env['']: a name without '='"),
+    "variable with =": ({"extra_env": {"A=B": "x"}}, "extra_env['A=B']: a name without '='"),
+    "variable with NUL": ({"extra_env": {"A": "\0"}}, "extra_env['A']: a name without '=', and no"),
+    "no JSON": ({"config_overrides": {"x": {1, 2}}}, "config key 'x' is no JSON"),
+    "no value at all": ({"config_overrides": {"x": iter(())}}, "config key 'x' is no JSON"),
+    "no JSON key": ({"config_overrides": {(1, 2): "x"}}, "config key (1, 2) is no JSON"),
+    "no JSON number": ({"config_overrides": {"x": float("nan")}}, "config key 'x' is no JSON"),
+}
+
+
+@pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED.keys())
+def test_a_setting_that_opencode_would_misread_is_refused_by_name(
+    changes: dict[str, Any], message: str
+) -> None:
+    cfg = RunConfig(**changes)
+
+    with pytest.raises(OpenCodeConfigError) as raised:
+        validate_config_for_run(cfg)
+
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"password": "secret\0", "attach": "http://host"},
+        {"password": b"secret", "attach": "http://host"},
+        {"extra_env": {"TOKEN": "secret\0"}},
+        {"extra_env": {"TOKEN": b"secret"}},
+        {"mcp": {"a": {"token": b"secret"}}},
+    ],
+    ids=["password", "password's type", "variable", "variable's type", "no JSON"],
+)
+def test_a_refusal_tells_no_secret(changes: dict[str, Any]) -> None:
+    with pytest.raises(OpenCodeConfigError) as raised:
+        validate_config_for_run(RunConfig(**changes))
+
+    assert "secret" not in str(raised.value)

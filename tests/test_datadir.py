@@ -1,0 +1,378 @@
+"""Data directories: leased, reused, remembered, and never left behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from opencode_sync import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError, _datadir
+from opencode_sync._datadir import CREDENTIALS, DataDirectories, user_data
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def pool() -> Iterator[DataDirectories]:
+    """A temporary one."""
+    pool = DataDirectories(None)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    """Of a user with credentials."""
+    data = tmp_path / "user" / "opencode"
+    data.mkdir(parents=True)
+    (data / "auth.json").write_text('{"provider": "secret"}')
+    return {"XDG_DATA_HOME": str(data.parent)}
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# --- leases --------------------------------------------------------------------------------------
+
+
+def test_runs_at_the_same_time_have_directories_of_their_own(pool: DataDirectories) -> None:
+    first, second = pool.lease({}), pool.lease({})
+
+    assert first.path != second.path
+
+
+def test_a_directory_is_used_again(pool: DataDirectories) -> None:
+    first = pool.lease({})
+    first.release()
+
+    assert pool.lease({}).path == first.path
+
+
+def test_a_lease_is_given_back_once(pool: DataDirectories) -> None:
+    first = pool.lease({})
+    first.release()
+    second = pool.lease({})
+
+    first.release()
+
+    assert pool.lease({}).path != second.path
+
+
+def test_a_lease_that_nobody_kept_is_given_back(pool: DataDirectories) -> None:
+    lease = pool.lease({})
+    lease.remember("ses_1", "/a")
+    lease.release()
+    path = pool.lease({}, session_id="ses_1").path
+
+    assert pool.lease({}, session_id="ses_1").path == path
+
+
+def test_many_threads_never_share_a_directory(pool: DataDirectories) -> None:
+    held: set[Path] = set()
+    shared: list[Path] = []
+
+    def work() -> None:
+        for _ in range(100):
+            lease = pool.lease({})
+            if lease.path in held:
+                shared.append(lease.path)
+            held.add(lease.path)
+            held.discard(lease.path)
+            lease.release()
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert not shared
+    assert len(list(pool.lease({}).path.parent.iterdir())) <= 9
+
+
+def test_giving_a_lease_back_waits_for_nobody(pool: DataDirectories) -> None:
+    lease = pool.lease({})
+
+    with pool._locked():  # as a thread may hold it that waits for what we hold
+        returning = threading.Thread(target=lease.release)
+        returning.start()
+        returning.join(20)
+        assert not returning.is_alive()
+
+    assert pool.lease({}).path == lease.path
+
+
+def test_directories_are_the_user_s_alone(pool: DataDirectories) -> None:
+    before = os.umask(0)
+    try:
+        path = pool.lease({}).path
+    finally:
+        os.umask(before)
+
+    assert mode(path.parent) == 0o700
+    assert mode(path / "opencode") == 0o700
+
+
+# --- credentials ---------------------------------------------------------------------------------
+
+
+def test_credentials_are_linked_and_never_copied(
+    pool: DataDirectories, env: dict[str, str]
+) -> None:
+    path = pool.lease(env).path / "opencode"
+
+    assert (path / "auth.json").is_symlink()
+    assert (path / "auth.json").read_text() == '{"provider": "secret"}'
+    assert sorted(entry.name for entry in path.iterdir()) == ["auth.json"]
+
+
+def test_a_refreshed_token_reaches_the_user_s_own_file(
+    pool: DataDirectories, env: dict[str, str]
+) -> None:
+    (pool.lease(env).path / "opencode" / "auth.json").write_text("fresh")
+
+    assert Path(env["XDG_DATA_HOME"], "opencode", "auth.json").read_text() == "fresh"
+
+
+def test_removing_the_directories_leaves_the_credentials(
+    pool: DataDirectories, env: dict[str, str]
+) -> None:
+    pool.lease(env)
+
+    pool.close()
+
+    assert Path(env["XDG_DATA_HOME"], "opencode", "auth.json").exists()
+
+
+def test_credentials_that_have_moved_are_linked_anew(tmp_path: Path, env: dict[str, str]) -> None:
+    pool = DataDirectories(tmp_path / "kept")
+    pool.lease(env).release()
+    moved = tmp_path / "moved" / "opencode"
+    moved.mkdir(parents=True)
+    (moved / "auth.json").write_text("moved")
+
+    lease = pool.lease({"XDG_DATA_HOME": str(moved.parent)})
+
+    assert (lease.path / "opencode" / "auth.json").read_text() == "moved"
+    lease.release()
+
+
+@pytest.mark.parametrize("name", CREDENTIALS)
+def test_each_kind_of_credentials_is_linked(
+    pool: DataDirectories, env: dict[str, str], name: str
+) -> None:
+    Path(env["XDG_DATA_HOME"], "opencode", name).write_text("{}")
+
+    assert (pool.lease(env).path / "opencode" / name).is_symlink()
+
+
+def test_the_user_s_data_is_where_opencode_looks_for_it() -> None:
+    assert user_data({"XDG_DATA_HOME": "/data", "HOME": "/home/me"}) == Path("/data/opencode")
+    assert user_data({"HOME": "/home/me"}) == Path("/home/me/.local/share/opencode")
+
+
+# --- sessions ------------------------------------------------------------------------------------
+
+
+def test_a_session_is_found_where_it_began(pool: DataDirectories) -> None:
+    first, second = pool.lease({}), pool.lease({})
+    second.remember("ses_2", "/w")
+    first.release()
+    second.release()
+
+    assert pool.lease({}, session_id="ses_2").path == second.path
+
+
+def test_an_unknown_session_is_refused_with_the_next_step(pool: DataDirectories) -> None:
+    with pytest.raises(OpenCodeConfigError, match=r"'ses_9' is unknown here: .*data_dir="):
+        pool.lease({}, session_id="ses_9")
+
+
+def test_a_session_has_one_run_at_a_time(pool: DataDirectories) -> None:
+    lease = pool.lease({})
+    lease.remember("ses_1", "/w")
+    lease.release()
+    again = pool.lease({}, session_id="ses_1")
+
+    with pytest.raises(OpenCodeConfigError, match="has a run under way"):
+        pool.lease({}, session_id="ses_1")
+
+    again.release()
+    pool.lease({}, session_id="ses_1").release()
+
+
+def test_the_last_session_of_a_workspace_is_known(pool: DataDirectories) -> None:
+    lease = pool.lease({})
+    for session, workspace in (("ses_1", "/a"), ("ses_2", "/a"), ("ses_3", "/b")):
+        lease.remember(session, workspace)
+
+    assert pool.last_session("/a") == "ses_2"
+    assert pool.last_session("/c") is None
+
+
+def test_a_session_that_is_used_again_is_the_last(pool: DataDirectories) -> None:
+    lease = pool.lease({})
+    for session in ("ses_1", "ses_2", "ses_1"):
+        lease.remember(session, "/a")
+
+    assert pool.last_session("/a") == "ses_1"
+
+
+# --- kept roots ----------------------------------------------------------------------------------
+
+
+def test_a_kept_root_stays_and_remembers(tmp_path: Path) -> None:
+    first = DataDirectories(tmp_path / "kept")
+    lease = first.lease({})
+    lease.remember("ses_1", "/a")
+    lease.release()
+    first.close()
+
+    second = DataDirectories(tmp_path / "kept")
+
+    assert second.last_session("/a") == "ses_1"
+    again = second.lease({}, session_id="ses_1")
+    assert again.path == lease.path
+    again.release()
+
+
+def test_a_kept_root_is_the_user_s_alone(tmp_path: Path) -> None:
+    pool = DataDirectories(tmp_path / "kept")
+    lease = pool.lease({})
+    lease.remember("ses_1", "/a")
+    lease.release()
+
+    assert mode(tmp_path / "kept") == 0o700
+    assert mode(tmp_path / "kept" / "sessions.jsonl") == 0o600
+
+
+def test_a_broken_line_of_the_index_costs_one_session(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    lines = [b'{"session": "ses_1", "slot"', b"\xff", b"[]", b'{"session": 1}']
+    whole = json.dumps({"session": "ses_2", "slot": 0, "workspace": "/a"}).encode()
+    (kept / "sessions.jsonl").write_bytes(b"\n".join([*lines, whole, b""]))
+
+    assert DataDirectories(kept).last_session("/a") == "ses_2"
+
+
+def test_processes_that_share_a_root_do_not_share_a_directory(tmp_path: Path) -> None:
+    pool = DataDirectories(tmp_path / "kept")
+    lease = pool.lease({})
+    lease.remember("ses_1", "/a")
+    program = """
+import sys
+from opencode_sync._datadir import DataDirectories
+pool = DataDirectories(sys.argv[1])
+print(pool.lease({}).path.name)
+try:
+    pool.lease({}, session_id="ses_1")
+except ValueError as error:
+    print(error)
+"""
+
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "kept")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+
+    assert done.stdout.decode().splitlines() == [
+        "1",
+        "session 'ses_1' is in use by another process",
+    ]
+    lease.release()
+
+
+def test_a_root_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(OpenCodeConfigError, match=r"data_dir .*file"):
+        DataDirectories(tmp_path / "file" / "kept").lease({})
+
+
+def test_a_full_disk_is_told(pool: DataDirectories, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/0")
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+
+    with pytest.raises(OpenCodeError, match="'/somewhere/0': No space left"):
+        pool.lease({})
+
+
+def test_an_index_that_cannot_be_written_ends_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = DataDirectories(tmp_path / "kept")
+    lease = pool.lease({})
+    (tmp_path / "kept" / "sessions.jsonl").mkdir()
+
+    lease.remember("ses_1", "/a")
+
+    assert "ses_1 will not be found" in caplog.text
+    lease.release()
+
+
+# --- closing -------------------------------------------------------------------------------------
+
+
+def test_closing_removes_temporary_directories_and_tells(tmp_path: Path) -> None:
+    made: list[Path] = []
+    removed: list[Path] = []
+    pool = DataDirectories(None, on_make=made.append, on_remove=removed.append)
+    path = pool.lease({}).path
+
+    pool.close()
+    pool.close()
+
+    assert not path.exists()
+    assert made == removed == [path.parent]
+
+
+def test_a_directory_that_cannot_be_removed_is_left_to_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    removed: list[Path] = []
+    pool = DataDirectories(None, on_remove=removed.append)
+    root = pool.lease({}).path.parent
+    with monkeypatch.context() as patch:
+        patch.setattr(_datadir.shutil, "rmtree", lambda *args, **options: None)
+        pool.close()
+
+    assert removed == []
+    _datadir.shutil.rmtree(root)
+
+
+def test_nothing_is_made_before_the_first_lease() -> None:
+    before = set(os.listdir(tempfile.gettempdir()))
+
+    DataDirectories(None).close()
+
+    assert set(os.listdir(tempfile.gettempdir())) == before
+
+
+def test_after_closing_there_are_no_leases() -> None:
+    pool = DataDirectories(None)
+    pool.close()
+
+    with pytest.raises(OpenCodeCancelledError, match="closed"):
+        pool.lease({})
+
+
+def test_an_empty_configuration_is_one(pool: DataDirectories) -> None:
+    path = pool.empty_config()
+
+    assert list(path.iterdir()) == []
+    assert mode(path) == 0o700

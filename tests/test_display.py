@@ -1,0 +1,240 @@
+"""What a run looks like: in a terminal, in a file, in a notebook's cell."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from opencode_sync import display
+from opencode_sync.display import event_line, live, tool_line
+from opencode_sync.errors import OpenCodeError
+from opencode_sync.result import RunResult
+from opencode_sync.stream import RunStream
+
+
+def text(words: str, part: str = "a") -> dict[str, Any]:
+    return {"type": "text", "part": {"id": part, "text": words}}
+
+
+def delta(words: str, part: str = "a") -> dict[str, Any]:
+    return {"type": "text_delta", "partID": part, "delta": words}
+
+
+def tool(name: str, **state: Any) -> dict[str, Any]:
+    return {"type": "tool_use", "part": {"tool": name, "state": state}}
+
+
+LS = tool("bash", status="completed", title="ls", metadata={"exit": 0})
+
+
+class Told:
+    """A stream that gives *events*, and then raises *error*."""
+
+    def __init__(
+        self, events: Iterable[dict[str, Any]], error: BaseException | None = None
+    ) -> None:
+        self.result = RunResult()
+        self.is_closed = False
+        self._events = events
+        self._error = error
+
+    def __enter__(self) -> Told:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.is_closed = True
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for event in self._events:
+            self.result.append_event(cast(Any, event))
+            yield event
+        if self._error is not None:
+            raise self._error
+
+
+def stream(*events: dict[str, Any], error: BaseException | None = None) -> RunStream:
+    return cast(RunStream, Told(events, error))
+
+
+def shown(*events: dict[str, Any]) -> str:
+    file = io.StringIO()
+    live(stream(*events), file=file)
+    return file.getvalue()
+
+
+# --- lines ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "event, line",
+    [
+        (LS, "[bash] ls"),
+        (tool("bash", title="make", metadata={"exit": 2}), "[bash] make (exit status 2)"),
+        (tool("read", status="error", error="no such\nfile"), "[read] (failed: no such file)"),
+        (tool("grep", input={"pattern": "x", "path": "."}), "[grep] x"),
+        (tool("a\x1b[31mb", title="c\x07d"), "[ab] cd"),
+        ({"type": "tool_use", "part": "odd"}, "[tool_use]"),
+        ({"type": "tool_use", "part": {"state": "odd"}}, "[tool_use]"),
+    ],
+)
+def test_a_tool_is_told_in_one_line(event: dict[str, Any], line: str) -> None:
+    assert tool_line(event) == line
+
+
+def test_a_long_command_keeps_to_the_width() -> None:
+    line = tool_line(tool("bash", title="x" * 500, metadata={"exit": 1}))
+
+    assert len(line) == display.LINE_WIDTH
+    assert line.endswith("... (exit status 1)")
+
+
+@pytest.mark.parametrize(
+    "event, line",
+    [(text("Hi."), "Hi."), (LS, "[bash] ls"), ({"type": "step_start", "part": {}}, "")],
+    ids=["text", "tool", "else"],
+)
+def test_an_event_is_told_as_what_a_person_wants_to_see(event: dict[str, Any], line: str) -> None:
+    assert event_line(event) == line
+
+
+# --- a terminal ----------------------------------------------------------------------------------
+
+
+def test_text_stands_as_in_the_result() -> None:
+    events = [text("I look."), LS, text("Two\nfiles.", "b"), text("Done.", "c")]
+    notes = io.StringIO()
+    file = io.StringIO()
+
+    result = live(stream(*events), file=file, notes=notes)
+
+    assert file.getvalue() == f"{result.final_text}\n" == "I look.\n\nTwo\nfiles.\n\nDone.\n"
+    assert notes.getvalue() == "[bash] ls\n"
+
+
+def test_tools_stand_between_paragraphs_where_all_goes_to_one_place() -> None:
+    assert shown(text("I look."), LS, text("Done.", "b")) == "I look.\n[bash] ls\n\nDone.\n"
+
+
+def test_text_in_deltas_is_shown_once() -> None:
+    assert shown(delta("I "), delta("look."), text("I look."), text("Done.", "b")) == (
+        "I look.\n\nDone.\n"
+    )
+
+
+def test_what_the_deltas_had_not_yet_is_added() -> None:
+    assert shown(delta("I "), text("I look.")) == "I look.\n"
+
+
+def test_a_tool_among_the_deltas_gets_a_line_of_its_own() -> None:
+    assert shown(delta("I "), LS, text("I look.")) == "I \n[bash] ls\n\nlook.\n"
+
+
+def test_deltas_of_two_parts_stand_apart() -> None:
+    assert shown(delta("one"), delta("two", "b"), text("one"), text("two", "b")) == "one\n\ntwo\n"
+
+
+def test_a_retry_is_told() -> None:
+    assert shown({"type": "retry", "message": "429: slow\ndown"}) == "[retry] 429: slow down\n"
+
+
+def test_a_terminal_is_not_obeyed_a_file_gets_the_text_as_it_is() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    file, terminal = io.StringIO(), Terminal()
+
+    live(stream(text("\x1b[2Jhi")), file=file)
+    live(stream(text("\x1b[2Jhi")), file=terminal)
+
+    assert (file.getvalue(), terminal.getvalue()) == ("\x1b[2Jhi\n", "hi\n")
+
+
+def test_stdout_is_where_it_goes_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+    live(stream(text("Hi.")))
+
+    assert capsys.readouterr() == ("Hi.\n", "")
+
+
+def test_what_came_before_an_error_is_complete_on_the_screen() -> None:
+    file = io.StringIO()
+    failing = stream(delta("So far"), error=OpenCodeError("no"))
+
+    with pytest.raises(OpenCodeError):
+        live(failing, file=file)
+
+    assert file.getvalue() == "So far\n"
+
+
+def test_an_interrupt_ends_the_run() -> None:
+    interrupted = stream(error=KeyboardInterrupt())
+
+    with pytest.raises(KeyboardInterrupt):
+        live(interrupted, file=io.StringIO())
+
+    assert cast(Any, interrupted).is_closed
+
+
+# --- a cell --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cell(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a notebook's cell shows, one entry for each update."""
+    pages: list[str] = []
+
+    class DisplayHandle:
+        def display(self, data: dict[str, str], *, raw: bool) -> None:
+            assert not pages
+            pages.append(data["text/markdown"])
+
+        def update(self, data: dict[str, str], *, raw: bool) -> None:
+            assert pages
+            pages.append(data["text/markdown"])
+
+    shell = SimpleNamespace(kernel=object())
+    ipython: Any = SimpleNamespace(get_ipython=lambda: shell)
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(
+        sys.modules, "IPython.display", cast(Any, SimpleNamespace(DisplayHandle=DisplayHandle))
+    )
+    return pages
+
+
+def test_a_cell_shows_text_and_tools_and_at_the_end_the_outcome(cell: list[str]) -> None:
+    live(stream(text("**I** look <b>."), LS))
+
+    assert cell[0].startswith("**I** look &lt;b>.")
+    assert "<code>&#91;bash&#93; ls</code>" in cell[-2]
+    assert cell[-1].endswith("0 tokens&#44; &#36;0&#46;0000&#44; 0&#46;0 s*")
+
+
+def test_a_cell_is_not_updated_for_every_delta(
+    cell: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display, "UPDATE_S", 60.0)
+    deltas = [delta(letter) for letter in "abcdefgh"]
+
+    live(stream(*deltas, text("abcdefgh")))
+
+    assert [page.strip() for page in cell[:-1]] == ["a", "abcdefgh"]
+
+
+def test_a_cell_shows_what_came_before_an_error(cell: list[str]) -> None:
+    with suppress(OpenCodeError):
+        live(stream(delta("So "), delta("far"), error=OpenCodeError("no")))
+
+    assert cell[-1].startswith("So far\n")
+
+
+def test_a_terminal_of_ipython_has_no_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    ipython: Any = SimpleNamespace(get_ipython=lambda: object())
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+
+    assert not display.in_notebook()

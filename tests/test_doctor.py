@@ -1,0 +1,357 @@
+"""What the doctor says of machines that lack something, and what it removes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from opencode_sync import _leftovers, cli, doctor
+from opencode_sync._command import TESTED_VERSION, managed_path, managed_root
+from opencode_sync._leftovers import Leftovers
+from opencode_sync._tree import MARKER, process_token
+from opencode_sync.doctor import Finding, examine
+from tests.standin import write_standin
+
+WITHIN_S = 30
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine of its own: empty PATH, home and temporary directory."""
+    for name, variable in (("bin", "PATH"), ("home", "HOME"), ("tmp", "TMPDIR")):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(variable, str(tmp_path / name))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.delenv("OPENCODE_BINARY", raising=False)
+    return tmp_path
+
+
+def finding(point: str) -> Finding:
+    return next(each for each in examine() if each.point == point)
+
+
+# --- opencode ------------------------------------------------------------------------------------
+
+
+def has_opencode(machine: Path, version: str = TESTED_VERSION) -> Path:
+    program = write_standin(machine / "bin" / "opencode")
+    program.write_text(program.read_text().replace(TESTED_VERSION, version))
+    return program
+
+
+def test_a_machine_without_opencode_is_told_how_to_get_it() -> None:
+    found = finding("opencode")
+
+    assert found.state == "bad"
+    assert "no 'opencode' on PATH: run 'opencode-sync install'" in found.text
+
+
+def test_the_tested_version_is_good(machine: Path) -> None:
+    program = has_opencode(machine)
+
+    assert finding("opencode") == Finding(
+        "opencode", "good", f"{TESTED_VERSION}, on PATH: {program}"
+    )
+
+
+def test_a_managed_copy_is_named_as_such() -> None:
+    write_standin(managed_path(TESTED_VERSION))
+
+    assert finding("opencode").text.startswith(f"{TESTED_VERSION}, the managed copy: ")
+
+
+def test_a_program_that_was_chosen_is_named_as_such(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENCODE_BINARY", str(write_standin(machine / "mine")))
+
+    assert finding("opencode").text.startswith(f"{TESTED_VERSION}, from OPENCODE_BINARY: ")
+
+
+@pytest.mark.parametrize(
+    "version, state, advice",
+    [("1.2.9", "bad", "opencode upgrade"), ("2.0.0", "note", "newer than")],
+    ids=["old", "of a later series"],
+)
+def test_another_version_is_held_against_the_tested_one(
+    machine: Path, version: str, state: str, advice: str
+) -> None:
+    has_opencode(machine, version)
+
+    found = finding("opencode")
+
+    assert (found.state, found.text.partition(",")[0]) == (state, version)
+    assert advice in found.advice
+
+
+def test_a_broken_program_is_told_with_its_fault(machine: Path) -> None:
+    has_opencode(machine).write_text("#!/bin/sh\nexit 7\n")
+
+    found = finding("opencode")
+
+    assert found.state == "bad"
+    assert "does not run: opencode exited with status 7" in found.text
+
+
+# --- the rest of the machine ---------------------------------------------------------------------
+
+
+def test_npm_is_found_on_the_path(machine: Path) -> None:
+    npm = machine / "bin" / "npm"
+    npm.touch(0o755)
+
+    assert finding("npm") == Finding("npm", "good", str(npm))
+
+
+def test_a_missing_npm_is_no_fault_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+
+    found = finding("npm")
+
+    assert found.state == "note"
+    assert "opencode-sync[opencode]" in found.advice
+
+
+def test_providers_are_named_without_their_keys(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = machine / "home" / ".local/share/opencode/auth.json"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"anthropic": {"type": "api", "key": "sk-secret"}}')
+    monkeypatch.setenv("MISTRAL_API_KEY", "sk-secret")
+
+    assert finding("credentials") == Finding("credentials", "good", "anthropic, MISTRAL_API_KEY")
+
+
+def test_no_credentials_are_worth_a_note() -> None:
+    found = finding("credentials")
+
+    assert (found.state, found.text) == ("note", "none")
+    assert "free models" in found.advice
+
+
+def test_credentials_that_are_no_json_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENCODE_AUTH_CONTENT", "{")
+
+    found = finding("credentials")
+
+    assert (found.state, found.text) == ("bad", "OPENCODE_AUTH_CONTENT is no JSON")
+
+
+def test_a_directory_that_cannot_be_written_is_named(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (machine / "a-file").touch()
+    monkeypatch.setenv("XDG_DATA_HOME", str(machine / "a-file"))
+
+    found = finding("directories")
+
+    assert found.state == "bad"
+    assert str(machine / "a-file") in found.text
+
+
+def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")._replace(free=5 * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+    found = finding("directories")
+
+    assert found.state == "bad"
+    assert "has 5 MB left" in found.text
+
+
+def test_a_machine_whose_loopback_is_closed_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **settings: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+
+    found = finding("ports")
+
+    assert found.state == "bad"
+    assert "Permission denied" in found.text
+
+
+def test_memory_says_how_many_runs_go_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "available_memory", lambda: 3 * 2**30)
+    monkeypatch.setattr(doctor, "available_cores", lambda: 2)
+    monkeypatch.setattr(doctor, "workers_for_processes", lambda: 4)
+
+    found = finding("memory")
+
+    assert found.text == "3.0 GB free, 2 cores: 4 runs at a time by default"
+    assert found.state == "good"
+
+
+# --- leftovers -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def crashed() -> int:
+    """The pid of a Python that is no more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait(WITHIN_S)
+    return process.pid
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], psutil.Process]]:
+    """Starts a tool of the run that a mark names; other processes of the machine go unseen."""
+    seen: list[psutil.Process] = []
+    monkeypatch.setattr(psutil, "process_iter", lambda: iter(seen))
+    children = []
+
+    def start(mark: str) -> psutil.Process:
+        child = subprocess.Popen(
+            [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"],
+            env={**os.environ, MARKER: mark},
+            stdout=subprocess.PIPE,
+        )
+        children.append(child)
+        assert child.stdout
+        child.stdout.readline()
+        seen.append(psutil.Process(child.pid))
+        return seen[-1]
+
+    yield start
+    for child in children:
+        child.kill()
+        child.communicate()
+
+
+def test_a_tool_whose_run_crashed_is_a_leftover(
+    tool: Callable[[str], psutil.Process], crashed: int
+) -> None:
+    process = tool(f"{crashed}-abc.1")
+
+    assert Leftovers.find().processes == [process]
+
+
+@pytest.mark.parametrize("inner", ["", "/{crashed}-abc.1"], ids=["a run", "a run in a run"])
+def test_a_tool_whose_outer_run_is_alive_is_none(
+    tool: Callable[[str], psutil.Process], crashed: int, inner: str
+) -> None:
+    tool(f"{process_token()}.1{inner.format(crashed=crashed)}")
+
+    assert not Leftovers.find()
+
+
+def test_a_pid_that_is_another_process_by_now_counts_as_gone(machine: Path) -> None:
+    directory = machine / "tmp" / f"opencode-sync-{os.getpid()}-old"
+    directory.mkdir()
+    long_ago = psutil.Process().create_time() - 3600
+    os.utime(directory, (long_ago, long_ago))
+
+    assert Leftovers.find().paths == [directory]
+
+
+def test_temporary_directories_are_judged_by_their_owner(machine: Path, crashed: int) -> None:
+    gone, living, unknown = (
+        machine / "tmp" / f"opencode-sync-{name}"
+        for name in (f"{crashed}-a", f"{os.getpid()}-a", "x")
+    )
+    for directory in (gone, living, unknown):
+        directory.mkdir()
+
+    assert Leftovers.find().paths == [gone]
+
+
+def test_an_install_that_was_cut_off_is_a_leftover() -> None:
+    scratch = managed_root() / ".installing-x"
+    scratch.mkdir(parents=True)
+
+    assert Leftovers.find().paths == [scratch]
+
+
+def test_an_install_that_is_at_work_is_none() -> None:
+    from filelock import FileLock
+
+    (managed_root() / ".installing-x").mkdir(parents=True)
+
+    with FileLock(managed_root() / ".lock"):
+        assert not Leftovers.find()
+
+
+def test_leftovers_are_bad_and_say_how_to_remove_them(machine: Path, crashed: int) -> None:
+    directory = machine / "tmp" / f"opencode-sync-{crashed}-a"
+    directory.mkdir()
+
+    assert finding("leftovers") == Finding(
+        "leftovers", "bad", str(directory), "run 'opencode-sync doctor --fix'"
+    )
+
+
+def test_fix_ends_processes_and_removes_directories(
+    machine: Path,
+    crashed: int,
+    tool: Callable[[str], psutil.Process],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    process = tool(f"{crashed}-abc.1")
+    directory = machine / "tmp" / f"opencode-sync-{crashed}-a"
+    directory.mkdir()
+    has_opencode(machine)
+
+    status = cli.main(["doctor", "--fix"])
+
+    assert status == 0
+    assert not process.is_running()
+    assert not directory.exists()
+    assert f"removed process {process.pid} (" in capsys.readouterr().out
+
+
+def test_fix_kills_what_does_not_end_when_asked(
+    crashed: int, tool: Callable[[str], psutil.Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_leftovers, "GRACE_S", 0.1)
+    process = tool(f"{crashed}-abc.1")
+    process.suspend()  # a stopped process does not see the asking
+
+    Leftovers.find().remove()
+
+    assert process.wait(WITHIN_S) is not None or not process.is_running()
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def test_the_command_prints_a_line_for_each_point(
+    machine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    has_opencode(machine)
+
+    status = cli.main(["doctor"])
+
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 0
+    assert [line.split()[1] for line in lines] == [each.point for each in examine()]
+
+
+def test_the_command_exits_with_1_where_something_stops_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["doctor"]) == 1
+
+
+def test_the_command_prints_json(machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = has_opencode(machine)
+
+    cli.main(["doctor", "--json"])
+
+    told = json.loads(capsys.readouterr().out)
+    assert told["removed"] == ""
+    assert told["findings"][0] == {
+        "point": "opencode",
+        "state": "good",
+        "text": f"{TESTED_VERSION}, on PATH: {program}",
+        "advice": "",
+    }

@@ -1,0 +1,258 @@
+"""What the errors say, what they carry, and that they survive being copied and sent away."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import copy
+import functools
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from opencode_sync import (
+    OpenCodeBinaryNotFoundError,
+    OpenCodeBudgetError,
+    OpenCodeCancelledError,
+    OpenCodeConfigError,
+    OpenCodeError,
+    OpenCodeIncompleteError,
+    OpenCodeOutputError,
+    OpenCodeProcessError,
+    OpenCodeServerError,
+    OpenCodeTimeoutError,
+    RunResult,
+    aggregate_run_result,
+)
+from opencode_sync.errors import strip_ansi
+
+
+def partial_result() -> RunResult:
+    return aggregate_run_result(
+        events=[
+            {"type": "text", "sessionID": "ses_1", "part": {"text": "so far"}},
+            {"type": "error", "error": {"name": "APIError", "data": {"message": "bad key"}}},
+        ],
+        raw_stdout_lines=["a line"],
+        exit_code=1,
+        stderr="\x1b[91mred\x1b[0m",
+    )
+
+
+def every_error() -> list[OpenCodeError]:
+    """One of each class, with all that it can carry."""
+    result = partial_result()
+    return [
+        OpenCodeError("something", result=result),
+        OpenCodeBinaryNotFoundError("no 'opencode' on PATH", result=result),
+        OpenCodeConfigError("fork=True has no session", result=result),
+        OpenCodeProcessError(1, "stderr", result.events, ["a"], reason="bad key", result=result),
+        OpenCodeIncompleteError("broke off", result=result),
+        OpenCodeTimeoutError("slow", limit="idle_timeout_s", limit_s=3, elapsed_s=4, result=result),
+        OpenCodeCancelledError("closed", result=result),
+        OpenCodeBudgetError("dear", limit=1.0, spent=1.5, result=result),
+        OpenCodeOutputError("odd", errors=["/age: no int"], text="{}", result=result),
+        OpenCodeServerError("refused", status_code=401, result=result),
+    ]
+
+
+def name_of(value: object) -> str:
+    return type(value).__name__
+
+
+def pickled(protocol: int, error: OpenCodeError) -> Any:
+    return pickle.loads(pickle.dumps(error, protocol))
+
+
+COPIES: dict[str, Callable[[OpenCodeError], OpenCodeError]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    **{f"pickle {n}": functools.partial(pickled, n) for n in range(pickle.HIGHEST_PROTOCOL + 1)},
+}
+
+
+# --- copies --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
+@pytest.mark.parametrize("error", every_error(), ids=name_of)
+def test_a_copy_of_an_error_is_equal_to_it(
+    error: OpenCodeError, copied: Callable[[OpenCodeError], OpenCodeError]
+) -> None:
+    error.prompt, error.index, error.key = "Explain", 3, "job-3"
+
+    twin = copied(error)
+
+    assert twin == error
+    assert hash(twin) == hash(error)
+    assert type(twin) is type(error)
+    assert str(twin) == str(error)
+    assert vars(twin) == vars(error)
+
+
+def test_a_deep_copy_of_an_error_has_a_result_of_its_own() -> None:
+    error = OpenCodeError("something", result=partial_result())
+
+    twin = copy.deepcopy(error)
+    error.result.events.clear()  # type: ignore[union-attr]
+
+    assert twin.result == partial_result()
+
+
+def test_a_class_derived_from_an_error_pickles_whatever_its_constructor_takes() -> None:
+    error = Derived("x", 7)
+
+    assert pickle.loads(pickle.dumps(error)).seven == 7
+
+
+class Derived(OpenCodeError):
+    def __init__(self, word: str, seven: int) -> None:
+        super().__init__(f"{word}!")
+        self.seven = seven
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        OpenCodeError("another", result=partial_result()),
+        OpenCodeError("something"),
+        OpenCodeIncompleteError("something", result=partial_result()),
+        ValueError("something"),
+        "something",
+    ],
+    ids=["message", "result", "class", "foreign error", "no error"],
+)
+def test_errors_that_differ_are_not_equal(other: object) -> None:
+    assert OpenCodeError("something", result=partial_result()) != other
+
+
+def test_errors_can_be_collected_in_a_set() -> None:
+    assert len({*every_error(), *every_error()}) == len(every_error())
+
+
+# --- what they carry -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", every_error(), ids=name_of)
+def test_every_error_is_an_opencode_error_with_the_result_so_far(error: OpenCodeError) -> None:
+    assert isinstance(error, OpenCodeError)
+    assert error.result == partial_result()
+    assert (error.prompt, error.index, error.key) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "error, base",
+    [
+        (OpenCodeBinaryNotFoundError("x"), FileNotFoundError),
+        (OpenCodeConfigError("x"), ValueError),
+        (OpenCodeTimeoutError("x"), TimeoutError),
+        (OpenCodeCancelledError("x"), concurrent.futures.CancelledError),
+    ],
+    ids=name_of,
+)
+def test_an_error_is_also_what_the_standard_library_calls_it(
+    error: OpenCodeError, base: type[BaseException]
+) -> None:
+    assert isinstance(error, base)
+    assert str(error) == "x"
+
+
+def test_a_process_error_keeps_what_the_process_said() -> None:
+    error = OpenCodeProcessError(
+        2, "\x1b[91mred\x1b[0m", ({"type": "diagnostic"},), ("a", "b"), reason="\x1b[1mwhy\x1b[0m"
+    )
+
+    assert error.exit_code == 2
+    assert error.stderr == "\x1b[91mred\x1b[0m"
+    assert error.events == [{"type": "diagnostic"}]
+    assert error.raw_stdout_lines == ["a", "b"]
+    assert error.reason == "\x1b[1mwhy\x1b[0m"
+    assert error.result is None
+
+
+# --- what they say -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (OpenCodeProcessError(1), "opencode exited with status 1"),
+        (
+            OpenCodeProcessError(1, reason="APIError 401: bad key"),
+            "opencode exited with status 1: APIError 401: bad key",
+        ),
+        (
+            OpenCodeProcessError(1, "a warning\n", reason="bad key"),
+            "opencode exited with status 1: bad key\na warning",
+        ),
+        (OpenCodeProcessError(3, "boom\n"), "opencode exited with status 3\nboom"),
+        (OpenCodeProcessError(-9), "opencode was ended by signal 9 (SIGKILL)"),
+        (OpenCodeProcessError(-15), "opencode was ended by signal 15 (SIGTERM)"),
+        (OpenCodeProcessError(-45), "opencode was ended by signal 45"),
+        (OpenCodeProcessError(0, reason="bad key"), "opencode reported an error: bad key"),
+        (OpenCodeProcessError(None), "opencode reported an error"),
+    ],
+    ids=[
+        "status",
+        "reason",
+        "reason and stderr",
+        "stderr alone",
+        "killed",
+        "terminated",
+        "real-time signal",
+        "exit 0",
+        "no process",
+    ],
+)
+def test_a_process_error_says_first_how_it_ended_and_why(
+    error: OpenCodeProcessError, message: str
+) -> None:
+    assert str(error) == message
+
+
+def test_a_process_error_does_not_say_the_same_twice() -> None:
+    coloured = "\x1b[91mModel not found\x1b[0m\n"
+
+    error = OpenCodeProcessError(1, coloured, reason=coloured)
+
+    assert str(error) == "opencode exited with status 1: Model not found"
+
+
+def test_a_process_error_shows_the_last_2000_characters_of_stderr() -> None:
+    error = OpenCodeProcessError(1, "old" + "\x1b[91mx\x1b[0m" * 2_000)
+
+    assert str(error) == "opencode exited with status 1\n" + "x" * 2_000
+
+
+@pytest.mark.parametrize(
+    "coloured, plain",
+    [
+        ("\x1b[91m\x1b[1mError: \x1b[0mno", "Error: no"),
+        ("\x1b[38;5;196mred\x1b[m", "red"),
+        ("\x1b[38:2::255:0:0mred\x1b[0K", "red"),
+        ("\x1b[?25lhidden\x1b[?25h", "hidden"),
+        ("\x1b]0;title\x07text", "text"),
+        ("\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\", "link"),
+        ("\x1bPq#0\x1b\\text", "text"),
+        ("\x1b(Btext\x1b7\x1b8\x1bc", "text"),
+        ("a\x1b]0;no end\nb", "a0;no end\nb"),
+        ("[1] <b> 10%", "[1] <b> 10%"),
+        ("tab\tnewline\n", "tab\tnewline\n"),
+    ],
+    ids=[
+        "colours",
+        "256 colours",
+        "true colour",
+        "cursor",
+        "title",
+        "link",
+        "device string",
+        "short ones",
+        "no end",
+        "no escape",
+        "whitespace",
+    ],
+)
+def test_escape_sequences_are_taken_out_and_nothing_else(coloured: str, plain: str) -> None:
+    assert strip_ansi(coloured) == plain

@@ -1,0 +1,162 @@
+"""Lines become events, and events a result, whatever they hold."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from opencode_sync import RunResult, iter_parse_lines, parse_event_line, run_result_fuzzy_text
+from opencode_sync.events import dump_event
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["stop", "tool-calls", "invalid", "error", "completed", 10**400, -1])
+)
+# The keys that folding looks at, so that it meets odd values behind each of them.
+KEYS = st.sampled_from(
+    [
+        *("type", "part", "text", "delta", "content", "sessionID", "tool", "state", "status"),
+        *("input", "error", "data", "name", "message", "statusCode", "tokens", "cost", "cache"),
+        *("read", "write", "total", "output", "reasoning", "reason"),
+    ]
+) | st.text(max_size=5)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=6),
+    max_leaves=20,
+)
+TYPES = st.sampled_from(
+    [
+        *("text", "message", "assistant", "model", "step_start", "step_finish", "error", "retry"),
+        *("tool_use", "tool_call", "tool_result", "tool", "reasoning", "diagnostic", "new_type"),
+    ]
+)
+EVENTS = st.builds(
+    lambda fields, kind: {**fields, "type": kind},
+    st.dictionaries(KEYS, VALUES, max_size=8),
+    TYPES | VALUES,
+)
+LINES = (
+    st.binary(max_size=200)
+    | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass"))
+    | EVENTS.map(lambda event: json.dumps(event).encode())
+    | VALUES.map(lambda value: json.dumps(value).encode())
+    | st.tuples(EVENTS, st.integers(0, 200)).map(lambda e: json.dumps(e[0]).encode()[: e[1]])
+)
+
+
+# --- a line --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        pytest.param(b'{"type": "text"}\n', {"type": "text"}, id="an object"),
+        pytest.param('{"type": "text"}', {"type": "text"}, id="a str"),
+        pytest.param(
+            b"\n", {"type": "diagnostic", "kind": "empty_line", "raw": ""}, id="an empty line"
+        ),
+        pytest.param(
+            b"  \r\n", {"type": "diagnostic", "kind": "empty_line", "raw": "  "}, id="blanks"
+        ),
+        pytest.param(
+            b"[1]\n",
+            {"type": "diagnostic", "kind": "non_object_json", "value": [1]},
+            id="another value",
+        ),
+    ],
+)
+def test_a_line_becomes_an_event(line: str | bytes, expected: dict[str, Any]) -> None:
+    assert parse_event_line(line) == expected
+
+
+def test_what_is_no_json_is_kept_with_the_reason() -> None:
+    event = parse_event_line(b'{"type": "te')
+
+    assert event["type"] == "diagnostic"
+    assert event["kind"] == "json_decode_error"  # type: ignore[typeddict-item]
+    assert event["raw"] == '{"type": "te'  # type: ignore[typeddict-item]
+    assert "Unterminated string" in event["error"]  # type: ignore[typeddict-item]
+
+
+def test_undecodable_bytes_are_replaced() -> None:
+    assert parse_event_line(b'{"a": "\xff"}') == {"a": "\ufffd"}
+
+
+def test_lines_are_parsed_lazily() -> None:
+    def lines() -> Any:
+        yield "1"
+        raise AssertionError("the second line was asked for")
+
+    assert next(iter_parse_lines(lines()))["type"] == "diagnostic"
+
+
+@given(LINES)
+@example(b"[" * 100_000)
+@example(b'{"a":' * 100_000)
+@example(b"1" * 5_000)
+@example(b'"\\ud800"')
+@example(b"\xef\xbb\xbf{}")
+@example(b"NaN")
+def test_no_line_raises_and_nothing_of_it_is_lost(line: bytes) -> None:
+    event = parse_event_line(line)
+
+    text = line.decode("utf-8", "replace")
+    assert isinstance(event, dict)
+    if event.get("kind") in ("empty_line", "json_decode_error") and "raw" in event:
+        assert event["raw"] == text.rstrip("\r\n")
+    elif event.get("kind") == "non_object_json" and "value" in event:
+        assert repr(event["value"]) == repr(json.loads(text))  # nan is not equal to itself
+    else:
+        assert repr(event) == repr(json.loads(text))
+
+
+@given(LINES)
+def test_an_event_survives_the_log_file(line: bytes) -> None:
+    event = parse_event_line(line)
+
+    written = dump_event(event)
+
+    assert written.endswith(b"\n")
+    assert written.count(b"\n") == 1
+    assert repr(json.loads(written)) == repr(event)
+
+
+# --- a result ------------------------------------------------------------------------------------
+
+
+@given(st.lists(EVENTS, max_size=10))
+@settings(deadline=None)
+def test_no_event_raises_and_none_is_lost(events: list[Any]) -> None:
+    result = RunResult()
+
+    for event in events:
+        result.append_event(event)
+
+    assert all(kept is given for kept, given in zip(result.events, events, strict=True))
+    assert isinstance(result.final_text, str)
+    assert isinstance(result.answer, str)
+    assert result.total_cost >= 0
+    assert result.turns == sum(event["type"] == "step_finish" for event in events)
+    assert isinstance(run_result_fuzzy_text(result), str)
+    assert repr(result)
+
+
+@given(st.lists(LINES, max_size=10))
+@settings(deadline=None)
+def test_a_result_comes_back_from_its_dict(lines: list[bytes]) -> None:
+    result = RunResult()
+    for line in lines:
+        result.append_event(parse_event_line(line))
+
+    copy = RunResult.from_dict(json.loads(json.dumps(result.to_dict())))
+
+    assert repr(copy.to_dict()) == repr(result.to_dict())

@@ -1,0 +1,69 @@
+"""Results as rows."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from opencode_sync._frame import results_to_frame, results_to_records
+from opencode_sync.errors import OpenCodeConfigError, OpenCodeTimeoutError
+from opencode_sync.result import ErrorInfo, RunResult, TokenUsage
+
+
+def test_a_result_is_one_flat_row() -> None:
+    result = RunResult(
+        prompt="p", index=2, key="k", total_cost=0.5, token_usage=TokenUsage(total=7)
+    )
+    result.append_event({"type": "text", "part": {"text": "Yes."}})
+    result.append_event({"type": "tool_use", "part": {"tool": "bash"}})
+
+    (row,) = results_to_records([result])
+
+    assert (row["index"], row["key"], row["prompt"], row["answer"]) == (2, "k", "p", "Yes.")
+    assert (row["tools"], row["total_cost"], row["tokens_total"]) == ("bash", 0.5, 7)
+    assert not any(isinstance(value, (dict, list)) for value in row.values())
+
+
+def test_a_failed_result_has_its_reason() -> None:
+    (row,) = results_to_records([RunResult(error=ErrorInfo("APIError", "no", 401))])
+
+    assert (row["status"], row["error"]) == ("error", "APIError 401: no")
+
+
+def test_an_error_has_a_row_with_what_had_been_got() -> None:
+    error = OpenCodeTimeoutError("too long\nby far", result=RunResult(prompt="p", total_cost=0.5))
+
+    (row,) = results_to_records([error])
+
+    assert row["error"] == "OpenCodeTimeoutError: too long"
+    assert (row["prompt"], row["total_cost"]) == ("p", 0.5)
+
+
+def test_a_job_that_was_refused_has_a_row_too() -> None:
+    error = OpenCodeConfigError("blank")
+    error.index, error.prompt = 4, " "
+
+    (row,) = results_to_records([error])
+
+    assert (row["index"], row["prompt"], row["status"]) == (4, " ", "error")
+
+
+def test_pandas_gets_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = SimpleNamespace(from_records=lambda rows, columns: (rows, columns))
+    monkeypatch.setitem(sys.modules, "pandas", cast(Any, SimpleNamespace(DataFrame=frame)))
+    result = RunResult()
+
+    rows, columns = cast(Any, results_to_frame([result]))
+
+    assert rows == results_to_records([result])
+    assert columns == list(rows[0])
+
+
+def test_a_missing_pandas_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+
+    with pytest.raises(ImportError, match="pip install pandas"):
+        results_to_frame([])

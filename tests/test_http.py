@@ -1,0 +1,327 @@
+"""Requests to a server: what goes out, what comes back, and what a refusal says."""
+
+from __future__ import annotations
+
+import base64
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from opencode_sync._http import Connection
+from opencode_sync.errors import OpenCodeConfigError, OpenCodeServerError
+from tests.webserver import WITHIN_S, Answer, WebServer
+
+SECRET = "a-secret-word"
+
+
+@pytest.fixture
+def server() -> Iterator[WebServer]:
+    with WebServer() as server:
+        yield server
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., Connection]]:
+    made = []
+
+    def connect(url: str, **credentials: Any) -> Connection:
+        made.append(Connection(url, **credentials))
+        return made[-1]
+
+    yield connect
+    for connection in made:
+        connection.close()
+
+
+Connect = Callable[..., Connection]
+
+
+def test_a_request_carries_its_body_and_query_and_gives_the_parsed_answer(
+    server: WebServer, connect: Connect
+) -> None:
+    server.answers["/session"] = Answer({"id": "ses_1"})
+
+    answer = connect(server.url).post("/session", {"title": "T"}, directory="/a b", workspace=None)
+
+    (request,) = server.requests
+    assert answer == {"id": "ses_1"}
+    assert (request.method, request.path) == ("POST", "/session")
+    assert request.query == {"directory": "/a b"}
+    assert request.body == {"title": "T"}
+
+
+def test_an_answer_without_content_is_none(server: WebServer, connect: Connect) -> None:
+    server.answers["/session/x/prompt_async"] = Answer(b"", status=204)
+
+    assert connect(server.url).post("/session/x/prompt_async", {"parts": []}) is None
+
+
+def test_a_lone_surrogate_in_a_body_goes_out_as_json_has_it(
+    server: WebServer, connect: Connect
+) -> None:
+    connect(server.url).post("/session", {"title": "\ud800"})
+
+    assert server.requests[0].body == {"title": "\ud800"}
+
+
+@pytest.mark.parametrize(
+    "url, credentials, user",
+    [
+        pytest.param("http://{}", {"password": SECRET}, "opencode", id="password"),
+        pytest.param("http://{}", {"username": "me", "password": SECRET}, "me", id="both"),
+        pytest.param("http://me:a%2Dsecret-word@{}/", {}, "me", id="in the URL"),
+    ],
+)
+def test_credentials_go_out_with_each_request_and_show_nowhere(
+    server: WebServer, connect: Connect, url: str, credentials: dict[str, str], user: str
+) -> None:
+    server.answers["/bad"] = Answer(status=404)
+    connection = connect(url.format(server.url.removeprefix("http://")), **credentials)
+
+    with pytest.raises(OpenCodeServerError) as caught:
+        connection.get("/bad")
+
+    expected = base64.b64encode(f"{user}:{SECRET}".encode()).decode()
+    assert server.requests[0].headers["authorization"] == f"Basic {expected}"
+    assert connection.url == server.url
+    assert SECRET not in f"{connection!r} {connection.label} {caught.value!r}"
+
+
+def test_without_a_password_none_goes_out(server: WebServer, connect: Connect) -> None:
+    connect(server.url).get("/session")
+
+    assert "authorization" not in server.requests[0].headers
+
+
+def test_a_proxy_of_the_environment_is_not_asked(
+    server: WebServer, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    for variable in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+
+    connect(server.url).get("/session")
+
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        pytest.param({"name": "N", "data": {"message": "no session x"}}, "no session x", id="data"),
+        pytest.param({"_tag": "T", "message": "no request x"}, "no request x", id="message"),
+        pytest.param(b"broken", "broken", id="text"),
+        pytest.param(b"", "Not Found", id="empty"),
+        pytest.param(["odd"], '["odd"]', id="list"),
+    ],
+)
+def test_a_refusal_has_the_status_and_the_words_of_the_server(
+    server: WebServer, connect: Connect, body: Any, words: str
+) -> None:
+    server.answers["/session/x"] = Answer(body, status=404)
+
+    with pytest.raises(OpenCodeServerError) as caught:
+        connect(server.url).get("/session/x")
+
+    assert str(caught.value) == f"the server refused GET /session/x: 404 {words}"
+    assert caught.value.status_code == 404
+
+
+def test_a_refused_password_is_called_that(server: WebServer, connect: Connect) -> None:
+    server.answers["/session"] = Answer(b"", status=401)
+
+    with pytest.raises(OpenCodeServerError, match="401 wrong or missing password") as caught:
+        connect(server.url, password=SECRET).get("/session")
+
+    assert caught.value.status_code == 401
+
+
+def test_an_answer_that_is_no_json_is_refused(server: WebServer, connect: Connect) -> None:
+    server.answers["/session"] = Answer(b"<html>a page</html>")
+
+    with pytest.raises(OpenCodeServerError, match=r"GET /session with no JSON"):
+        connect(server.url).get("/session")
+
+
+def test_a_server_that_is_not_there_is_named_with_the_request(
+    server: WebServer, connect: Connect
+) -> None:
+    server.stop()
+
+    with pytest.raises(OpenCodeServerError) as caught:
+        connect(server.url).post("/session")
+
+    assert server.url in str(caught.value)
+    assert "refused (POST /session)" in str(caught.value)
+    assert caught.value.status_code is None
+
+
+def test_a_server_known_to_be_gone_is_named_with_the_cause(
+    server: WebServer, connect: Connect
+) -> None:
+    connection = connect(server.url)
+    connection.lost = "the server was ended by signal 9"
+    server.stop()
+
+    with pytest.raises(OpenCodeServerError, match=r"^the server was ended by signal 9 \(GET /x\)"):
+        connection.get("/x")
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for_longer_than_told(
+    server: WebServer, connect: Connect
+) -> None:
+    released = threading.Event()
+    server.answers["/slow"] = lambda: Answer() if released.wait(WITHIN_S) else Answer(status=500)
+    connection = connect(server.url)
+
+    try:
+        with pytest.raises(OpenCodeServerError, match="does not answer: timed out"):
+            connection.request("GET", "/slow", timeout_s=0.05)
+    finally:
+        released.set()
+
+
+@pytest.mark.parametrize("url", ["", "localhost:4096", "ftp://host", "http://", "http://[", None])
+def test_what_is_no_url_of_http_is_refused_at_once(connect: Connect, url: Any) -> None:
+    with pytest.raises(OpenCodeConfigError, match="use 'http://HOST:PORT'"):
+        connect(url)
+
+
+def test_a_closed_connection_sends_nothing(server: WebServer, connect: Connect) -> None:
+    connection = connect(server.url)
+    connection.close()
+
+    with pytest.raises(OpenCodeServerError, match="closed"):
+        connection.get("/session")
+
+    assert server.requests == []
+
+
+def test_what_interrupts_a_request_can_make_one_of_its_own(
+    server: WebServer, connect: Connect
+) -> None:
+    connection = connect(server.url)
+
+    class Interruption:
+        """Stands for a finaliser, which may run at any line."""
+
+        def __str__(self) -> str:
+            connection.post("/inner")
+            return "x"
+
+    connection.get("/outer", value=Interruption())
+
+    assert [request.path for request in server.requests] == ["/inner", "/outer"]
+
+
+def test_threads_share_a_connection(server: WebServer, connect: Connect) -> None:
+    connection = connect(server.url)
+    together = threading.Barrier(8)
+
+    def ask() -> None:
+        together.wait(WITHIN_S)
+        for _ in range(20):
+            connection.post("/session", {})
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WITHIN_S)
+
+    assert len(server.requests) == 160
+
+
+def test_a_request_in_the_background_reports_its_end(server: WebServer, connect: Connect) -> None:
+    ends: queue.SimpleQueue[OpenCodeServerError | None] = queue.SimpleQueue()
+
+    connect(server.url).in_background("/session/x/command", {"command": "init"}, ends.put)
+
+    assert ends.get(timeout=WITHIN_S) is None
+    assert server.requests[0].body == {"command": "init"}
+
+
+def test_a_request_in_the_background_reports_a_refusal(server: WebServer, connect: Connect) -> None:
+    server.answers["/session/x/command"] = Answer({"data": {"message": "no command"}}, status=400)
+    ends: queue.SimpleQueue[OpenCodeServerError | None] = queue.SimpleQueue()
+
+    connect(server.url).in_background("/session/x/command", {}, ends.put)
+
+    error = ends.get(timeout=WITHIN_S)
+    assert error is not None
+    assert "400 no command" in str(error)
+
+
+def test_a_request_in_the_background_ends_when_it_is_cut(
+    server: WebServer, connect: Connect
+) -> None:
+    reached, released = threading.Event(), threading.Event()
+
+    def hang() -> Answer:
+        reached.set()
+        released.wait(WITHIN_S)
+        return Answer()
+
+    server.answers["/hang"] = hang
+    connection = connect(server.url)
+    ends: queue.SimpleQueue[OpenCodeServerError | None] = queue.SimpleQueue()
+    connection.in_background("/hang", {}, ends.put)
+    assert reached.wait(WITHIN_S)
+
+    connection.cut()
+
+    try:
+        error = ends.get(timeout=5)
+    finally:
+        released.set()
+    assert isinstance(error, OpenCodeServerError)
+
+
+def test_events_come_whole_and_in_order(server: WebServer, connect: Connect) -> None:
+    long = "x" * 8_000_000
+    events = connect(server.url).events("/global/event", WITHIN_S)
+    connected = next(events)
+    feed = server.next_feed()
+    for data in ("first", f'{{"text":"{long}"}}', "last"):
+        feed.send(data)
+    feed.end()
+
+    rest = list(events)
+
+    assert "server.connected" in connected
+    assert rest == ["first", f'{{"text":"{long}"}}', "last"]
+
+
+def test_events_that_stop_coming_are_an_error(server: WebServer, connect: Connect) -> None:
+    events = connect(server.url).events("/global/event", 0.05)
+    next(events)
+
+    with pytest.raises(OpenCodeServerError, match="timed out"):
+        next(events)
+
+
+def test_events_are_refused_with_the_status(server: WebServer, connect: Connect) -> None:
+    server.answers["/global/event"] = Answer(b"", status=401)
+
+    with pytest.raises(OpenCodeServerError) as caught:
+        next(connect(server.url).events("/global/event", WITHIN_S))
+
+    assert caught.value.status_code == 401
+
+
+def test_cutting_wakes_who_waits_for_events(server: WebServer, connect: Connect) -> None:
+    connection = connect(server.url)
+    events = connection.events("/global/event", WITHIN_S)
+    next(events)
+    threading.Timer(0.05, connection.cut).start()
+    started = time.monotonic()
+
+    with pytest.raises(OpenCodeServerError):
+        next(events)
+
+    assert time.monotonic() - started < 5

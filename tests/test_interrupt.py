@@ -1,0 +1,114 @@
+"""Ctrl-C, held back while something is made."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from opencode_sync import OpenCodeTimeoutError
+from opencode_sync._interrupt import deferred
+from tests import leaks
+from tests.faults import standin_client
+
+INTERRUPTIONS = 150
+
+
+@pytest.fixture(autouse=True)
+def _handler() -> Iterator[None]:
+    """Python's own, whatever the tests were started with."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_takes_effect_at_the_end_of_the_block() -> None:
+    steps = []
+
+    with pytest.raises(KeyboardInterrupt), deferred():
+        signal.raise_signal(signal.SIGINT)
+        steps.append("went on")
+
+    assert steps == ["went on"]
+
+
+def test_blocks_may_be_nested() -> None:
+    steps = []
+
+    with pytest.raises(KeyboardInterrupt), deferred():
+        with deferred():
+            signal.raise_signal(signal.SIGINT)
+        steps.append("went on")
+
+    assert steps == ["went on"]
+
+
+def test_the_handler_is_as_before() -> None:
+    with pytest.raises(ZeroDivisionError), deferred():
+        raise ZeroDivisionError
+
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    with deferred():
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_another_thread_is_left_alone() -> None:
+    done = []
+
+    def work() -> None:
+        with deferred():
+            done.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+    assert done == [signal.default_int_handler]
+
+
+# Between an open() and its `with`, a file is left to its finaliser.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_a_ctrl_c_at_any_moment_of_a_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    dice = random.Random(20_26)
+    prompts = [
+        "well",
+        "flood 1000",
+        "with_tools",
+        "fall_silent",
+        "leave_tools",
+        "fail 1 locking protocol",
+    ]
+    before_handler = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    interrupted = 0
+    with standin_client(tmp_path) as client:
+        client.run("well", workspace)
+        before = leaks.footprint()
+
+        try:
+            for _ in range(INTERRUPTIONS):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, dice.uniform(0.0002, 0.05))
+                    client.run(dice.choice(prompts), workspace, timeout_s=0.1, retry_delay_s=0)
+                except (KeyboardInterrupt, OpenCodeTimeoutError) as error:
+                    interrupted += isinstance(error, KeyboardInterrupt)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+        finally:
+            signal.signal(signal.SIGALRM, before_handler)
+
+        assert interrupted > INTERRUPTIONS / 2
+        assert not leaks.left_behind(before, leaks.SETTLE_S)
+        assert "0 running" in repr(client)
+        with client.stream("well", workspace) as stream:  # in the first of the directories
+            assert stream._source._lease.path.name == "0"  # type: ignore[union-attr]

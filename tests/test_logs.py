@@ -1,0 +1,165 @@
+"""Lines of stderr that mean something; real ones, of OpenCode 1.18.33."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opencode_sync._logs import LogReader, is_retried, log_fields
+
+REFUSED = (
+    'timestamp=2026-11-23T11:24:33.362Z level=ERROR run=8dcf033d message="stream error" '
+    "providerID=scripted modelID=scripted session.id=ses_1 small=false agent=build mode=primary "
+    'error.error="AI_APICallError: slow down"'
+)
+GIVEN_UP = (
+    "timestamp=2026-11-23T11:25:52.929Z level=ERROR run=d053a192 message=process "
+    'session.id=ses_1 messageID=msg_1 error="bad key" stack="AI_APICallError: bad key\\n    at"'
+)
+STATUS_429 = 'opencode-sync: {"status":429,"retry_after":"3600"}'
+STATUS_401 = 'opencode-sync: {"status":401,"retry_after":null}'
+
+
+@pytest.fixture
+def reader() -> LogReader:
+    return LogReader()
+
+
+def test_the_fields_of_a_log_line_are_read_with_their_quotes_undone() -> None:
+    fields = log_fields('timestamp=1 level=ERROR message="say \\"hi\\"" error.name=A empty=')
+
+    assert fields == {
+        "level": "ERROR",
+        "message": 'say "hi"',
+        "error.name": "A",
+        "empty": "",
+    }
+
+
+def test_another_line_is_no_log_line(reader: LogReader) -> None:
+    assert reader.read("! permission requested") == (False, [])
+
+
+def test_a_refusal_becomes_a_retry_event_with_its_status(reader: LogReader) -> None:
+    reader.read(STATUS_429)
+
+    is_log, events = reader.read(REFUSED)
+
+    assert is_log
+    (event,) = events
+    assert event["type"] == "retry"
+    assert event["sessionID"] == "ses_1"
+    assert event["statusCode"] == 429  # type: ignore[typeddict-item]
+    assert event["message"] == "429 slow down (retry-after: 3600)"  # type: ignore[typeddict-item]
+
+
+def test_a_refusal_that_is_not_retried_is_no_event(reader: LogReader) -> None:
+    reader.read(STATUS_401)
+
+    assert reader.read(REFUSED) == (True, [])
+    assert reader.take_pending() == []
+
+
+def test_a_refusal_of_unknown_status_is_held_back_until_nothing_follows(
+    reader: LogReader,
+) -> None:
+    assert reader.read(REFUSED) == (True, [])
+
+    (event,) = reader.take_pending()
+
+    assert event["message"] == "slow down"  # type: ignore[typeddict-item]
+    assert "statusCode" not in event
+
+
+def test_a_refusal_of_unknown_status_that_is_the_last_is_no_event(reader: LogReader) -> None:
+    reader.read(REFUSED)
+
+    assert reader.read(GIVEN_UP) == (True, [])
+    assert reader.take_pending() == []
+
+
+def test_a_refusal_that_was_held_back_is_told_with_the_next_one(reader: LogReader) -> None:
+    reader.read(REFUSED)
+
+    _, events = reader.read(REFUSED)
+
+    assert [event["type"] for event in events] == ["retry"]
+    assert reader.pending is not None
+
+
+def test_a_status_belongs_to_one_refusal_alone(reader: LogReader) -> None:
+    reader.read(STATUS_429)
+    reader.read(REFUSED)
+
+    reader.read(REFUSED)
+
+    assert reader.pending is not None
+    assert "statusCode" not in reader.pending
+
+
+def test_a_refusal_of_a_title_is_nobody_s_business(reader: LogReader) -> None:
+    reader.read(STATUS_429)
+
+    assert reader.read(REFUSED.replace("small=false", "small=true")) == (True, [])
+    assert reader.pending is None
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 503, 529])
+def test_opencode_asks_again_after(status: int) -> None:
+    assert is_retried(status)
+
+
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 413])
+def test_opencode_gives_up_after(status: int) -> None:
+    assert not is_retried(status)
+
+
+def test_the_cause_of_a_failure_is_kept(reader: LogReader) -> None:
+    reader.read('timestamp=1 level=ERROR message=failed error="ProviderModelNotFoundError: x/y"')
+
+    assert reader.cause == "ProviderModelNotFoundError: x/y"
+
+
+def test_a_missing_agent_is_noticed_under_its_colours(reader: LogReader) -> None:
+    is_log, _ = reader.read(
+        '\x1b[93m\x1b[1m! \x1b[0magent "nobody" not found. Falling back to default agent'
+    )
+
+    assert not is_log
+    assert reader.missing_agent == "nobody"
+
+
+def test_a_broken_word_of_the_plugin_is_no_status(reader: LogReader) -> None:
+    reader.read('opencode-sync: {"status":')
+    reader.read("opencode-sync: [1]")
+
+    reader.read(REFUSED)
+
+    assert reader.pending is not None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param("timestamp=1 level=ERROR " + "a" * 10_000_000, id="one word"),
+        pytest.param("timestamp=1 level=ERROR " + "a=" * 5_000_000, id="many fields"),
+        pytest.param('timestamp=1 level=ERROR a="' + "\\" * 9_999_999, id="backslashes"),
+        pytest.param("timestamp=1 level=ERROR" + ' a="b' * 2_000_000, id="open quotes"),
+        pytest.param('agent "' * 1_500_000, id="agents"),
+        pytest.param("\x1b[" * 5_000_000, id="escapes"),
+    ],
+)
+def test_a_line_of_10_mb_takes_no_time(reader: LogReader, line: str) -> None:
+    started = time.monotonic()
+
+    reader.read(line)
+
+    assert time.monotonic() - started < 5
+
+
+@given(st.one_of(st.text(), st.text().map("timestamp=1 level=ERROR ".__add__), st.just(REFUSED)))
+def test_no_line_raises(line: str) -> None:
+    LogReader().read(line)

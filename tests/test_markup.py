@@ -1,0 +1,212 @@
+"""Text that is only looked at: in a terminal, in Markdown, in HTML."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from opencode_sync._markup import (
+    error_html,
+    error_lines,
+    html_table,
+    markdown,
+    money,
+    one_line,
+    outcome,
+    printable,
+    result_markdown,
+    table,
+    tools_used,
+    verbatim,
+)
+from opencode_sync.config import validate_permission_actions
+from opencode_sync.errors import OpenCodeConfigError, OpenCodeTimeoutError
+from opencode_sync.result import ErrorInfo, RunResult, TokenUsage
+
+
+def test_a_terminal_gets_nothing_to_obey() -> None:
+    text = "a\x1b[31mred\x1b[0m\x1b]0;title\x07\x9b2J\rb\u202ec\td\n"
+
+    assert printable(text) == "ared2Jbc\td\n"
+
+
+def test_one_line_is_one_line_of_the_width() -> None:
+    assert one_line("first\n\n  second third", 15) == "first second..."
+
+
+@pytest.mark.parametrize("dollars, text", [(0, "$0.0000"), (0.00123, "$0.0012"), (3.4, "$3.40")])
+def test_small_sums_show_their_digits(dollars: float, text: str) -> None:
+    assert money(dollars) == text
+
+
+def test_a_table_aligns_its_columns() -> None:
+    assert table([("", "n"), ("one", "1"), ("a", "1,000")]) == [
+        "         n",
+        "one      1",
+        "a    1,000",
+    ]
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+def used(*tools: str) -> RunResult:
+    result = RunResult(
+        turns=2, total_cost=0.5, token_usage=TokenUsage(total=1_200), duration_s=4.06
+    )
+    for tool in tools:
+        result.append_event({"type": "tool_use", "part": {"tool": tool}})
+    return result
+
+
+def test_tools_are_counted_in_the_order_of_their_use() -> None:
+    assert tools_used(used("edit", "bash", "edit")) == ["edit x2", "bash"]
+
+
+def test_the_outcome_says_in_one_line_what_happened() -> None:
+    result = used("bash")
+    result.append_event({"type": "step_finish", "part": {"reason": "stop"}})
+
+    assert outcome(result) == "ok, 3 steps, bash, 1,200 tokens, $0.5000, 4.1 s"
+
+
+def test_an_odd_tool_event_counts_as_no_tool() -> None:
+    odd: Any = {"type": "tool_use", "part": "odd"}
+    result = RunResult()
+    result.append_event(odd)
+
+    assert tools_used(result) == []
+
+
+# --- Markdown ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<script>alert(1)</script>",
+        "before <img src=x onerror=alert(1)> after",
+        "`not code\n<script>` neither",
+        r"\`<script>`",
+        "- ```\n<script>\n  ```\n<script>",
+        "    indented <script>",
+        "``` a `b\n<script>",
+        "> ```\n<script>",
+    ],
+)
+def test_no_tag_of_the_text_stays_a_tag(text: str) -> None:
+    outside = True
+    for line in markdown(text).split("\n"):
+        if line.startswith("```"):
+            outside = not outside
+        elif outside:
+            assert "<" not in line.replace("<code>", "").replace("</code>", "")
+
+
+def test_a_picture_is_not_fetched() -> None:
+    assert markdown("see ![x](https://example.com/?q=secret)").startswith("see !&#91;x]")
+
+
+def test_code_stays_as_it_is() -> None:
+    text = "Do:\n```python\nif a < b & c:\n    print('<b>')\n```\ndone"
+
+    assert markdown(text) == ("Do:\n\n```python\nif a < b & c:\n    print('<b>')\n```\n\ndone")
+
+
+def test_code_in_a_line_shows_its_angle_brackets() -> None:
+    assert markdown("the `<b>` tag and `x`") == ("the <code>&#60;b&#62;</code> tag and `x`")
+
+
+def test_a_fence_inside_of_code_does_not_end_it() -> None:
+    text = "~~~\n```\n<script>\n```\n~~~\n<script>"
+
+    lines = markdown(text).split("\n")
+
+    assert lines == ["", "````", "```", "<script>", "```", "````", "", "&lt;script>"]
+
+
+def test_code_that_is_never_closed_is_closed() -> None:
+    assert markdown("```\n<script>") == "\n```\n<script>\n```\n"
+
+
+def test_verbatim_text_has_no_meaning_in_markdown_or_html() -> None:
+    assert verbatim("*a* <b> [c](d)") == ("&#42;a&#42; &#60;b&#62; &#91;c&#93;&#40;d&#41;")
+
+
+def test_a_table_of_html_is_escaped() -> None:
+    page = html_table([("<a>", "<b>\n2")])
+
+    assert ">&lt;a&gt;</th>" in page
+    assert ">&lt;b&gt;\n2</td>" in page
+
+
+# --- results and errors in a notebook ------------------------------------------------------------
+
+
+def test_a_result_shows_its_answer_and_how_it_came_about() -> None:
+    result = used("bash")
+    result.append_event({"type": "text", "part": {"text": "**Done** <b>"}})
+
+    assert result_markdown(result) == (
+        "**Done** &lt;b>\n\n"
+        f"*{verbatim('incomplete, 2 steps, bash, 1,200 tokens, $0.5000, 4.1 s')}*"
+    )
+
+
+def test_a_failed_result_shows_its_reason() -> None:
+    result = RunResult(error=ErrorInfo("APIError", "<script>", 401), denied_tools=["edit"])
+
+    page = result_markdown(result)
+
+    assert verbatim("APIError 401: <script>") in page
+    assert verbatim("denied: edit") in page
+    assert "<" not in page
+
+
+def test_of_a_huge_answer_only_the_beginning_is_shown() -> None:
+    result = RunResult()
+    result.append_event({"type": "text", "part": {"text": "x" * 1_000_000}})
+
+    page = result_markdown(result)
+
+    assert len(page) < 110_000
+    assert "900,000 characters more" in page
+
+
+def test_an_error_shows_what_job_it_was_and_what_had_been_got() -> None:
+    error = OpenCodeTimeoutError("<too long>", result=used())
+    error.index, error.prompt = 3, "Do\nthis"
+
+    page = error_html(error)
+
+    for text in ("OpenCodeTimeoutError", "&lt;too long&gt;", "3", "Do this", "1,200 tokens"):
+        assert f">{text}<" in page or f", {text}, " in page
+
+
+def test_a_job_with_a_key_is_shown_by_it() -> None:
+    error = OpenCodeTimeoutError("too long")
+    error.index, error.key = 3, "issue-9"
+
+    assert ">issue-9<" in error_html(error)
+
+
+def test_a_raised_error_is_told_with_the_users_own_lines_alone() -> None:
+    try:
+        validate_permission_actions("ask")
+    except OpenCodeConfigError as error:
+        lines = error_lines(error)
+
+    assert len(lines) == 2
+    assert lines[0].startswith("test_markup.py, line ")
+    assert lines[0].endswith(': validate_permission_actions("ask")')
+    assert lines[1].startswith("OpenCodeConfigError: permission")
+
+
+def test_a_raised_error_is_told_with_what_had_been_got() -> None:
+    error = OpenCodeTimeoutError("too \x1b[31mlong", result=used())
+
+    assert error_lines(error) == [
+        "until then: incomplete, 2 steps, 1,200 tokens, $0.5000, 4.1 s",
+        "OpenCodeTimeoutError: too long",
+    ]

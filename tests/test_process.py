@@ -1,0 +1,384 @@
+"""One child process: what it writes, how it ends, and what is left of it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import queue
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from opencode_sync import _process, _tree
+from opencode_sync._process import LineSplitter, Process
+
+Start = Callable[..., Process]
+
+LONG_S = 20.0
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start a Python program, or the *argv* that is given."""
+    processes: list[Process] = []
+
+    def start(program: str, *, stdin: bytes = b"", argv: list[str] | None = None) -> Process:
+        processes.append(
+            Process(
+                argv or [sys.executable, "-S", "-E", "-c", f"import os, sys, time\n{program}"],
+                cwd=str(tmp_path),
+                env=dict(os.environ),
+                stdin=stdin,
+                token=_tree.run_token(),
+            )
+        )
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.stop()
+        process.close()
+
+
+def is_alive(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def read_all(process: Process) -> dict[str, bytes]:
+    output = {"stdout": b"", "stderr": b""}
+    while (block := process.receive(LONG_S)) is not None:
+        channel, data = block
+        output[channel] += data
+    return output
+
+
+def wait_for(process: Process, expected: bytes) -> None:
+    got = b""
+    while expected not in got:
+        block = process.receive(LONG_S)
+        assert block is not None
+        got += block[1]
+
+
+# --- input and output ----------------------------------------------------------------------------
+
+
+def test_both_outputs_arrive_whole(start: Start) -> None:
+    process = start("os.write(1, b'out' * 1_000_000); os.write(2, b'err' * 1_000_000)")
+
+    output = read_all(process)
+
+    assert output == {"stdout": b"out" * 1_000_000, "stderr": b"err" * 1_000_000}
+
+
+def test_what_is_written_at_the_very_end_arrives(start: Start) -> None:
+    for _ in range(20):
+        process = start("os.write(1, b'last'); os._exit(7)")
+
+        assert read_all(process)["stdout"] == b"last"
+        assert process.returncode == 7
+
+
+def test_output_arrives_while_the_child_runs(start: Start) -> None:
+    process = start("os.write(1, b'first'); time.sleep(600)")
+
+    wait_for(process, b"first")
+
+    assert process.returncode is None
+
+
+def test_the_prompt_is_read_verbatim_and_has_an_end(start: Start) -> None:
+    prompt = b'--x "q" \\ \n\0 \xff' * 300_000
+
+    process = start("os.write(1, sys.stdin.buffer.read())", stdin=prompt)
+
+    assert read_all(process)["stdout"] == prompt
+
+
+def test_pwd_is_the_working_directory(start: Start, tmp_path: Path) -> None:
+    process = start("print(os.environ['PWD'], os.getcwd())")
+
+    assert read_all(process)["stdout"].split() == [str(tmp_path).encode()] * 2
+
+
+def test_the_child_inherits_no_descriptor_but_its_three(start: Start) -> None:
+    with open(os.devnull, "rb"):
+        process = start("print(len(os.listdir('/proc/self/fd')))")
+
+    assert int(read_all(process)["stdout"]) == 4  # and the one that lists them
+
+
+def test_the_child_has_a_session_of_its_own(start: Start) -> None:
+    process = start("print(os.getsid(0))")
+
+    assert int(read_all(process)["stdout"]) == process.pid
+
+
+def test_a_wait_for_output_is_bounded(start: Start) -> None:
+    process = start("time.sleep(600)")
+
+    with pytest.raises(queue.Empty):
+        process.receive(0.05)
+
+
+def test_what_is_there_is_given_without_waiting(start: Start) -> None:
+    process = start("os.write(1, b'a'); time.sleep(600)")
+    process.wait_started(LONG_S)
+
+    assert process.receive(0) == ("stdout", b"a")
+
+
+def test_a_grandchild_that_holds_the_files_delays_nothing(start: Start) -> None:
+    process = start("os.write(1, b'mine'); os.fork() or time.sleep(600)")
+
+    assert read_all(process)["stdout"] == b"mine"
+
+
+def test_a_start_is_over_with_the_first_output_the_end_or_the_delay(start: Start) -> None:
+    talking, ended, mute = start("print()"), start(""), start("time.sleep(600)")
+    begun = time.monotonic()
+
+    for process, delay in ((talking, LONG_S), (ended, LONG_S), (mute, 0.05)):
+        process.wait_started(delay)
+
+    assert time.monotonic() - begun < LONG_S
+
+
+# --- starting that fails -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv", [["/nowhere/opencode"], ["/"], ["/etc/passwd"]], ids=["missing", "directory", "data"]
+)
+def test_what_cannot_be_started_leaves_nothing_open(start: Start, argv: list[str]) -> None:
+    with pytest.raises(OSError, match=r"No such file|denied"):
+        start("", argv=argv)
+
+
+def test_ctrl_c_in_the_middle_of_the_start_leaves_no_child(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, *args: object, **options: object) -> None:
+            signal.raise_signal(signal.SIGINT)
+            super().__init__(*args, **options)  # type: ignore[call-overload]
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        start("time.sleep(600)")
+
+    assert started[0].wait(LONG_S) in (-signal.SIGTERM, -signal.SIGKILL)
+
+
+def test_a_process_that_nobody_kept_is_stopped(tmp_path: Path) -> None:
+    argv = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
+    token = _tree.run_token()
+    process = Process(argv, cwd=str(tmp_path), env=dict(os.environ), stdin=b"", token=token)
+    pid = process.pid
+
+    del process
+
+    assert not is_alive(pid)
+
+
+def test_a_process_in_a_cycle_is_stopped_by_the_collector_in_whichever_thread(
+    tmp_path: Path,
+) -> None:
+    argv = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
+    token = _tree.run_token()
+    process = Process(argv, cwd=str(tmp_path), env=dict(os.environ), stdin=b"", token=token)
+    process.itself = process  # type: ignore[attr-defined]
+    pid = process.pid
+    del process
+
+    collector = threading.Thread(target=gc.collect)
+    collector.start()
+    collector.join(LONG_S)
+
+    assert not is_alive(pid)
+
+
+# --- stopping ------------------------------------------------------------------------------------
+
+
+def test_a_stopped_child_is_reaped_and_its_output_readable(start: Start) -> None:
+    process = start("os.write(1, b'before'); time.sleep(600)")
+    process.wait_started(LONG_S)
+
+    process.stop()
+
+    assert process.returncode == -signal.SIGTERM
+    assert read_all(process)["stdout"] == b"before"
+
+
+def test_stopping_takes_what_the_child_started(start: Start) -> None:
+    process = start(
+        "os.setsid() if os.fork() == 0 and os.fork() == 0 else 0\n"
+        "os.write(1, b'%d\\n' % os.getpid()); time.sleep(600)"
+    )
+    pids = []
+    splitter = LineSplitter()
+    while len(pids) < 3:
+        block = process.receive(LONG_S)
+        assert block
+        pids += [int(line) for line in splitter.feed(block[1])]
+
+    process.stop()
+
+    assert not any(map(is_alive, pids))
+
+
+def test_stopping_wakes_who_waits(start: Start) -> None:
+    process = start("time.sleep(600)")
+    threading.Timer(0.05, process.stop).start()
+
+    assert process.receive(LONG_S) is None
+
+
+def test_stopping_twice_and_from_many_threads_is_harmless(start: Start) -> None:
+    process = start("time.sleep(600)")
+    threads = [threading.Thread(target=process.stop) for _ in range(4)]
+
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG_S)
+    process.stop()
+
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_deafness_ends_with_sigkill(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tree, "GRACE_S", 0.1)
+    process = start(
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True)\n"
+        "time.sleep(600)"
+    )
+    process.wait_started(LONG_S)
+
+    process.stop()
+
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_what_outlives_the_child_is_known(start: Start) -> None:
+    process = start("os.fork() or (os.setsid(), time.sleep(600))")
+    read_all(process)
+
+    assert process.has_left_something()
+
+
+def test_ctrl_c_while_stopping_still_stops(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tree, "GRACE_S", 60.0)
+    process = start(
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True)\n"
+        "time.sleep(600)"
+    )
+    process.wait_started(LONG_S)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            process.stop()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+    assert process.receive(LONG_S) is not None  # the line that it had printed
+    assert process.receive(LONG_S) is None
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_child_that_somebody_else_has_reaped_has_ended(start: Start) -> None:
+    process = start("")
+    os.waitpid(process.pid, 0)
+
+    assert read_all(process) == {"stdout": b"", "stderr": b""}
+
+
+def test_a_forked_child_leaves_our_process_alone(start: Start) -> None:
+    process = start("print(flush=True); time.sleep(600)")
+    process.wait_started(LONG_S)
+
+    pid = os.fork()
+    if pid == 0:
+        with suppress(BaseException):
+            process.__del__()
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+    assert process.returncode is None
+
+
+def test_the_wait_for_output_costs_next_to_nothing(start: Start) -> None:
+    process = start("time.sleep(600)")
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_utime
+
+    with pytest.raises(queue.Empty):
+        process.receive(1.0)
+
+    assert resource.getrusage(resource.RUSAGE_THREAD).ru_utime - before < 0.1
+
+
+def test_files_have_no_names(start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    process = start("print(flush=True); time.sleep(600)", stdin=b"secret")
+    process.wait_started(LONG_S)
+
+    assert not list(tmp_path.iterdir())
+
+
+# --- lines ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "blocks, lines, rest",
+    [
+        pytest.param([b"a\nb\n"], [b"a", b"b"], b"", id="whole lines"),
+        pytest.param([b"a", b"b\nc"], [b"ab"], b"c", id="a line in two blocks"),
+        pytest.param([b"\n\n"], [b"", b""], b"", id="empty lines"),
+        pytest.param(
+            [b"a\r\x0b\x0c\x1c\xc2\x85\xe2\x80\xa8b\n"],
+            [b"a\r\x0b\x0c\x1c\xc2\x85\xe2\x80\xa8b"],
+            b"",
+            id="only newlines end a line",
+        ),
+        pytest.param([], [], b"", id="nothing"),
+    ],
+)
+def test_blocks_become_lines(blocks: list[bytes], lines: list[bytes], rest: bytes) -> None:
+    splitter = LineSplitter()
+
+    found = [line for block in blocks for line in splitter.feed(block)]
+
+    assert found == lines
+    assert splitter.rest() == rest
+    assert splitter.rest() == b""
+
+
+def test_a_line_of_50_mb_in_small_blocks_takes_no_time() -> None:
+    splitter = LineSplitter()
+    begun = time.monotonic()
+
+    for _ in range(200):
+        splitter.feed(b"x" * _process.BLOCK_BYTES)
+
+    assert len(splitter.feed(b"\n")[0]) == 200 * _process.BLOCK_BYTES
+    assert time.monotonic() - begun < LONG_S

@@ -1,0 +1,88 @@
+"""The bar of a batch: on a terminal, in a notebook, and nowhere else."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+
+import pytest
+
+from opencode_sync import _progress
+from tests.scripted import ScriptedRunner
+
+
+class Screen(io.StringIO):
+    """A stderr that says that it is a terminal, or not."""
+
+    def __init__(self, *, is_terminal: bool) -> None:
+        super().__init__()
+        self._is_terminal = is_terminal
+
+    def isatty(self) -> bool:
+        return self._is_terminal
+
+
+@pytest.fixture
+def runner() -> Iterator[ScriptedRunner]:
+    with ScriptedRunner(max_workers=2) as runner:
+        yield runner
+
+
+def last_state(screen: Screen) -> str:
+    return screen.getvalue().rstrip("\n").rpartition("\r")[2]
+
+
+def test_the_bar_says_what_is_done_failed_and_spent(runner: ScriptedRunner) -> None:
+    with redirect_stderr(Screen(is_terminal=True)) as terminal:
+        list(runner.map(["a", "fail", "c"], progress=True, on_error="return"))
+
+    assert "3/3" in last_state(terminal)
+    assert "1 failed, $0.0300, 30 tokens" in last_state(terminal)
+    assert terminal.getvalue().endswith("\n")
+
+
+def test_without_a_length_it_counts(runner: ScriptedRunner) -> None:
+    with redirect_stderr(Screen(is_terminal=True)) as terminal:
+        list(runner.map(iter(["a", "b"]), progress=True))
+
+    assert last_state(terminal).startswith("2job")
+
+
+def test_it_is_silent_where_nobody_looks(runner: ScriptedRunner) -> None:
+    with redirect_stderr(Screen(is_terminal=False)) as log_file:
+        list(runner.map(["a"], progress=True))
+
+    assert log_file.getvalue() == ""
+
+
+def test_it_is_shown_anywhere_if_asked_for(runner: ScriptedRunner) -> None:
+    with redirect_stderr(Screen(is_terminal=False)) as log_file:
+        list(runner.map(["a"], progress="always"))
+
+    assert "1/1" in last_state(log_file)
+
+
+def test_a_batch_that_is_left_leaves_the_bar_as_it_stands(runner: ScriptedRunner) -> None:
+    with (
+        redirect_stderr(Screen(is_terminal=True)) as terminal,
+        runner.map(["a", "hold b"], progress=True) as batch,
+    ):
+        next(batch)
+
+    assert "1/2" in last_state(terminal)
+    assert terminal.getvalue().endswith("\n")
+
+
+def test_no_stderr_at_all_is_no_error(runner: ScriptedRunner) -> None:
+    with redirect_stderr(None):
+        results = list(runner.map(["a"], progress=True))
+
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize(
+    "n, text", [(0, "0"), (999, "999"), (1500, "1.5k"), (2_500_000, "2.5M"), (4e12, "4000.0G")]
+)
+def test_large_numbers_are_short(n: float, text: str) -> None:
+    assert _progress._short(n) == text

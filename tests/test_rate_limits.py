@@ -1,0 +1,135 @@
+"""A batch against a provider that allows three requests at a time, with a runner that asks it."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from opencode_sync import _dispatch
+from opencode_sync.errors import OpenCodeError, OpenCodeProcessError
+from opencode_sync.events import Event
+from opencode_sync.result import RunResult
+from opencode_sync.runner import Request, Runner
+from opencode_sync.testing import Reply, ScriptedModel
+
+ALLOWED = 3
+RETRY_AFTER_S = 0.1
+
+
+class AskingRunner(Runner):
+    """Asks the model once for each prompt, and again after a 429, as OpenCode does."""
+
+    def __init__(self, model: ScriptedModel, tries: int) -> None:
+        super().__init__()
+        self._url = f"{model.base_url}/chat/completions"
+        self._model = model.name
+        self._tries = tries
+
+    def _open(self, request: Request, cancelled: Callable[[], bool], keep_raw: bool) -> _Asking:
+        return _Asking(self._url, self._model, request.prompt, self._tries)
+
+
+class _Asking:
+    is_over = False
+    label = "a request"
+
+    def __init__(self, url: str, model: str, prompt: str, tries: int) -> None:
+        self.started_at = time.monotonic()
+        messages = [{"role": "user", "content": prompt}]
+        body = json.dumps({"model": model, "messages": messages}).encode()
+        self._request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        self._tries = tries
+        self._blocks: queue.SimpleQueue[list[Any] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._ask)
+        self._thread.start()
+
+    def _ask(self) -> None:
+        for attempt in range(1, self._tries + 1):
+            try:
+                with urllib.request.urlopen(self._request, timeout=10) as response:
+                    text = json.load(response)["choices"][0]["message"]["content"]
+            except urllib.error.HTTPError as error:
+                with error:
+                    retry_after_s = float(error.headers["Retry-After-Ms"]) / 1000
+                if attempt == self._tries:
+                    data = {"message": "too many requests", "statusCode": error.code}
+                    self._blocks.put(
+                        [{"type": "error", "error": {"name": "APIError", "data": data}}]
+                    )
+                    break
+                event = {"type": "retry", "statusCode": error.code, "retry_after_s": retry_after_s}
+                self._blocks.put([event])
+                time.sleep(retry_after_s)
+            else:
+                self._blocks.put([{"type": "text", "part": {"text": text}}])
+                self._blocks.put([{"type": "step_finish", "part": {"reason": "stop"}}])
+                break
+        self._blocks.put(None)
+
+    def receive(self, timeout: float | None) -> Sequence[Event] | None:
+        block = self._blocks.get(timeout=timeout)
+        if block is None:
+            self._blocks.put(None)
+        return block
+
+    def stop(self) -> None:
+        self._thread.join()
+
+    def settle(self, result: RunResult) -> OpenCodeError | None:
+        return OpenCodeProcessError(1, result=result) if result.error else None
+
+    def may_repeat(self, result: RunResult) -> bool:
+        return False
+
+    def close(self) -> None:
+        self._thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "REPEAT_S", RETRY_AFTER_S)
+
+
+def ask(n: int, *, tries: int, **options: Any) -> tuple[list[Any], int, Any]:
+    """The ends of *n* jobs, how many requests it took, and the report."""
+    reply = Reply("done", delay_s=0.05)
+    with (
+        ScriptedModel(reply, max_concurrent=ALLOWED, retry_after_s=RETRY_AFTER_S) as model,
+        AskingRunner(model, tries) as runner,
+    ):
+        batch = runner.map(map(str, range(n)), on_error="return", **options)
+        ends = list(batch)
+        return ends, len(model.requests) + len(model.refused_requests), batch.report
+
+
+def test_a_batch_slows_down_instead_of_being_refused_again_and_again() -> None:
+    ends, requests, report = ask(30, tries=6, max_workers=12)
+
+    assert [type(end) for end in ends] == [RunResult] * 30
+    assert requests < 60
+    assert report.rate_limits == requests - 30
+    assert report.lowest_workers <= ALLOWED
+
+
+def test_jobs_that_failed_of_too_many_requests_are_run_again() -> None:
+    ends, requests, report = ask(30, tries=1, max_workers=12)
+
+    assert [type(end) for end in ends] == [RunResult] * 30
+    assert requests < 60
+    assert (report.failed, report.retried) == (0, requests - 30)
+
+
+def test_they_fail_where_that_is_switched_off() -> None:
+    ends, _, report = ask(30, tries=1, max_workers=12, adaptive=False)
+
+    assert report.failed > 0
+    assert report.errors == {"OpenCodeProcessError (APIError 429)": report.failed}
+    assert any(isinstance(end, OpenCodeProcessError) for end in ends)

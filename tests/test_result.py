@@ -1,0 +1,479 @@
+"""RunResult: events folded, its outcome, and its way to JSON and back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import pickle
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from opencode_sync import (
+    ErrorInfo,
+    Event,
+    RunResult,
+    TokenUsage,
+    aggregate_run_result,
+    run_result_fuzzy_text,
+)
+from opencode_sync.result import Status
+
+STEP: Event = {"type": "step_start", "sessionID": "ses_1", "part": {}}
+REJECTION = "The user rejected permission to use this specific tool call."
+
+
+def text(words: str) -> Event:
+    return {"type": "text", "part": {"text": words}}
+
+
+def delta(piece: str) -> Any:
+    return {"type": "text", "delta": piece}
+
+
+def finish(reason: str = "stop", **part: Any) -> Any:
+    return {"type": "step_finish", "part": {"reason": reason, **part}}
+
+
+def tool(name: str, **state: Any) -> Any:
+    return {"type": "tool_use", "part": {"tool": name, "state": {"status": "completed", **state}}}
+
+
+def rejected(name: str) -> Any:
+    return tool(name, status="error", error=REJECTION)
+
+
+def failure(message: str) -> Event:
+    return {"type": "error", "error": {"name": "APIError", "data": {"message": message}}}
+
+
+def result_of(*events: Event, exit_code: int | None = 0) -> RunResult:
+    return aggregate_run_result(events=events, exit_code=exit_code)
+
+
+def two_steps() -> RunResult:
+    """A whole run: a tool in the first step, the answer in the second."""
+    result = aggregate_run_result(
+        events=[
+            STEP,
+            text("Let me look."),
+            tool("bash", output="ok"),
+            finish("tool-calls", cost=0.5, tokens={"input": 10, "output": 2}),
+            STEP,
+            text("The answer."),
+            finish("stop", cost=0.25, tokens={"input": 20, "cache": {"read": 8}}),
+        ],
+        raw_stdout_lines=["{}", "{}"],
+        exit_code=0,
+        stderr="\x1b[91ma warning\x1b[0m",
+    )
+    result.prompt, result.workspace, result.index, result.key = "Look", "/repo", 3, "k"
+    result.attempts, result.duration_s, result.parsed = 2, 1.5, {"n": 1}
+    return result
+
+
+# --- texts ---------------------------------------------------------------------------------------
+
+
+def test_whole_texts_are_joined_by_a_blank_line() -> None:
+    assert two_steps().final_text == "Let me look.\n\nThe answer."
+
+
+def test_deltas_are_joined_as_they_are() -> None:
+    result = result_of(delta("Hel"), delta("lo"), text("whole"), delta("a"), delta(" b"))
+
+    assert result.final_text == "Hello\n\nwhole\n\na b"
+
+
+def test_the_answer_is_the_text_of_the_last_step() -> None:
+    assert two_steps().answer == "The answer."
+
+
+def test_a_last_step_without_text_has_no_answer() -> None:
+    result = result_of(STEP, text("Let me look."), finish("tool-calls"), STEP)
+
+    assert result.answer == ""
+    assert result.final_text == "Let me look."
+
+
+def test_without_steps_the_answer_is_the_whole_text() -> None:
+    assert result_of(text("one"), text("two")).answer == "one\n\ntwo"
+
+
+def test_what_the_server_streams_is_not_counted_twice() -> None:
+    streamed: Event = {"type": "text_delta", "partID": "p", "delta": "Hel"}
+
+    assert result_of(streamed, text("Hello")).final_text == "Hello"
+
+
+def test_reasoning_is_no_text() -> None:
+    assert result_of({"type": "reasoning", "part": {"text": "hm"}}).final_text == ""
+
+
+def test_the_text_can_be_given_as_a_whole() -> None:
+    result = RunResult([], "given")
+
+    result.append_event(text("added"))
+
+    assert RunResult(final_text="given").final_text == "given"
+    assert result.final_text == "given\n\nadded"
+
+
+def test_the_text_can_be_replaced_as_a_whole() -> None:
+    result = two_steps()
+
+    result.final_text = "redacted"
+
+    assert (result.final_text, result.answer) == ("redacted", "redacted")
+
+
+# --- tools, usage, session -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tool_use", "tool_call", "tool_result", "tool"])
+def test_tool_events_are_kept_whole(kind: str) -> None:
+    event: Any = {"type": kind, "part": {"tool": "bash"}, "more": [1]}
+
+    assert result_of(event).tool_calls == [event]
+
+
+def test_the_tool_of_a_step_is_a_tool_call_too() -> None:
+    event: Any = {"type": "step_finish", "tool": {"name": "x"}, "part": {"tool": "not this"}}
+
+    assert result_of(event).tool_calls == [{"type": "step_tool", "payload": {"name": "x"}}]
+
+
+def test_usage_and_cost_are_summed_over_the_steps() -> None:
+    result = two_steps()
+
+    assert result.turns == 2
+    assert result.total_cost == 0.75
+    assert result.token_usage == TokenUsage(input=30, output=2, cache_read=8)
+
+
+@pytest.mark.parametrize("part", [{}, {"part": None}, {"part": {}}, {"part": "odd"}], ids=repr)
+def test_a_step_without_a_part_has_its_usage_on_the_event(part: Any) -> None:
+    event: Any = {"type": "step_finish", "cost": 2, "tokens": {"total": 7}, **part}
+
+    result = result_of(event)
+
+    assert (result.turns, result.total_cost, result.token_usage.total) == (1, 2.0, 7)
+
+
+def test_the_session_is_that_of_the_first_event_that_has_one() -> None:
+    odd: Any = {"type": "text", "sessionID": 5}
+    other: Event = {"type": "text", "sessionID": "ses_2", "part": {}}
+
+    assert result_of(odd, STEP, other).session_id == "ses_1"
+
+
+def test_refused_tools_are_named_in_order() -> None:
+    result = result_of(rejected("edit"), tool("read"), rejected("bash"), rejected("edit"))
+
+    assert result.denied_tools == ["edit", "bash", "edit"]
+
+
+def test_the_first_error_is_the_one_that_counts() -> None:
+    result = result_of(failure("bad key"), failure("aborted"))
+
+    assert result.error == ErrorInfo("APIError", "bad key")
+
+
+def test_an_event_can_be_counted_without_being_kept() -> None:
+    result = RunResult()
+
+    result.fold(text("Hello"))
+
+    assert result.events == []
+    assert result.final_text == "Hello"
+
+
+# --- how it ended --------------------------------------------------------------------------------
+
+OUTCOMES: dict[str, tuple[Status, RunResult]] = {
+    "finished": ("ok", result_of(STEP, text("Hi"), finish("stop"))),
+    "cut at the model's limit": ("ok", result_of(STEP, finish("length"))),
+    "finished for no known reason": ("ok", result_of(STEP, {"type": "step_finish", "part": {}})),
+    "finished on a server": ("ok", result_of(STEP, finish("stop"), exit_code=None)),
+    "error event": ("error", result_of(STEP, failure("bad key"), exit_code=0)),
+    "exit status": ("error", result_of(STEP, finish("stop"), exit_code=1)),
+    "signal": ("error", result_of(STEP, finish("stop"), exit_code=-9)),
+    "error after a refusal": ("error", result_of(STEP, rejected("bash"), failure("bad key"))),
+    # OpenCode 1.18.33 ends a run at a rejected permission, its step closed.
+    "refused, and ended": ("denied", result_of(STEP, rejected("bash"), finish("tool-calls"))),
+    "refused, and went on": (
+        "denied",
+        result_of(STEP, rejected("bash"), finish("tool-calls"), STEP, finish("stop")),
+    ),
+    "nothing": ("incomplete", result_of()),
+    "no process": ("incomplete", RunResult()),
+    "in a step": ("incomplete", result_of(STEP, text("Hi"))),
+    "in a step after a refusal": ("incomplete", result_of(STEP, rejected("bash"))),
+    "in the second step": ("incomplete", result_of(STEP, finish("tool-calls"), STEP)),
+    "between steps": ("incomplete", result_of(STEP, finish("tool-calls"))),
+}
+
+
+@pytest.mark.parametrize("status, result", OUTCOMES.values(), ids=OUTCOMES.keys())
+def test_the_status_tells_how_the_run_ended(status: Status, result: RunResult) -> None:
+    assert result.status == status
+
+
+@pytest.mark.parametrize(
+    "events",
+    [[STEP, finish()], [rejected("bash"), finish("tool-calls")]],
+    ids=["finished", "refused"],
+)
+def test_output_that_was_cut_is_incomplete_whatever_came_before(events: list[Event]) -> None:
+    result = result_of(*events)
+
+    result.truncated = True
+
+    assert result.status == "incomplete"
+
+
+@pytest.mark.parametrize("status", ["timed_out", "cancelled", "over_budget"])
+def test_a_run_that_was_stopped_says_so_whatever_it_came_to(status: Any) -> None:
+    result = result_of(STEP, failure("aborted"), exit_code=-15)
+
+    result.mark_stopped(status)
+
+    assert result.status == status
+
+
+# --- JSON, copies, equality ----------------------------------------------------------------------
+
+
+def stopped() -> RunResult:
+    result = result_of(STEP, text("so far"), failure("x"), rejected("bash"), exit_code=-15)
+    result.mark_stopped("timed_out")
+    return result
+
+
+RESULTS: dict[str, RunResult] = {
+    "two steps": two_steps(),
+    "empty": RunResult(),
+    "stopped": stopped(),
+    "no answer": result_of(STEP, text("ends in a blank line\n\n"), finish("tool-calls"), STEP),
+    "only blank lines": result_of(text("\n\n"), STEP, text("\n\n")),
+    "same text twice": result_of(text("a"), STEP, text("a")),
+    "text in pieces": result_of(delta("a"), delta("b")),
+    "text of no event": RunResult(final_text="given"),
+    **{name: result for name, (_, result) in OUTCOMES.items()},
+}
+
+
+def through_json(result: RunResult) -> RunResult:
+    return RunResult.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
+
+
+def through_pickle(result: RunResult) -> Any:
+    return pickle.loads(pickle.dumps(result))
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [through_json, through_pickle, copy.copy, copy.deepcopy, dataclasses.replace],
+    ids=["json", "pickle", "copy", "deepcopy", "replace"],
+)
+@pytest.mark.parametrize("result", RESULTS.values(), ids=RESULTS.keys())
+def test_a_copy_of_a_result_is_equal_to_it(
+    result: RunResult, copied: Callable[[RunResult], RunResult]
+) -> None:
+    twin = copied(result)
+
+    assert twin == result
+    assert (twin.final_text, twin.answer, twin.status) == (
+        result.final_text,
+        result.answer,
+        result.status,
+    )
+
+
+def test_a_result_from_json_goes_on_where_it_was() -> None:
+    result = through_json(result_of(STEP, text("one"), finish("tool-calls"), STEP, text("two")))
+
+    result.append_event(text("three"))
+    result.append_event(finish("stop"))
+
+    assert (result.final_text, result.answer) == ("one\n\ntwo\n\nthree", "two\n\nthree")
+    assert result.status == "ok"
+
+
+def test_the_dict_has_what_is_computed_too() -> None:
+    data = two_steps().to_dict()
+
+    assert data["status"] == "ok"
+    assert data["final_text"] == "Let me look.\n\nThe answer."
+    assert data["answer"] == "The answer."
+    assert data["token_usage"]["input"] == 30
+    assert data["error"] is None
+    assert not [key for key in data if key.startswith("_")]
+
+
+def test_the_dict_is_a_copy() -> None:
+    result = two_steps()
+
+    data = result.to_dict()
+    again = RunResult.from_dict(data)
+    data["events"].clear()
+    data["raw_stdout_lines"].clear()
+
+    assert result == two_steps()
+    assert again == two_steps()
+
+
+def test_a_dict_of_another_version_is_read_as_far_as_it_goes() -> None:
+    data = {
+        "final_text": "hello",
+        "token_usage": {"input": 3, "new": 1},
+        "error": {"name": "X", "message": "m", "new": 1},
+        "new": 1,
+    }
+
+    result = RunResult.from_dict(data)
+
+    assert (result.final_text, result.answer) == ("hello", "hello")
+    assert result.token_usage == TokenUsage(input=3)
+    assert result.error == ErrorInfo("X", "m")
+    assert result.events == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda result: result.append_event(text("more")),
+        lambda result: result.mark_stopped("cancelled"),
+        lambda result: setattr(result, "exit_code", 1),
+        lambda result: setattr(result, "key", "other"),
+    ],
+    ids=["event", "status", "exit_code", "key"],
+)
+def test_results_that_differ_are_not_equal(change: Callable[[RunResult], None]) -> None:
+    result = two_steps()
+
+    change(result)
+
+    assert result != two_steps()
+
+
+def test_a_result_equals_nothing_else_and_has_no_hash() -> None:
+    assert RunResult() != RunResult().to_dict()
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(RunResult())
+
+
+def test_the_repr_tells_the_outcome_and_shortens_the_text() -> None:
+    result = result_of(STEP, text("x" * 200), rejected("bash"), finish("stop", cost=0.5))
+
+    assert repr(result) == (
+        f"RunResult(status='denied', final_text='{'x' * 80}...', denied_tools=['bash'], "
+        "turns=1, total_cost=0.5, session_id='ses_1')"
+    )
+
+
+def test_the_repr_of_a_failure_tells_the_reason() -> None:
+    event: Event = {
+        "type": "error",
+        "error": {"name": "APIError", "data": {"message": "bad key", "statusCode": 401}},
+    }
+
+    assert repr(result_of(event)) == "RunResult(status='error', error='APIError 401: bad key')"
+
+
+# --- text of whatever was got --------------------------------------------------------------------
+
+
+ODD_EVENT: Any = {"type": "new", "output": "one"}
+DIAGNOSTIC: Event = {"type": "diagnostic", "kind": "json_decode_error", "raw": "x"}
+
+
+@pytest.mark.parametrize(
+    "result, words",
+    [
+        (RunResult(final_text=" hello \n", raw_stdout_lines=["raw"]), "hello"),
+        (RunResult(events=[text("not folded")], raw_stdout_lines=["raw"]), "not folded"),
+        (result_of(tool("bash"), failure("x"), delta(" "), ODD_EVENT), "one"),
+        (RunResult(events=[DIAGNOSTIC], raw_stdout_lines=["a", " ", " b\n"]), "a\nb"),
+        (RunResult(), ""),
+    ],
+    ids=["final_text", "events", "keys", "raw lines", "nothing"],
+)
+def test_fuzzy_text_is_the_best_that_there_is(result: RunResult, words: str) -> None:
+    assert run_result_fuzzy_text(result) == words
+
+
+# --- odd events, many events ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [None, True, -1, math.inf, math.nan, 10**400, "x", [], [[]], {}, {"data": [], "cache": "x"}],
+    ids=lambda value: repr(value)[:12],
+)
+@pytest.mark.parametrize("key", ["type", "sessionID", "part", "error", "tokens", "cost", "reason"])
+def test_no_event_is_too_odd_to_be_folded(key: str, odd: Any) -> None:
+    kinds: list[Any] = [
+        "text",
+        "message",
+        "tool_use",
+        "step_start",
+        "step_finish",
+        "error",
+        "new",
+        None,
+        [],
+    ]
+    events: list[Any] = [{}]
+    events += [{"type": kind, key: odd} for kind in kinds]
+    events += [{"type": kind, "part": {key: odd}} for kind in kinds]
+
+    result = result_of(*events)
+
+    assert len(result.events) == len(events)
+    assert result.status in ("error", "incomplete", "ok")
+    assert json.loads(json.dumps(result.token_usage.__dict__, allow_nan=False))
+    assert math.isfinite(result.total_cost)
+
+
+def test_a_hundred_thousand_events_cost_ten_times_what_ten_thousand_cost() -> None:
+    few = [text("word"), delta("piece")] * 5_000
+    many = few * 10
+
+    calls_for_few, calls_for_many = calls_in(few), calls_in(many)
+
+    assert calls_for_many < 10.1 * calls_for_few
+
+
+def calls_in(events: list[Event]) -> int:
+    """How many calls it takes to fold *events*, of Python's functions and of C's."""
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    result = RunResult()
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        for event in events:
+            result.append_event(event)
+    finally:
+        sys.setprofile(before)
+    assert len(result.final_text) > len(events)
+    return calls
+
+
+def test_texts_are_not_copied_while_they_come() -> None:
+    piece = "x" * 1_000
+    result = RunResult()
+
+    for _ in range(1_000):
+        result.append_event(text(piece))
+
+    assert all(kept is piece for kept in result._texts.paragraphs)

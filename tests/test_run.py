@@ -1,0 +1,312 @@
+"""One `opencode run` as a source of events, on the stand-in."""
+
+from __future__ import annotations
+
+import errno
+import os
+import queue
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from opencode_sync import (
+    OpenCodeBinaryNotFoundError,
+    OpenCodeConfigError,
+    OpenCodeError,
+    OpenCodeIncompleteError,
+    OpenCodeProcessError,
+    RunResult,
+    _run,
+    _watchdog,
+)
+from opencode_sync._run import ProcessRun
+from tests.faults import write_standin
+
+Start = Callable[..., ProcessRun]
+
+LONG_S = 20.0
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start the stand-in with a prompt."""
+    runs: list[ProcessRun] = []
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    binary = write_standin(tmp_path)
+
+    def start(prompt: str, **options: Any) -> ProcessRun:
+        argv = [binary, "run", "--format", "json"]
+        runs.append(ProcessRun(argv, dict(os.environ), prompt, workspace, **options))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.stop()
+        run.close()
+
+
+def finish(run: ProcessRun) -> tuple[RunResult, Any]:
+    result = RunResult()
+    while (events := run.receive(LONG_S)) is not None:
+        for event in events:
+            result.append_event(event)
+    return result, run.settle(result)
+
+
+def receive_until(run: ProcessRun, kind: str) -> Any:
+    while True:
+        events = run.receive(LONG_S)
+        assert events is not None
+        for event in events:
+            if event["type"] == kind:
+                return event
+
+
+def test_a_run_that_went_well_has_no_error(start: Start) -> None:
+    result, error = finish(start("echo all is well"))
+
+    assert error is None
+    assert result.exit_code == 0
+    assert result.answer == "all is well"
+    assert len(result.raw_stdout_lines) == 3
+
+
+def test_its_label_has_the_run_s_number_and_the_pid(start: Start) -> None:
+    run = start("silent")
+
+    name, number, pid = run.label.split(None, 2)
+
+    assert name == "run"
+    assert number.isdigit()
+    assert pid.startswith("(pid ")
+
+
+def test_it_knows_when_it_began_and_whether_it_is_over(start: Start) -> None:
+    before = time.monotonic()
+    run = start("well")
+
+    assert before <= run.started_at <= time.monotonic()
+    finish(run)
+    assert run.is_over
+
+
+def test_raw_lines_need_not_be_kept(start: Start) -> None:
+    result, _ = finish(start("well", keep_raw=False))
+
+    assert result.raw_stdout_lines == []
+
+
+def test_a_refusal_is_a_retry_event_and_no_part_of_stderr(start: Start) -> None:
+    run = start("refused 429")
+
+    event = receive_until(run, "retry")
+
+    assert event["statusCode"] == 429
+    assert event["message"] == "429 slow down (retry-after: 3600)"
+    run.stop()
+    result, _ = finish(run)
+    assert result.stderr == ""
+
+
+def test_log_lines_stay_where_they_were_asked_for(start: Start) -> None:
+    run = start("refused 429", keep_logs=True)
+    receive_until(run, "retry")
+
+    run.stop()
+
+    result, _ = finish(run)
+    assert "stream error" in result.stderr
+
+
+def test_a_refusal_of_unknown_status_becomes_a_retry_once_nothing_follows(start: Start) -> None:
+    event = receive_until(start("refused_without_status sleep"), "retry")
+
+    assert event["message"] == "slow down"
+
+
+def test_a_refusal_held_back_is_told_before_an_earlier_deadline(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_run, "PENDING_S", 600)
+    run = start("refused_without_status sleep")
+    while run._logs.pending is None:
+        run.receive(LONG_S)
+
+    assert [event["type"] for event in run.receive(0.01) or ()] == ["retry"]
+
+
+def test_a_refusal_that_was_the_last_is_no_retry(start: Start) -> None:
+    result, error = finish(start("refused_without_status stop"))
+
+    assert [event["type"] for event in result.events] == ["step_start", "error"]
+    assert isinstance(error, OpenCodeProcessError)
+    assert error.reason == "APIError 401: no"
+
+
+def test_an_incomplete_run_says_what_is_missing(start: Start) -> None:
+    _, error = finish(start("no_closing_step"))
+
+    assert isinstance(error, OpenCodeIncompleteError)
+    assert "last reason: none" in str(error)
+
+
+def test_silence_is_told(start: Start) -> None:
+    run = start("silent")
+
+    with pytest.raises(queue.Empty):
+        run.receive(0.05)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(
+            "database is locked",
+            "SQLITE_BUSY",
+            "SQLiteError: x",
+            "PRAGMA journal_mode",
+            "disk I/O error",
+        ),
+        *("locking protocol", "Failed query: CREATE TABLE `x`"),
+    ],
+)
+def test_a_lost_race_for_the_database_may_be_repeated(start: Start, words: str) -> None:
+    run = start(f"fail 1 {words}")
+    result, _ = finish(run)
+
+    assert run.may_repeat(result)
+
+
+@pytest.mark.parametrize("prompt", ["fail 1 whatever", "locked_after_an_event", "well", "garbage"])
+def test_nothing_else_may_be_repeated(start: Start, prompt: str) -> None:
+    run = start(prompt)
+    result, _ = finish(run)
+
+    assert not run.may_repeat(result)
+
+
+def test_stopping_is_idempotent_and_leaves_the_output(start: Start) -> None:
+    run = start("fall_silent")
+    receive_until(run, "text")
+
+    run.stop()
+    run.stop()
+
+    result, _ = finish(run)
+    assert result.exit_code == -15
+
+
+def test_what_a_run_leaves_behind_is_stopped(start: Start) -> None:
+    run = start("leave_tools")
+
+    finish(run)
+
+    assert not run._process.has_left_something()
+
+
+def test_what_a_run_leaves_behind_can_be_kept_also_from_the_watchdog(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spared: list[str] = []
+    monkeypatch.setattr(_watchdog, "spare", spared.append)
+    run = start("leave_tools", keep_background=True)
+
+    finish(run)
+
+    assert run._process.has_left_something()
+    assert spared == [run._token]
+    run._process.stop()
+
+
+def test_a_run_that_nobody_kept_is_stopped(start: Start, tmp_path: Path) -> None:
+    binary = str(tmp_path / "opencode-standin")
+    run = ProcessRun([binary], dict(os.environ), "silent", tmp_path)
+    pid = run._process.pid
+
+    del run
+
+    assert not psutil.pid_exists(pid)
+
+
+# --- what cannot be started ----------------------------------------------------------------------
+
+
+def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        OpenCodeBinaryNotFoundError, match=r"'/nowhere' cannot be run: No such file"
+    ):
+        ProcessRun(["/nowhere"], {}, "", tmp_path)
+
+
+def test_a_workspace_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OpenCodeConfigError, match="has vanished"):
+        ProcessRun(["/bin/sh"], {}, "", tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    "error, kind, words",
+    [
+        pytest.param(
+            PermissionError(errno.EACCES, "Permission denied", "/w"),
+            OpenCodeConfigError,
+            "workspace '/w' cannot be worked in: Permission denied",
+            id="a workspace that is closed to us",
+        ),
+        pytest.param(
+            PermissionError(errno.EACCES, "Permission denied", "/bin/x"),
+            OpenCodeBinaryNotFoundError,
+            "'/bin/x' cannot be run: Permission denied",
+            id="a program that is closed to us",
+        ),
+        pytest.param(
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found"),
+            OpenCodeError,
+            "opencode cannot be started: No usable temporary directory found",
+            id="no temporary directory",
+        ),
+        pytest.param(
+            BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+            OpenCodeError,
+            "opencode cannot be started: Resource temporarily unavailable",
+            id="no process to be had",
+        ),
+    ],
+)
+def test_what_the_system_says_is_put_down_to_its_cause(
+    error: OSError, kind: type[OpenCodeError], words: str
+) -> None:
+    found = _run._start_error(error, "/bin/x", "/w")
+
+    assert type(found) is kind
+    assert str(found) == words
+
+
+def test_a_nul_byte_in_an_argument_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OpenCodeConfigError, match="null byte"):
+        ProcessRun(["/bin/sh", "a\0b"], {}, "", tmp_path)
+
+
+def test_an_environment_that_is_too_large_is_told(tmp_path: Path) -> None:
+    with pytest.raises(OpenCodeConfigError, match="environment is too large"):
+        ProcessRun(["/bin/sh"], {"BIG": "x" * (4 << 20)}, "", tmp_path)
+
+
+def test_a_flag_that_this_opencode_does_not_know_is_named(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.write_text(
+        "#!/bin/sh\n"
+        '[ "$1" = --version ] && { echo 0.9.1; exit; }\n'
+        'echo "opencode run\n\nOptions:\n  -m, --model\n      --help" >&2; exit 1\n'
+    )
+    old.chmod(0o755)
+    run = ProcessRun([str(old), "run", "-m", "a/b", "--format", "json"], {}, "", tmp_path)
+
+    _, error = finish(run)
+
+    run.close()
+    assert "opencode 0.9.1 does not know --format" in str(error)

@@ -1,0 +1,497 @@
+"""The warm server's verbs, with a stand-in for ``opencode serve``."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from opencode_sync import (
+    OpenCodeBinaryNotFoundError,
+    OpenCodeCancelledError,
+    OpenCodeConfigError,
+    OpenCodeProcessError,
+    OpenCodeServerError,
+    OpenCodeTimeoutError,
+    RunConfig,
+    _tree,
+)
+from opencode_sync.server import OpenCodeServer
+from tests import serving
+
+WITHIN_S = 30
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="the stand-in is a POSIX script")
+
+
+@pytest.fixture
+def binary(tmp_path: Path) -> str:
+    """A program that takes the place of opencode."""
+    program = tmp_path / "opencode"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{serving.__file__}" "$@"\n')
+    program.chmod(0o755)
+    return str(program)
+
+
+@pytest.fixture
+def serve(binary: str) -> Iterator[Callable[..., OpenCodeServer]]:
+    made: list[OpenCodeServer] = []
+
+    def serve(**settings: Any) -> OpenCodeServer:
+        made.append(OpenCodeServer(binary, **settings))
+        return made[-1]
+
+    yield serve
+    for server in made:
+        server.close()
+
+
+Serve = Callable[..., OpenCodeServer]
+
+
+@pytest.fixture
+def server(serve: Serve) -> OpenCodeServer:
+    return serve()
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    path = tmp_path / "workspace"
+    path.mkdir()
+    return path
+
+
+def types(events: Any) -> list[str]:
+    return [event["type"] for event in events]
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+def test_a_run_gives_what_the_model_said_and_what_it_cost(
+    server: OpenCodeServer, workspace: Path
+) -> None:
+    result = server.run("say hello there", workspace)
+
+    assert (result.status, result.final_text, result.finish_reason) == ("ok", "hello there", "stop")
+    assert (result.total_cost, result.token_usage.output, result.turns) == (0.5, 20, 1)
+    assert (result.attempts, result.exit_code, result.prompt) == (1, None, "say hello there")
+    assert result.session_id is not None
+    assert result.duration_s > 0
+
+
+def test_a_stream_gives_the_events_of_a_run_and_deltas(
+    server: OpenCodeServer, workspace: Path
+) -> None:
+    with server.stream("say hello", workspace) as stream:
+        events = list(stream)
+
+    assert types(events) == ["step_start", "text_delta", "text", "step_finish"]
+    assert {event["sessionID"] for event in events} == {stream.result.session_id}
+
+
+def test_one_server_serves_all_runs(server: OpenCodeServer, workspace: Path) -> None:
+    pid = server.pid
+
+    answers = [result.answer for result in server.map([f"say {n}" for n in range(8)], workspace)]
+
+    assert answers == [str(number) for number in range(8)]
+    assert server.pid == pid
+
+
+def test_threads_share_a_server(server: OpenCodeServer, workspace: Path) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        results = list(threads.map(lambda n: server.run(f"say {n}", workspace), range(8)))
+
+    assert [result.answer for result in results] == [str(number) for number in range(8)]
+
+
+def test_an_error_of_the_turn_is_raised_with_its_words_and_the_result(
+    server: OpenCodeServer, workspace: Path
+) -> None:
+    with pytest.raises(OpenCodeProcessError, match="ProviderError: broken") as caught:
+        server.run("break", workspace)
+
+    assert caught.value.result is not None
+    assert caught.value.result.status == "error"
+    assert types(caught.value.result.events) == ["step_start", "error"]
+
+
+def test_a_gap_in_the_events_leaves_the_result_whole(
+    server: OpenCodeServer, workspace: Path
+) -> None:
+    result = server.run("gap nothing is lost", workspace)
+
+    assert result.final_text == "nothing is lost"
+    assert types(result.events) == ["step_start", "text_delta", "text", "step_finish"]
+
+
+@pytest.mark.parametrize("auto, reply", [(False, "reject"), (True, "once")], ids=["no", "auto"])
+def test_a_permission_request_is_answered_where_nobody_is_asked(
+    server: OpenCodeServer, workspace: Path, auto: bool, reply: str
+) -> None:
+    result = server.run("ask", workspace, run_cfg=RunConfig(auto=auto))
+
+    (request,) = [event for event in result.events if event["type"] == "permission"]
+    assert request["request"]["permission"] == "bash"
+    assert result.answer == f'{{"reply": "{reply}"}}'
+
+
+# --- sessions ------------------------------------------------------------------------------------
+
+
+def test_a_session_is_continued_by_its_id(server: OpenCodeServer, workspace: Path) -> None:
+    first = server.run("say one", workspace)
+
+    second = server.run("say two", workspace, run_cfg=RunConfig(session_id=first.session_id))
+
+    assert second.session_id == first.session_id
+    assert second.final_text == "two"
+
+
+def test_the_latest_session_of_a_workspace_is_continued(
+    server: OpenCodeServer, workspace: Path, tmp_path: Path
+) -> None:
+    first = server.run("say one", workspace)
+    server.run("say elsewhere", tmp_path)
+
+    second = server.run("say two", workspace, run_cfg=RunConfig(continue_session=True))
+
+    assert second.session_id == first.session_id
+
+
+def test_a_fork_is_a_session_of_its_own(server: OpenCodeServer, workspace: Path) -> None:
+    first = server.run("say one", workspace)
+    cfg = RunConfig(session_id=first.session_id, fork=True)
+
+    fork = server.run("say two", workspace, run_cfg=cfg)
+
+    assert fork.session_id != first.session_id
+    assert fork.final_text == "two"
+
+
+@pytest.mark.parametrize("session_id", ["ses_unknown", "another form"])
+def test_an_unknown_session_is_refused_by_name(
+    server: OpenCodeServer, workspace: Path, session_id: str
+) -> None:
+    with pytest.raises(OpenCodeConfigError, match=f"session '{session_id}' is unknown"):
+        server.run("say hello", workspace, run_cfg=RunConfig(session_id=session_id))
+
+
+def test_a_session_of_another_directory_is_refused(
+    server: OpenCodeServer, workspace: Path, tmp_path: Path
+) -> None:
+    session_id = server.run("say one", workspace).session_id
+
+    with pytest.raises(OpenCodeConfigError, match="pass that workspace"):
+        server.run("say two", tmp_path, run_cfg=RunConfig(session_id=session_id))
+
+
+def test_a_session_takes_one_run_at_a_time(server: OpenCodeServer, workspace: Path) -> None:
+    with server.stream("hold", workspace) as stream:
+        next(stream)
+        cfg = RunConfig(session_id=stream.session_id)
+
+        with pytest.raises(OpenCodeConfigError, match="has a run under way"):
+            server.run("say two", workspace, run_cfg=cfg)
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"extra_env": {"A": "b"}},
+        {"mcp": {}},
+        {"config_overrides": {"model": "a/b"}},
+        {"instructions": ("a.md",)},
+        {"lean": True},
+        {"inherit_user_config": False},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_a_setting_of_the_whole_server_is_refused_on_a_run(
+    server: OpenCodeServer, workspace: Path, setting: dict[str, Any]
+) -> None:
+    with pytest.raises(OpenCodeConfigError, match=f"{next(iter(setting))} is the same for all"):
+        server.run("say hello", workspace, run_cfg=RunConfig(**setting))
+
+
+def test_a_setting_that_is_the_server_s_own_may_stand_on_a_run(
+    serve: Serve, workspace: Path
+) -> None:
+    cfg = RunConfig(extra_env={"A": "b"}, lean=True)
+    server = serve(run_cfg=cfg)
+
+    assert server.run("say hello", workspace, run_cfg=cfg.replace(title="T")).status == "ok"
+
+
+def test_pure_is_refused_for_a_server(serve: Serve) -> None:
+    with pytest.raises(OpenCodeConfigError, match="pure=True"):
+        serve(run_cfg=RunConfig(pure=True))
+
+
+# --- stopping ------------------------------------------------------------------------------------
+
+
+def tools_of(session_id: str | None) -> list[psutil.Process]:
+    assert session_id is not None
+    return _tree.find(session_id)
+
+
+def stop_by_closing(server: OpenCodeServer, workspace: Path) -> str | None:
+    with server.stream("tool", workspace) as stream:
+        next(event for event in stream if event["type"] == "text_delta")
+        assert tools_of(stream.session_id)
+    return stream.session_id
+
+
+def stop_by_timeout(server: OpenCodeServer, workspace: Path) -> str | None:
+    with pytest.raises(OpenCodeTimeoutError, match="idle_timeout_s") as caught:
+        server.run("tool", workspace, idle_timeout_s=0.3)
+    assert caught.value.result is not None
+    assert caught.value.result.status == "timed_out"
+    return caught.value.result.session_id
+
+
+def stop_by_cancelling(server: OpenCodeServer, workspace: Path) -> str | None:
+    stream = server.stream("tool", workspace)
+    next(event for event in stream if event["type"] == "text_delta")
+    threading.Timer(0.05, stream.cancel).start()
+    with pytest.raises(OpenCodeCancelledError):
+        stream.wait()
+    return stream.session_id
+
+
+def stop_by_forgetting(server: OpenCodeServer, workspace: Path) -> str | None:
+    stream = server.stream("tool", workspace)
+    next(event for event in stream if event["type"] == "text_delta")
+    session_id = stream.session_id
+    del stream
+    return session_id
+
+
+def stop_by_closing_the_server(server: OpenCodeServer, workspace: Path) -> str | None:
+    stream = server.stream("tool", workspace)
+    next(event for event in stream if event["type"] == "text_delta")
+    server.close()
+    with pytest.raises(OpenCodeCancelledError):
+        stream.wait()
+    return stream.session_id
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        stop_by_closing,
+        stop_by_timeout,
+        stop_by_cancelling,
+        stop_by_forgetting,
+        stop_by_closing_the_server,
+    ],
+    ids=lambda stop: stop.__name__.removeprefix("stop_by_"),
+)
+def test_a_run_that_is_stopped_leaves_no_tool(
+    server: OpenCodeServer, workspace: Path, stop: Callable[..., str | None]
+) -> None:
+    session_id = stop(server, workspace)
+
+    assert tools_of(session_id) == []
+
+
+def test_a_run_that_is_stopped_leaves_the_others_alone(
+    server: OpenCodeServer, workspace: Path
+) -> None:
+    other = server.stream("tool", workspace)
+    next(event for event in other if event["type"] == "text_delta")
+
+    stop_by_closing(server, workspace)
+
+    assert len(tools_of(other.session_id)) == 1
+    other.close()
+
+
+def test_a_session_takes_the_next_prompt_after_a_stop(
+    server: OpenCodeServer, workspace: Path
+) -> None:
+    session_id = stop_by_closing(server, workspace)
+
+    result = server.run("say on", workspace, run_cfg=RunConfig(session_id=session_id))
+
+    assert result.final_text == "on"
+
+
+# --- the server's life ---------------------------------------------------------------------------
+
+
+def test_entering_starts_the_server_and_leaving_ends_it(serve: Serve) -> None:
+    with serve() as server:
+        pid = server.pid
+        assert pid is not None
+        assert psutil.pid_exists(pid)
+
+    assert not psutil.pid_exists(pid)
+    with pytest.raises(OpenCodeConfigError, match="closed"):
+        server.run("say hello")
+
+
+def test_it_says_where_it_is_and_never_its_password(server: OpenCodeServer) -> None:
+    password = server.password
+
+    assert server.url.startswith("http://127.0.0.1:")
+    assert server.version == "0.0.0"
+    assert password is not None
+    assert len(password) > 30
+    assert password not in repr(server)
+    assert password not in " ".join(psutil.Process(server.pid).cmdline())
+
+
+def test_a_killed_server_fails_its_runs_at_once_with_what_they_had(
+    server: OpenCodeServer, workspace: Path
+) -> None:
+    streams = [server.stream("tool", workspace) for _ in range(4)]
+    for stream in streams:
+        next(event for event in stream if event["type"] == "text_delta")
+    assert server.pid is not None
+
+    os.kill(server.pid, signal.SIGKILL)
+
+    for stream in streams:
+        with pytest.raises(OpenCodeServerError, match=r"signal 9 \(SIGKILL\)") as caught:
+            stream.wait()
+        assert caught.value.result is stream.result
+        assert types(stream.result.events) == ["step_start", "text_delta"]
+        assert tools_of(stream.session_id) == []
+
+
+def test_after_its_death_the_next_run_starts_it_again_and_sessions_go_on(
+    server: OpenCodeServer, workspace: Path
+) -> None:
+    first, pid = server.run("say one", workspace), server.pid
+    with pytest.raises(OpenCodeServerError, match="exited with status 3"):
+        server.run("die", workspace)
+
+    second = server.run("say two", workspace, run_cfg=RunConfig(session_id=first.session_id))
+
+    assert second.final_text == "two"
+    assert server.pid != pid
+
+
+def test_a_server_that_grew_too_large_is_followed_by_a_fresh_one(
+    serve: Serve, workspace: Path
+) -> None:
+    server = serve(max_memory_mb=1)
+    first = server.stream("hold", workspace)
+    next(first)
+    pids = {psutil.Process(pid).pid for pid in {server.pid} if pid is not None}
+
+    answers = [server.run(f"say {number}", workspace).answer for number in range(3)]
+
+    assert answers == ["0", "1", "2"]
+    assert server.pid not in pids
+    assert not first.result.error
+    first.close()
+
+
+def test_a_recycled_server_ends_with_its_last_run(serve: Serve, workspace: Path) -> None:
+    server = serve()
+    stream = server.stream("hold", workspace)
+    next(stream)
+    old = server.pid
+    assert old is not None
+    server._settings["max_memory_mb"] = server._fleet._max_memory_mb = 1
+
+    server.run("say hello", workspace)
+    lived_on = psutil.pid_exists(old)
+    stream.close()
+
+    assert lived_on
+    assert not psutil.pid_exists(old)
+
+
+def test_a_data_directory_keeps_sessions_for_a_later_server(
+    serve: Serve, workspace: Path, tmp_path: Path
+) -> None:
+    with serve(data_dir=tmp_path / "data") as before:
+        session_id = before.run("say one", workspace).session_id
+
+    after = serve(data_dir=tmp_path / "data")
+    result = after.run("say two", workspace, run_cfg=RunConfig(session_id=session_id))
+
+    assert result.session_id == session_id
+
+
+@pytest.mark.parametrize(
+    "start, words",
+    [
+        ("crash", "exited with status 1 before it listened: something is wrong"),
+        ("silent", r"did not listen within 0.5 s \(startup_timeout_s\)"),
+    ],
+)
+def test_a_server_that_does_not_start_is_an_error_with_its_words(
+    serve: Serve, start: str, words: str
+) -> None:
+    cfg = RunConfig(extra_env={"SERVING_START": start})
+    timeout_s = 0.5 if start == "silent" else WITHIN_S
+    server = serve(run_cfg=cfg, startup_timeout_s=timeout_s)
+
+    with pytest.raises(OpenCodeServerError, match=words):
+        server.run("say hello")
+
+
+def test_a_binary_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OpenCodeBinaryNotFoundError), OpenCodeServer(tmp_path / "nothing"):
+        pass
+
+
+# --- elsewhere -----------------------------------------------------------------------------------
+
+
+def test_a_server_elsewhere_is_used_and_not_stopped(
+    server: OpenCodeServer, workspace: Path
+) -> None:
+    with OpenCodeServer.connect(server.url, server.password) as there:
+        result = there.run("say hello", workspace)
+        assert (there.pid, there.url) == (None, server.url)
+
+    assert result.final_text == "hello"
+    assert server.run("say on", workspace).final_text == "on"
+
+
+def test_a_server_elsewhere_refuses_a_wrong_password(server: OpenCodeServer) -> None:
+    with (
+        pytest.raises(OpenCodeServerError, match="401") as caught,
+        OpenCodeServer.connect(server.url, "wrong"),
+    ):
+        pass
+
+    assert caught.value.status_code == 401
+
+
+def test_a_server_pickles_as_its_settings(serve: Serve, binary: str) -> None:
+    server = serve(max_workers=3, run_cfg=RunConfig(model="a/b"))
+
+    copy = pickle.loads(pickle.dumps(server))
+
+    assert copy._settings == server._settings
+    copy.close()
+
+
+def test_a_connected_server_pickles_with_where_it_is(
+    server: OpenCodeServer, workspace: Path
+) -> None:
+    with OpenCodeServer.connect(server.url, server.password) as there:
+        copy = pickle.loads(pickle.dumps(there))
+
+    with copy:
+        assert copy.run("say hello", workspace).final_text == "hello"

@@ -1,0 +1,299 @@
+"""The server's messages: who gets which, and what happens when the stream ends."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from opencode_sync import _sse
+from opencode_sync._http import Connection
+from opencode_sync._sse import GAP, EventStream, Mailbox, Message
+from opencode_sync.errors import OpenCodeServerError
+from tests.webserver import WITHIN_S, Answer, Feed, WebServer
+
+
+@pytest.fixture
+def server() -> Iterator[WebServer]:
+    with WebServer() as server:
+        yield server
+
+
+@pytest.fixture
+def connection(server: WebServer) -> Iterator[Connection]:
+    connection = Connection(server.url)
+    yield connection
+    connection.close()
+
+
+@pytest.fixture
+def unopened(connection: Connection) -> Iterator[EventStream]:
+    stream = EventStream(connection)
+    yield stream
+    stream.close()
+
+
+@pytest.fixture
+def stream(unopened: EventStream) -> EventStream:
+    unopened.open()
+    return unopened
+
+
+@pytest.fixture
+def feed(server: WebServer, stream: EventStream) -> Feed:
+    return server.next_feed()
+
+
+def take(mailbox: Mailbox, count: int) -> list[Message]:
+    """The next *count* messages; more are a failure."""
+    messages: list[Message] = []
+    while len(messages) < count:
+        messages += mailbox.receive(WITHIN_S)
+    assert len(messages) == count
+    return messages
+
+
+def kinds(messages: list[Message]) -> list[str]:
+    return [message.type for message in messages]
+
+
+def test_a_session_s_messages_come_in_order(stream: EventStream, feed: Feed) -> None:
+    mailbox = stream.mailbox("ses_a")
+
+    for number in range(50):
+        feed.say("ses_a", "message.part.delta", delta=str(number))
+
+    messages = take(mailbox, 50)
+    assert messages[0] == Message(
+        "ses_a", "message.part.delta", {"sessionID": "ses_a", "delta": "0"}
+    )
+    assert [message.properties["delta"] for message in messages] == [str(n) for n in range(50)]
+
+
+def test_each_session_gets_its_own_messages_alone(stream: EventStream, feed: Feed) -> None:
+    a, b = stream.mailbox("ses_a"), stream.mailbox("ses_b")
+
+    feed.say("ses_b", "one")
+    feed.say("ses_c", "nobody's")
+    feed.say("ses_a", "two")
+    feed.say("ses_b", "three")
+
+    assert kinds(take(a, 1)) == ["two"]
+    assert kinds(take(b, 2)) == ["one", "three"]
+
+
+def test_the_second_copy_of_a_message_is_dropped(stream: EventStream, feed: Feed) -> None:
+    mailbox = stream.mailbox("ses_a")
+    record = {"type": "sync", "syncEvent": {"aggregateID": "ses_a"}}
+
+    feed.send({"directory": "/w", "payload": record})
+    feed.say("ses_a", "last")
+
+    assert kinds(take(mailbox, 1)) == ["last"]
+
+
+def test_a_message_that_quotes_such_a_copy_is_kept(stream: EventStream, feed: Feed) -> None:
+    mailbox = stream.mailbox("ses_a")
+
+    feed.say("ses_a", "message.part.updated", part={"input": {"payload": {"type": "sync"}}})
+
+    assert kinds(take(mailbox, 1)) == ["message.part.updated"]
+
+
+@pytest.mark.parametrize(
+    "event",
+    ["[]", "7", "{}", '{"payload":null}', '{"payload":{"type":"x","properties":[]}}'],
+)
+def test_messages_of_unknown_shape_are_passed_over(
+    stream: EventStream, feed: Feed, event: str
+) -> None:
+    mailbox = stream.mailbox("ses_a")
+
+    feed.send(event)
+    feed.say("ses_a", "last")
+
+    assert kinds(take(mailbox, 1)) == ["last"]
+
+
+def test_a_sub_agent_s_messages_come_with_its_parent_s(stream: EventStream, feed: Feed) -> None:
+    mailbox = stream.mailbox("ses_a")
+
+    feed.say("ses_b", "session.created", info={"id": "ses_b", "parentID": "ses_a"})
+    feed.say("ses_c", "session.created", info={"id": "ses_c", "parentID": "ses_b"})
+    feed.say("ses_c", "permission.asked")
+    feed.say("ses_a", "session.idle")
+
+    messages = take(mailbox, 4)
+    assert [message.session_id for message in messages] == ["ses_b", "ses_c", "ses_c", "ses_a"]
+
+
+def test_a_sub_agent_that_is_taken_up_again_is_followed(stream: EventStream, feed: Feed) -> None:
+    mailbox = stream.mailbox("ses_a")
+    call = {"type": "tool", "tool": "task", "state": {"metadata": {"sessionId": "ses_old"}}}
+
+    feed.say("ses_a", "message.part.updated", part=call)
+    feed.say("ses_old", "permission.asked")
+
+    assert kinds(take(mailbox, 2)) == ["message.part.updated", "permission.asked"]
+
+
+def test_a_sub_agent_with_a_mailbox_of_its_own_keeps_it(stream: EventStream, feed: Feed) -> None:
+    parent, child = stream.mailbox("ses_a"), stream.mailbox("ses_b")
+
+    feed.say("ses_b", "session.created", info={"id": "ses_b", "parentID": "ses_a"})
+    feed.say("ses_a", "session.idle")
+
+    assert kinds(take(child, 1)) == ["session.created"]
+    assert kinds(take(parent, 1)) == ["session.idle"]
+
+
+def test_a_closed_mailbox_gets_nothing_more(stream: EventStream, feed: Feed) -> None:
+    with stream.mailbox("ses_a") as mailbox:
+        feed.say("ses_b", "session.created", info={"id": "ses_b", "parentID": "ses_a"})
+        take(mailbox, 1)
+    other = stream.mailbox("ses_c")
+
+    feed.say("ses_a", "late")
+    feed.say("ses_b", "late")
+    feed.say("ses_c", "last")
+
+    assert kinds(take(other, 1)) == ["last"]
+    with pytest.raises(queue.Empty):
+        mailbox.receive(0)
+
+
+def test_waiting_for_a_message_ends_with_the_timeout(stream: EventStream) -> None:
+    with pytest.raises(queue.Empty):
+        stream.mailbox("ses_a").receive(0.01)
+
+
+@pytest.mark.parametrize("end", [Feed.end, Feed.cut], ids=["ended", "cut"])
+def test_a_stream_that_broke_is_opened_again_and_the_gap_told(
+    server: WebServer, stream: EventStream, feed: Feed, end: object
+) -> None:
+    a, b = stream.mailbox("ses_a"), stream.mailbox("ses_b")
+    feed.say("ses_a", "before")
+
+    end(feed)  # type: ignore[operator]
+    server.next_feed().say("ses_a", "after")
+
+    assert kinds(take(a, 3)) == ["before", "gap", "after"]
+    assert take(b, 1) == [GAP]
+
+
+def test_a_stream_that_falls_silent_is_opened_again(
+    server: WebServer, unopened: EventStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_sse, "SILENCE_S", 0.1)
+    unopened.open()
+    server.next_feed()
+    mailbox = unopened.mailbox("ses_a")
+
+    server.next_feed()
+
+    assert GAP in mailbox.receive(WITHIN_S)
+
+
+def test_a_server_that_is_gone_fails_all_who_wait(
+    server: WebServer, stream: EventStream, feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_sse, "REOPEN_S", 0.1)
+    mailboxes = [stream.mailbox(f"ses_{number}") for number in range(4)]
+
+    server.stop()
+
+    for mailbox in mailboxes:
+        with pytest.raises(OpenCodeServerError, match="does not answer"):
+            mailbox.receive(WITHIN_S)
+
+
+def test_who_is_told_that_the_server_is_gone_tells_all(stream: EventStream, feed: Feed) -> None:
+    before = stream.mailbox("ses_a")
+
+    stream.lose("the server was ended by signal 9")
+    stream.lose("a later reason")
+
+    for mailbox in (before, before, stream.mailbox("ses_b")):
+        with pytest.raises(OpenCodeServerError, match=r"^the server was ended by signal 9$"):
+            mailbox.receive(WITHIN_S)
+
+
+def test_messages_from_before_the_loss_are_still_given(stream: EventStream) -> None:
+    mailbox = stream.mailbox("ses_a")
+    mailbox.put(Message("ses_a", "last", {}))
+
+    stream.lose("gone")
+
+    assert kinds(mailbox.receive(0)) == ["last"]
+    with pytest.raises(OpenCodeServerError, match="gone"):
+        mailbox.receive(0)
+
+
+def test_opening_fails_at_once_where_nobody_listens(
+    server: WebServer, unopened: EventStream
+) -> None:
+    server.stop()
+
+    with pytest.raises(OpenCodeServerError, match="does not answer"):
+        unopened.open()
+
+
+@pytest.mark.parametrize("status", [401, 503])
+def test_opening_fails_with_the_server_s_refusal(
+    server: WebServer, unopened: EventStream, status: int
+) -> None:
+    server.answers[_sse.PATH] = Answer(b"", status=status)
+
+    with pytest.raises(OpenCodeServerError, match=f"refused GET {_sse.PATH}: {status}"):
+        unopened.open()
+
+
+def test_a_refusal_while_opening_again_is_final(
+    server: WebServer, stream: EventStream, feed: Feed
+) -> None:
+    server.answers[_sse.PATH] = Answer(b"", status=401)
+    mailbox = stream.mailbox("ses_a")
+
+    feed.cut()
+
+    with pytest.raises(OpenCodeServerError, match="401"):
+        mailbox.receive(WITHIN_S)
+
+
+def test_what_goes_wrong_in_the_reader_is_raised_where_its_messages_are_awaited(
+    stream: EventStream, feed: Feed
+) -> None:
+    mailbox = stream.mailbox("ses_a")
+
+    feed.send("no JSON")
+
+    with pytest.raises(OpenCodeServerError, match="events: JSONDecodeError"):
+        mailbox.receive(WITHIN_S)
+
+
+def test_closing_ends_the_reader_and_fails_who_waits(stream: EventStream, feed: Feed) -> None:
+    mailbox = stream.mailbox("ses_a")
+    before = threading.active_count()
+    started = time.monotonic()
+
+    stream.close()
+
+    assert time.monotonic() - started < 5
+    assert threading.active_count() == before - 1
+    with pytest.raises(OpenCodeServerError, match="was closed"):
+        mailbox.receive(0)
+
+
+def test_closing_twice_and_unopened_is_harmless(unopened: EventStream) -> None:
+    unopened.close()
+
+    unopened.close()
+
+
+def test_a_repr_says_where_and_how_it_is(stream: EventStream) -> None:
+    stream.mailbox("ses_a")
+
+    assert repr(stream).endswith(", 1 sessions>")
