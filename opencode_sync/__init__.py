@@ -1,13 +1,20 @@
 """Drive the OpenCode coding agent from ordinary, threaded Python.
 
-from opencode_sync import OpenCodeClient
+A first script::
 
-result = OpenCodeClient().run("Explain this repo", ".")
-print(result.final_text, result.total_cost)
+    from opencode_sync import OpenCodeClient
+
+    result = OpenCodeClient().run("Explain this repo", ".")
+    print(result.final_text, result.total_cost)
 """
 
+from typing import TYPE_CHECKING, Any
+
 from ._command import TESTED_VERSION, build_argv, build_env, resolve_binary
+from ._futures import RunFuture
+from ._tally import BatchReport
 from ._version import __version__
+from .batch import BatchRun
 from .client import OpenCodeClient
 from .config import Job, RunConfig, validate_config_for_run, validate_permission_actions
 from .errors import (
@@ -32,8 +39,13 @@ from .result import (
 )
 from .stream import RunStream
 
+if TYPE_CHECKING:  # loaded when first asked for, see __getattr__
+    from .server import OpenCodeServer
+
 __all__ = [
     "TESTED_VERSION",
+    "BatchReport",
+    "BatchRun",
     "ErrorInfo",
     "Event",
     "Job",
@@ -46,9 +58,11 @@ __all__ = [
     "OpenCodeIncompleteError",
     "OpenCodeOutputError",
     "OpenCodeProcessError",
+    "OpenCodeServer",
     "OpenCodeServerError",
     "OpenCodeTimeoutError",
     "RunConfig",
+    "RunFuture",
     "RunResult",
     "RunStream",
     "TokenUsage",
@@ -63,3 +77,21 @@ __all__ = [
     "validate_config_for_run",
     "validate_permission_actions",
 ]
+
+# What most scripts never use; loading all of it would take as long again as the rest.
+_LOADED_LATER = {"OpenCodeServer": "server"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LOADED_LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_LOADED_LATER[name]}", __name__), name)
+
+
+def load_ipython_extension(ipython: Any) -> None:
+    """``%load_ext opencode_sync``: adds the cell magic ``%%opencode``."""
+    from ._notebook import load
+
+    load(ipython)

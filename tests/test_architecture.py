@@ -38,6 +38,7 @@ ROWS = (
     # A batch, from what it counts and keeps to the loop that runs it; knows nothing of OpenCode.
     ("_tally", "_throttle", "_saved"),
     ("checkpoint", "_progress", "_options", "_task"),
+    ("_report_jobs",),
     ("_remote",),
     ("_work",),
     ("_dispatch",),

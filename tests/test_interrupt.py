@@ -80,7 +80,7 @@ def test_another_thread_is_left_alone() -> None:
 def test_a_ctrl_c_at_any_moment_of_a_run_leaves_nothing_behind(tmp_path: Path) -> None:
     workspace = tmp_path / "workspace"
     workspace.mkdir()
-    dice = random.Random(20_26)
+    dice = random.Random(int(__import__("os").environ.get("KSEED","2026")))
     prompts = [
         "well",
         "flood 1000",

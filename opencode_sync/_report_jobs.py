@@ -1,0 +1,339 @@
+"""A batch's jobs as its page tells of them: one short row each, and what a row unfolds to.
+
+    a checkpoint's file --records_in()--+
+    results and errors --records_of()---+--> record --> Row, and detail_of(): values for JSON
+
+A record is a line of a checkpoint as a mapping: what ``RunResult.to_dict()`` gives, and ``failure``,
+None or the error's ``{"type", "message", ...}``. What is missing or odd counts as nothing. Of long
+texts the beginning is shown; how much was left out stands behind it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ._markup import one_line, printable
+from ._reading import TokenUsage, number_of
+from ._saved import dumped, failure_of
+from .errors import OpenCodeConfigError, OpenCodeError
+from .result import RunResult
+
+Record = Mapping[str, Any]
+
+STATUSES = ("ok", "error", "denied", "incomplete", "timed_out", "cancelled", "over_budget")
+_STATUS_OF = {  # of jobs that ended with an error, whatever their run had come to
+    "OpenCodeIncompleteError": "incomplete",
+    "OpenCodeTimeoutError": "timed_out",
+    "OpenCodeCancelledError": "cancelled",
+    "OpenCodeBudgetError": "over_budget",
+}
+_KEY = b'{"key": '  # how each line of a checkpoint begins
+
+# Characters of a text that are shown, and how many of a kind.
+_ROW_CHARS = 200
+_PROMPT_CHARS = 20_000
+_ANSWER_CHARS = 50_000
+_TOOL_CHARS = 4_000
+_EVENT_CHARS = 300  # of each string in it: texts and tools stand apart, at length
+_MAX_TOOLS = 100
+_MAX_EVENTS = 200
+_MAX_ITEMS = 50  # of a list or mapping in an event
+_MAX_DEPTH = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One job in short.
+
+    Attributes:
+        kind: What its error is counted under, or None.
+        gist: The answer's beginning, or the error's.
+        tools: Names of the tools, in order, once for each use.
+        started_at, ended_at: Unix times in seconds; None where nothing tells of them.
+    """
+
+    index: int
+    key: str | None
+    status: str
+    kind: str | None
+    prompt: str
+    gist: str
+    tools: tuple[str, ...]
+    cost: float
+    tokens: TokenUsage
+    seconds: float
+    started_at: float | None
+
+    @property
+    def ended_at(self) -> float | None:
+        return None if self.started_at is None else self.started_at + self.seconds
+
+
+def records_of(ends: Iterable[RunResult | OpenCodeError]) -> Iterator[Record]:
+    """Results, and errors that stand in a result's place, as records."""
+    for end in ends:
+        if isinstance(end, RunResult):
+            yield {**end.to_dict(), "failure": None}
+            continue
+        result = end.result or RunResult(prompt=end.prompt or "", index=end.index, key=end.key)
+        yield {**result.to_dict(), "failure": failure_of(end)}
+
+
+def records_in(checkpoint: str | os.PathLike[str]) -> Iterator[Record]:
+    """The jobs in a checkpoint's file, the last line of each key; may be done while it is written.
+
+    Raises:
+        OpenCodeConfigError: There is no such file, or it is no checkpoint.
+    """
+    path = Path(checkpoint).expanduser()
+    try:
+        with open(path, "rb") as file:
+            for number, offset in sorted(_places(file)):
+                file.seek(offset)
+                record = _parsed(line := file.readline())
+                if record is None and not line.endswith(b"\n"):
+                    continue  # cut off, or being written
+                if record is None:
+                    raise OpenCodeConfigError(
+                        f"{str(path)!r}: line {number} is no line of a checkpoint"
+                    )
+                yield record
+    except OSError as error:
+        raise OpenCodeConfigError(f"{str(path)!r}: {error.strerror or error}") from error
+
+
+def _places(lines: Iterable[bytes]) -> Iterable[tuple[int, int]]:
+    """Number and offset of the last line of each key."""
+    places: dict[str, tuple[int, int]] = {}
+    offset = 0
+    for number, line in enumerate(lines, 1):
+        places[_key_in(line) or f"line {number}"] = number, offset
+        offset += len(line)
+    return places.values()
+
+
+def _key_in(line: bytes) -> str | None:
+    """The key's JSON, without a look at the rest of a line that may be long."""
+    if not line.startswith(_KEY) or not line.endswith(b"\n"):
+        return None
+    try:
+        key, _ = json.JSONDecoder().raw_decode(line[len(_KEY) :].decode("utf-8", "replace"))
+    except ValueError:
+        return None
+    return json.dumps(key)
+
+
+def _parsed(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and "failure" in record else None
+
+
+# --- in short ------------------------------------------------------------------------------------
+
+
+def row_of(record: Record, place: int) -> Row:
+    """*record* in short; *place* is its index where it says none."""
+    failure, error = _mapping(record, "failure"), _mapping(record, "error")
+    index = record.get("index")
+    key = record.get("key")
+    gist = _message(record) if failure or error else _text(record, "answer")
+    return Row(
+        index=index if isinstance(index, int) else place,
+        key=one_line(key[: 2 * _ROW_CHARS], _ROW_CHARS) if isinstance(key, str) else None,
+        status=_status(record, failure),
+        kind=_kind(failure, error),
+        prompt=_beginning(_text(record, "prompt")),
+        gist=_beginning(gist or _text(record, "final_text")),
+        tools=tuple(one_line(str(part.get("tool"))[:100], 40) for part in _tool_parts(record)),
+        cost=number_of(record.get("total_cost")),
+        tokens=_tokens(_mapping(record, "token_usage")),
+        seconds=number_of(record.get("duration_s")),
+        started_at=_started_at(record),
+    )
+
+
+def _status(record: Record, failure: Record) -> str:
+    if failure:
+        return _STATUS_OF.get(str(failure.get("type")), "error")
+    status = record.get("status")
+    return status if status in STATUSES else "error"
+
+
+def _kind(failure: Record, error: Record) -> str | None:
+    """As the batch's report counts it: ``"OpenCodeProcessError (APIError 401)"``."""
+    if not failure:
+        return None
+    kind = str(failure.get("type"))
+    if error:
+        status = f" {code}" if (code := error.get("status_code")) else ""
+        kind += f" ({error.get('name')}{status})"
+    return one_line(kind[:_ROW_CHARS], 100)
+
+
+def _message(record: Record) -> str:
+    failure = _mapping(record, "failure")
+    return _text(failure or _mapping(record, "error"), "message")
+
+
+def _beginning(text: str) -> str:
+    return one_line(text[: 4 * _ROW_CHARS], _ROW_CHARS)
+
+
+def _started_at(record: Record) -> float | None:
+    if started := number_of(record.get("started_at")):
+        return started
+    # Its first event comes when the first step begins: late by the start of the process, at most.
+    stamps = (number_of(event.get("timestamp")) for event in _mappings(record, "events"))
+    first = next(filter(None, stamps), None)
+    return None if first is None else first / 1000
+
+
+def _tokens(usage: Record) -> TokenUsage:
+    return TokenUsage(*(int(number_of(usage.get(f.name))) for f in fields(TokenUsage)))
+
+
+def _tool_parts(record: Record) -> list[Record]:
+    parts = [_mapping(event, "part") for event in _mappings(record, "tool_calls")]
+    return [part for part in parts if part.get("tool")]
+
+
+# --- unfolded ------------------------------------------------------------------------------------
+
+
+def detail_of(record: Record, *, brief: bool = False) -> dict[str, Any]:
+    """What *record*'s row unfolds to, as values for JSON.
+
+    Args:
+        brief: Without tools and events, for a page that would become too large.
+    """
+    answer, text = _text(record, "answer"), _text(record, "final_text")
+    parsed = record.get("parsed")
+    message = _message(record)
+    stderr = _text(record, "stderr")[-_TOOL_CHARS:] if message else ""
+    most = _TOOL_CHARS if brief else _ANSWER_CHARS
+    detail: dict[str, Any] = {
+        "prompt": _cut(_text(record, "prompt"), min(most, _PROMPT_CHARS)),
+        "before": _cut(text.removesuffix(answer).rstrip(), most),
+        "answer": _cut(answer, most),
+        "error": _cut(message, _TOOL_CHARS),
+        "stderr": "" if (stderr := printable(stderr).strip()) in printable(message) else stderr,
+        "parsed": None if parsed is None else _cut(_pretty(parsed), most),
+        "denied": [one_line(str(name), 40) for name in _items(record, "denied_tools")[:_MAX_ITEMS]],
+        "facts": _facts(record),
+        "brief": brief,
+    }
+    if not brief:
+        tools, events = _tool_parts(record), _mappings(record, "events")
+        started = _started_at(record)
+        detail["tools"] = [_tool(part) for part in tools[:_MAX_TOOLS]]
+        detail["events"] = [_event(event, started) for event in events[:_MAX_EVENTS]]
+        detail["more_tools"] = max(0, len(tools) - _MAX_TOOLS)
+        detail["more_events"] = max(0, len(events) - _MAX_EVENTS)
+    return {name: value for name, value in detail.items() if value}
+
+
+def _facts(record: Record) -> list[tuple[str, str]]:
+    usage = _tokens(_mapping(record, "token_usage"))
+    shown = [f"{value:,} {f.name}" for f in fields(usage)[1:] if (value := getattr(usage, f.name))]
+    facts = {
+        "Workspace": record.get("workspace"),
+        "Session": record.get("session_id"),
+        "Steps": record.get("turns"),
+        "Attempts": record.get("attempts"),
+        "Finish": record.get("finish_reason"),
+        "Exit status": record.get("exit_code"),
+        "Tokens": ", ".join(shown).replace("_", " "),
+    }
+    return [(name, one_line(str(value)[:500], 300)) for name, value in facts.items() if value]
+
+
+def _tool(part: Record) -> dict[str, Any]:
+    state = _mapping(part, "state")
+    time, metadata = _mapping(state, "time"), _mapping(state, "metadata")
+    begin, end = number_of(time.get("start")), number_of(time.get("end"))
+    asked = state.get("input")
+    command = asked.get("command") if isinstance(asked, Mapping) and len(asked) <= 2 else None
+    output = state.get("error") or state.get("output")
+    exit_status = metadata.get("exit")
+    return {
+        "name": one_line(str(part.get("tool"))[:100], 40),
+        "title": _beginning(_text(state, "title")),
+        "failed": state.get("status") == "error" or bool(exit_status),
+        "exit": exit_status if isinstance(exit_status, int) else None,
+        "seconds": (end - begin) / 1000 if 0 < begin <= end else None,
+        "input": _cut(command if isinstance(command, str) else _pretty(asked), _TOOL_CHARS),
+        "output": _cut(output if isinstance(output, str) else _pretty(output), _TOOL_CHARS),
+    }
+
+
+def _event(event: Record, started: float | None) -> dict[str, Any]:
+    stamp = number_of(event.get("timestamp"))
+    at = stamp / 1000 - started if stamp and started is not None else None
+    return {
+        "type": one_line(str(event.get("type"))[:100], 40),
+        "at": at if at is None else round(at, 2),
+        "json": _pretty(_trimmed(event)),
+    }
+
+
+def _trimmed(value: Any, depth: int = 0) -> Any:
+    """*value* with the beginnings of its strings, and without what is long or nested deeply."""
+    if isinstance(value, str):
+        return _cut(value, _EVENT_CHARS)
+    if not isinstance(value, (Mapping, list, tuple)):
+        return value
+    if depth == _MAX_DEPTH:
+        return "…"
+    more = len(value) - _MAX_ITEMS
+    if isinstance(value, Mapping):
+        items = list(value.items())[:_MAX_ITEMS]
+        shown = {str(key)[:_EVENT_CHARS]: _trimmed(each, depth + 1) for key, each in items}
+        return {**shown, "…": f"{more:,} more"} if more > 0 else shown
+    first = [_trimmed(each, depth + 1) for each in value[:_MAX_ITEMS]]
+    return [*first, f"… {more:,} more"] if more > 0 else first
+
+
+def _pretty(value: Any) -> str:
+    if value is None:
+        return ""
+    try:
+        plain = json.loads(dumped({"value": value}))["value"]
+        return json.dumps(plain, ensure_ascii=False, indent=2)
+    except (ValueError, RecursionError):
+        return repr(type(value))
+
+
+def _cut(text: str, most: int) -> str:
+    more = len(text) - most
+    shown = printable(text[:most])
+    return f"{shown}\n… {more:,} characters more" if more > 0 else shown
+
+
+# --- values of unknown shape ---------------------------------------------------------------------
+
+
+def _mapping(source: Record, name: str) -> Record:
+    value = source.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _items(source: Record, name: str) -> list[Any]:
+    value = source.get(name)
+    return list(value) if isinstance(value, (list, tuple)) else []
+
+
+def _mappings(source: Record, name: str) -> list[Record]:
+    return [item for item in _items(source, name) if isinstance(item, Mapping)]
+
+
+def _text(source: Record, name: str) -> str:
+    value = source.get(name)
+    return value if isinstance(value, str) else ""
