@@ -11,6 +11,7 @@ A first script::
 from typing import TYPE_CHECKING, Any
 
 from ._command import TESTED_VERSION, build_argv, build_env, resolve_binary
+from ._frame import results_to_frame, results_to_records
 from ._futures import RunFuture
 from ._tally import BatchReport
 from ._version import __version__
@@ -73,6 +74,8 @@ __all__ = [
     "iter_parse_lines",
     "parse_event_line",
     "resolve_binary",
+    "results_to_frame",
+    "results_to_records",
     "run_result_fuzzy_text",
     "validate_config_for_run",
     "validate_permission_actions",
@@ -95,3 +98,10 @@ def load_ipython_extension(ipython: Any) -> None:
     from ._notebook import load
 
     load(ipython)
+
+
+def unload_ipython_extension(ipython: Any) -> None:
+    """``%unload_ext opencode_sync``: ends what its cells have started."""
+    from ._notebook import unload
+
+    unload(ipython)

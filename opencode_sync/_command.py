@@ -115,6 +115,8 @@ def _program(name: str) -> str | None:
     # not stand in for the program.
     if os.path.basename(name) == name and (found := shutil.which(name)):
         return os.path.abspath(found)
+    if name == DEFAULT_BINARY:  # nobody named that file
+        return None
     path = os.path.expanduser(name)
     return os.path.abspath(path) if os.path.isfile(path) and os.access(path, os.X_OK) else None
 

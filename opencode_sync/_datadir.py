@@ -175,7 +175,7 @@ class DataDirectories:
                 ) from None
             return self._kept
         if self._temporary is None:
-            self._temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX))
+            self._temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY_PREFIX}{os.getpid()}-"))
             self._on_make(self._temporary)
         return self._temporary
 

@@ -14,14 +14,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from .errors import strip_ansi
-
 if TYPE_CHECKING:
     from .errors import OpenCodeError
     from .result import RunResult
 
 SHOWN_CHARS = 100_000  # of an answer in a notebook; a browser shows no megabytes
 
+# ECMA-48: control sequences (colours, cursor), strings up to their end (titles, links), the rest.
+_ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)|[ -/]*[0-~])")
 # All but tab and newline; and the marks that let text run backwards over what stands before it.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _FENCE = re.compile(r" {0,3}(?P<marks>`{3,}(?=[^`]*$)|~{3,})\s*(?P<language>[\w+#.-]*)")
@@ -29,6 +29,11 @@ _CODE = re.compile(r"(?<![\\`])(`+)(?!`)(.+?)(?<!`)\1(?!`)")
 _CODE_CHARS = 10_000  # of a line in which code is looked for: it takes time in the square of them
 _LIBRARIES = (os.path.dirname(__file__), os.path.dirname(os.__file__))  # ours, and Python's
 _PUNCTUATION = re.compile(r"[^\w\s]")
+
+
+def strip_ansi(text: str) -> str:
+    """*text* without terminal escape sequences: OpenCode colours stderr even where it is a file."""
+    return _ANSI.sub("", text)
 
 
 def printable(text: str) -> str:

@@ -93,7 +93,7 @@ class Lifeline:
         """A new one, of this process."""
         import psutil
 
-        descriptor, path = tempfile.mkstemp(prefix="opencode-sync-batch-")
+        descriptor, path = tempfile.mkstemp(prefix=f"opencode-sync-{os.getpid()}-batch-")
         os.close(descriptor)
         return cls(path, os.getpid(), psutil.Process().create_time(), _place())
 

@@ -17,7 +17,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import _tree, _watchdog
+from . import _interrupt, _tree, _watchdog
 from ._datadir import Lease
 from ._logs import LogReader
 from ._process import LineSplitter, Process
@@ -144,7 +144,8 @@ class ProcessRun:
         """Complete *result* with exit status, stderr and raw lines, and say what went wrong."""
         if not self._was_stopped and self._process.has_left_something():
             if self._keep_background:
-                _watchdog.spare(self._token)
+                with _interrupt.deferred():
+                    _watchdog.spare(self._token)
             else:
                 _log.info("%s left processes running; they are stopped", self.label)
                 self._process.stop()

@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ._markup import html_table
 from .errors import OpenCodeError
 from .result import RunResult, TokenUsage
 
@@ -73,6 +74,11 @@ class BatchReport:
     def to_dict(self) -> dict[str, Any]:
         """All of it as values that ``json`` takes."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the same as a small table."""
+        first, *rest = str(self).split("\n")
+        return html_table([("batch", first), ("", "\n".join(rest))])
 
     def __str__(self) -> str:
         counts = [f"{self.done} done", f"{self.failed} failed"]

@@ -17,26 +17,21 @@ Each pickles with all its attributes and compares equal to its copy.
 
 from __future__ import annotations
 
-import re
 import signal
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from ._markup import error_html, error_lines
+from ._markup import strip_ansi as strip_ansi
 
 if TYPE_CHECKING:
     from .events import Event
     from .result import RunResult
 
 _STDERR_TAIL = 2_000  # characters, the length that py-opencode-wrapper's message has
-# ECMA-48: control sequences (colours, cursor), strings up to their end (titles, links), the rest.
-_ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)|[ -/]*[0-~])")
 
 _E = TypeVar("_E", bound="OpenCodeError")
-
-
-def strip_ansi(text: str) -> str:
-    """*text* without terminal escape sequences: OpenCode colours stderr even where it is a file."""
-    return _ANSI.sub("", text)
 
 
 class OpenCodeError(Exception):
@@ -53,6 +48,14 @@ class OpenCodeError(Exception):
         self.prompt: str | None = None
         self.index: int | None = None
         self.key: str | None = None
+
+    def _repr_html_(self) -> str:
+        """For notebooks, where the error is a value."""
+        return error_html(self)
+
+    def _render_traceback_(self) -> list[str]:
+        """For IPython, where it was raised: in brief."""
+        return error_lines(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (type(self), self.args, self.__dict__)

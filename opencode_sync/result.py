@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, cast
 
+from ._markup import result_markdown
 from ._reading import (
     TEXT_TYPES,
     ErrorInfo,
@@ -187,6 +188,10 @@ class RunResult:
             "key": self.key,
         }
         return f"RunResult({', '.join(f'{k}={v!r}' for k, v in facts.items() if v)})"
+
+    def _repr_markdown_(self) -> str:
+        """For notebooks: the answer, and how it came about."""
+        return result_markdown(self)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RunResult):

@@ -329,10 +329,11 @@ class RunStream(Iterator[Event]):
         finally:
             if self._log_file is not None:
                 self._log_file.close()
-            self._ended.set()
             _live.pop(id(self), None)
             if self._on_end is not None:
                 self._on_end(self)
+            # Last, so that what a Ctrl-C has cut short here is done again by close().
+            self._ended.set()
 
 
 # Streams under way, ended at the interpreter's exit. A plain dict, whose single operations are

@@ -21,7 +21,8 @@ PACKAGE = "opencode_sync"
 HOUSE = Path(__file__).parent.parent / PACKAGE
 
 ROWS = (
-    ("errors", "_version", "_interrupt"),  # everything raised on purpose; Ctrl-C held back
+    ("_version", "_markup", "_interrupt"),  # text that is safe to show; Ctrl-C held back
+    ("errors",),  # everything raised on purpose
     ("config", "events", "_schema"),  # values: what is asked for; a line becomes an event
     ("_reading", "_logs", "_command", "_fingerprint"),  # what an event says; argv and env
     ("result",),  # events folded
@@ -29,7 +30,7 @@ ROWS = (
     ("_tree", "_gate", "_datadir", "_http", "_eventlog", "_machine"),
     ("_process", "_serve", "_watchdog", "_sse"),
     # One prompt: what it asks for, its bounds, where its events come from; how it looks.
-    ("_request", "_bodies", "_limits", "_source", "_asking", "_markup", "_chat"),
+    ("_request", "_bodies", "_limits", "_source", "_asking", "_chat"),
     ("_translate", "_replies", "_frame"),  # a server's messages
     ("_run", "_turn"),  # the two sources of events: a process, a turn in a session
     ("stream", "_link"),  # one job's life; a server in use
