@@ -115,6 +115,11 @@ class LogReader:
         return [event] if is_retried(status) else []
 
 
+def no_agent(name: str) -> Event:
+    message = f"agent {name!r} not found; the run was stopped before the default agent took over"
+    return {"type": "error", "error": {"name": "AgentNotFoundError", "data": {"message": message}}}
+
+
 def is_retried(status: int) -> bool:
     """Whether OpenCode asks again after this HTTP status of a provider, rather than give up."""
     return status in (408, 409, 429) or status >= 500

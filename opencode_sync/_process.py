@@ -1,26 +1,27 @@
-"""One child process, its output read where it is waited for.
+"""One child process, its output read by threads.
 
     prompt --> unnamed file --> child stdin
-    child stdout --> unnamed file --+
-    child stderr --> unnamed file --+--> receive()  (the caller's thread)
-    child exit ---------------------+
+    child stdout --> unnamed file <-- reader thread --+
+    child stderr --> unnamed file <-- reader thread --+--> queue --> receive()  (our caller)
 
 OpenCode exits without flushing what it wrote to a pipe, so the child writes regular files, which
-are whole at its exit. A file never fills up as a pipe does, so nobody has to empty it while the
-child runs: there are no reader threads, and a slow reader costs disk alone. The files have no
-names: nothing is left of them, however we end. The end is the child's exit and both files read to
-their end; a grandchild that holds them open delays nothing.
+are whole at its exit, and a thread for each reads it as it grows. A file never fills up as a pipe
+does: a slow consumer costs disk alone. The files have no names: nothing is left of them, however we
+end. The end is the child's exit and both files read to their end; a grandchild that holds them open
+delays nothing.
 
-Knows bytes, nothing of OpenCode.
+The readers are daemons, know nothing of us, and take no lock: a finaliser may run in them. What
+goes wrong in them is raised where the caller waits. Knows bytes, nothing of OpenCode.
 """
 
 from __future__ import annotations
 
-import logging
+import errno
 import os
 import queue
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -28,14 +29,14 @@ from typing import IO, Literal
 
 from . import _interrupt, _tree
 
-_log = logging.getLogger("opencode_sync")
-
 BLOCK_BYTES = 256 * 1024
+BACKLOG = 32  # blocks in the queue; a reader that is so far ahead leaves the rest on disk
 # How long a new line, or the exit, can go unseen: a twentieth of the time that was waited for it,
 # at most the second. Most of a run is spent waiting for a model, at 0.5 % of a core per run.
 FIRST_PAUSE_S = 0.001
-LONGEST_PAUSE_S = 0.02
+LONGEST_PAUSE_S = {"stdout": 0.008, "stderr": 0.02}
 REAP_S = 2.0  # bound on waiting for a child that has been killed
+JOIN_S = 2.0  # bound on waiting for a reader that has been told to end
 
 Channel = Literal["stdout", "stderr"]
 Block = tuple[Channel, bytes]
@@ -66,12 +67,16 @@ class Process:
         self._owner_pid = os.getpid()
         self._is_closed = False
         self._outputs: dict[Channel, _Output] = {}
+        self._queue: queue.SimpleQueue[Block | BaseException] = queue.SimpleQueue()
+        self._readers: dict[Channel, threading.Thread] = {}
         self._popen: subprocess.Popen[bytes] | None = None
         try:
             with _interrupt.deferred():
                 self._popen = self._start(argv, cwd, env, stdin)
                 self.pid = self._popen.pid
                 self.started_at = time.monotonic()
+                self._start_readers(self._popen)
+                self._unread = set(self._readers)
         except BaseException:
             self.close()
             raise
@@ -98,6 +103,20 @@ class Process:
                 start_new_session=True,
             )
 
+    def _start_readers(self, popen: subprocess.Popen[bytes]) -> None:
+        for channel, output in self._outputs.items():
+            reader = threading.Thread(
+                target=_read,
+                args=(channel, output, popen, self._queue),
+                name=f"opencode-{popen.pid}-{channel}",
+                daemon=True,
+            )
+            try:
+                reader.start()
+            except RuntimeError as error:
+                raise OSError(errno.EAGAIN, f"no thread to read its output: {error}") from error
+            self._readers[channel] = reader
+
     def __del__(self) -> None:
         # An exception such as Ctrl-C can come between any two steps of who was to keep us.
         if not getattr(self, "_is_closed", True):
@@ -117,27 +136,23 @@ class Process:
     def receive(self, timeout: float | None) -> Block | None:
         """The next block of output, or None once the child has ended and all of it was given.
 
-        What is there already is given whatever the *timeout*.
-
         Raises:
             queue.Empty: If nothing came for *timeout* seconds.
         """
-        begun = time.monotonic()
-        while True:
-            # Asked before the read, so that what was written before the exit is read after it.
-            has_ended = self.returncode is not None
-            for channel, output in self._outputs.items():
-                if block := output.read():
-                    return channel, block
-            if has_ended:
-                return None
-            if not _pause(begun, timeout):
-                raise queue.Empty
+        while self._unread:
+            item = self._queue.get(timeout=timeout)
+            if isinstance(item, BaseException):
+                raise item
+            channel, block = item
+            if block:
+                return item
+            self._unread.discard(channel)
+        return None
 
     def wait_started(self, timeout: float) -> None:
         """Return at the first output or the end, at the latest after *timeout* seconds."""
         begun = time.monotonic()
-        while self.returncode is None and not any(map(_Output.has_more, self._outputs.values())):
+        while self.returncode is None and self._queue.empty():
             if not _pause(begun, timeout):
                 return
 
@@ -157,7 +172,7 @@ class Process:
             pass
 
     def close(self) -> None:
-        """Give the files back; a child that still runs is stopped."""
+        """Give files and threads back; a child that still runs is stopped."""
         if self._is_closed:
             return
         try:
@@ -167,11 +182,13 @@ class Process:
                 self.stop()
         finally:
             self._is_closed = True
-            self._close_files()
-
-    def _close_files(self) -> None:
-        for output in self._outputs.values():
-            output.file.close()
+            for output in self._outputs.values():
+                output.is_wanted = False
+            for reader in self._readers.values():
+                if reader is not threading.current_thread():  # a finaliser runs in any thread
+                    reader.join(JOIN_S)
+            for output in self._outputs.values():
+                output.file.close()
 
 
 def _has_exited(pid: int) -> bool:
@@ -184,10 +201,39 @@ def _has_exited(pid: int) -> bool:
         return True
 
 
-def _pause(begun: float, timeout: float | None) -> bool:
+def _read(
+    channel: Channel,
+    output: _Output,
+    popen: subprocess.Popen[bytes],
+    put: queue.SimpleQueue[Block | BaseException],
+) -> None:
+    """Hand over what a child writes, block by block, and an empty block at the end."""
+    longest_s, begun = LONGEST_PAUSE_S[channel], time.monotonic()
+    try:
+        while output.is_wanted:
+            # Asked before the read, so that what was written before the exit is read after it.
+            has_ended = popen.returncode is not None or (
+                _has_exited(popen.pid) and popen.poll() is not None
+            )
+            if block := output.read():
+                put.put((channel, block))
+                begun = time.monotonic()
+                while put.qsize() > BACKLOG and output.is_wanted:
+                    time.sleep(FIRST_PAUSE_S)
+            elif has_ended:
+                break
+            else:
+                _pause(begun, None, longest_s)
+    except BaseException as error:  # noqa: BLE001 - raised where the caller waits
+        if output.is_wanted:
+            put.put(error)
+    put.put((channel, b""))
+
+
+def _pause(begun: float, timeout: float | None, longest_s: float = 0.02) -> bool:
     """Sleep a little, at most to the end of a wait since *begun*; False where that has come."""
     waited_s = time.monotonic() - begun
-    pause_s = min(max(FIRST_PAUSE_S, waited_s / 20), LONGEST_PAUSE_S)
+    pause_s = min(max(FIRST_PAUSE_S, waited_s / 20), longest_s)
     if timeout is not None:
         if waited_s >= timeout:
             return False
@@ -197,19 +243,20 @@ def _pause(begun: float, timeout: float | None) -> bool:
 
 
 class _Output:
-    """A file that a child writes, read as it grows."""
+    """A file that a child writes, read as it grows.
+
+    Attributes:
+        is_wanted: Whether somebody still reads it. A plain flag, since a lock could be held by
+            the very thread that a finaliser interrupts.
+    """
 
     def __init__(self) -> None:
         self.file: IO[bytes] = tempfile.TemporaryFile(buffering=0)
+        self.is_wanted = True
         self._offset = 0
-
-    def has_more(self) -> bool:
-        return os.fstat(self.file.fileno()).st_size > self._offset
 
     def read(self) -> bytes:
         """The next block of what is there; empty where there is nothing new."""
-        if not self.has_more():
-            return b""
         # The child's own position in the file is not touched.
         block = os.pread(self.file.fileno(), BLOCK_BYTES, self._offset)
         self._offset += len(block)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from . import _interrupt, _tree, _watchdog
 from ._datadir import Lease
-from ._logs import LogReader
+from ._logs import LogReader, no_agent
 from ._process import LineSplitter, Process
 from .errors import (
     OpenCodeBinaryNotFoundError,
@@ -90,6 +90,7 @@ class ProcessRun:
         self._session: str | None = None
         self._has_events = self._is_done = self._is_cut = False
         self._was_stopped = self._is_gone = False
+        self._is_closed = True
         self._token = token = _tree.run_token()
         try:
             self._process = Process(
@@ -99,10 +100,11 @@ class ProcessRun:
             raise _start_error(error, argv[0], self._workspace) from error
         self.label = f"run {token.rpartition('.')[2]} (pid {self._process.pid})"
         self.started_at = self._process.started_at
+        self._is_closed = False
 
     def __del__(self) -> None:
         # Lost by an exception that came between our start and whoever was to keep us.
-        if hasattr(self, "started_at"):
+        if not getattr(self, "_is_closed", True):
             with contextlib.suppress(Exception):  # a finaliser has nobody to raise to
                 self.close()
 
@@ -187,6 +189,7 @@ class ProcessRun:
         finally:
             if self._lease is not None:
                 self._lease.release()
+            self._is_closed = True
 
     # -- lines -----------------------------------------------------------------------------------
 
@@ -225,7 +228,7 @@ class ProcessRun:
                 self._stderr_lines.append(line)
             events += found
         if self._logs.missing_agent is not None and not self._was_stopped:
-            events.append(_no_agent(self._logs.missing_agent))
+            events.append(no_agent(self._logs.missing_agent))
             # The default agent has taken over, and may be allowed more than the one asked for.
             self.stop()
         return events
@@ -269,11 +272,6 @@ def _what_is_missing(result: RunResult) -> str:
         "opencode exited with status 0, but without a closing step "
         f"(last reason: {result.finish_reason or 'none'})"
     )
-
-
-def _no_agent(name: str) -> Event:
-    message = f"agent {name!r} not found; the run was stopped before the default agent took over"
-    return {"type": "error", "error": {"name": "AgentNotFoundError", "data": {"message": message}}}
 
 
 def _version(binary: str) -> str:

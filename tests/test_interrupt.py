@@ -75,12 +75,14 @@ def test_another_thread_is_left_alone() -> None:
     assert done == [signal.default_int_handler]
 
 
-# Between an open() and its `with`, a file is left to its finaliser.
+# Between an open() and its `with`, a file is left to its finaliser; and what comes in the middle of
+# a finaliser, Python tells of and drops.
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_ctrl_c_at_any_moment_of_a_run_leaves_nothing_behind(tmp_path: Path) -> None:
     workspace = tmp_path / "workspace"
     workspace.mkdir()
-    dice = random.Random(int(__import__("os").environ.get("KSEED","2026")))
+    dice = random.Random(2026)
     prompts = [
         "well",
         "flood 1000",

@@ -156,6 +156,39 @@ def test_a_start_is_over_with_the_first_output_the_end_or_the_delay(start: Start
     assert time.monotonic() - begun < LONG_S
 
 
+def test_a_thread_reads_each_output_and_is_named_after_it(start: Start) -> None:
+    process = start("time.sleep(600)")
+
+    names = {thread.name for thread in threading.enumerate()}
+
+    assert names >= {f"opencode-{process.pid}-stdout", f"opencode-{process.pid}-stderr"}
+
+
+def test_what_goes_wrong_in_a_reader_is_raised_where_the_caller_waits(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> bytes:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(os, "pread", fail)
+    process = start("time.sleep(600)")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        process.receive(LONG_S)
+
+
+def test_a_flood_that_nobody_takes_stays_on_disk(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_process, "BLOCK_BYTES", 1_000)
+    process = start("os.write(1, b'x' * 1_000_000)")
+    while process.returncode is None:
+        process.wait_started(0.01)
+
+    assert process._queue.qsize() <= _process.BACKLOG + 2  # one more for each reader
+    assert len(read_all(process)["stdout"]) == 1_000_000
+
+
 # --- starting that fails -------------------------------------------------------------------------
 
 
@@ -165,6 +198,23 @@ def test_a_start_is_over_with_the_first_output_the_end_or_the_delay(start: Start
 def test_what_cannot_be_started_leaves_nothing_open(start: Start, argv: list[str]) -> None:
     with pytest.raises(OSError, match=r"No such file|denied"):
         start("", argv=argv)
+
+
+def test_a_child_without_a_thread_to_read_it_is_stopped(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    def refuse(thread: threading.Thread) -> None:
+        started.append(int(thread.name.split("-")[1]))
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+    with pytest.raises(OSError, match="no thread to read its output"):
+        start("time.sleep(600)")
+
+    assert not is_alive(started[0])
 
 
 def test_ctrl_c_in_the_middle_of_the_start_leaves_no_child(
@@ -328,12 +378,12 @@ def test_a_forked_child_leaves_our_process_alone(start: Start) -> None:
 
 def test_the_wait_for_output_costs_next_to_nothing(start: Start) -> None:
     process = start("time.sleep(600)")
-    before = resource.getrusage(resource.RUSAGE_THREAD).ru_utime
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
 
     with pytest.raises(queue.Empty):
         process.receive(1.0)
 
-    assert resource.getrusage(resource.RUSAGE_THREAD).ru_utime - before < 0.1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_utime - before < 0.1
 
 
 def test_files_have_no_names(start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
