@@ -41,7 +41,17 @@ from .result import (
 from .stream import RunStream
 
 if TYPE_CHECKING:  # loaded when first asked for, see __getattr__
+    from ._asking import (
+        PermissionRequest,
+        QuestionRequest,
+        allow_all,
+        allow_reads,
+        ask_in_terminal,
+    )
+    from ._sessions import SessionInfo
+    from .report import checkpoint_to_html, results_to_html
     from .server import OpenCodeServer
+    from .session import Session
 
 __all__ = [
     "TESTED_VERSION",
@@ -62,19 +72,28 @@ __all__ = [
     "OpenCodeServer",
     "OpenCodeServerError",
     "OpenCodeTimeoutError",
+    "PermissionRequest",
+    "QuestionRequest",
     "RunConfig",
     "RunFuture",
     "RunResult",
     "RunStream",
+    "Session",
+    "SessionInfo",
     "TokenUsage",
     "__version__",
     "aggregate_run_result",
+    "allow_all",
+    "allow_reads",
+    "ask_in_terminal",
     "build_argv",
     "build_env",
+    "checkpoint_to_html",
     "iter_parse_lines",
     "parse_event_line",
     "resolve_binary",
     "results_to_frame",
+    "results_to_html",
     "results_to_records",
     "run_result_fuzzy_text",
     "validate_config_for_run",
@@ -82,7 +101,18 @@ __all__ = [
 ]
 
 # What most scripts never use; loading all of it would take as long again as the rest.
-_LOADED_LATER = {"OpenCodeServer": "server"}
+_LOADED_LATER = {
+    "OpenCodeServer": "server",
+    "PermissionRequest": "_asking",
+    "QuestionRequest": "_asking",
+    "Session": "session",
+    "SessionInfo": "_sessions",
+    "allow_all": "_asking",
+    "allow_reads": "_asking",
+    "ask_in_terminal": "_asking",
+    "checkpoint_to_html": "report",
+    "results_to_html": "report",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import base64
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ._schema import OutputSchema
 from .config import RunConfig
 from .errors import OpenCodeConfigError
 
 TITLE_CHARACTERS = 50
+OUTPUT_TOOL = "StructuredOutput"  # OpenCode gives it to the model where a prompt has a format
 
 # Settings of the server as a whole, the same for all that it runs.
 SERVER_WIDE = (
@@ -58,11 +60,12 @@ def check_server_wide(cfg: RunConfig, server: RunConfig) -> None:
             )
 
 
-def session_body(prompt: str, cfg: RunConfig) -> dict[str, Any]:
-    """A new session for *prompt*."""
+def session_body(prompt: str, cfg: RunConfig, **allowed: bool) -> dict[str, Any]:
+    """A new session for *prompt*; *allowed* is for :func:`permission_rules`."""
     # Without a title the model is asked for one, with each prompt.
     title = cfg.title or _head(prompt) or "opencode-sync"
-    return {"title": title, "permission": [*_NOBODY_TO_ASK, *permission_rules(cfg)]}
+    rules = permission_rules(cfg, **allowed)
+    return {"title": title, "permission": [*_NOBODY_TO_ASK, *rules]}
 
 
 def _head(prompt: str) -> str:
@@ -70,9 +73,16 @@ def _head(prompt: str) -> str:
     return line if len(line) <= TITLE_CHARACTERS else line[: TITLE_CHARACTERS - 3] + "..."
 
 
-def permission_rules(cfg: RunConfig) -> list[Rule]:
-    """*permission* and *tools* as rules of a session; of those that match, the last one counts."""
-    rules = []
+def permission_rules(
+    cfg: RunConfig, *, with_questions: bool = False, with_output: bool = False
+) -> list[Rule]:
+    """*permission* and *tools* as rules of a session; of those that match, the last one counts.
+
+    Args:
+        with_questions: There is somebody who answers the model's questions.
+        with_output: It is to call the tool that takes down structured output.
+    """
+    rules = [_rule("question", "*", "allow")] if with_questions else []
     # Not with the prompt, where OpenCode takes "tools" for the session's only rules.
     for tool, is_on in (cfg.tools or {}).items():
         name = "edit" if tool in _EDITING_TOOLS else tool
@@ -83,7 +93,20 @@ def permission_rules(cfg: RunConfig) -> list[Rule]:
             rules += [_rule(name, _at_home(pattern), word) for pattern, word in actions.items()]
         else:
             rules.append(_rule(name, "*", actions))
+    if with_output:
+        rules.append(_rule(OUTPUT_TOOL, "*", "allow"))
     return rules
+
+
+def missing_rules(has: Sequence[Rule], wanted: Sequence[Rule]) -> list[Rule]:
+    """What a session that *has* rules lacks for those *wanted* to be its last."""
+    # The rule for structured output comes and goes with the prompts that need it.
+    lasting = [rule for rule in wanted if rule["permission"] != OUTPUT_TOOL]
+    standing = [rule for rule in has if rule["permission"] != OUTPUT_TOOL]
+    if lasting and standing[-len(lasting) :] != lasting:
+        return list(wanted)
+    passing = list(wanted[len(lasting) :])
+    return passing if passing and has[-1:] != passing else []
 
 
 def _rule(permission: str, pattern: str, action: str) -> Rule:
@@ -98,8 +121,13 @@ def _at_home(pattern: str) -> str:
     return pattern
 
 
-def prompt_body(prompt: str, cfg: RunConfig, workspace: Path) -> dict[str, Any]:
+def prompt_body(
+    prompt: str, cfg: RunConfig, workspace: Path, output: OutputSchema | None = None
+) -> dict[str, Any]:
     """*prompt* with its files, for ``prompt_async``.
+
+    Args:
+        output: What the answer has to look like.
 
     Raises:
         OpenCodeConfigError: If a file cannot be read.
@@ -108,6 +136,8 @@ def prompt_body(prompt: str, cfg: RunConfig, workspace: Path) -> dict[str, Any]:
     if cfg.model is not None:
         provider, _, model = cfg.model.partition("/")
         body["model"] = {"providerID": provider, "modelID": model}
+    if output is not None:
+        body["format"] = {"type": "json_schema", "schema": output.tool_schema}
     return body | _who(cfg)
 
 

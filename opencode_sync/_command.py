@@ -214,13 +214,18 @@ def build_env(run_cfg: RunConfig, base: Mapping[str, str] | None = None) -> dict
 
 
 def add_plugin(env: dict[str, str]) -> dict[str, str]:
-    """*env* with the plugin of this package in its configuration, beside those that are there."""
+    """*env* with the plugin of this package in its configuration, beside those that are there.
+
+    With any plugin OpenCode waits for its own installations by npm, which without a network take
+    70 s in each directory, and 0.4 s without retries; the plugin gives tools npm's default back.
+    """
     if not PLUGIN.is_file():  # the package stands in an archive; the plugin only adds detail
         return env
     config = _parent_config(env.get("OPENCODE_CONFIG_CONTENT"))
     plugins = config.get("plugin")
     config["plugin"] = [*(plugins if isinstance(plugins, list) else []), PLUGIN.as_uri()]
-    return {**env, "OPENCODE_CONFIG_CONTENT": json.dumps(config, ensure_ascii=False)}
+    ours = {"OPENCODE_CONFIG_CONTENT": json.dumps(config, ensure_ascii=False)}
+    return {"npm_config_fetch_retries": "0", **env, **ours}
 
 
 def without_user_config(env: dict[str, str], run_cfg: RunConfig, empty: Path) -> dict[str, str]:

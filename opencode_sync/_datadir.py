@@ -147,10 +147,18 @@ class DataDirectories:
         return None
 
     def empty_config(self) -> Path:
-        """A directory without configuration."""
+        """A directory without configuration, in which OpenCode finds nothing to install.
+
+        It would load a package by npm, which takes 3 s, and the first prompt waits for it.
+        """
         with _interrupt.deferred(), self._locked():
             path = self._root() / "config"
-        path.mkdir(mode=0o700, exist_ok=True)
+        directory = path / "opencode"
+        lock_file = directory / "package-lock.json"
+        if not lock_file.exists():
+            (directory / "node_modules").mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = {"packages": {"": {"dependencies": {"@opencode-ai/plugin": "*"}}}}
+            lock_file.write_text(json.dumps(lock), encoding="utf-8")
         return path
 
     def close(self) -> None:

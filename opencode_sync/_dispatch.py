@@ -315,7 +315,10 @@ class Dispatch:
             self._tally.count("not_run")
             return
         self._ready[task.index] = end
-        self._tally.finish(task.index, task.prompt, task.key, end, outcome.busy_s)
+        is_saved = self._checkpoint is not None and outcome.is_final
+        self._tally.finish(
+            task.index, task.prompt, task.key, end, outcome.busy_s, is_saved=is_saved
+        )
         if isinstance(end, RunResult):
             self._throttle.succeeded()
         if outcome.result is not None and outcome.result.attempts > 1:

@@ -21,8 +21,8 @@ _VALUES_ARE_SECRET = ("headers", "env", "environment")
 _USER_IN_URL = re.compile(r"://[^/@\s]*@")
 
 
-def settings_fingerprint(cfg: RunConfig) -> str:
-    """What *cfg* asks for, without its secrets."""
+def settings_fingerprint(cfg: RunConfig, schema: Mapping[str, Any] | None = None) -> str:
+    """What *cfg* asks for, without its secrets, and what the answers have to look like."""
     settings = {
         field.name: value
         for field in fields(cfg)
@@ -30,7 +30,8 @@ def settings_fingerprint(cfg: RunConfig) -> str:
     }
     if isinstance(environment := settings.get("extra_env"), Mapping):
         settings["extra_env"] = sorted(environment)
-    return _hashed(_without_secrets(settings))
+    plain = _without_secrets(settings)
+    return _hashed(plain if schema is None else [plain, schema])
 
 
 def job_fingerprint(prompt: str, workspace: str, settings: str) -> str:

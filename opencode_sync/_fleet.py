@@ -1,4 +1,4 @@
-"""The servers of one runner: of several, one is in use.
+"""Of the servers of one runner, one is in use.
 
     begin() --> the server in use --> Link.begin() --> Turn
                   |
@@ -6,8 +6,7 @@
                   +-- followed by a fresh one when it has grown too large: the turns on it go on to
                       their end, and with the last of them it ends too
 
-All have the same data directory, so a session goes on in whichever. Knows when a server is started
-and ended; nothing of how, nor of what is asked of it.
+All have the same sessions. Knows when a server is started and ended; nothing of how.
 """
 
 from __future__ import annotations
@@ -15,51 +14,27 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
-from ._link import Link, dispose
-from ._serve import Server
+from ._request import Request
+from ._servers import Elsewhere, InUse, Origin
 from ._turn import Turn
-from .errors import OpenCodeServerError
+from .config import RunConfig
+from .errors import OpenCodeCancelledError, OpenCodeServerError
 
 _log = logging.getLogger("opencode_sync")
 
 EXIT_S = 1.0  # how long one that does not answer may take to be seen to have ended
 
 
-@dataclass(eq=False)
-class InUse:
-    """A server with the turns on it; *process* is None for one that runs elsewhere."""
-
-    link: Link
-    process: Server | None
-    turns: set[object] = field(default_factory=set)
-    is_retired: bool = False
-
-    @property
-    def is_gone(self) -> bool:
-        return self.link.is_lost or (self.process is not None and self.process.has_exited)
-
-    def close(self) -> None:
-        """Stop a server of ours with all that it started; let go of another one."""
-        if self.process is not None:
-            if not self.is_gone:
-                dispose(self.link.connection)
-            self.process.stop()
-        self.link.close()
-
-
 class Fleet:
-    """Thread-safe; no lock is held while a server is asked something, but while one starts."""
+    """Thread-safe. Its lock is held while a server starts or ends, not while one is asked."""
 
-    def __init__(self, start: Callable[[], InUse], max_memory_mb: int | None) -> None:
+    def __init__(self, origin: Origin, max_memory_mb: int | None = None) -> None:
         """
         Args:
-            start: Starts a server.
             max_memory_mb: A server that takes more is followed by a fresh one; None for no limit.
         """
-        self._start = start
+        self._origin = origin
         self._max_memory_mb = max_memory_mb
         # Reentrant, since a finaliser may end a turn in the middle of anything.
         self._lock = threading.RLock()
@@ -77,36 +52,58 @@ class Fleet:
         """The server to use now, started where there is none.
 
         Raises:
-            OpenCodeServerError: If it does not start, or this was closed.
+            OpenCodeError: If it does not start.
+            OpenCodeCancelledError: If this was closed.
         """
         with self._lock:
             if self._is_closed:
-                raise OpenCodeServerError("the server was closed while the run was starting")
+                raise OpenCodeCancelledError("the server was closed while the run was starting")
             current = self._current
             if current is not None and (current.is_gone or self._is_too_large(current)):
-                self._retire(current)
+                self._current = None
+                current.is_retired = True
+                self._end_if_done(current)
                 current = None
             if current is None:
-                current = self._current = self._start()
+                current = self._current = self._origin.start()
                 self._all.add(current)
             return current
 
-    def begin(self, *args: Any, **kwargs: Any) -> Turn:
-        """A turn on the server in use, arguments as for :meth:`Link.begin`."""
+    def begin(self, request: Request, cancelled: Callable[[], bool] = lambda: False) -> Turn:
+        """Send *request* to the server in use.
+
+        Args:
+            cancelled: Asked before it is sent.
+
+        Raises:
+            OpenCodeError: What :meth:`current` and :meth:`Link.begin` raise.
+            OpenCodeCancelledError: If it was cancelled.
+        """
+        try:
+            return self._begin(request, cancelled)
+        except OpenCodeServerError as error:
+            if error.status_code is not None or not self._has_died():
+                raise
+        # It had died before, and has taken nothing: the next one may.
+        return self._begin(request, cancelled)
+
+    def _begin(self, request: Request, cancelled: Callable[[], bool]) -> Turn:
         ticket = object()
         with self._lock:
             server = self.current()
             server.turns.add(ticket)
         try:
-            turn = server.link.begin(*args, **kwargs)
+            if cancelled():
+                raise OpenCodeCancelledError("the run was cancelled while it was starting")
+            turn = server.link.begin(request)
         except BaseException:
             self._leave(server, ticket)
             raise
         turn.on_close(lambda: self._leave(server, ticket))
+        self._origin.remember(turn.session_id, str(request.workspace))
         return turn
 
-    def has_died(self) -> bool:
-        """Whether the server in use has ended by itself, if there is one."""
+    def _has_died(self) -> bool:
         current = self._current
         if current is None or current.is_gone:
             return True
@@ -119,6 +116,7 @@ class Fleet:
             self._current = None
         while self._all:
             self._all.pop().close()
+        self._origin.close()
 
     def _is_too_large(self, server: InUse) -> bool:
         if self._max_memory_mb is None or server.process is None:
@@ -128,11 +126,6 @@ class Fleet:
             return False
         _log.info("the server (pid %d) takes %d MB: recycled", server.process.pid, megabytes)
         return True
-
-    def _retire(self, server: InUse) -> None:
-        server.is_retired = True
-        self._current = None
-        self._end_if_done(server)
 
     def _leave(self, server: InUse, ticket: object) -> None:
         server.turns.discard(ticket)
@@ -145,3 +138,22 @@ class Fleet:
                 self._all.discard(server)
         if is_done:
             server.close()
+
+
+class Attached:
+    """The servers that ``RunConfig(attach=...)`` names, each reached once. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._fleets: dict[tuple[str, str | None, str | None], Fleet] = {}
+
+    def of(self, cfg: RunConfig) -> Fleet:
+        """The one that *cfg* names."""
+        assert cfg.attach is not None
+        key = (cfg.attach, cfg.username, cfg.password)
+        # One operation, so that two threads get the same.
+        return self._fleets.setdefault(key, Fleet(Elsewhere(*key)))
+
+    def close(self) -> None:
+        """Let go of them. Idempotent."""
+        while self._fleets:
+            self._fleets.popitem()[1].close()

@@ -28,6 +28,7 @@ class Limits:
         max_cost: US dollars; a run that passes it in mid-work is stopped at that step.
         max_retries: Further attempts after a start-up failure that is safe to repeat.
         retry_delay_s: Seconds between attempts.
+        max_repairs: How often an answer that does not fit its schema is sent back.
     """
 
     timeout_s: float | None = None
@@ -35,15 +36,18 @@ class Limits:
     max_cost: float | None = None
     max_retries: int = 2
     retry_delay_s: float = 1.0
+    max_repairs: int = 1
 
     def __post_init__(self) -> None:
         for name in ("timeout_s", "idle_timeout_s"):
             _check_number(name, getattr(self, name), optional=True, positive=True)
         _check_number("max_cost", self.max_cost, optional=True)
         _check_number("retry_delay_s", self.retry_delay_s)
-        _check_number("max_retries", self.max_retries)
-        if not isinstance(self.max_retries, int):
-            raise OpenCodeConfigError(f"max_retries is {self.max_retries!r}: use a whole number")
+        for name in ("max_retries", "max_repairs"):
+            value = getattr(self, name)
+            _check_number(name, value)
+            if not isinstance(value, int):
+                raise OpenCodeConfigError(f"{name} is {value!r}: use a whole number")
 
 
 def _check_number(
@@ -116,11 +120,15 @@ class Meter:
         message = f"{what} {limit:g} s ({name}); stopped after {elapsed:.1f} s{retry}"
         return OpenCodeTimeoutError(message, limit=name, limit_s=limit, elapsed_s=elapsed)
 
-    def overspent(self, result: RunResult) -> OpenCodeBudgetError | None:
-        """The error for a run that costs more than ``max_cost`` and is not done."""
+    def overspent(self, result: RunResult, *, goes_on: bool = False) -> OpenCodeBudgetError | None:
+        """The error for a run that costs more than ``max_cost`` and is not done.
+
+        Args:
+            goes_on: It is to have a further turn.
+        """
         limit, spent = self.limits.max_cost, result.total_cost
         # A run whose last step has closed is done, and is not taken from the user for its price.
-        is_done = result.finish_reason not in (None, "tool-calls")
+        is_done = result.finish_reason not in (None, "tool-calls") and not goes_on
         if limit is None or spent <= limit or is_done:
             return None
         return OpenCodeBudgetError(

@@ -1,6 +1,6 @@
 """A server in use: a connection, its event stream, and the turns under way.
 
-    begin(prompt, workspace, cfg) --> session: new, continued or forked --> prompt sent --> Turn
+    begin(request) --> session: new, continued or forked --> prompt sent --> Turn
 
 Serves a server of our own and one that runs elsewhere alike. Knows what is asked of a server and in
 which order; nothing of processes.
@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import threading
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from ._bodies import command_body, permission_rules, prompt_body, session_body
+from ._bodies import command_body, missing_rules, permission_rules, prompt_body, session_body
 from ._http import Connection
-from ._replies import PermissionAnswer, QuestionAnswer, Replies, allow_once, decline, reject
+from ._replies import Replies, allow_once, decline, reject
+from ._request import Request
+from ._sessions import Sessions, stored_messages
 from ._sse import EventStream, Message, mapping
 from ._translate import REFUSED
 from ._turn import Turn
-from .config import RunConfig
 from .errors import OpenCodeConfigError, OpenCodeServerError
 
 DISPOSE_S = 3.0  # bound on asking a server to end what it runs; it takes 0.3 s
@@ -31,6 +30,7 @@ class Link:
 
     Attributes:
         connection: For requests.
+        sessions: Those that the server keeps.
         version: The server's.
     """
 
@@ -51,6 +51,7 @@ class Link:
             OpenCodeServerError: If the server refuses or does not answer.
         """
         self.connection = Connection(url, username=username, password=password)
+        self.sessions = Sessions(self.connection)
         self._stream = EventStream(self.connection)
         self._has_marks = has_marks
         self._busy: set[str] = set()  # sessions with a turn under way
@@ -82,31 +83,22 @@ class Link:
 
     # -- turns ---------------------------------------------------------------------------------
 
-    def begin(
-        self,
-        prompt: str,
-        workspace: Path,
-        cfg: RunConfig,
-        *,
-        permission: PermissionAnswer | None = None,
-        question: QuestionAnswer = decline,
-    ) -> Turn:
-        """Send *prompt*, in the session that *cfg* says, or a new one.
-
-        Args:
-            permission, question: What to answer to requests; None for what ``cfg.auto`` says.
+    def begin(self, request: Request) -> Turn:
+        """Send the prompt, in the session that its settings say, or a new one.
 
         Raises:
             OpenCodeConfigError: If the session is unknown, in use, or of another directory.
             OpenCodeServerError: If the server refuses or does not answer.
         """
+        cfg, workspace = request.cfg, request.workspace
         directory = cfg.remote_dir or str(workspace)
         body = (
-            prompt_body(prompt, cfg, workspace)
+            prompt_body(request.prompt, cfg, workspace, request.output)
+            # There is no format for a command: it is asked for in words.
             if cfg.command is None
-            else command_body(prompt, cfg, workspace)
+            else command_body(request.instructed, cfg, workspace)
         )
-        session_id = self._session(prompt, directory, cfg)
+        session_id = self._session(request, directory)
         with self._lock:
             if session_id in self._busy:
                 raise OpenCodeConfigError(
@@ -114,7 +106,7 @@ class Link:
                 )
             self._busy.add(session_id)
         try:
-            turn = self._turn(session_id, directory, cfg, permission, question)
+            turn = self._turn(session_id, directory, request)
         except BaseException:
             self._busy.discard(session_id)
             raise
@@ -125,17 +117,11 @@ class Link:
             raise
         return turn
 
-    def _turn(
-        self,
-        session_id: str,
-        directory: str,
-        cfg: RunConfig,
-        permission: PermissionAnswer | None,
-        question: QuestionAnswer,
-    ) -> Turn:
+    def _turn(self, session_id: str, directory: str, request: Request) -> Turn:
+        cfg, answers = request.cfg, request.answers
         is_new = not (cfg.session_id or cfg.continue_session)
-        if permission is None:
-            permission = allow_once if cfg.auto else reject
+        permission = answers.permission or (allow_once if cfg.auto else reject)
+        question = answers.question or decline
         turn = Turn(
             self.connection,
             self._stream.mailbox(session_id),
@@ -152,73 +138,62 @@ class Link:
 
     def _last_message(self, session_id: str, directory: str) -> int:
         """When the session's last message was made; 0 where it has none."""
-        stored = self._get(session_id, "/message", directory=directory, limit=1)
-        times = [mapping(mapping(entry.get("info")).get("time")).get("created") for entry in stored]
+        # Not the last one alone: a prompt whose format was taken away is as young as that.
+        newest = stored_messages(self.connection, session_id, directory, limit=2)
+        times = [mapping(mapping(entry.get("info")).get("time")).get("created") for entry in newest]
         return max((time for time in times if isinstance(time, int)), default=0)
 
     # -- sessions ------------------------------------------------------------------------------
 
-    def _session(self, prompt: str, directory: str, cfg: RunConfig) -> str:
+    def _session(self, request: Request, directory: str) -> str:
+        cfg = request.cfg
         session_id = cfg.session_id
         if cfg.continue_session:
-            session_id = self._latest(directory)
+            session_id = self.sessions.latest(directory)
             if session_id is None and cfg.fork:
                 raise OpenCodeConfigError(f"fork=True, but there is no session yet in {directory}")
         if session_id is None:
-            made = self.connection.post("/session", session_body(prompt, cfg), directory=directory)
+            body = session_body(request.prompt, cfg, **_allowed(request))
+            made = self.connection.post("/session", body, directory=directory)
             session_id = str(made["id"])
         else:
-            session_id = self._taken_up(session_id, directory, cfg)
+            session_id = self._taken_up(session_id, directory, request)
         if cfg.share:
-            self.connection.post(_path(session_id, "/share"), directory=directory)
+            self.sessions.share(session_id, directory)
         return session_id
 
-    def _latest(self, directory: str) -> str | None:
-        found = self.connection.get("/session", directory=directory, roots="true", limit=1)
-        return str(found[0]["id"]) if found else None
-
-    def _taken_up(self, session_id: str, directory: str, cfg: RunConfig) -> str:
-        """The session itself, or a fork of it, with the rules of *cfg* added to its own."""
-        session = self._known(session_id, directory)
+    def _taken_up(self, session_id: str, directory: str, request: Request) -> str:
+        """The session itself, or a fork of it, with the rules of *request* added to its own."""
+        cfg = request.cfg
+        session = self.sessions.known(session_id, directory)
         own = str(session.get("directory"))
         if own != directory:
             raise OpenCodeConfigError(
                 f"session {session_id!r} works in {own!r}, not in {directory!r}: "
                 "pass that workspace"
             )
-        rules, has = permission_rules(cfg), session.get("permission") or []
-        if cfg.fork:
-            rules, has = [*has, *rules], []  # a fork begins without any
-            fork = self.connection.post(_path(session_id, "/fork"), {}, directory=directory)
-            session_id = str(fork["id"])
+        rules = permission_rules(cfg, **_allowed(request))
         change: dict[str, Any] = {}
-        if rules and has[-len(rules) :] != rules:
-            change["permission"] = rules
+        if cfg.fork:
+            session_id = self.sessions.fork(session_id, directory, rules=rules)
+        elif missing := missing_rules(session.get("permission") or (), rules):
+            change["permission"] = missing
         if cfg.title is not None:
             change["title"] = cfg.title
         if change:
-            self.connection.request("PATCH", _path(session_id), change, directory=directory)
+            self.sessions.change(session_id, directory, **change)
         return session_id
 
-    def _known(self, session_id: str, directory: str) -> Any:
-        # An id of another form makes the server fail, not refuse.
-        if session_id.startswith("ses"):
-            try:
-                return self._get(session_id, directory=directory)
-            except OpenCodeServerError as error:
-                if error.status_code != 404:
-                    raise
-        raise OpenCodeConfigError(f"session {session_id!r} is unknown to the server")
 
-    def _get(self, session_id: str, what: str = "", **params: Any) -> Any:
-        return self.connection.get(_path(session_id, what), **params)
+def _allowed(request: Request) -> dict[str, bool]:
+    """What of *request* needs a rule, beside its settings."""
+    return {
+        "with_questions": request.answers.question is not None,
+        "with_output": request.output is not None,
+    }
 
 
 def dispose(connection: Connection) -> None:
     """Have a server end all that it runs, before it is stopped."""
     with suppress(OpenCodeServerError):
         connection.post("/global/dispose", timeout_s=DISPOSE_S)
-
-
-def _path(session_id: str, what: str = "") -> str:
-    return f"/session/{quote(session_id, safe='')}{what}"

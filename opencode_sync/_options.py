@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ._machine import workers_for_processes
+from ._schema import OutputSchema
 from .config import RunConfig
 from .errors import OpenCodeConfigError
 from .stream import Limits
@@ -28,6 +29,7 @@ class Options:
     workspace: str | os.PathLike[str] = "."
     run_cfg: RunConfig = field(default_factory=RunConfig)
     limits: Limits = field(default_factory=Limits)
+    output: OutputSchema | None = None
     keep_events: bool = True
     keep_raw: bool = True
     max_total_cost: float | None = None

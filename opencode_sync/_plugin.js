@@ -1,17 +1,96 @@
-// Loaded by OpenCode itself, with every run that does not ask for pure=True.
+// Loaded by each OpenCode that opencode_sync starts, in each directory before its first tool can run;
+// not by a run that asks for pure=True.
+
+const PASSWORD = "OPENCODE_SERVER_PASSWORD"
+const MARKER = "OPENCODE_SYNC_RUN"
+const LIBRARIES = { darwin: ["libSystem.B.dylib"], linux: ["libc.so.6", `libc.musl-${machine()}.so.1`] }
+
+function machine() {
+  return process.arch === "arm64" ? "aarch64" : "x86_64"
+}
+
+// Of a server: a tool that knew its password could grant itself what it must ask for. The server has
+// read it by now and goes on asking for it; tools get what process.env holds when they start.
+async function forgetPassword() {
+  if (process.env[PASSWORD] === undefined) return
+  await overwrite(PASSWORD)
+  delete process.env[PASSWORD]
+}
+
+// What a process was started with stays readable in /proc/PID/environ and to ps, unless it is
+// written over in place.
+async function overwrite(name) {
+  const { dlopen, FFIType, toArrayBuffer } = await import("bun:ffi")
+  for (const library of LIBRARIES[process.platform] ?? []) {
+    try {
+      const { symbols, close } = dlopen(library, {
+        getenv: { args: [FFIType.cstring], returns: FFIType.ptr },
+        strlen: { args: [FFIType.ptr], returns: FFIType.u64 },
+      })
+      const value = symbols.getenv(Buffer.from(name + "\0"))
+      if (value) new Uint8Array(toArrayBuffer(value, 0, Number(symbols.strlen(value)))).fill(42)
+      return close()
+    } catch {
+      // Not this C library; where it is none of them, the tools' own environment is still clean.
+    }
+  }
+}
+
 // OpenCode retries a provider's refusals without a word of the HTTP status: say it on stderr, where
-// opencode_sync reads it (see _logs.py). Nothing of the request or the answer is touched.
-export const OpencodeSync = async () => {
+// opencode_sync reads it. Nothing of the request or the answer is touched.
+function reportRefusals() {
+  const reported = Symbol.for("opencode_sync.refusals")
+  if (globalThis[reported]) return // another directory's plugin does
+  globalThis[reported] = true
   const fetch = globalThis.fetch
   const observed = async (input, init) => {
     const response = await fetch(input, init)
-    // Models are asked by POST; pages that a tool fetches are not.
-    if (response.status >= 400 && (init?.method ?? input?.method) === "POST") {
-      const seen = { status: response.status, retry_after: response.headers.get("retry-after") }
+    const session = response.status >= 400 && new Headers(init?.headers).get("x-session-id")
+    if (session) {
+      const seen = { status: response.status, retry_after: response.headers.get("retry-after"), session }
       process.stderr.write("opencode-sync: " + JSON.stringify(seen) + "\n")
     }
     return response
   }
   globalThis.fetch = Object.assign(observed, fetch)
-  return {}
+}
+
+// A prompt with a format is sent once more without it (see _turn.py), and keeps its place in forks
+// only if it stays as old as it is.
+function keepTime(formatted, { id, time, format }) {
+  if (format?.type === "json_schema") return formatted.set(id, time.created)
+  if (formatted.has(id)) time.created = formatted.get(id)
+  formatted.delete(id)
+}
+
+export const OpencodeSync = async ({ client }) => {
+  await forgetPassword()
+  reportRefusals()
+  const formatted = new Map() // prompts with a format: when each was made
+  const roots = new Set() // sessions known to be nobody's sub-agent; spares a question per prompt
+  return {
+    event: async ({ event }) => {
+      if (event.type !== "session.created" || event.properties.info.parentID) return
+      if (roots.size > 1000) roots.clear()
+      roots.add(event.properties.info.id)
+    },
+    // The processes of a session's tools are found by its id.
+    "shell.env": async ({ sessionID }, { env }) => {
+      env[MARKER] = [process.env[MARKER], sessionID].filter(Boolean).join("/")
+      // Ours, so that OpenCode's own installations give up soon without a network; npm's default.
+      if (process.env.npm_config_fetch_retries === "0") env.npm_config_fetch_retries = "2"
+    },
+    // Of its parent's rules a sub-agent's session gets the denials alone: what the parent must ask
+    // for, it would just do. This runs after it was created and before it reads its rules.
+    "chat.message": async ({ sessionID }, { message }) => {
+      keepTime(formatted, message)
+      if (roots.has(sessionID)) return
+      const { data: session } = await client.session.get({ path: { id: sessionID } })
+      if (!session?.parentID) return
+      const { data: parent } = await client.session.get({ path: { id: session.parentID } })
+      const permission = [...(parent?.permission ?? []), ...(session.permission ?? [])]
+      const { error } = await client.session.update({ path: { id: sessionID }, body: { permission } })
+      if (error) throw new Error(`no rules for sub-agent ${sessionID}`)
+    },
+  }
 }

@@ -166,7 +166,7 @@ class Process:
         Bounded in time, idempotent, from any thread. Output that was written stays readable.
         """
         assert self._popen is not None
-        _tree.stop(self._token, roots=() if self._popen.returncode is not None else (self.pid,))
+        _tree.stop(self._token, roots=(self.pid,))
         begun = time.monotonic()
         while self.returncode is None and _pause(begun, REAP_S):
             pass

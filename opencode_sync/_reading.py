@@ -149,8 +149,11 @@ def denied_tool(event: Mapping[str, Any]) -> str | None:
     return wanted if isinstance(wanted, str) and wanted in _BUILT_IN_TOOLS else None
 
 
+_REFUSALS = ("rejected permission", "a rule which prevents you", "user dismissed this question")
+
+
 def _is_refusal(text: str) -> bool:
-    return "rejected permission" in text or "a rule which prevents you" in text
+    return any(words in text for words in _REFUSALS)
 
 
 def error_info(error: Any) -> ErrorInfo:

@@ -9,16 +9,15 @@ Knows requests and the bodies of replies; nothing of turns.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ._http import Connection
+from ._request import PermissionAnswer, QuestionAnswer
 from ._sse import Message
 from .errors import OpenCodeServerError
 
 Body = Mapping[str, Any]
-PermissionAnswer = Callable[[Body], Body]
-QuestionAnswer = Callable[[Body], "Body | None"]
 
 
 def reject(request: Body) -> Body:

@@ -1,29 +1,24 @@
 """A batch's jobs as its page tells of them: one short row each, and what a row unfolds to.
 
-    a checkpoint's file --records_in()--+
-    results and errors --records_of()---+--> record --> Row, and detail_of(): values for JSON
+    record --+-- row_of() ----> Row, for the table and the charts
+             +-- detail_of() -> values for JSON
+             +-- short_of() --> a record without tools and events, to be kept in memory
 
-A record is a line of a checkpoint as a mapping: what ``RunResult.to_dict()`` gives, and ``failure``,
-None or the error's ``{"type", "message", ...}``. What is missing or odd counts as nothing. Of long
-texts the beginning is shown; how much was left out stands behind it.
+What is missing or odd in a record counts as nothing. Of long texts the beginning is shown, and
+behind it stands how much was left out.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from ._markup import one_line, printable
 from ._reading import TokenUsage, number_of
-from ._saved import dumped, failure_of
-from .errors import OpenCodeConfigError, OpenCodeError
-from .result import RunResult
-
-Record = Mapping[str, Any]
+from ._report_records import Record
+from ._saved import dumped
 
 STATUSES = ("ok", "error", "denied", "incomplete", "timed_out", "cancelled", "over_budget")
 _STATUS_OF = {  # of jobs that ended with an error, whatever their run had come to
@@ -32,10 +27,9 @@ _STATUS_OF = {  # of jobs that ended with an error, whatever their run had come 
     "OpenCodeCancelledError": "cancelled",
     "OpenCodeBudgetError": "over_budget",
 }
-_KEY = b'{"key": '  # how each line of a checkpoint begins
-
 # Characters of a text that are shown, and how many of a kind.
 _ROW_CHARS = 200
+_SHORT_CHARS = 2_000
 _PROMPT_CHARS = 20_000
 _ANSWER_CHARS = 50_000
 _TOOL_CHARS = 4_000
@@ -72,68 +66,6 @@ class Row:
     @property
     def ended_at(self) -> float | None:
         return None if self.started_at is None else self.started_at + self.seconds
-
-
-def records_of(ends: Iterable[RunResult | OpenCodeError]) -> Iterator[Record]:
-    """Results, and errors that stand in a result's place, as records."""
-    for end in ends:
-        if isinstance(end, RunResult):
-            yield {**end.to_dict(), "failure": None}
-            continue
-        result = end.result or RunResult(prompt=end.prompt or "", index=end.index, key=end.key)
-        yield {**result.to_dict(), "failure": failure_of(end)}
-
-
-def records_in(checkpoint: str | os.PathLike[str]) -> Iterator[Record]:
-    """The jobs in a checkpoint's file, the last line of each key; may be done while it is written.
-
-    Raises:
-        OpenCodeConfigError: There is no such file, or it is no checkpoint.
-    """
-    path = Path(checkpoint).expanduser()
-    try:
-        with open(path, "rb") as file:
-            for number, offset in sorted(_places(file)):
-                file.seek(offset)
-                record = _parsed(line := file.readline())
-                if record is None and not line.endswith(b"\n"):
-                    continue  # cut off, or being written
-                if record is None:
-                    raise OpenCodeConfigError(
-                        f"{str(path)!r}: line {number} is no line of a checkpoint"
-                    )
-                yield record
-    except OSError as error:
-        raise OpenCodeConfigError(f"{str(path)!r}: {error.strerror or error}") from error
-
-
-def _places(lines: Iterable[bytes]) -> Iterable[tuple[int, int]]:
-    """Number and offset of the last line of each key."""
-    places: dict[str, tuple[int, int]] = {}
-    offset = 0
-    for number, line in enumerate(lines, 1):
-        places[_key_in(line) or f"line {number}"] = number, offset
-        offset += len(line)
-    return places.values()
-
-
-def _key_in(line: bytes) -> str | None:
-    """The key's JSON, without a look at the rest of a line that may be long."""
-    if not line.startswith(_KEY) or not line.endswith(b"\n"):
-        return None
-    try:
-        key, _ = json.JSONDecoder().raw_decode(line[len(_KEY) :].decode("utf-8", "replace"))
-    except ValueError:
-        return None
-    return json.dumps(key)
-
-
-def _parsed(line: bytes) -> Record | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) and "failure" in record else None
 
 
 # --- in short ------------------------------------------------------------------------------------
@@ -205,6 +137,33 @@ def _tool_parts(record: Record) -> list[Record]:
     return [part for part in parts if part.get("tool")]
 
 
+def short_of(record: Record) -> Record:
+    """*record* with the beginnings of its texts, and of tools their names; a record itself."""
+    error, failure = _mapping(record, "error"), _mapping(record, "failure")
+    figures = ("status", "index", "key", "duration_s", "attempts", "turns", "total_cost")
+    facts = ("token_usage", "session_id", "workspace", "finish_reason", "exit_code")
+    return {
+        **{name: record.get(name) for name in (*figures, *facts)},
+        "started_at": _started_at(record),
+        "prompt": _cut(_text(record, "prompt"), _SHORT_CHARS),
+        "answer": _cut(_text(record, "answer"), _SHORT_CHARS),
+        "denied_tools": _items(record, "denied_tools")[:_MAX_ITEMS],
+        "tool_calls": [
+            {"part": {"tool": part["tool"]}} for part in _tool_parts(record)[:_MAX_TOOLS]
+        ],
+        "error": _with_short_message(error),
+        "failure": _with_short_message(failure),
+        "left_out": "a batch without a checkpoint keeps only the beginnings of its texts",
+    }
+
+
+def _with_short_message(error: Record) -> Record | None:
+    """An error's or failure's name and words, or None where there is none."""
+    names = [name for name in ("type", "name", "status_code") if name in error]
+    message = _cut(_text(error, "message"), _SHORT_CHARS)
+    return {**{name: error[name] for name in names}, "message": message} if error else None
+
+
 # --- unfolded ------------------------------------------------------------------------------------
 
 
@@ -218,7 +177,8 @@ def detail_of(record: Record, *, brief: bool = False) -> dict[str, Any]:
     parsed = record.get("parsed")
     message = _message(record)
     stderr = _text(record, "stderr")[-_TOOL_CHARS:] if message else ""
-    most = _TOOL_CHARS if brief else _ANSWER_CHARS
+    left_out = _text(record, "left_out") or ("the page would become too large" if brief else "")
+    most = _TOOL_CHARS if left_out else _ANSWER_CHARS
     detail: dict[str, Any] = {
         "prompt": _cut(_text(record, "prompt"), min(most, _PROMPT_CHARS)),
         "before": _cut(text.removesuffix(answer).rstrip(), most),
@@ -228,9 +188,9 @@ def detail_of(record: Record, *, brief: bool = False) -> dict[str, Any]:
         "parsed": None if parsed is None else _cut(_pretty(parsed), most),
         "denied": [one_line(str(name), 40) for name in _items(record, "denied_tools")[:_MAX_ITEMS]],
         "facts": _facts(record),
-        "brief": brief,
+        "left_out": left_out,
     }
-    if not brief:
+    if not left_out:
         tools, events = _tool_parts(record), _mappings(record, "events")
         started = _started_at(record)
         detail["tools"] = [_tool(part) for part in tools[:_MAX_TOOLS]]

@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+from ._schema import OutputSchema
 from .config import RunConfig
 from .errors import OpenCodeConfigError
 
 StrPath = str | os.PathLike[str]
+PermissionAnswer = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""The body of the reply to a permission request, given the request's."""
+QuestionAnswer = Callable[[Mapping[str, Any]], "Mapping[str, Any] | None"]
+"""The same for a question; None declines it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What to answer to the requests of a run; None for what its settings say."""
+
+    permission: PermissionAnswer | None = None
+    question: QuestionAnswer | None = None
+
+
+NO_ANSWERS = Answers()
+"""Of a run that has nobody to ask."""
 
 
 @dataclass(frozen=True)
 class Request:
     """A prompt with its directory and settings.
+
+    Attributes:
+        output: What the answer has to look like.
+        answers: What to answer to requests in the meantime.
+        is_repair: It sends back an answer that did not; the session has been told the schema.
 
     Raises:
         OpenCodeConfigError: When made, of a prompt or a file that cannot be passed on.
@@ -24,6 +47,16 @@ class Request:
     prompt: str
     workspace: Path
     cfg: RunConfig
+    output: OutputSchema | None = None
+    answers: Answers = NO_ANSWERS
+    is_repair: bool = False
+
+    @property
+    def instructed(self) -> str:
+        """The prompt, with words for what the answer has to look like."""
+        if self.output is None or self.is_repair:
+            return self.prompt
+        return f"{self.prompt}\n\n{self.output.instruction}"
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt, self.cfg)

@@ -2,6 +2,8 @@
 
     run(prompt, ...) --------> stream(prompt, ...) --wait()--> RunResult
     stream(prompt, ...) --> Request --> _open() of the subclass --> RunStream
+                               ^                                       |
+                               +--- a further turn <--- SchemaReview --+
 
 A subclass says how one request becomes a source of events; everything else is the same for a
 process per run and for a server. The verbs for many runs are in the room of the runner.
@@ -13,14 +15,16 @@ import abc
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ._futures import cancel_together
-from ._request import Request, StrPath, directory
+from ._repair import SchemaReview
+from ._request import NO_ANSWERS, Answers, Request, StrPath, directory
+from ._schema import OutputSchema, output_schema
 from .config import RunConfig, validate_config_for_run
 from .errors import OpenCodeCancelledError, OpenCodeConfigError
 from .result import RunResult
-from .stream import Limits, RunStream, Source
+from .stream import Limits, OpenSource, RunStream, Source
 
 CLOSE_S = 8.0  # bound on waiting for other threads' runs to end; stopping one takes 5 s at most
 
@@ -50,6 +54,8 @@ class Runs(abc.ABC):
         log_file: StrPath | None = None,
         max_retries: int = 2,
         retry_delay_s: float = 1.0,
+        schema: Any = None,
+        max_repairs: int = 1,
     ) -> RunResult:
         """Run one prompt to its end.
 
@@ -64,9 +70,15 @@ class Runs(abc.ABC):
                 Truncated at the start of the run.
             max_retries: Further attempts after a start-up failure that is safe to repeat.
             retry_delay_s: Seconds between attempts.
+            schema: What the answer has to look like, to be validated and given as ``parsed``: a
+                pydantic model class, a dataclass, a ``TypedDict`` or another type, or a JSON
+                Schema as a mapping.
+            max_repairs: How often an answer that does not fit is sent back in the same session,
+                with the validator's words. All that is counted is counted over all turns.
 
         Raises:
             OpenCodeConfigError: Refused before anything was started.
+            OpenCodeOutputError: No answer did fit *schema*.
             OpenCodeError: One of its subclasses, with what was got as ``.result``. Whichever way
                 it ends, the process and its tools are gone. A denied tool is no error: it stands
                 in the result's ``status`` and ``denied_tools``.
@@ -81,6 +93,8 @@ class Runs(abc.ABC):
             log_file=log_file,
             max_retries=max_retries,
             retry_delay_s=retry_delay_s,
+            schema=schema,
+            max_repairs=max_repairs,
         ) as stream:
             return stream.wait()
 
@@ -96,6 +110,8 @@ class Runs(abc.ABC):
         log_file: StrPath | None = None,
         max_retries: int = 2,
         retry_delay_s: float = 1.0,
+        schema: Any = None,
+        max_repairs: int = 1,
         keep_events: bool = True,
         keep_raw: bool = True,
     ) -> RunStream:
@@ -110,12 +126,15 @@ class Runs(abc.ABC):
                 raised by the iteration, after the last event.
         """
         self._check_open()
-        limits = Limits(timeout_s, idle_timeout_s, max_cost, max_retries, retry_delay_s)
+        limits = Limits(
+            timeout_s, idle_timeout_s, max_cost, max_retries, retry_delay_s, max_repairs
+        )
         return self._begin(
             prompt,
             workspace,
             limits,
             run_cfg=run_cfg,
+            output=output_schema(schema),
             log_file=log_file,
             keep_events=keep_events,
             keep_raw=keep_raw,
@@ -128,16 +147,31 @@ class Runs(abc.ABC):
         limits: Limits,
         *,
         run_cfg: RunConfig | None = None,
+        output: OutputSchema | None = None,
+        answers: Answers = NO_ANSWERS,
         log_file: StrPath | None = None,
         keep_events: bool = True,
         keep_raw: bool = True,
         on_begin: Callable[[RunStream], None] | None = None,
+        on_end: Callable[[RunStream], None] | None = None,
     ) -> RunStream:
-        """Start one prompt; *on_begin* gets the stream before anything is started."""
-        request = Request(prompt, directory(workspace), self._checked(run_cfg))
+        """Start one prompt.
 
-        def open_source(cancelled: Callable[[], bool]) -> Source:
-            return self._open(request, cancelled, keep_raw)
+        Args:
+            answers: To what is asked in the meantime.
+            on_begin: Gets the stream before anything is started.
+            on_end: Gets it when it has ended, in whichever thread.
+        """
+        cfg = self._checked(run_cfg, may_ask=answers is not NO_ANSWERS)
+        request = Request(prompt, directory(workspace), cfg, output, answers)
+        held_against_schema = SchemaReview(request, limits.max_repairs)
+
+        def opening(request: Request) -> OpenSource:
+            return lambda cancelled: self._open(request, cancelled, keep_raw)
+
+        def review(result: RunResult) -> OpenSource | None:
+            further = held_against_schema(result)
+            return None if further is None else opening(further)
 
         def remember(stream: RunStream) -> None:
             self._streams[id(stream)] = weakref.ref(stream)
@@ -146,14 +180,20 @@ class Runs(abc.ABC):
             if on_begin is not None:
                 on_begin(stream)
 
+        def forget(stream: RunStream) -> None:
+            self._streams.pop(id(stream), None)
+            if on_end is not None:
+                on_end(stream)
+
         return RunStream(
-            open_source,
+            opening(request),
             RunResult(prompt=prompt, workspace=str(request.workspace)),
             limits,
             log_file=log_file,
             keep_events=keep_events,
+            review=review,
             on_begin=remember,
-            on_end=self._forget,
+            on_end=forget,
         )
 
     def close(self) -> None:
@@ -180,20 +220,17 @@ class Runs(abc.ABC):
     def _open(self, request: Request, cancelled: Callable[[], bool], keep_raw: bool) -> Source:
         """Start one attempt at *request*."""
 
-    def _check(self, cfg: RunConfig) -> None:
+    def _check(self, cfg: RunConfig, *, may_ask: bool = False) -> None:
         """Refuse settings that this kind of runner cannot follow."""
-        validate_config_for_run(cfg)
+        validate_config_for_run(cfg, may_ask=may_ask)
 
-    def _checked(self, run_cfg: RunConfig | None) -> RunConfig:
+    def _checked(self, run_cfg: RunConfig | None, *, may_ask: bool = False) -> RunConfig:
         cfg = self._run_cfg if run_cfg is None else run_cfg
         if not isinstance(cfg, RunConfig):
             raise OpenCodeConfigError(f"run_cfg is {type(cfg).__name__}: use a RunConfig")
-        self._check(cfg)
+        self._check(cfg, may_ask=may_ask)
         return cfg
 
     def _check_open(self) -> None:
         if self._closed:
             raise OpenCodeConfigError(f"this {type(self).__name__} is closed: make a new one")
-
-    def _forget(self, stream: RunStream) -> None:
-        self._streams.pop(id(stream), None)

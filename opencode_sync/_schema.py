@@ -1,8 +1,9 @@
 """The shape of an answer: asked for in words, found in a text, validated.
 
-    schema (a class, a type, a JSON Schema) --> OutputSchema --+--> instruction   for the prompt
-    answer text --> JSON values in it --> validated value  <---+
-                                      +-> the validator's words, for a repair
+    schema (a class, a type, a JSON Schema) --> OutputSchema --+--> instruction   for a prompt
+                                                               +--> tool_schema   for a server
+    answer text --> JSON values in it --+--> Fit: the value, validated
+    what the tool was given ------------+--> SchemaMismatch: the validator's words, for a repair
 
 pydantic validates classes and types, jsonschema validates mappings; both are imported when used.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import OpenCodeConfigError
 
@@ -23,6 +24,8 @@ _FENCED = re.compile(r"```[\w-]*[ \t]*\n(.*?)```", re.DOTALL)
 _OPENING = re.compile(r"[\[{]")
 _MOST_STARTS = 200  # where a value may begin in prose; a text of braces alone would take for ever
 _MOST_WORDS = 20  # faults told to the model at a time
+_WRAPPED = "value"
+_SHARED = ("$defs", "definitions")  # where a schema keeps what it refers to
 
 
 class SchemaMismatch(Exception):
@@ -33,11 +36,20 @@ class SchemaMismatch(Exception):
         self.faults = faults
 
 
+class Fit(NamedTuple):
+    """A value that fits, and the JSON that it was made of."""
+
+    value: Any
+    json: Any
+
+
 class OutputSchema:
     """What an answer has to look like; picklable as what it was made of.
 
     Attributes:
         json_schema: The same as a JSON Schema.
+        tool_schema: The same for arguments of a tool, which are an object: *json_schema*, or an
+            object with such a value.
     """
 
     def __init__(self, schema: Any) -> None:
@@ -55,6 +67,8 @@ class OutputSchema:
             self.json_schema = _checked_schema(schema)
         else:
             self._adapter, self.json_schema = _adapted(schema)
+        self._is_object = self.json_schema.get("type") == "object"
+        self.tool_schema = self.json_schema if self._is_object else _wrapped(self.json_schema)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OutputSchema, (self._source,)
@@ -78,7 +92,11 @@ class OutputSchema:
         )
 
     def parse(self, text: str) -> Any:
-        """The validated value of the JSON in *text*: bare, in a fenced block, or amid prose.
+        """The validated value of the JSON in *text*; see :meth:`find`."""
+        return self.find(text).value
+
+    def find(self, text: str) -> Fit:
+        """The JSON in *text* that fits: bare, in a fenced block, or amid prose.
 
         Raises:
             SchemaMismatch: With what is wrong with the likeliest value.
@@ -86,10 +104,19 @@ class OutputSchema:
         first: SchemaMismatch | None = None
         for value in _json_values(text):
             try:
-                return self.validate(value)
+                return Fit(self.validate(value), value)
             except SchemaMismatch as mismatch:
                 first = first or mismatch
         raise first or SchemaMismatch(["the answer holds no JSON value"])
+
+    def take(self, arguments: Any) -> Fit:
+        """What a tool of *tool_schema* was called with, if it fits; raises SchemaMismatch."""
+        value = arguments
+        if not self._is_object:
+            if not isinstance(arguments, Mapping) or _WRAPPED not in arguments:
+                raise SchemaMismatch([f"$: {_WRAPPED!r} is missing"])
+            value = arguments[_WRAPPED]
+        return Fit(self.validate(value), value)
 
     def validate(self, value: Any) -> Any:
         """The validated form of a JSON value; raises SchemaMismatch."""
@@ -98,15 +125,17 @@ class OutputSchema:
         from pydantic import ValidationError
 
         try:
-            return self._adapter.validate_python(value)
+            # By the rules for JSON, after which a date is a str also where a model is strict.
+            return self._adapter.validate_json(json.dumps(value))
         except ValidationError as error:
             raise SchemaMismatch(
                 [f"{_path(fault['loc'])}: {fault['msg']}" for fault in error.errors()]
             ) from None
 
-    def dump(self, parsed: Any) -> Any:
-        """A validated value as plain JSON, from which :meth:`validate` makes it again."""
-        return parsed if self._adapter is None else self._adapter.dump_python(parsed, mode="json")
+
+def output_schema(schema: Any) -> OutputSchema | None:
+    """Of the argument *schema* of a verb, where None stands for none."""
+    return None if schema is None else OutputSchema(schema)
 
 
 def _adapted(schema: Any) -> tuple[TypeAdapter[Any], dict[str, Any]]:
@@ -140,6 +169,35 @@ def _checked_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise OpenCodeConfigError(f"schema is no JSON: {error}") from None
     return plain
+
+
+def _wrapped(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """An object with a value of *schema*, whose references lead to the same as before."""
+    inner = {key: value for key, value in schema.items() if key not in (*_SHARED, "$schema")}
+    shared = {key: _moved(schema[key]) for key in _SHARED if key in schema}
+    return {
+        "type": "object",
+        "properties": {_WRAPPED: _moved(inner)},
+        "required": [_WRAPPED],
+        **shared,
+    }
+
+
+def _moved(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_moved(each) for each in value]
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        key: f"#/properties/{_WRAPPED}{each[1:]}" if _leads_inside(key, each) else _moved(each)
+        for key, each in value.items()
+    }
+
+
+def _leads_inside(key: str, value: Any) -> bool:
+    shared = tuple(f"#/{name}/" for name in _SHARED)
+    is_local = key == "$ref" and isinstance(value, str) and value.startswith("#")
+    return is_local and not value.startswith(shared)
 
 
 def _validate_mapping(schema: dict[str, Any], value: Any) -> Any:

@@ -20,23 +20,18 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from . import _tree
+from ._command import add_plugin
 from .errors import OpenCodeBinaryNotFoundError, OpenCodeServerError, strip_ansi
 
 _log = logging.getLogger("opencode_sync")
 
-PLUGIN = Path(__file__).with_name("_server_plugin.js")
 LINES_KEPT = 20
 JOIN_S = 2.0  # bound on waiting for our own threads, once the child is gone
 
 _LISTENING = "listening on http"
 _REFUSAL = "opencode-sync: "  # what the plugin's lines begin with
-
-# Without a network OpenCode tries for 70 s to install what plugins may need, in each directory,
-# before it answers; the plugin gives tools npm's own default back.
-_ENVIRONMENT = {"npm_config_fetch_retries": "0"}
 
 
 class Server:
@@ -110,9 +105,7 @@ class Server:
                 stderr=output.fileno(),
                 cwd=directory,
                 env={
-                    **_ENVIRONMENT,
-                    **env,
-                    "OPENCODE_CONFIG_CONTENT": _with_plugin(env.get("OPENCODE_CONFIG_CONTENT")),
+                    **add_plugin(dict(env)),
                     "OPENCODE_SERVER_PASSWORD": self.password,
                     "OPENCODE_SERVER_USERNAME": "opencode",
                     "PWD": str(directory),
@@ -203,22 +196,3 @@ def _ending(status: int) -> str:
     with suppress(ValueError):
         return f"was ended by signal {-status} ({signal.Signals(-status).name})"
     return f"was ended by signal {-status}"
-
-
-def _with_plugin(content: str | None) -> str:
-    """The configuration with our plugin in it, beside those that are there."""
-    config: dict[str, Any] = json.loads(content) if content else {}
-    plugins = config.get("plugin")
-    config["plugin"] = [*(plugins if isinstance(plugins, list) else []), PLUGIN.as_uri()]
-    return json.dumps(config, ensure_ascii=False)
-
-
-def spare_installation(config_home: Path) -> None:
-    """Have OpenCode find nothing to install in an empty configuration directory of ours.
-
-    It would take 3 s, and the first prompt in each directory waits for it.
-    """
-    directory = config_home / "opencode"
-    (directory / "node_modules").mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = {"packages": {"": {"dependencies": {"@opencode-ai/plugin": "*"}}}}
-    (directory / "package-lock.json").write_text(json.dumps(lock), encoding="utf-8")

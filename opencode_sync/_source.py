@@ -50,3 +50,9 @@ class Source(Protocol):
 
 OpenSource = Callable[[Callable[[], bool]], Source]
 """Starts an attempt; its argument tells whether the job was cancelled in the meantime."""
+
+Review = Callable[[RunResult], OpenSource | None]
+"""Looks at a run that ended well: None if that was all, or how a further turn of it is begun.
+
+What it raises is the run's error.
+"""

@@ -1,18 +1,21 @@
 """What a batch did, counted as it goes: BatchReport is one look at it.
 
-Holds numbers and the few slowest jobs, so that its size does not grow with the batch.
+Holds numbers, the few slowest jobs, and of the others a bounded number in short, so that its size
+does not grow with the batch.
 """
 
 from __future__ import annotations
 
 import heapq
+import os
 import threading
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ._markup import html_table
+from ._report_kept import Kept
 from .errors import OpenCodeError
 from .result import RunResult, TokenUsage
 
@@ -53,6 +56,7 @@ class BatchReport:
         lowest_workers: The least that the refusals brought that down to.
         slowest: The jobs that took longest, slowest first.
         errors: How many errors there were, by kind.
+        kept: What :meth:`to_html` tells of the single jobs.
     """
 
     done: int = 0
@@ -70,10 +74,31 @@ class BatchReport:
     lowest_workers: int = 0
     slowest: tuple[SlowJob, ...] = ()
     errors: dict[str, int] = field(default_factory=dict)
+    kept: Kept | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as values that ``json`` takes."""
-        return asdict(self)
+        """The numbers as values that ``json`` takes."""
+        data = asdict(replace(self, kept=None))
+        del data["kept"]
+        return data
+
+    def to_html(self, path: str | os.PathLike[str], *, title: str | None = None) -> None:
+        """Write a page for looking through the jobs, one file that needs nothing else.
+
+        With a checkpoint it has all jobs that are in it, with their tools and events, those of
+        earlier batches too. Without one it has the last 10,000 jobs and the beginnings of their
+        texts; a page of results that were kept is made by ``results_to_html``.
+
+        Args:
+            title: What stands at its head; the checkpoint's name, unless given.
+
+        Raises:
+            OpenCodeConfigError: Jinja2 is not installed, or *path* cannot be written.
+        """
+        from .report import write_html
+
+        kept = self.kept or Kept()
+        write_html(kept.records(), path, title=title or kept.title)
 
     def _repr_html_(self) -> str:
         """For notebooks: the same as a small table."""
@@ -113,7 +138,8 @@ class BatchReport:
 class Tally:
     """Counts what happens to a batch's jobs; from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Kept | None = None) -> None:
+        self._kept = kept or Kept()
         self._lock = threading.Lock()
         self._began: float | None = None
         self._ended: float | None = None
@@ -161,8 +187,12 @@ class Tally:
         key: str | None,
         end: RunResult | OpenCodeError,
         busy_s: float = 0.0,
+        *,
+        is_saved: bool = False,
     ) -> None:
-        """Count a job that has ended."""
+        """Count a job that has ended; one that is in no checkpoint is kept in short."""
+        if not is_saved:
+            self._kept.add(end)
         result = end.result if isinstance(end, OpenCodeError) else end
         with self._lock:
             self._counts["failed" if isinstance(end, OpenCodeError) else "done"] += 1
@@ -198,6 +228,7 @@ class Tally:
                 lowest_workers=lowest,
                 slowest=tuple(job for *_, job in sorted(self._slowest, reverse=True)),
                 errors=dict(self._errors.most_common()),
+                kept=self._kept,
             )
 
     def _spend(self, result: RunResult | None) -> None:

@@ -14,6 +14,7 @@ from concurrent.futures import BrokenExecutor, CancelledError, Future
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from ._schema import OutputSchema
 from ._throttle import is_rate_limit, retry_after_s
 from .config import RunConfig
 from .errors import OpenCodeBudgetError, OpenCodeCancelledError, OpenCodeError
@@ -61,6 +62,7 @@ class Settings:
     """What all tasks of a batch have in common."""
 
     limits: Limits
+    output: OutputSchema | None = None
     keep_events: bool = True
     keep_raw: bool = True
 
@@ -121,6 +123,7 @@ def carry_out(
             task.workspace,
             limits,
             run_cfg=task.run_cfg,
+            output=settings.output,
             keep_events=settings.keep_events,
             keep_raw=settings.keep_raw,
             on_begin=on_begin,

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
+from ._bodies import OUTPUT_TOOL
 from ._sse import Message, mapping
 from .events import Event
 
@@ -35,6 +36,7 @@ class Translator:
         has_begun: The server has taken the prompt.
         has_used_tools: A tool has run, so that something of it may be left.
         structured: The last structured output, unchecked; None where there was none.
+        prompt_id: The message that the prompt became; None until it has.
     """
 
     def __init__(self, session_id: str, *, since: int = 0, with_reasoning: bool = False) -> None:
@@ -45,6 +47,8 @@ class Translator:
         """
         self.has_begun = self.has_used_tools = False
         self.structured: Any = None
+        self.prompt_id: str | None = None
+        self._has_output = False
         self._session_id = session_id
         self._since = since
         self._began_at = since
@@ -114,6 +118,7 @@ class Translator:
         if info.get("role") == "user":
             if not self.has_begun:
                 self.has_begun, self._began_at = True, _created(info)
+                self.prompt_id = message_id
             return []
         self._has_answer = True
         if mapping(info.get("time")).get("completed"):
@@ -138,11 +143,17 @@ class Translator:
                 return []
         elif kind == "tool":
             self.has_used_tools = True
-            if mapping(part.get("state")).get("status") not in ("completed", "error"):
+            status = mapping(part.get("state")).get("status")
+            if status not in ("completed", "error"):
                 return []
             kind = "tool_use"
+            self._has_output |= (
+                is_root and part.get("tool") == OUTPUT_TOOL and status == "completed"
+            )
         elif kind in _STEPS:
             kind = _STEPS[kind]
+            if is_root and self._has_output and part.get("reason") == "tool-calls":
+                part = {**part, "reason": "stop"}  # whatever else it says, this step is the last
         else:
             return []
         self._told.add(part_id)
@@ -195,6 +206,8 @@ class Translator:
             return []
         if self._is_stopped and key[0] == "MessageAbortedError":
             return []
+        if key[0] == "StructuredOutputError":
+            return []  # an answer in words; whether they will do is for others to say
         self._errors.add(key)
         return [_event("error", self._session_id, error=dict(error))]
 

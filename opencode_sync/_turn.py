@@ -18,8 +18,9 @@ from typing import Any
 from urllib.parse import quote
 
 from . import _tree
-from ._http import Connection
+from ._http import REQUEST_S, Connection
 from ._replies import Replies
+from ._sessions import stored_messages
 from ._sse import GAP, Mailbox, Message, mapping
 from ._translate import Translator
 from .errors import (
@@ -78,6 +79,7 @@ class Turn:
         self._keep_background = keep_background
         self._has_marks = has_marks
         self._replies = replies or Replies(connection, directory)
+        self._sent: Mapping[str, Any] = {}
         self._on_close: list[Callable[[], None]] = []
         self._look_s = LOOK_S
         self._idle_looks = 0
@@ -87,11 +89,6 @@ class Turn:
     @property
     def is_over(self) -> bool:
         return self._is_done
-
-    @property
-    def structured(self) -> Any:
-        """The structured output as the model gave it, unchecked; None where there is none."""
-        return self._translator.structured
 
     def on_close(self, call: Callable[[], None]) -> None:
         """Have *call* called once, when all is done."""
@@ -103,6 +100,7 @@ class Turn:
         Raises:
             OpenCodeServerError: If it refuses.
         """
+        self._sent = body
         if "command" not in body:
             self._connection.post(self._path("prompt_async"), body, directory=self._directory)
             return
@@ -159,7 +157,9 @@ class Turn:
         may_have_left = self._translator.has_used_tools and not self._keep_background
         if may_have_left or self._was_stopped or self._loss is not None:
             self._stop_tools()
+        self._take_format_away()
         result.session_id = self.session_id
+        result._json = self._translator.structured
         if self._loss is not None:
             self._loss.result = result
             return self._loss
@@ -236,7 +236,7 @@ class Turn:
         while new := [name for name in self._mailbox.sessions if name not in told]:
             for session_id in new:
                 told.add(session_id)
-                stored = self._get(f"/session/{quote(session_id, safe='')}/message")
+                stored = self._messages(session_id)
                 events += self._translator.read_stored(session_id, stored)
                 for part in (part for entry in stored for part in entry.get("parts") or ()):
                     metadata = mapping(mapping(mapping(part).get("state")).get("metadata"))
@@ -249,22 +249,44 @@ class Turn:
     def _path(self, verb: str) -> str:
         return f"/session/{quote(self.session_id, safe='')}/{verb}"
 
-    def _get(self, path: str, **params: Any) -> Any:
-        return self._connection.get(path, directory=self._directory, **params) or ()
+    def _get(self, path: str) -> Any:
+        return self._connection.request(
+            "GET", path, directory=self._directory, timeout_s=self._bound()
+        )
 
-    def _is_busy(self, **bounds: Any) -> bool:
-        return self.session_id in self._get("/session/status", **bounds)
+    def _messages(self, session_id: str, **bounds: Any) -> list[Any]:
+        return stored_messages(
+            self._connection, session_id, self._directory, timeout_s=self._bound(), **bounds
+        )
+
+    def _bound(self) -> float:
+        return ABORT_S if self._was_stopped else REQUEST_S
+
+    def _is_busy(self) -> bool:
+        return self.session_id in self._get("/session/status")
 
     def _has_begun(self) -> bool:
-        if self._is_done or self._translator.has_begun or self._is_busy(timeout_s=ABORT_S):
+        if self._is_done or self._translator.has_begun or self._is_busy():
             return True
-        last = self._get(self._path("message"), limit=1, timeout_s=ABORT_S)
-        return any(map(self._translator.covers, last))
+        # None where it is our own prompt, with a format: see stored_messages().
+        last = self._messages(self.session_id, limit=1)
+        return not last or any(map(self._translator.covers, last))
 
     def _abort(self) -> None:
         if not self._is_done:
             path = self._path("abort")
             self._connection.post(path, directory=self._directory, timeout_s=ABORT_S)
+
+    def _take_format_away(self) -> None:
+        """Leave a session that can be read and forked: with a format in it, it cannot (1.18.33)."""
+        if "format" not in self._sent or self._loss is not None:
+            return
+        kept = {key: value for key, value in self._sent.items() if key not in ("format", "parts")}
+        body = {**kept, "messageID": self._translator.prompt_id, "noReply": True, "parts": []}
+        # The answer is there all the same.
+        with contextlib.suppress(OpenCodeServerError):
+            path = self._path("message")
+            self._connection.post(path, body, directory=self._directory, timeout_s=ABORT_S)
 
     def _stop_tools(self) -> None:
         if self._has_marks:

@@ -19,6 +19,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
@@ -26,12 +27,13 @@ from ._dispatch import Dispatch
 from ._fingerprint import job_fingerprint, settings_fingerprint
 from ._options import Options
 from ._progress import Progress
+from ._report_kept import Kept
 from ._request import absolute
 from ._tally import BatchReport, Tally
 from ._task import End, Settings, Streams, Task
 from ._throttle import Throttle
 from .checkpoint import Checkpoint, Saved
-from .config import Job
+from .config import Job, RunConfig
 from .errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
 from .result import RunResult
 
@@ -56,7 +58,8 @@ class BatchRun(Iterator[T], Generic[T]):
         self._most = options.workers()
         self._buffersize = options.buffersize or 2 * self._most
         self._runner = runner
-        self._tally = Tally()
+        path = options.checkpoint
+        self._tally = Tally(Kept(None if path is None else Path(path).expanduser()))
         self._dispatch: Dispatch | None = None
         self._checkpoint: Checkpoint | None = None
         self._own_executor: ThreadPoolExecutor | None = None
@@ -199,7 +202,7 @@ class BatchRun(Iterator[T], Generic[T]):
         timeout_s = options.limits.timeout_s if job.timeout_s is None else job.timeout_s
         key, fingerprint = job.key, ""
         if self._checkpoint is not None:
-            own = self._settings if job.run_cfg is None else settings_fingerprint(cfg)
+            own = self._settings if job.run_cfg is None else self._fingerprint(cfg)
             fingerprint = job_fingerprint(job.prompt, workspace, own)
             key = self._checkpoint.take_key(key, fingerprint)
         return Task(index, job.prompt, workspace, key, cfg, timeout_s, fingerprint)
@@ -212,21 +215,25 @@ class BatchRun(Iterator[T], Generic[T]):
             end.prompt, end.key, end.result.index = end.result.prompt, end.result.key, index
         return end
 
+    def _fingerprint(self, cfg: RunConfig) -> str:
+        output = self._options.output
+        return settings_fingerprint(cfg, None if output is None else output.json_schema)
+
     # -- beginning and end -----------------------------------------------------------------------
 
     def _begin(self) -> Dispatch:
         if self._dispatch is not None:
             return self._dispatch
         options = self._options
-        self._settings = settings_fingerprint(options.run_cfg)
+        self._settings = self._fingerprint(options.run_cfg)
         if options.checkpoint is not None:
-            self._checkpoint = Checkpoint(options.checkpoint, self._settings)
+            self._checkpoint = Checkpoint(options.checkpoint, self._settings, options.output)
         if options.progress:
             self._progress = Progress(self._n_jobs, always=options.progress == "always")
         # Nothing that its thread holds may lead back here, or dropping the batch would not end it.
         self._dispatch = Dispatch(
             self._runner,
-            Settings(options.limits, options.keep_events, options.keep_raw),
+            Settings(options.limits, options.output, options.keep_events, options.keep_raw),
             Throttle(self._most, adaptive=options.adaptive),
             self._tally,
             checkpoint=self._checkpoint,

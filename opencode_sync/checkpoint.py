@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._saved import dumped, end_of, failure_of
+from ._schema import OutputSchema, SchemaMismatch
 from .errors import OpenCodeConfigError, OpenCodeError
 from .result import RunResult
 
@@ -53,11 +54,17 @@ class Saved(NamedTuple):
 class Checkpoint:
     """The finished jobs of a batch, in a file that outlives it."""
 
-    def __init__(self, path: str | os.PathLike[str], settings: str) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        settings: str,
+        output: OutputSchema | None = None,
+    ) -> None:
         """Open *path*, or make it.
 
         Args:
             settings: Fingerprint of what all jobs have in common.
+            output: What values are made of again that stand there as JSON.
 
         Raises:
             OpenCodeConfigError: It is in use, damaged, no checkpoint, or of other settings.
@@ -65,6 +72,7 @@ class Checkpoint:
         # What a link leads to, so that two names of one file have one lock.
         self._path = Path(os.path.realpath(os.path.expanduser(path)))
         self._settings = settings
+        self._output = output
         self._index: dict[str, Saved] = {}
         self._taken: dict[str, int] = {}  # how often a key was given out by this batch
         self._superseded = 0
@@ -127,10 +135,20 @@ class Checkpoint:
         return saved is not None and saved.is_failure
 
     def load(self, saved: Saved) -> RunResult | OpenCodeError:
-        """The finished job as it was."""
+        """The finished job as it was.
+
+        Raises:
+            OpenCodeConfigError: If its value does not fit the schema any more.
+        """
         with open(self._path, "rb") as file:
             file.seek(saved.offset)
-            return end_of(json.loads(file.readline()))
+            end = end_of(json.loads(file.readline()))
+        if self._output is not None and isinstance(end, RunResult):
+            try:
+                end._json, end.parsed = end.parsed, self._output.validate(end.parsed)
+            except SchemaMismatch as mismatch:
+                raise self._refusal(f"a value in it does not fit the schema: {mismatch}") from None
+        return end
 
     def write(self, entries: Sequence[Entry]) -> None:
         """Append *entries*; returns when they are on the disk.
@@ -249,6 +267,7 @@ class Checkpoint:
             "settings": self._settings,
             "failure": None if error is None else failure_of(error),
             **{name: value for name, value in result.to_dict().items() if name != "key"},
+            "parsed": result._json,
         }
         return dumped(line) + b"\n"
 

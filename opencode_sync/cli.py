@@ -21,7 +21,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from . import _cli_run
+from . import _cli_chat, _cli_map, _cli_run
+from ._cli_options import DONE, FAILED, INTERRUPTED, REFUSED, TIMED_OUT
+from ._cli_options import tell as _tell
 from ._command import TESTED_VERSION
 from ._version import __version__
 from .errors import (
@@ -30,8 +32,6 @@ from .errors import (
     OpenCodeError,
     OpenCodeTimeoutError,
 )
-
-DONE, FAILED, REFUSED, TIMED_OUT, INTERRUPTED = 0, 1, 2, 124, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,10 +75,6 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, OpenCodeError):
         return str(error)
     return f"{type(error).__name__}: {error} (--debug shows where)"
-
-
-def _tell(text: str) -> None:
-    print(f"opencode-sync: {text}", file=sys.stderr)
 
 
 @contextmanager
@@ -176,6 +172,22 @@ _COMMANDS = (
         'run "Explain this repo" --timeout 600',
         _cli_run.add_options,
         _cli_run.run,
+    ),
+    _Command(
+        "map",
+        "FILE|-",
+        "run many prompts: a file's lines, JSON lines, or CSV",
+        "map prompts.txt --output results.jsonl --server",
+        _cli_map.add_options,
+        _cli_map.run,
+    ),
+    _Command(
+        "chat",
+        "",
+        "talk with it, question by question",
+        "chat --permission ask",
+        _cli_chat.add_options,
+        _cli_chat.run,
     ),
     _Command(
         "doctor", "", "tell what runs lack on this machine", "doctor", _doctor_options, _doctor

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _interrupt, _watchdog
 from ._command import (
@@ -31,6 +32,17 @@ from ._run import ProcessRun
 from .config import RunConfig
 from .errors import OpenCodeConfigError
 from .runner import Request, Runner, StrPath
+from .stream import Source
+
+if TYPE_CHECKING:
+    from ._fleet import Attached
+    from ._sessions import Sessions
+    from .session import Session
+
+_NEEDS_SERVER = (
+    "needs a server: a process per turn asks nobody, and ends with its turn; use a session of "
+    "OpenCodeServer"
+)
 
 
 class OpenCodeClient(Runner):
@@ -84,6 +96,8 @@ class OpenCodeClient(Runner):
         self._isolate_db = isolate_db
         self._shared_data = None if data_dir is None else Path(data_dir).expanduser().absolute()
         self._watchdog = watchdog
+        self._attached: Attached | None = None  # servers that settings name, once they do
+        self._attach_lock = threading.Lock()
         self._make_directories()
 
     def _make_directories(self) -> None:
@@ -105,8 +119,47 @@ class OpenCodeClient(Runner):
             self._resolved = resolve_binary(self._settings["binary"])
         return self._resolved
 
+    def session(
+        self,
+        workspace: StrPath = ".",
+        *,
+        session_id: str | None = None,
+        title: str | None = None,
+        run_cfg: RunConfig | None = None,
+        on_permission: object = None,
+        on_question: object = None,
+        timeout_s: float | None = None,
+        delete: bool = False,
+    ) -> Session:
+        """A conversation: prompts one after another, each of which knows what was before.
+
+        Arguments are as for ``OpenCodeServer.session``. What needs a server is refused: a
+        process per turn asks nobody, and there is nothing to look into a session with.
+        """
+        from .session import Session
+
+        for name, value in (
+            ("on_permission", on_permission),
+            ("on_question", on_question),
+            ("delete", delete),
+        ):
+            if value:
+                raise OpenCodeConfigError(f"{name} {_NEEDS_SERVER}")
+        self._check_open()
+        return Session(
+            self,
+            workspace,
+            session_id=session_id,
+            title=title,
+            run_cfg=run_cfg,
+            timeout_s=timeout_s,
+            may_ask=False,
+        )
+
     def close(self) -> None:
         super().close()
+        if self._attached is not None and os.getpid() == self._owner_pid:
+            self._attached.close()
         _close_in(self._owner_pid, self._directories)
 
     def __repr__(self) -> str:
@@ -119,14 +172,16 @@ class OpenCodeClient(Runner):
     def __setstate__(self, settings: dict[str, Any]) -> None:
         self.__init__(**settings)  # type: ignore[misc]
 
-    def _check(self, cfg: RunConfig) -> None:
-        super()._check(cfg)
+    def _check(self, cfg: RunConfig, *, may_ask: bool = False) -> None:
+        super()._check(cfg, may_ask=may_ask)
         if cfg.attach is not None:
-            raise OpenCodeConfigError(
-                "attach is not supported here: the binary's own --attach loses events"
-            )
+            from ._bodies import check_server_wide
 
-    def _open(self, request: Request, cancelled: Callable[[], bool], keep_raw: bool) -> ProcessRun:
+            check_server_wide(cfg, RunConfig())
+
+    def _open(self, request: Request, cancelled: Callable[[], bool], keep_raw: bool) -> Source:
+        if request.cfg.attach is not None:
+            return self._attach(request, cancelled)
         binary = self.resolved_binary()
         if os.getpid() != self._owner_pid:  # forked: the directories are the parent's
             self._streams.clear()
@@ -136,7 +191,7 @@ class OpenCodeClient(Runner):
             with _interrupt.deferred():
                 _watchdog.guard()
         cfg = request.cfg
-        env = add_plugin(build_env(cfg))
+        env = build_env(cfg) if cfg.pure else add_plugin(build_env(cfg))
         isolated = self._isolate_db and "XDG_DATA_HOME" not in (cfg.extra_env or {})
         with ExitStack() as undo:
             lease = None
@@ -151,7 +206,7 @@ class OpenCodeClient(Runner):
                 run = ProcessRun(
                     build_argv(binary, None, _with_logs(cfg)),
                     env,
-                    request.prompt,
+                    request.instructed,
                     request.workspace,
                     lease=lease,
                     keep_background=cfg.keep_background,
@@ -162,6 +217,18 @@ class OpenCodeClient(Runner):
                     run.wait_started(self._startup_delay_s)
             undo.pop_all()
         return run
+
+    def _attach(self, request: Request, cancelled: Callable[[], bool]) -> Source:
+        # Over HTTP: the binary's own --attach loses events, 18 runs of 18.
+        with self._attach_lock:
+            if self._attached is None:
+                from ._fleet import Attached  # takes as long to load as all the rest
+
+                self._attached = Attached()
+        return self._attached.of(request.cfg).begin(request, cancelled)
+
+    def _kept_sessions(self, cfg: RunConfig) -> Sessions:
+        raise OpenCodeConfigError(f"this {_NEEDS_SERVER}")
 
     def _own_session(self, cfg: RunConfig, workspace: Path) -> RunConfig:
         """*cfg* with the session named that ``continue_session`` means."""

@@ -178,8 +178,11 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def validate_permission_actions(permission: Any, *, _path: str = "") -> None:
+def validate_permission_actions(permission: Any, *, may_ask: bool = False, _path: str = "") -> None:
     """Check that every leaf of a permission setting is ``"allow"`` or ``"deny"``; None has none.
+
+    Args:
+        may_ask: There is somebody to ask, so that ``"ask"`` will do too.
 
     Raises:
         OpenCodeConfigError: Also a ValueError; names the leaf by its dotted path.
@@ -187,7 +190,10 @@ def validate_permission_actions(permission: Any, *, _path: str = "") -> None:
     where = f"permission {_path!r}" if _path else "permission"
     if isinstance(permission, Mapping):
         for key, value in permission.items():
-            validate_permission_actions(value, _path=f"{_path}.{key}" if _path else str(key))
+            path = f"{_path}.{key}" if _path else str(key)
+            validate_permission_actions(value, may_ask=may_ask, _path=path)
+    elif permission == "ask" and may_ask:
+        return
     elif permission == "ask":
         raise OpenCodeConfigError(
             f"{where} is 'ask', but a run has nobody to ask: "
@@ -197,15 +203,18 @@ def validate_permission_actions(permission: Any, *, _path: str = "") -> None:
         raise OpenCodeConfigError(f"{where} is {permission!r}: use 'allow' or 'deny'")
 
 
-def validate_config_for_run(cfg: RunConfig) -> None:
+def validate_config_for_run(cfg: RunConfig, *, may_ask: bool = False) -> None:
     """Check settings that OpenCode would ignore, misread or hang on.
+
+    Args:
+        may_ask: There is somebody to ask, as with a session.
 
     Raises:
         OpenCodeConfigError: Names the field, its value unless it may be secret, and what to use.
     """
     _check_types(cfg)
     config = cfg.build_opencode_config_dict()
-    _check_permissions(config)
+    _check_permissions(config, may_ask)
     _check_serialisable(config)
     _check_combinations(cfg)
     _check_words(cfg)
@@ -240,13 +249,14 @@ _ACCEPTED: dict[str, tuple[Callable[[object], bool], str]] = {
 }
 
 
-def _check_permissions(config: Mapping[str, Any]) -> None:
-    validate_permission_actions(config.get("permission"))
+def _check_permissions(config: Mapping[str, Any], may_ask: bool) -> None:
+    validate_permission_actions(config.get("permission"), may_ask=may_ask)
     for key in ("agent", "mode"):  # the second is the older name of the first
         agents = config.get(key)
         for name, agent in agents.items() if isinstance(agents, Mapping) else ():
             if isinstance(agent, Mapping) and agent.get("permission") is not None:
-                validate_permission_actions(agent["permission"], _path=f"{key}.{name}.permission")
+                path = f"{key}.{name}.permission"
+                validate_permission_actions(agent["permission"], may_ask=may_ask, _path=path)
 
 
 def _check_serialisable(config: Mapping[str, Any]) -> None:

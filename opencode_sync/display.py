@@ -20,8 +20,9 @@ from .stream import RunStream
 LINE_WIDTH = 100
 UPDATE_S = 0.1  # between updates of a cell while text comes in deltas
 
-Kind = Literal["begin", "more", "end", "line"]
-"""Text that begins a paragraph, goes on with it, or ends it; or a line of its own."""
+Kind = Literal["begin", "more", "end", "line", "pause"]
+"""Text that begins a paragraph, goes on with it, or ends it; a line of its own; or nothing, while
+somebody else may write."""
 
 
 def event_line(event: Mapping[str, Any]) -> str:
@@ -121,6 +122,9 @@ class _Pieces:
         elif kind == "retry":
             self._open_part = None
             yield "line", f"[retry] {one_line(str(event.get('message')), LINE_WIDTH - 8)}"
+        elif kind in ("permission", "question"):
+            self._open_part = None
+            yield "pause", ""
 
     def _delta(self, part_id: object, text: str) -> Iterator[tuple[Kind, str]]:
         yield "more" if part_id == self._open_part else "begin", text
@@ -131,10 +135,14 @@ class _Pieces:
         part = part if isinstance(part, Mapping) else {}
         text = str(part.get("text", ""))
         shown = self._shown.pop(part.get("id"), "")
-        rest = text.removeprefix(shown) if text.startswith(shown) else ""
+        # Deltas are lost with a connection; what was shown of them is then said again.
+        rest = text[len(shown) :] if text.startswith(shown) else ""
         if shown and part.get("id") == self._open_part:
             yield "end", rest
-        elif rest:
+            rest = ""
+        if not text.startswith(shown):
+            rest = text
+        if rest:
             yield "begin", rest
             yield "end", ""
         self._open_part = None
@@ -154,6 +162,10 @@ class _Terminal:
         if kind == "line":
             self._end_paragraph()
             print(text, file=self._notes, flush=True)
+            return
+        if kind == "pause":
+            self._end_paragraph()
+            self._file.flush()
             return
         if kind == "begin":
             self._end_paragraph()
@@ -186,6 +198,8 @@ class _Cell:
         self._shown_at: float | None = None
 
     def show(self, kind: Kind, text: str) -> None:
+        if kind == "pause":
+            return
         if kind in ("more", "end"):
             text = self._blocks.pop()[1] + text
         self._blocks.append(("line" if kind == "line" else "begin", text))

@@ -77,6 +77,7 @@ class RunResult:
         truncated: The output ended in the middle of a line.
         prompt, workspace, index, key: What was asked; *index* and *key* in a batch.
         attempts: How often a process was started for it.
+        started_at: When the first process started, a Unix time in seconds; None before that.
         duration_s: Seconds from the start of the first process to the end of the last.
         parsed: The validated value of structured output.
     """
@@ -84,6 +85,7 @@ class RunResult:
     # First, so that the constructor has set it when it comes to final_text.
     _texts: Texts = field(default_factory=Texts, kw_only=True)
     _stopped: Status | None = field(default=None, kw_only=True)
+    _json: Any = field(default=None, kw_only=True)  # what *parsed* was made of
 
     events: list[Event] = field(default_factory=list)
     final_text: _FinalText = _FinalText()
@@ -104,6 +106,7 @@ class RunResult:
     index: int | None = None
     key: str | None = None
     attempts: int = 0
+    started_at: float | None = None
     duration_s: float = 0.0
     parsed: Any = None
 
@@ -138,10 +141,15 @@ class RunResult:
 
     def fold(self, event: Event) -> None:
         """Count *event* in without keeping it."""
-        if self.session_id is None and isinstance(session := event.get("sessionID"), str):
-            self.session_id = session
+        session = event.get("sessionID")
+        rules = _RULES
+        if session != self.session_id and isinstance(session, str):
+            if self.session_id is None:
+                self.session_id = session
+            else:
+                rules = _RULES_FOR_SUB_AGENTS
         kind = event.get("type")
-        rule = _RULES.get(kind) if isinstance(kind, str) else None
+        rule = rules.get(kind) if isinstance(kind, str) else None
         if rule is not None:
             rule(self, event)
 
@@ -230,12 +238,21 @@ def _fold_step_finish(result: RunResult, event: Mapping[str, Any]) -> None:
     if not isinstance(step, Mapping) or not step:
         step = event
     result.turns += 1
-    result.total_cost += number_of(step.get("cost"))
-    result.token_usage += usage_of(step.get("tokens"))
+    _count_spending(result, step)
     reason = step.get("reason")
     result.finish_reason = reason if isinstance(reason, str) else "unknown"
     if "tool" in event:
         result.tool_calls.append(OtherEvent(type="step_tool", payload=event["tool"]))
+
+
+def _count_spending(result: RunResult, step: Mapping[str, Any]) -> None:
+    result.total_cost += number_of(step.get("cost"))
+    result.token_usage += usage_of(step.get("tokens"))
+
+
+def _fold_sub_agents_step(result: RunResult, event: Mapping[str, Any]) -> None:
+    step = event.get("part")
+    _count_spending(result, step if isinstance(step, Mapping) else event)
 
 
 def _fold_tool(result: RunResult, event: Mapping[str, Any]) -> None:
@@ -258,6 +275,11 @@ _RULES: dict[str, _Rule] = {
     "tool_result": _fold_tool,
     "tool": _fold_tool,
     "error": _fold_error,
+}
+# What a sub-agent says is said to its parent, which tells of its failures too.
+_RULES_FOR_SUB_AGENTS: dict[str, _Rule] = {
+    "step_finish": _fold_sub_agents_step,
+    "tool_use": _fold_tool,
 }
 
 

@@ -21,6 +21,7 @@ from ._futures import RunFuture
 from ._machine import workers_for_processes
 from ._request import Request, StrPath, absolute
 from ._runs import CLOSE_S, Runs
+from ._schema import output_schema
 from .config import Job, RunConfig
 from .errors import OpenCodeError
 from .result import RunResult
@@ -60,6 +61,8 @@ class Runner(Runs):
         log_file: StrPath | None = None,
         max_retries: int = 2,
         retry_delay_s: float = 1.0,
+        schema: Any = None,
+        max_repairs: int = 1,
     ) -> RunFuture:
         """Run one prompt in a thread; arguments as for :meth:`run`.
 
@@ -71,13 +74,16 @@ class Runner(Runs):
             ``cancel()`` ends the run also when it is under way.
         """
         self._check_open()
-        limits = Limits(timeout_s, idle_timeout_s, max_cost, max_retries, retry_delay_s)
+        limits = Limits(
+            timeout_s, idle_timeout_s, max_cost, max_retries, retry_delay_s, max_repairs
+        )
         begin = functools.partial(
             self._begin,
             prompt,
             absolute(workspace),
             limits,
             run_cfg=run_cfg,
+            output=output_schema(schema),
             log_file=log_file,
         )
         future = RunFuture()
@@ -114,6 +120,8 @@ class Runner(Runs):
         adaptive: bool = True,
         max_retries: int = 2,
         retry_delay_s: float = 1.0,
+        schema: Any = None,
+        max_repairs: int = 1,
         keep_events: bool = True,
         keep_raw: bool = True,
     ) -> BatchRun[RunResult | OpenCodeError]: ...
@@ -140,6 +148,8 @@ class Runner(Runs):
         adaptive: bool = True,
         max_retries: int = 2,
         retry_delay_s: float = 1.0,
+        schema: Any = None,
+        max_repairs: int = 1,
         keep_events: bool = True,
         keep_raw: bool = True,
     ) -> BatchRun[RunResult]: ...
@@ -165,6 +175,8 @@ class Runner(Runs):
         adaptive: bool = True,
         max_retries: int = 2,
         retry_delay_s: float = 1.0,
+        schema: Any = None,
+        max_repairs: int = 1,
         keep_events: bool = True,
         keep_raw: bool = True,
     ) -> BatchRun[Any]:
@@ -210,7 +222,10 @@ class Runner(Runs):
         options = Options(
             workspace=workspace,
             run_cfg=self._checked(run_cfg),
-            limits=Limits(timeout_s, idle_timeout_s, max_cost, max_retries, retry_delay_s),
+            limits=Limits(
+                timeout_s, idle_timeout_s, max_cost, max_retries, retry_delay_s, max_repairs
+            ),
+            output=output_schema(schema),
             keep_events=keep_events,
             keep_raw=keep_raw,
             max_total_cost=max_total_cost,

@@ -8,20 +8,22 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import _watchdog
 from ._bodies import check_server_wide
-from ._command import DEFAULT_BINARY, build_env, resolve_binary, without_user_config
-from ._datadir import DataDirectories, Lease
-from ._fleet import Fleet, InUse
-from ._link import Link
-from ._serve import Server, spare_installation
+from ._command import DEFAULT_BINARY
+from ._fleet import Attached, Fleet
+from ._request import directory
+from ._servers import Elsewhere, InUse, Own
 from ._turn import Turn
-from .config import RunConfig, validate_config_for_run
-from .errors import OpenCodeConfigError, OpenCodeServerError
+from .config import RunConfig
+from .errors import OpenCodeConfigError
 from .runner import Request, Runner, StrPath
+
+if TYPE_CHECKING:
+    from ._asking import OnPermission, OnQuestion
+    from ._sessions import SessionInfo, Sessions
+    from .session import Session
 
 # A server takes 0.4 GB, with 16 sessions at work 0.8, with 8 directories 1.3: one that takes more
 # than this has kept what it should not.
@@ -75,12 +77,14 @@ class OpenCodeServer(Runner):
             "max_memory_mb": max_memory_mb,
             "watchdog": watchdog,
         }
-        self._elsewhere: tuple[str, str | None, str | None] | None = None
+        if not isinstance(startup_timeout_s, (int, float)) or not startup_timeout_s > 0:
+            raise OpenCodeConfigError(f"startup_timeout_s is {startup_timeout_s!r}: use above 0")
         if self._run_cfg.pure:
             raise OpenCodeConfigError(
                 "pure=True leaves out all plugins, also ours that keeps the server's password from "
-                "its tools: run it by OpenCodeClient"
+                "its tools: use OpenCodeClient for it"
             )
+        self._elsewhere: tuple[str, str | None, str | None] | None = None
         self._begin_anew()
 
     @classmethod
@@ -103,21 +107,25 @@ class OpenCodeServer(Runner):
         """
         server = cls(run_cfg=run_cfg, max_workers=max_workers, watchdog=False)
         server._elsewhere = (url, username, password)
+        server._begin_anew()
         return server
 
     def _begin_anew(self) -> None:
         self._owner_pid = os.getpid()
-        self._fleet = Fleet(self._start, self._settings["max_memory_mb"])
-        self._leases: list[Lease] = []  # one, once a server was started
-        has_watchdog = self._settings["watchdog"]
-        self._directories = DataDirectories(
-            self._settings["data_dir"],
-            on_make=_watchdog.add_directory if has_watchdog else _nothing,
-            on_remove=_watchdog.discard_directory if has_watchdog else _nothing,
-        )
-        weakref.finalize(
-            self, _close_in, self._owner_pid, self._fleet, self._leases, self._directories
-        )
+        settings = self._settings
+        if self._elsewhere is not None:
+            self._fleet = Fleet(Elsewhere(*self._elsewhere))
+        else:
+            origin = Own(
+                settings["binary"],
+                self._run_cfg,
+                data_dir=settings["data_dir"],
+                timeout_s=settings["startup_timeout_s"],
+                watchdog=settings["watchdog"],
+            )
+            self._fleet = Fleet(origin, settings["max_memory_mb"])
+        self._attached = Attached()
+        weakref.finalize(self, _close_in, self._owner_pid, self._fleet, self._attached)
 
     @property
     def url(self) -> str:
@@ -148,7 +156,7 @@ class OpenCodeServer(Runner):
 
     def close(self) -> None:
         super().close()
-        _close_in(self._owner_pid, self._fleet, self._leases, self._directories)
+        _close_in(self._owner_pid, self._fleet, self._attached)
 
     def __repr__(self) -> str:
         where = self._fleet.url or "not started"
@@ -161,94 +169,92 @@ class OpenCodeServer(Runner):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state["settings"])  # type: ignore[misc]
         self._elsewhere = state["elsewhere"]
+        self._begin_anew()
 
-    # -- runs ----------------------------------------------------------------------------------
+    def session(
+        self,
+        workspace: StrPath = ".",
+        *,
+        session_id: str | None = None,
+        title: str | None = None,
+        run_cfg: RunConfig | None = None,
+        on_permission: OnPermission | None = None,
+        on_question: OnQuestion | None = None,
+        timeout_s: float | None = None,
+        delete: bool = False,
+    ) -> Session:
+        """A conversation: prompts one after another, each of which knows what was before.
 
-    def _check(self, cfg: RunConfig) -> None:
-        validate_config_for_run(cfg)
-        check_server_wide(cfg, self._run_cfg)
+        Settings may say ``"ask"`` for a permission here.
+
+        Args:
+            workspace: The directory that it works in.
+            session_id: Resume this one.
+            title: What it is called; None for the beginning of its first prompt.
+            run_cfg: Settings of its turns, in place of this server's own as a whole.
+            on_permission: Called with a PermissionRequest for each tool that needs permission, a
+                sub-agent's too, in the thread that waits for the turn. Returns ``"once"``,
+                ``"always"``, ``"reject"``, or ``("reject", message)``, of which the model hears
+                and goes on. What it raises rejects, ends the turn, and comes out where the turn
+                is waited for. Without it all is rejected, and stands in ``denied_tools``.
+            on_question: Called with a QuestionRequest in the same way. Returns the chosen labels
+                for each question, or None to decline. Without it the model cannot ask.
+            timeout_s: For each turn that brings no limit of its own.
+            delete: Remove the session from the server when it is left.
+        """
+        from .session import Session
+
+        self._check_open()
+        return Session(
+            self,
+            workspace,
+            session_id=session_id,
+            title=title,
+            run_cfg=run_cfg,
+            on_permission=on_permission,
+            on_question=on_question,
+            timeout_s=timeout_s,
+            delete=delete,
+        )
+
+    def sessions(self, workspace: StrPath | None = None) -> list[SessionInfo]:
+        """The sessions that the server keeps, of one directory or of all; the last used first."""
+        where = None if workspace is None else str(directory(workspace))
+        return self._server().link.sessions.all(where)
+
+    # -- for Runner ----------------------------------------------------------------------------
 
     def _default_workers(self) -> int:
         return WORKERS
 
-    def _open(self, request: Request, cancelled: Callable[[], bool], keep_raw: bool) -> Turn:
-        fleet = self._checked_fleet()
-        try:
-            turn = fleet.begin(request.prompt, request.workspace, request.cfg)
-        except OpenCodeServerError as error:
-            # One that had died before has taken nothing; the next one may.
-            if error.status_code is not None or not fleet.has_died():
-                raise
-            turn = fleet.begin(request.prompt, request.workspace, request.cfg)
-        if self._settings["data_dir"] is not None:
-            for lease in self._leases:
-                lease.remember(turn.session_id, str(request.workspace))
-        return turn
+    def _check(self, cfg: RunConfig, *, may_ask: bool = False) -> None:
+        super()._check(cfg, may_ask=may_ask)
+        own = RunConfig() if cfg.attach or self._elsewhere else self._run_cfg
+        check_server_wide(cfg, own)
 
-    # -- servers -------------------------------------------------------------------------------
+    def _open(self, request: Request, cancelled: Callable[[], bool], keep_raw: bool) -> Turn:
+        return self._servers(request.cfg).begin(request, cancelled)
+
+    def _servers(self, cfg: RunConfig) -> Fleet:
+        self._own_this_process()
+        return self._attached.of(cfg) if cfg.attach else self._fleet
+
+    def _kept_sessions(self, cfg: RunConfig) -> Sessions:
+        self._check_open()
+        return self._servers(cfg).current().link.sessions
 
     def _server(self) -> InUse:
-        return self._checked_fleet().current()
-
-    def _checked_fleet(self) -> Fleet:
         self._check_open()
+        self._own_this_process()
+        return self._fleet.current()
+
+    def _own_this_process(self) -> None:
         if os.getpid() != self._owner_pid:  # forked: the server is the parent's
             self._streams.clear()
             self._begin_anew()
-        return self._fleet
-
-    def _start(self) -> InUse:
-        if self._elsewhere is not None:
-            url, username, password = self._elsewhere
-            return InUse(Link(url, username=username, password=password), None)
-        settings, cfg = self._settings, self._run_cfg
-        binary = resolve_binary(settings["binary"])
-        if settings["watchdog"]:
-            _watchdog.guard()
-        env = build_env(cfg)
-        if not self._leases:
-            self._leases.append(self._directories.lease(env))
-        data = self._leases[0].path
-        env["XDG_DATA_HOME"] = str(data)
-        if not cfg.inherit_user_config:
-            empty = self._directories.empty_config()
-            spare_installation(empty)
-            env = without_user_config(env, cfg, empty)
-        links: list[Link] = []  # of this server, once it is there
-
-        def on_exit(reason: str) -> None:
-            for link in links:
-                link.lose(reason)
-
-        def on_refusal(session_id: str, status: int) -> None:
-            for link in links:
-                link.note_refusal(session_id, status)
-
-        process = Server(
-            binary,
-            env,
-            data,
-            timeout_s=settings["startup_timeout_s"],
-            on_exit=on_exit,
-            on_refusal=on_refusal,
-        )
-        try:
-            links.append(Link(process.url, password=process.password, has_marks=True))
-            if process.has_exited:
-                raise OpenCodeServerError(f"the server (pid {process.pid}) ended at once")
-        except BaseException:
-            process.stop()
-            raise
-        return InUse(links[0], process)
 
 
-def _close_in(pid: int, fleet: Fleet, leases: list[Lease], directories: DataDirectories) -> None:
+def _close_in(pid: int, fleet: Fleet, attached: Attached) -> None:
     if os.getpid() == pid:
         fleet.close()
-        while leases:
-            leases.pop().release()
-        directories.close()
-
-
-def _nothing(path: Path) -> None:
-    pass
+        attached.close()

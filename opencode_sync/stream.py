@@ -3,6 +3,7 @@
     open_source(cancelled) --> Source --receive()--> events --+--> log_file
        ^                         |                            +--> RunResult
        +--- again, where safe ---+--settle()--> error         +--> the caller's loop
+       +--- a further turn ------+--review()
 
 The caller's thread is the only one that waits here; cancel() comes from any thread, ends the
 source, and so wakes the one that waits. A stream ends in one way of these: all events given, an
@@ -28,7 +29,7 @@ from typing import Literal
 
 from ._eventlog import EventLog
 from ._limits import Limits, Meter
-from ._source import OpenSource, Source
+from ._source import OpenSource, Review, Source
 from .errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
 from .events import Event
 from .result import RunResult
@@ -63,12 +64,14 @@ class RunStream(Iterator[Event]):
         *,
         log_file: str | os.PathLike[str] | None = None,
         keep_events: bool = True,
+        review: Review | None = None,
         on_begin: Callable[[RunStream], None] | None = None,
         on_end: Callable[[RunStream], None] | None = None,
     ) -> None:
         """Start the first attempt.
 
         Args:
+            review: Asked whether there is to be a further turn, with each that ended well.
             on_begin: Called before anything is started; from then on the stream can be cancelled.
             on_end: Called once, in whichever thread ends the stream.
         """
@@ -80,7 +83,10 @@ class RunStream(Iterator[Event]):
         self._is_advancing = False
         self._pid = os.getpid()
         self._open_source = open_source
+        self._review = review
         self._source: Source | None = None
+        self._tries = 0  # at the turn under way
+        self._earlier: tuple[str, list[str]] | None = None  # stderr and lines of turns before it
         self._result = result
         self._meter = Meter(limits)
         self._keep = result.append_event if keep_events else result.fold
@@ -222,23 +228,29 @@ class RunStream(Iterator[Event]):
             self._log_file.write(events)
 
     def _begin_attempt(self) -> None:
-        result = self._result
-        result.attempts += 1
-        if self._log_file is not None:
-            self._log_file.mark_attempt()
+        self._tries += 1
+        if self._earlier is None:
+            self._result.attempts += 1
+            if self._log_file is not None:
+                self._log_file.mark_attempt()
         self._source = source = self._open_source(self._cancelled.is_set)
         self._meter.start(source.started_at)
-        _log.info("%s started, attempt %d", source.label, result.attempts)
+        if self._result.started_at is None:
+            self._result.started_at = time.time() - (time.monotonic() - source.started_at)
+        _log.info("%s started, attempt %d", source.label, self._tries)
         if self._cancelled.is_set():  # it came while the source was being opened
             source.stop()
 
     def _end_attempt(self, source: Source) -> None:
         result, limits = self._result, self._meter.limits
-        error = source.settle(result)
+        error = self._settle(source)
         if self._cancelled.is_set():
             self._end(self._cancelled_error(), "cancelled")
             return
-        if error is None or result.attempts > limits.max_retries or not source.may_repeat(result):
+        if error is None:
+            self._end_turn(source)
+            return
+        if self._tries > limits.max_retries or not source.may_repeat(result):
             self._end(error)
             return
         delay_s = min(limits.retry_delay_s, self._meter.left(), threading.TIMEOUT_MAX)
@@ -249,6 +261,29 @@ class RunStream(Iterator[Event]):
             result.exit_code,
             delay_s,
         )
+        self._begin_another(source, delay_s)
+
+    def _end_turn(self, source: Source) -> None:
+        """It ended well, which is the end of the run, unless there is to be a further turn."""
+        result = self._result
+        further = None
+        try:
+            if self._review is not None:
+                further = self._review(result)
+        except OpenCodeError as error:
+            self._end(error)
+            return
+        if further is None:
+            self._end(None)
+        elif (overspent := self._meter.overspent(result, goes_on=True)) is not None:
+            self._end(overspent, "over_budget")
+        else:
+            self._open_source, self._tries = further, 0
+            self._earlier = result.stderr, result.raw_stdout_lines
+            result.finish_reason = None
+            self._begin_another(source)
+
+    def _begin_another(self, source: Source, delay_s: float = 0.0) -> None:
         self._source = None
         source.close()
         if self._cancelled.wait(delay_s):
@@ -259,7 +294,16 @@ class RunStream(Iterator[Event]):
             try:
                 self._begin_attempt()
             except OpenCodeError as cause:
-                self._end(cause)
+                self._end(cause, "cancelled" if self._cancelled.is_set() else None)
+
+    def _settle(self, source: Source) -> OpenCodeError | None:
+        result = self._result
+        stderr, lines = self._earlier or ("", [])
+        result.stderr, result.raw_stdout_lines = "", []
+        error = source.settle(result)
+        result.stderr = stderr + result.stderr
+        result.raw_stdout_lines = lines + result.raw_stdout_lines
+        return error
 
     def _cancelled_error(self) -> OpenCodeCancelledError:
         return OpenCodeCancelledError(self._cancel_reason)
@@ -294,7 +338,7 @@ class RunStream(Iterator[Event]):
             if source is not None:
                 source.stop()
                 self._drain(source)
-                source.settle(self._result)
+                self._settle(source)
         finally:
             self._end(error, status)
 

@@ -30,16 +30,24 @@ ROWS = (
     ("_tree", "_gate", "_datadir", "_http", "_eventlog", "_machine"),
     ("_process", "_serve", "_watchdog", "_sse"),
     # One prompt: what it asks for, its bounds, where its events come from; how it looks.
-    ("_request", "_bodies", "_limits", "_source", "_asking", "_chat"),
-    ("_translate", "_replies", "_frame"),  # a server's messages
+    ("_request", "_bodies", "_limits", "_source", "_chat"),
+    # A server's messages and requests; what is answered to it; an answer held against its schema.
+    ("_translate", "_replies", "_sessions", "_asking", "_repair", "_turntaking", "_frame"),
     ("_run", "_turn"),  # the two sources of events: a process, a turn in a session
     ("stream", "_link"),  # one job's life; a server in use
+    ("_servers",),  # where a server comes from
     ("_fleet", "_futures"),  # several servers; a job that can be cancelled while it runs
     ("_runs",),  # the verbs for one prompt
     # A batch, from what it counts and keeps to the loop that runs it; knows nothing of OpenCode.
-    ("_tally", "_throttle", "_saved"),
-    ("checkpoint", "_progress", "_options", "_task"),
+    ("_throttle", "_saved"),
+    # Its page: records, what is shown of a job, charts, all together.
+    ("_report_records",),
     ("_report_jobs",),
+    ("_report_charts", "_report_kept"),
+    ("_report_page",),
+    ("report",),
+    ("_tally",),
+    ("checkpoint", "_progress", "_options", "_task"),
     ("_remote",),
     ("_work",),
     ("_dispatch",),
@@ -48,8 +56,9 @@ ROWS = (
     ("session",),  # conversations on either runner
     ("client", "server"),  # the two runners
     # What people see and tests use.
-    ("display", "report", "install", "_chatserver", "_leftovers"),
+    ("display", "install", "_chatserver", "_leftovers"),
     ("testing", "doctor"),
+    ("_cli_options", "_jobs"),  # what commands have in common; a batch's jobs, read from text
     ("_cli_run", "_cli_map", "_cli_chat", "_demo", "_notebook"),
     ("cli",),  # doors
     ("__init__", "__main__"),

@@ -19,6 +19,7 @@ import pytest
 
 from opencode_sync import __version__, _demo, cli, install
 from opencode_sync._command import TESTED_VERSION
+from tests import serving
 from tests.standin import write_standin
 
 Shell = Callable[..., tuple[int, str, str]]
@@ -98,6 +99,8 @@ def test_the_version_is_the_packages(shell: Shell) -> None:
         pytest.param(["run", "a", "b"], id="two prompts"),
         pytest.param(["run", "a", "--json", "--stream"], id="two shapes"),
         pytest.param(["run", "--mod", "p/m", "a"], id="abbreviated option"),
+        pytest.param(["map", "a.txt"], id="no output"),
+        pytest.param(["map", "a.txt", "-o", "b", "--on-error", "x"], id="no such choice"),
     ],
 )
 def test_wrong_usage_is_told_in_one_line(shell: Shell, words: list[str]) -> None:
@@ -239,6 +242,187 @@ def test_configuration_and_permission_are_merged(shell: Shell, tmp_path: Path) -
     assert config["permission"] == {"bash": "deny", "edit": "deny"}
 
 
+# --- map -----------------------------------------------------------------------------------------
+
+MapFile = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def map_file(shell: Shell, tmp_path: Path) -> MapFile:
+    """Maps *lines* into out.jsonl; returns the exit status, stdout and stderr."""
+
+    def run(lines: str, *options: str, name: str = "in.txt") -> tuple[int, str, str]:
+        (tmp_path / name).write_text(lines)
+        return shell("map", name, "--output", "out.jsonl", *options)
+
+    return run
+
+
+def saved(path: str = "out.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_a_map_writes_a_line_for_each_job_and_reports_on_stderr(map_file: MapFile) -> None:
+    status, out, err = map_file("step(text='one')\nstep(text='two')\n", "--workers", "2")
+
+    assert (status, out) == (0, "")
+    assert sorted(line["answer"] for line in saved()) == ["one", "two"]
+    assert err.startswith("2 done, 0 failed\n$0.0200, 240 tokens (200 in, 40 out)\n")
+
+
+@pytest.mark.parametrize(
+    "name, lines",
+    [
+        ("in.jsonl", """{"prompt": "step(text='one')", "key": "k"}\n"""),
+        ("in.csv", """key,prompt\nk,step(text='one')\n"""),
+    ],
+)
+def test_a_map_takes_json_lines_and_tables(map_file: MapFile, name: str, lines: str) -> None:
+    status, _, _ = map_file(lines, name=name)
+
+    assert status == 0
+    assert [(line["key"], line["answer"]) for line in saved()] == [("k", "one")]
+
+
+def test_a_map_reads_its_jobs_from_stdin(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(HELLO.encode())))
+
+    status, _, _ = shell("map", "-", "--output", "out.jsonl")
+
+    assert (status, saved()[0]["answer"]) == (0, "Hello.")
+
+
+def test_the_settings_of_a_job_lie_over_those_of_the_command(
+    map_file: MapFile, tmp_path: Path
+) -> None:
+    (tmp_path / "there").mkdir()
+    show = "step(text=json.dumps([os.getcwd(), *sys.argv]))"
+    job = {"prompt": show, "workspace": "there", "model": "p/own"}
+
+    map_file(json.dumps(job), "--model", "p/m", "--agent", "plan", name="in.jsonl")
+
+    where, *argv = json.loads(saved()[0]["answer"])
+    assert where == str(tmp_path / "there")
+    assert "-m p/own --agent plan" in " ".join(argv)
+
+
+def test_the_same_command_runs_only_what_is_not_in_the_output(
+    map_file: MapFile, tmp_path: Path
+) -> None:
+    count = f"open({str(tmp_path / 'runs')!r}, 'a').write('x'); step(text='%s')\n"
+
+    map_file(count % 1)
+    status, _, err = map_file(count % 1 + count % 2)
+
+    assert status == 0
+    assert err.startswith("1 done, 0 failed, 1 from the checkpoint\n")
+    assert (tmp_path / "runs").read_text() == "xx"
+
+
+def test_a_map_goes_on_after_a_failure_and_exits_with_1(map_file: MapFile) -> None:
+    status, _, err = map_file("fail('bad key')\nstep(text='two')\n")
+
+    assert status == 1
+    assert err.startswith("1 done, 1 failed\n")
+    assert "failed:\n  job 0: opencode exited with status 1: APIError 401: bad key\n" in err
+    assert err.endswith("1 job failed: to run them again, add --retry-failed\n")
+
+
+def test_what_failed_is_run_again_only_when_asked_for(map_file: MapFile, tmp_path: Path) -> None:
+    fails_once = (
+        f"p = {str(tmp_path / 'was-here')!r}; "
+        "step(text='now') if os.path.exists(p) else (open(p, 'w').close(), fail('not yet'))"
+    )
+
+    statuses = [map_file(fails_once, *options)[0] for options in ((), (), ("--retry-failed",))]
+
+    assert statuses == [1, 1, 0]
+    assert [line["answer"] for line in saved()] == ["now"]
+
+
+def test_a_map_may_stop_at_the_first_failure(map_file: MapFile) -> None:
+    lines = "fail('bad key')\nstep(text='two')\n"
+
+    status, _, err = map_file(lines, "--on-error", "raise", "--workers", "1")
+
+    assert status == 1
+    assert err.endswith("opencode-sync: opencode exited with status 1: APIError 401: bad key\n")
+    assert len(saved()) == 1
+
+
+def test_a_map_that_stops_at_a_run_over_its_time_exits_with_124(map_file: MapFile) -> None:
+    options = ("--on-error", "raise", "--timeout", "0.5")
+
+    assert map_file("time.sleep(60)", *options)[0] == 124
+
+
+def test_a_job_that_ended_at_a_refused_tool_counts_as_not_done(map_file: MapFile) -> None:
+    state = "{'status': 'error', 'error': 'The user rejected permission to use this tool.'}"
+
+    status, _, err = map_file(f"step(tool=('bash', {state}), reason='tool-calls')")
+
+    assert status == 1
+    assert "1 job ended where a tool was refused: see --permission" in err
+
+
+def test_a_map_over_its_budget_starts_nothing_more_and_says_how_to_go_on(
+    map_file: MapFile,
+) -> None:
+    lines = "".join(f"step(text='{n}', cost=3)\n" for n in range(5))
+
+    status, _, err = map_file(lines, "--max-cost", "4", "--workers", "1")
+
+    assert status == 1
+    assert len(saved()) == 2
+    assert "--max-cost is spent: 2 of 5 jobs are in out.jsonl; the same command runs" in err
+
+
+def test_a_map_on_the_warm_server(
+    map_file: MapFile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "bin" / "serving"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{serving.__file__}" "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("OPENCODE_BINARY", str(program))
+
+    status, _, _ = map_file("say one\nsay two\n", "--server")
+
+    assert status == 0
+    assert sorted(line["answer"] for line in saved()) == ["one", "two"]
+
+
+def test_a_map_writes_a_page_of_all_that_is_in_the_output(map_file: MapFile) -> None:
+    map_file("step(text='the first answer')\n")
+
+    status, _, _ = map_file("step(text='the second answer')\n", "--report", "page.html")
+
+    page = Path("page.html").read_text()
+    assert status == 0
+    assert "the first answer" in page
+    assert "the second answer" in page
+
+
+def test_a_page_that_cannot_be_written_is_told_before_anything_is_run(map_file: MapFile) -> None:
+    status, _, err = map_file(HELLO, "--report", "nowhere/page.html")
+
+    assert status == 2
+    assert "nowhere/page.html" in err
+    assert not Path("out.jsonl").exists()
+
+
+def test_a_map_without_opencode_puts_no_failures_into_the_output(
+    map_file: MapFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENCODE_BINARY")
+    monkeypatch.setenv("PATH", "/nowhere")
+
+    status, _, err = map_file(HELLO)
+
+    assert status == 1
+    assert "opencode-sync install" in err
+    assert not Path("out.jsonl").exists()
+
+
 # --- every exit status ---------------------------------------------------------------------------
 
 
@@ -273,6 +457,13 @@ def test_a_run_that_ended_at_a_refused_tool_exits_with_1(shell: Shell) -> None:
         (["run", "x", "--model", "m"], "provider/model"),
         (["run", "x", "--timeout", "-1"], "timeout_s"),
         (["run", "x", "--max-cost", "nan"], "max_cost"),
+        (["map", "none.txt", "--output", "out.jsonl"], "none.txt: No such file"),
+        (["map", "bad.jsonl", "--output", "out.jsonl"], "bad.jsonl, line 2: no JSON"),
+        (["map", "bad.json", "--output", "no/out.jsonl"], "line 1: no JSON"),
+        (["map", "good.txt", "--output", "no/out.jsonl"], "no/out.jsonl"),
+        (["map", "good.txt", "--output", "bad.json"], "line 1 is damaged"),
+        (["map", "good.txt", "--output", "out.jsonl", "--workers", "0"], "max_workers"),
+        (["map", "good.txt", "--output", "out.jsonl", "--workspace", "nowhere"], "nowhere"),
         (["install", "--version", "latest"], "latest"),
     ],
 )
@@ -281,6 +472,8 @@ def test_refused_input_exits_with_2_and_is_told_in_one_line(
 ) -> None:
     (tmp_path / "bad.json").write_text('{\n  "a": 1,\n  b}')
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"prompt"}\n')
+    (tmp_path / "good.txt").write_text("x\n")
 
     status, out, err = shell(*words)
 

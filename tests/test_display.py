@@ -131,6 +131,16 @@ def test_what_the_deltas_had_not_yet_is_added() -> None:
     assert shown(delta("I "), text("I look.")) == "I look.\n"
 
 
+def test_text_of_which_deltas_were_lost_is_said_again() -> None:
+    assert shown(delta("I "), delta("k."), text("I look.")) == "I k.\n\nI look.\n"
+
+
+def test_a_question_is_not_asked_in_the_middle_of_a_line() -> None:
+    asked = {"type": "permission", "permission": "bash"}
+
+    assert shown(delta("I "), asked, delta("look."), text("I look.")) == "I \n\nlook.\n"
+
+
 def test_a_tool_among_the_deltas_gets_a_line_of_its_own() -> None:
     assert shown(delta("I "), LS, text("I look.")) == "I \n[bash] ls\n\nlook.\n"
 

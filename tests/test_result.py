@@ -477,3 +477,25 @@ def test_texts_are_not_copied_while_they_come() -> None:
         result.append_event(text(piece))
 
     assert all(kept is piece for kept in result._texts.paragraphs)
+
+
+def test_of_a_sub_agent_spending_and_tools_count_and_its_words_do_not() -> None:
+    def step(session: str, reason: str) -> Any:
+        part = {"reason": reason, "cost": 0.25, "tokens": {"input": 10}}
+        return {"type": "step_finish", "sessionID": session, "part": part}
+
+    result = aggregate_run_result(
+        events=[
+            {"type": "step_start", "sessionID": "ses_parent", "part": {}},
+            {"type": "text", "sessionID": "ses_child", "part": {"text": "To my parent."}},
+            {"type": "tool_use", "sessionID": "ses_child", "part": {"tool": "bash"}},
+            {"type": "error", "sessionID": "ses_child", "error": {"name": "X"}},
+            step("ses_child", "tool-calls"),
+            {"type": "text", "sessionID": "ses_parent", "part": {"text": "To you."}},
+            step("ses_parent", "stop"),
+        ]
+    )
+
+    assert (result.session_id, result.final_text) == ("ses_parent", "To you.")
+    assert (result.status, result.turns, len(result.tool_calls)) == ("ok", 1, 1)
+    assert (result.total_cost, result.token_usage.input) == (0.5, 20)

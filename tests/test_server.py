@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -409,7 +412,7 @@ def test_a_recycled_server_ends_with_its_last_run(serve: Serve, workspace: Path)
     next(stream)
     old = server.pid
     assert old is not None
-    server._settings["max_memory_mb"] = server._fleet._max_memory_mb = 1
+    server._fleet._max_memory_mb = 1
 
     server.run("say hello", workspace)
     lived_on = psutil.pid_exists(old)
@@ -454,6 +457,93 @@ def test_a_binary_that_is_none_is_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_a_server_that_nobody_holds_any_more_ends(serve: Serve, binary: str) -> None:
+    server = OpenCodeServer(binary)
+    pid = server.pid
+    assert pid is not None
+
+    del server
+    gc.collect()
+
+    assert not psutil.pid_exists(pid)
+
+
+ENDS = {
+    "returns": "",
+    "raises": "1 / 0",
+    "exits": "sys.exit(1)",
+    "is killed": "os.kill(os.getpid(), 9)",
+}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_a_program_that_ends_takes_its_server_along(binary: str, workspace: Path, end: str) -> None:
+    program = f"""
+import os, sys
+from opencode_sync.server import OpenCodeServer
+server = OpenCodeServer({binary!r})
+stream = server.stream("tool", {str(workspace)!r})
+next(event for event in stream if event["type"] == "text_delta")
+print(server.pid, stream.session_id, flush=True)
+{end}
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=WITHIN_S
+    )
+    pid, session_id = run.stdout.split()
+
+    deadline = time.monotonic() + 5
+    while (psutil.pid_exists(int(pid)) or tools_of(session_id)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not psutil.pid_exists(int(pid))
+    assert tools_of(session_id) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # Python 3.12's own
+def test_a_forked_child_starts_a_server_of_its_own(server: OpenCodeServer, workspace: Path) -> None:
+    server.run("say hello", workspace)
+
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with server:
+                answer = server.run("say from the child", workspace).answer
+            status = 0 if answer == "from the child" else 2
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert server.run("say on", workspace).answer == "on"
+
+
+def test_a_run_that_is_cancelled_while_the_server_starts_sends_nothing(
+    serve: Serve, workspace: Path
+) -> None:
+    server = serve(run_cfg=RunConfig(extra_env={"SERVING_START": "slow"}))
+    future = server.submit("say hello", workspace)
+    threading.Timer(0.1, future.cancel).start()
+
+    with pytest.raises(CancelledError):
+        future.result(WITHIN_S)
+
+
+def test_a_server_that_hangs_is_stopped_within_seconds(
+    server: OpenCodeServer, workspace: Path
+) -> None:
+    stream = server.stream("tool", workspace)
+    next(event for event in stream if event["type"] == "text_delta")
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGSTOP)
+    started = time.monotonic()
+
+    server.close()
+
+    assert time.monotonic() - started < 20
+    assert tools_of(stream.session_id) == []
+
+
 # --- elsewhere -----------------------------------------------------------------------------------
 
 
@@ -476,6 +566,20 @@ def test_a_server_elsewhere_refuses_a_wrong_password(server: OpenCodeServer) -> 
         pass
 
     assert caught.value.status_code == 401
+
+
+def test_attach_sends_a_run_to_the_server_that_it_names(
+    serve: Serve, server: OpenCodeServer, workspace: Path
+) -> None:
+    other = serve()
+    cfg = RunConfig(attach=server.url, password=server.password)
+
+    result = other.run("say hello", workspace, run_cfg=cfg)
+
+    assert result.final_text == "hello"
+    assert "not started" in repr(other)
+    with pytest.raises(OpenCodeConfigError, match="lean is the same for all"):
+        other.run("say hello", workspace, run_cfg=cfg.replace(lean=True))
 
 
 def test_a_server_pickles_as_its_settings(serve: Serve, binary: str) -> None:

@@ -34,6 +34,7 @@ from opencode_sync import (
 from opencode_sync.events import Event
 from opencode_sync.server import OpenCodeServer
 from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
+from tests import leaks
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell")
 
@@ -191,6 +192,7 @@ def test_a_sub_agent_s_events_bear_its_session_and_are_paid_for(
     }
     assert texts["Parent done."] == result.session_id
     assert texts["Child done."] != result.session_id
+    assert result.final_text == "Parent done."
     assert result.total_cost == pytest.approx(3 * (100 * 1 + 20 * 10) / 1e6)
 
 
@@ -402,12 +404,14 @@ def test_a_provider_that_is_being_retried_is_named_by_the_timeout(
 
 
 def sleeps() -> list[psutil.Process]:
-    """The tool's processes."""
+    """The tools' processes, of these tests and no others."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.cmdline()[:1] == ["sleep"] and process.cmdline()[1] in ("901", "902", "903"):
-                found.append(process)
+            words = process.cmdline()
+            if words[:1] == ["sleep"] and words[1:] in (["901"], ["902"], ["903"]):
+                mark = process.environ().get(leaks.SESSION, "")
+                found += [process] if mark.startswith(leaks.MARK) else []
     return found
 
 

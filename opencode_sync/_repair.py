@@ -1,0 +1,74 @@
+"""An answer held against its schema, and sent back where it does not fit.
+
+    result --> SchemaReview --+--> it fits: result.parsed
+                              +--> it does not: the request for a further turn of the session
+                              +--> once too often: OpenCodeOutputError
+
+Knows what to ask for; starts nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from ._request import Request
+from ._schema import SchemaMismatch
+from .errors import OpenCodeOutputError
+from .result import ErrorInfo, RunResult
+
+_NAME = "StructuredOutputError"  # OpenCode's own word for it
+
+
+class SchemaReview:
+    """Of one run, whose answers come one after another."""
+
+    def __init__(self, request: Request, max_repairs: int) -> None:
+        self._request = request
+        self._left = self._max_repairs = max_repairs
+
+    def __call__(self, result: RunResult) -> Request | None:
+        """Set *result*'s ``parsed``, or return what to ask for next.
+
+        Raises:
+            OpenCodeOutputError: If it does not fit, and nothing is to be asked any more.
+        """
+        schema = self._request.output
+        if schema is None:
+            return None
+        try:
+            # What a server took down, if it did; a model may have put it into words all the same.
+            has_arguments = result._json is not None
+            fit = schema.take(result._json) if has_arguments else schema.find(result.answer)
+        except SchemaMismatch as mismatch:
+            return self._sent_back(result, mismatch.faults)
+        result.parsed, result._json = fit
+        return None
+
+    def _sent_back(self, result: RunResult, faults: list[str]) -> Request:
+        schema = self._request.output
+        if schema is None or self._left <= 0 or result.session_id is None:
+            raise self._misfit(result, faults)
+        self._left -= 1
+        cfg = self._request.cfg.replace(
+            session_id=result.session_id,
+            continue_session=False,
+            fork=False,
+            command=None,
+            files=(),
+            title=None,
+            share=None,
+        )
+        result._json = None
+        return dataclasses.replace(
+            self._request, prompt=schema.repair(faults), cfg=cfg, is_repair=True
+        )
+
+    def _misfit(self, result: RunResult, faults: list[str]) -> OpenCodeOutputError:
+        arguments, result._json = result._json, None
+        text = result.answer if arguments is None else json.dumps(arguments, ensure_ascii=False)
+        repairs = self._max_repairs - self._left
+        after = f" after {repairs} repair{'s' * (repairs > 1)}" if repairs else ""
+        message = f"the answer does not fit its schema{after}: {faults[0]}"
+        result.error = ErrorInfo(_NAME, message)
+        return OpenCodeOutputError(message, errors=faults, text=text, result=result)

@@ -1,0 +1,213 @@
+"""What a report page shows, made of the rows of its jobs.
+
+    rows --page_of()--> Page: figures, charts, kinds of errors, and the table's rows as JSON
+
+Knows what is shown; how it looks is the template's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from statistics import median, quantiles
+from typing import Any
+
+from ._markup import money
+from ._report_charts import (
+    WIDTH,
+    Bar,
+    Break,
+    Clock,
+    Curve,
+    Tick,
+    Timeline,
+    curves_of,
+    lanes_of,
+    span,
+    time_ticks,
+    timeline_of,
+    value_ticks,
+)
+from ._report_jobs import STATUSES, Row
+
+_MAX_KINDS = 12
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number at the page's head."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A sum over time; its ticks are counted from the bottom, 0 to 100."""
+
+    name: str
+    total: str
+    curves: list[Curve]
+    ticks: list[Tick]
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that the template shows, but for the details."""
+
+    title: str
+    when: str
+    figures: list[Figure]
+    statuses: list[tuple[str, int]]
+    kinds: list[tuple[str, int, float]]  # name, how many, percent of the most
+    timeline: Timeline | None
+    breaks: list[Break]
+    total_s: float
+    times: list[Tick]
+    charts: list[Chart]
+    untimed: int
+    jobs: str
+    width: int = WIDTH
+
+
+def page_of(rows: Sequence[Row], title: str) -> Page:
+    timed = [(row, row.started_at, row.started_at + row.seconds) for row in rows if row.started_at]
+    spans = [(begin, end) for _, begin, end in timed]
+    clock = Clock(spans)
+    lanes = lanes_of(spans)
+    bars = [
+        Bar(row, clock.at(begin), clock.at(begin) + row.seconds, lane)
+        for (row, begin, _), lane in zip(timed, lanes, strict=True)
+    ]
+    statuses = Counter(row.status for row in rows)
+    return Page(
+        title=title,
+        when=_when(spans),
+        figures=_figures(rows, clock.total_s, 1 + max(lanes, default=-1)),
+        statuses=[(status, statuses[status]) for status in STATUSES if statuses[status]],
+        kinds=_kinds(rows),
+        timeline=timeline_of(bars, clock.total_s) if bars else None,
+        breaks=clock.breaks,
+        total_s=clock.total_s,
+        times=time_ticks(clock.total_s),
+        charts=_charts(bars, clock.total_s),
+        untimed=len(rows) - len(timed),
+        jobs=script_json(_jobs(rows, bars)),
+    )
+
+
+def _jobs(rows: Sequence[Row], bars: Sequence[Bar]) -> list[dict[str, Any]]:
+    """The table's rows, in the order of the details."""
+    places = {id(bar.row): bar for bar in bars}
+    return [
+        {
+            "n": row.index,
+            "key": row.key,
+            "status": row.status,
+            "kind": row.kind,
+            "prompt": row.prompt,
+            "gist": row.gist,
+            "tools": row.tools,
+            "cost": round(row.cost, 8),
+            "tokens": row.tokens.total,
+            "seconds": round(row.seconds, 3),
+            **_place(places.get(id(row))),
+        }
+        for row in rows
+    ]
+
+
+def _place(bar: Bar | None) -> dict[str, Any]:
+    if bar is None:
+        return {}
+    return {"from": round(bar.begin, 3), "to": round(bar.end, 3), "lane": bar.lane}
+
+
+def _figures(rows: Sequence[Row], total_s: float, lanes: int) -> list[Figure]:
+    cost = sum(row.cost for row in rows)
+    tokens = sum(row.tokens.total for row in rows)
+    out = sum(row.tokens.output + row.tokens.reasoning for row in rows)
+    busy_s = sum(row.seconds for row in rows)
+    bad = sum(row.status != "ok" for row in rows)
+    took = sorted(row.seconds for row in rows if row.seconds) or [0.0]
+    p95 = quantiles(took, n=20)[-1] if len(took) > 1 else took[0]
+    each = cost / len(rows) if rows else 0.0
+    return [
+        Figure("Jobs", f"{len(rows):,}", f"{len(rows) - bad:,} ok"),
+        Figure("Not ok", f"{bad:,}", f"{100 * bad / max(1, len(rows)):.1f} %"),
+        Figure("Cost", money(cost), f"{money(each)} a job"),
+        Figure("Tokens", short(tokens), f"{short(out)} of them out"),
+        Figure(
+            "Time at work" if lanes else "Time of the jobs",
+            span(total_s if lanes else busy_s),
+            f"{lanes} at once, at most" if lanes else "summed",
+        ),
+        Figure("Median job", span(median(took)), f"95 % within {span(p95)}"),
+    ]
+
+
+def _kinds(rows: Sequence[Row]) -> list[tuple[str, int, float]]:
+    kinds = Counter(row.kind for row in rows if row.kind).most_common(_MAX_KINDS)
+    return [(kind, n, 100 * n / kinds[0][1]) for kind, n in kinds]
+
+
+def _charts(bars: Sequence[Bar], total_s: float) -> list[Chart]:
+    if not bars:
+        return []
+    charts = []
+    costs = [(bar.end, [bar.row.cost]) for bar in bars]
+    tokens = [(bar.end, _split(bar.row)) for bar in bars]
+    for name, names, moments, shown in (
+        ("Cost", ["cost"], costs, _dollars),
+        ("Tokens", ["out", "in", "from cache"], tokens, short),
+    ):
+        curves, top = curves_of(names, moments, total_s)
+        ticks = [Tick(100 * value / top, shown(value)) for value in value_ticks(top)]
+        total = money(top) if name == "Cost" else short(top)
+        # The highest first, so that the lower ones are drawn over it.
+        charts.append(Chart(name, total, curves[::-1], ticks))
+    return charts
+
+
+def _split(row: Row) -> list[float]:
+    """Tokens out, in and from the cache, which sum up to the total."""
+    usage = row.tokens
+    out, cached = usage.output + usage.reasoning, usage.cache_read
+    return [out, max(0, usage.total - out - cached), cached]
+
+
+def _when(spans: Sequence[tuple[float, float]]) -> str:
+    if not spans:
+        return ""
+    try:
+        first, last = (
+            datetime.fromtimestamp(instant, timezone.utc)
+            for instant in (min(begin for begin, _ in spans), max(end for _, end in spans))
+        )
+    except (OverflowError, ValueError, OSError):  # no time that a calendar has
+        return ""
+    until = f"{last:%H:%M}" if first.date() == last.date() else f"{last.day} {last:%B %Y, %H:%M}"
+    return f"{first.day} {first:%B %Y, %H:%M} to {until} UTC"
+
+
+def short(number: float) -> str:
+    """``"980"``, ``"12.3 k"``, ``"4.5 M"``."""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.1f}".removesuffix(".0") + unit
+    return f"{number:.0f}"
+
+
+def _dollars(value: float) -> str:
+    return f"${value:.4f}".rstrip("0").rstrip(".") if value < 1 else f"${value:,.2f}"
+
+
+def script_json(value: Any) -> str:
+    """JSON that can stand in a script element: no text in it ends the element, or opens one."""
+    # ASCII: neither U+2028 nor half of a surrogate pair is there to be misread.
+    text = json.dumps(value, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,0 +1,215 @@
+"""What a server is asked about its sessions, besides prompts.
+
+Knows requests and answers; nothing of turns.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from ._http import REQUEST_S, Connection
+from ._sse import mapping
+from .errors import OpenCodeConfigError, OpenCodeServerError
+
+MOST = 10_000  # sessions to be listed; by default OpenCode gives 100
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """A session that a server keeps.
+
+    Attributes:
+        session_id: To resume it by.
+        title: Its title.
+        workspace: The directory that it works in.
+        parent_id: Of a sub-agent's session, the one that it works for.
+        total_cost: US dollars of all its turns, without its sub-agents'.
+        created_at, updated_at: Seconds since the epoch.
+    """
+
+    session_id: str
+    title: str
+    workspace: str
+    parent_id: str | None
+    total_cost: float
+    created_at: float
+    updated_at: float
+
+
+class Sessions:
+    """Of one server; *directory* is always the one that the session works in."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def all(self, directory: str | None = None) -> list[SessionInfo]:
+        """Those of *directory* or of all, the last used first."""
+        # Without a directory, /session gives those of one project alone.
+        path = "/session" if directory else "/experimental/session"
+        return [_info(each) for each in self._get(path, directory=directory, limit=MOST)]
+
+    def latest(self, directory: str) -> str | None:
+        """The last used, but for sub-agents'."""
+        found = self._get("/session", directory=directory, roots="true", limit=1)
+        return str(found[0]["id"]) if found else None
+
+    def known(self, session_id: str, directory: str) -> Any:
+        """The session's description; raises OpenCodeConfigError if there is none."""
+        # An id of another form makes the server fail, not refuse.
+        if session_id.startswith("ses"):
+            try:
+                return self._get(path_of(session_id), directory=directory)
+            except OpenCodeServerError as error:
+                if error.status_code != 404:
+                    raise
+        raise OpenCodeConfigError(f"session {session_id!r} is unknown to the server")
+
+    def messages(self, session_id: str, directory: str) -> list[Any]:
+        """All messages, oldest first; see :func:`stored_messages`."""
+        return stored_messages(self._connection, session_id, directory)
+
+    def last_message(self, session_id: str, directory: str) -> dict[str, Any]:
+        """The description of the last message; {} where there is none."""
+        path = path_of(session_id, "/message")
+        stored = self._get(path, directory=directory, limit=1)
+        return dict(mapping(mapping(stored[0]).get("info"))) if stored else {}
+
+    def fork(
+        self,
+        session_id: str,
+        directory: str,
+        *,
+        message_id: str | None = None,
+        rules: Sequence[Any] = (),
+    ) -> str:
+        """A copy, as it was before *message_id*, with the same rules and *rules*."""
+        session = self.known(session_id, directory)
+        if message_id is not None:
+            self._check_message(session_id, message_id, directory)
+        body = {} if message_id is None else {"messageID": message_id}
+        made = self._connection.post(path_of(session_id, "/fork"), body, directory=directory)
+        fork_id = str(made["id"])
+        # A fork begins without any rules.
+        if rules := [*(session.get("permission") or ()), *rules]:
+            self.change(fork_id, directory, permission=rules)
+        return fork_id
+
+    def change(self, session_id: str, directory: str, **changes: Any) -> None:
+        """Set a title; add rules."""
+        self._connection.request("PATCH", path_of(session_id), changes, directory=directory)
+
+    def share(self, session_id: str, directory: str) -> None:
+        """Make it public."""
+        self._connection.post(path_of(session_id, "/share"), directory=directory)
+
+    def summarize(self, session_id: str, directory: str, model: str, timeout_s: float) -> None:
+        """Have *model* put a summary in the place of the past, as far as it is concerned."""
+        provider, _, name = model.partition("/")
+        body = {"providerID": provider, "modelID": name}
+        path = path_of(session_id, "/summarize")
+        self._connection.post(path, body, timeout_s=timeout_s, directory=directory)
+
+    def revert(self, session_id: str, directory: str, message_id: str) -> None:
+        """Take back *message_id* and all after it, with what it did to files."""
+        self._check_message(session_id, message_id, directory)
+        body = {"messageID": message_id}
+        self._connection.post(path_of(session_id, "/revert"), body, directory=directory)
+
+    def unrevert(self, session_id: str, directory: str) -> None:
+        """Give back what was taken back, unless there was a prompt since."""
+        self._connection.post(path_of(session_id, "/unrevert"), directory=directory)
+
+    def delete(self, session_id: str, directory: str) -> None:
+        """Remove it, if it is there."""
+        with suppress(OpenCodeConfigError):
+            self.known(session_id, directory)
+            self._connection.request("DELETE", path_of(session_id), directory=directory)
+
+    def _check_message(self, session_id: str, message_id: str, directory: str) -> None:
+        # Of an unknown one, OpenCode makes a fork of the whole, and a revert of nothing.
+        path = path_of(session_id, f"/message/{quote(message_id, safe='')}")
+        try:
+            self._get(path, directory=directory)
+        except OpenCodeServerError as error:
+            if _is_prompt_with_format(error):
+                return
+            if error.status_code is None or error.status_code >= 500:
+                raise
+            raise OpenCodeConfigError(
+                f"message {message_id!r} is unknown to session {session_id!r}"
+            ) from None
+
+    def _get(self, path: str, **params: Any) -> Any:
+        return self._connection.get(path, **params)
+
+
+def stored_messages(
+    connection: Connection,
+    session_id: str,
+    directory: str,
+    *,
+    limit: int | None = None,
+    timeout_s: float = REQUEST_S,
+) -> list[Any]:
+    """What a server has stored of a session, oldest first.
+
+    OpenCode cannot give a prompt with a format (1.18.33), as it is while its turn goes on: then
+    this is what comes after it.
+
+    Args:
+        limit: That many of the newest; None for all.
+    """
+
+    def newest(limit: int | None) -> list[Any] | None:
+        try:
+            return list(
+                connection.request(
+                    "GET",
+                    path_of(session_id, "/message"),
+                    directory=directory,
+                    limit=limit,
+                    timeout_s=timeout_s,
+                )
+            )
+        except OpenCodeServerError as error:
+            if not _is_prompt_with_format(error):
+                raise
+            return None
+
+    messages = newest(limit)
+    if messages is not None:
+        return messages
+    messages = []
+    for count in itertools.count(1):
+        more = newest(count)
+        if more is None or len(more) < count:
+            break
+        messages = more
+    return messages
+
+
+def path_of(session_id: str, what: str = "") -> str:
+    """The path of requests about a session."""
+    return f"/session/{quote(session_id, safe='')}{what}"
+
+
+def _is_prompt_with_format(error: OpenCodeServerError) -> bool:
+    return error.status_code == 400 and "OutputFormat" in str(error)
+
+
+def _info(session: Any) -> SessionInfo:
+    session, times = mapping(session), mapping(mapping(session).get("time"))
+    return SessionInfo(
+        session_id=str(session.get("id")),
+        title=str(session.get("title")),
+        workspace=str(session.get("directory")),
+        parent_id=session.get("parentID"),
+        total_cost=float(session.get("cost") or 0.0),
+        created_at=float(times.get("created") or 0) / 1000,
+        updated_at=float(times.get("updated") or 0) / 1000,
+    )

@@ -1,0 +1,443 @@
+"""Conversations with the real opencode: memory, permissions, questions, one turn at a time."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from opencode_sync import (
+    OpenCodeCancelledError,
+    OpenCodeClient,
+    OpenCodeConfigError,
+    OpenCodeServer,
+    PermissionRequest,
+    QuestionRequest,
+    RunConfig,
+    allow_all,
+    allow_reads,
+)
+from opencode_sync.testing import ScriptedModel, tool_call
+
+from .warm import Script, config, conversation, model, script, server, shell, workspace
+
+__all__ = ["model", "script", "server", "workspace"]  # fixtures
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell")
+
+WITHIN_S = 60
+SLEEP_S = "904"
+ASKING = RunConfig(permission={"bash": "ask", "edit": "ask"})
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def test_each_turn_knows_those_before_it(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    with server.session(workspace) as chat:
+        chat.send("My name is Bob.")
+        second = chat.send("What is my name?")
+
+    assert second.answer == "re What is my name?"
+    assert second.session_id == chat.session_id
+    assert conversation(script.last) == ["My name is Bob.", "re My name is Bob.", second.prompt]
+
+
+def test_cost_and_tokens_add_up_over_all_turns(server: OpenCodeServer, workspace: Path) -> None:
+    with server.session(workspace) as chat:
+        results = [chat.send("One"), chat.send("Two")]
+
+    assert chat.total_cost == pytest.approx(sum(result.total_cost for result in results))
+    assert chat.token_usage.total == 2 * results[0].token_usage.total
+
+
+RESUMING = """
+import pickle, sys
+from opencode_sync import OpenCodeServer
+
+binary, data_dir, workspace, session_id, cfg = pickle.load(sys.stdin.buffer)
+with OpenCodeServer(binary, run_cfg=cfg, data_dir=data_dir) as server:
+    with server.session(workspace, session_id=session_id) as chat:
+        print(chat.send("And mine?").answer)
+"""
+
+
+def test_a_conversation_is_resumed_in_another_process(
+    opencode_binary: str, model: ScriptedModel, script: Script, tmp_path: Path
+) -> None:
+    cfg, data = config(model), tmp_path / "data"
+    with (
+        OpenCodeServer(opencode_binary, run_cfg=cfg, data_dir=data) as server,
+        server.session(tmp_path) as chat,
+    ):
+        chat.send("My name is Bob.")
+
+    done = subprocess.run(
+        [sys.executable, "-c", RESUMING],
+        input=pickle.dumps((opencode_binary, data, tmp_path, chat.session_id, cfg)),
+        stdout=subprocess.PIPE,
+        timeout=WITHIN_S,
+        check=True,
+    )
+
+    assert done.stdout == b"re And mine?\n"
+    assert conversation(script.last) == ["My name is Bob.", "re My name is Bob.", "And mine?"]
+
+
+def test_a_fork_sees_the_past_and_leaves_the_original_alone(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    with server.session(workspace) as chat:
+        chat.send("Past")
+        fork = chat.fork()
+        with fork:
+            fork.send("Fork")
+        forked = conversation(script.last)
+        chat.send("On")
+
+    assert forked == ["Past", "re Past", "Fork"]
+    assert conversation(script.last) == ["Past", "re Past", "On"]
+    assert fork.session_id != chat.session_id
+
+
+def test_a_fork_can_begin_before_a_message(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    with server.session(workspace) as chat:
+        chat.send("One")
+        chat.send("Two")
+        two = chat.messages()[2]["info"]["id"]
+        chat.fork(two).send("Instead")
+
+        with pytest.raises(OpenCodeConfigError, match="unknown"):
+            chat.fork("msg_0")
+
+    assert conversation(script.last) == ["One", "re One", "Instead"]
+
+
+def test_a_fork_has_the_rules_of_the_original(
+    server: OpenCodeServer, script: Script, tmp_path: Path
+) -> None:
+    script.to("Touch it", shell("touch made"), "Done.")
+    with server.session(tmp_path, run_cfg=RunConfig(permission={"bash": "deny"})) as chat:
+        chat.send("Hello")
+
+        result = chat.fork().send("Touch it", run_cfg=RunConfig())
+
+    assert result.denied_tools == ["bash"]
+    assert not (tmp_path / "made").exists()
+
+
+def test_what_is_reverted_is_forgotten_and_can_come_back(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    with server.session(workspace) as chat:
+        chat.send("One")
+        chat.send("Two")
+        chat.revert()
+        chat.unrevert()
+        chat.send("Three")
+        restored = conversation(script.last)
+        chat.revert(chat.messages()[2]["info"]["id"])
+        chat.send("Four")
+
+    assert restored == ["One", "re One", "Two", "re Two", "Three"]
+    assert conversation(script.last) == ["One", "re One", "Four"]
+
+
+def test_a_summary_takes_the_place_of_the_past_and_is_paid_for(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    with server.session(workspace) as chat:
+        chat.send("A long story")
+        before = chat.total_cost
+        chat.summarize()
+        chat.send("Go on")
+
+    assert "re A long story" not in conversation(script.last)
+    assert chat.total_cost == pytest.approx(before * 3)
+
+
+def test_sessions_are_listed_and_one_is_removed_if_asked_for(
+    server: OpenCodeServer, tmp_path: Path
+) -> None:
+    with server.session(tmp_path, title="Kept") as kept:
+        kept.send("Hello")
+    with server.session(tmp_path, delete=True) as removed:
+        removed.send("Hello")
+        both = server.sessions(tmp_path)
+
+    (left,) = server.sessions(tmp_path)
+    assert [each.session_id for each in both] == [removed.session_id, kept.session_id]
+    assert (left.session_id, left.title, left.workspace) == (kept.session_id, "Kept", str(tmp_path))
+    assert left in server.sessions()
+
+
+# --- turns ---------------------------------------------------------------------------------------
+
+
+def sleeps() -> list[psutil.Process]:
+    """The tool's processes."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.cmdline() == ["sleep", SLEEP_S]:
+                found.append(process)
+    return found
+
+
+def test_abort_ends_a_turn_with_its_tool_and_the_next_prompt_is_taken(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    script.to("Sleep", shell(f"sleep {SLEEP_S}"), "Slept.")
+    with server.session(workspace) as chat, ThreadPoolExecutor(1) as threads:
+        sending = threads.submit(chat.send, "Sleep")
+        end = time.monotonic() + WITHIN_S
+        while not sleeps() and time.monotonic() < end:
+            time.sleep(0.02)
+
+        began = time.monotonic()
+        chat.abort()
+        with pytest.raises(OpenCodeCancelledError, match="aborted"):
+            sending.result(WITHIN_S)
+        took_s, left = time.monotonic() - began, sleeps()
+        after = chat.send("Hello")
+
+    assert took_s < 2
+    assert left == []
+    assert after.answer == "re Hello"
+
+
+def test_prompts_sent_at_once_take_turns_and_get_their_own_answers(
+    server: OpenCodeServer, workspace: Path
+) -> None:
+    prompts = ["One", "Two", "Three"]
+    with server.session(workspace) as chat, ThreadPoolExecutor(3) as threads:
+        answers = [result.answer for result in threads.map(chat.send, prompts)]
+        said = [each["info"]["role"] for each in chat.messages()]
+
+    assert answers == ["re One", "re Two", "re Three"]
+    assert said == ["user", "assistant"] * 3
+
+
+# --- permissions ---------------------------------------------------------------------------------
+
+
+def test_a_tool_that_is_allowed_runs(
+    server: OpenCodeServer, script: Script, tmp_path: Path
+) -> None:
+    script.to("Touch it", shell("touch made"), "Done.")
+    threads: list[threading.Thread] = []
+    asked: list[PermissionRequest] = []
+
+    def allow(request: PermissionRequest) -> Any:
+        threads.append(threading.current_thread())
+        asked.append(request)
+        return "once"
+
+    with server.session(tmp_path, run_cfg=ASKING, on_permission=allow) as chat:
+        result = chat.send("Touch it")
+
+    assert (result.status, result.answer) == ("ok", "Done.")
+    assert (tmp_path / "made").exists()
+    assert threads == [threading.current_thread()]
+    assert repr(asked) == "[PermissionRequest(permission='bash', patterns=('touch made',))]"
+
+
+def test_a_tool_that_is_rejected_does_not_run_and_is_told(
+    server: OpenCodeServer, script: Script, tmp_path: Path
+) -> None:
+    script.to("Touch it", shell("touch made"), "Done.")
+
+    with server.session(tmp_path, run_cfg=ASKING, on_permission=lambda _: "reject") as chat:
+        result = chat.send("Touch it")
+        after = chat.send("Hello")
+
+    assert (result.status, result.denied_tools) == ("denied", ["bash"])
+    assert not (tmp_path / "made").exists()
+    assert after.answer == "re Hello"
+
+
+def test_the_model_sees_the_words_of_a_rejection_and_goes_on(
+    server: OpenCodeServer, script: Script, tmp_path: Path
+) -> None:
+    script.to("Touch it", shell("touch made"), "Then not.")
+
+    with server.session(
+        tmp_path, run_cfg=ASKING, on_permission=lambda _: ("reject", "use mkdir")
+    ) as chat:
+        result = chat.send("Touch it")
+
+    assert "use mkdir" in script.last.tool_results[-1]
+    assert (result.answer, result.denied_tools) == ("Then not.", ["bash"])
+
+
+def test_always_is_asked_once_for_two_calls(
+    server: OpenCodeServer, script: Script, tmp_path: Path
+) -> None:
+    script.to("Twice", shell("touch one"), shell("touch two"), "Done.")
+    asked: list[PermissionRequest] = []
+
+    def always(request: PermissionRequest) -> Any:
+        asked.append(request)
+        return "always"
+
+    with server.session(tmp_path, run_cfg=ASKING, on_permission=always) as chat:
+        chat.send("Twice")
+
+    assert [request.patterns for request in asked] == [("touch one",)]
+    assert (tmp_path / "two").exists()
+
+
+class Refusal(Exception):
+    pass
+
+
+def test_what_a_callback_raises_rejects_ends_the_turn_and_reaches_the_caller(
+    server: OpenCodeServer, script: Script, tmp_path: Path
+) -> None:
+    script.to("Touch it", shell("touch made"), "Done.")
+    refusal = Refusal()
+
+    def refuse(request: PermissionRequest) -> Any:
+        raise refusal
+
+    with server.session(tmp_path, run_cfg=ASKING, on_permission=refuse) as chat:
+        with pytest.raises(Refusal) as caught:
+            chat.send("Touch it")
+        after = chat.send("Hello")
+
+    assert caught.value is refusal
+    assert not (tmp_path / "made").exists()
+    assert after.answer == "re Hello"
+
+
+def test_a_sub_agent_s_request_is_asked_too(
+    server: OpenCodeServer, script: Script, tmp_path: Path
+) -> None:
+    task = tool_call("task", description="touch", prompt="Touch below", subagent_type="general")
+    script.to("Have it touched", task, "Done.")
+    script.to("Touch below", shell("touch made"), "Touched.")
+    asked: list[PermissionRequest] = []
+
+    def allow(request: PermissionRequest) -> Any:
+        asked.append(request)
+        return "once"
+
+    with server.session(tmp_path, run_cfg=ASKING, on_permission=allow) as chat:
+        chat.send("Have it touched")
+
+    assert [request.patterns for request in asked] == [("touch made",)]
+    assert asked[0].session_id != chat.session_id
+    assert (tmp_path / "made").exists()
+
+
+def test_without_a_callback_what_is_asked_is_rejected_at_once(
+    server: OpenCodeServer, script: Script, tmp_path: Path
+) -> None:
+    script.to("Touch it", shell("touch made"), "Done.")
+
+    with server.session(tmp_path, run_cfg=ASKING) as chat:
+        result = chat.send("Touch it")
+
+    assert result.denied_tools == ["bash"]
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("policy, made", [(allow_reads, False), (allow_all, True)])
+def test_a_policy_that_allows_reads_lets_the_model_read_and_not_write(
+    server: OpenCodeServer, script: Script, tmp_path: Path, policy: Any, made: bool
+) -> None:
+    (tmp_path / "notes.txt").write_text("Kiebitz")
+    read = tool_call("read", filePath=str(tmp_path / "notes.txt"))
+    script.to("Read and touch", read, shell("touch made"), "Done.")
+
+    with server.session(
+        tmp_path, run_cfg=RunConfig(permission="ask"), on_permission=policy
+    ) as chat:
+        result = chat.send("Read and touch")
+
+    assert "Kiebitz" in script.last.tool_results[0]
+    assert (tmp_path / "made").exists() == made
+    assert result.answer == "Done."
+
+
+# --- questions -----------------------------------------------------------------------------------
+
+WHICH = tool_call(
+    "question",
+    questions=[
+        {
+            "question": "Which one?",
+            "header": "One",
+            "options": [{"label": "A", "description": "a"}, {"label": "B", "description": "b"}],
+        }
+    ],
+)
+
+
+def test_a_question_is_answered(server: OpenCodeServer, workspace: Path, script: Script) -> None:
+    script.to("Ask me", WHICH, "Thanks.")
+    asked: list[QuestionRequest] = []
+
+    def answer(request: QuestionRequest) -> Any:
+        asked.append(request)
+        return ["B"]
+
+    with server.session(workspace, on_question=answer) as chat:
+        result = chat.send("Ask me")
+
+    (question,) = asked[0].questions
+    assert (question.question, [o.label for o in question.options]) == ("Which one?", ["A", "B"])
+    assert '"Which one?"="B"' in script.last.tool_results[-1]
+    assert result.answer == "Thanks."
+
+
+def test_a_question_that_is_declined_ends_the_turn(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    script.to("Ask me", WHICH, "Thanks.")
+
+    with server.session(workspace, on_question=lambda _: None) as chat:
+        result = chat.send("Ask me")
+        after = chat.send("Hello")
+
+    assert (result.status, result.denied_tools) == ("denied", ["question"])
+    assert after.answer == "re Hello"
+
+
+def test_without_a_callback_the_model_cannot_ask(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    with server.session(workspace) as chat:
+        chat.send("Hello")
+
+    assert "question" not in script.last.tools
+
+
+# --- a process per turn --------------------------------------------------------------------------
+
+
+def test_a_client_has_conversations_too(
+    opencode_binary: str, model: ScriptedModel, script: Script, tmp_path: Path
+) -> None:
+    with OpenCodeClient(opencode_binary, run_cfg=config(model)) as client:
+        with client.session(tmp_path) as chat:
+            chat.send("My name is Bob.")
+            fork = chat.fork()
+            fork.send("And mine?")
+        past = conversation(script.last)
+
+    assert past == ["My name is Bob.", "re My name is Bob.", "And mine?"]
+    assert fork.session_id != chat.session_id

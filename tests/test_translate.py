@@ -1,0 +1,402 @@
+"""Messages of a session become events; in the orders that OpenCode 1.18.33 was seen to use."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from opencode_sync._sse import Message
+from opencode_sync._translate import ANSWER, REFUSED, Translator
+from opencode_sync.errors import OpenCodeServerError
+from opencode_sync.events import Event
+
+ROOT, CHILD = "ses_root", "ses_child"
+TRACE = "\n    at somewhere (/$bunfs/root/chunk.js:1:1)"
+
+
+class Session:
+    """Says what a server says about one turn, and keeps what comes of it."""
+
+    def __init__(self, session_id: str = ROOT, **settings: Any) -> None:
+        self.id = session_id
+        self.translator = Translator(ROOT, **settings)
+        self.events: list[Event] = []
+        self._numbers: Iterator[int] = itertools.count(1000)
+        self._answer = ""
+
+    def say(self, kind: str, session_id: str = "", **properties: Any) -> list[Event]:
+        events = self.translator.read(Message(session_id or self.id, kind, properties))
+        self.events += events
+        return events
+
+    def user(self, created: int | None = None) -> None:
+        created = created or next(self._numbers)
+        info = {"id": f"msg_{created}", "role": "user", "time": {"created": created}}
+        self.say("message.updated", info=info)
+
+    def answer(self, *, completed: bool = False, created: int | None = None, **more: Any) -> None:
+        """Begin an answer, or complete the last one."""
+        if not completed:
+            self._answer = str(created or next(self._numbers))
+        time = {"created": int(self._answer)} | ({"completed": 1} if completed else {})
+        info = {"id": f"msg_{self._answer}", "role": "assistant", "time": time} | more
+        self.say("message.updated", info=info)
+
+    def part(self, kind: str, part_id: str = "", session_id: str = "", **more: Any) -> list[Event]:
+        part = {"id": part_id or f"prt_{next(self._numbers)}", "type": kind}
+        part |= {"messageID": f"msg_{self._answer}"} | more
+        return self.say("message.part.updated", session_id, part=part)
+
+    def delta(self, part_id: str, delta: str) -> list[Event]:
+        return self.say("message.part.delta", partID=part_id, field="text", delta=delta)
+
+    def status(self, kind: str, **more: Any) -> list[Event]:
+        return self.say("session.status", status={"type": kind} | more)
+
+    def error(self, name: str, message: str) -> list[Event]:
+        return self.say("session.error", error={"name": name, "data": {"message": message}})
+
+    @property
+    def is_over(self) -> bool:
+        return self.translator.is_over
+
+    @property
+    def types(self) -> list[str]:
+        return [event["type"] for event in self.events]
+
+
+@pytest.fixture
+def begun() -> Session:
+    """A turn whose first answer has begun."""
+    session = Session()
+    session.user()
+    session.status("busy")
+    session.answer()
+    session.part("step-start")
+    return session
+
+
+def test_a_text_comes_as_deltas_and_then_whole(begun: Session) -> None:
+    begun.part("text", "prt_t", text="", time={"start": 1})
+    begun.delta("prt_t", "Hel")
+    begun.delta("prt_t", "lo")
+    begun.part("text", "prt_t", text="Hello", time={"start": 1, "end": 2})
+    late = begun.delta("prt_t", "!")
+
+    assert begun.types == ["step_start", "text_delta", "text_delta", "text"]
+    assert begun.events[-1]["part"]["text"] == "Hello"
+    assert begun.events[1]["delta"] == "Hel"
+    assert late == []
+
+
+@pytest.mark.parametrize("is_wanted", [True, False], ids=["wanted", "not wanted"])
+def test_reasoning_comes_only_where_it_is_wanted(is_wanted: bool) -> None:
+    session = Session(with_reasoning=is_wanted)
+    session.user()
+    session.answer()
+
+    session.part("reasoning", "prt_r", text="", time={"start": 1})
+    session.delta("prt_r", "Hm")
+    session.part("reasoning", "prt_r", text="Hm", time={"start": 1, "end": 2})
+
+    assert session.types == (["reasoning_delta", "reasoning"] if is_wanted else [])
+
+
+def test_a_tool_call_comes_when_it_has_ended_and_once(begun: Session) -> None:
+    for status in ("pending", "running", "running", "completed", "completed"):
+        begun.part("tool", "prt_t", tool="bash", state={"status": status})
+
+    assert begun.types == ["step_start", "tool_use"]
+    assert begun.events[-1]["part"]["state"]["status"] == "completed"
+    assert begun.translator.has_used_tools
+
+
+def test_an_event_is_stamped_and_bears_its_session(begun: Session) -> None:
+    event = begun.events[0]
+
+    assert list(event) == ["type", "timestamp", "sessionID", "part"]
+    assert event["sessionID"] == ROOT
+
+
+def test_the_prompt_is_no_event_of_the_answer() -> None:
+    session = Session()
+    session.user()
+
+    assert session.part("text", text="the prompt", messageID="msg_1000") == []
+
+
+def test_messages_of_an_earlier_turn_are_passed_over() -> None:
+    session = Session(since=500)
+    session.user(created=400)
+    session.answer(created=450)
+    session.part("text", text="old", time={"start": 1, "end": 2})
+    session.status("idle")
+
+    assert session.events == []
+    assert not session.translator.has_begun
+
+
+# --- the end -------------------------------------------------------------------------------------
+
+
+def test_a_turn_is_over_when_it_is_idle_and_its_answers_are_complete(begun: Session) -> None:
+    begun.part("step-finish", reason="stop")
+    begun.answer(completed=True)
+    before_idle = begun.is_over
+    begun.status("busy")
+    begun.status("idle")
+
+    assert not before_idle
+    assert begun.is_over
+
+
+def test_a_turn_is_not_over_between_its_steps(begun: Session) -> None:
+    begun.status("idle")  # that of the turn before, come late
+    begun.status("busy")
+    begun.answer(completed=True, finish="tool-calls")
+
+    assert not begun.is_over
+
+
+def test_after_an_error_the_answer_is_waited_for(begun: Session) -> None:
+    begun.error("APIError", "bad key")
+    begun.status("idle")
+    at_first_idle = begun.is_over
+    begun.answer(completed=True, error={"name": "APIError", "data": {"message": "bad key"}})
+
+    assert not at_first_idle
+    assert begun.is_over
+    assert begun.types == ["step_start", "error"]
+
+
+def test_an_error_that_only_the_answer_tells_is_told(begun: Session) -> None:
+    begun.answer(completed=True, error={"name": "ContextOverflowError", "data": {}})
+
+    assert begun.types == ["step_start", "error"]
+
+
+def test_words_in_place_of_structured_output_are_no_error(begun: Session) -> None:
+    begun.answer(completed=True, error={"name": "StructuredOutputError", "data": {}})
+
+    assert begun.types == ["step_start"]
+
+
+def test_the_step_that_gives_structured_output_is_the_last(begun: Session) -> None:
+    begun.part("tool", tool="StructuredOutput", state={"status": "completed"})
+    begun.part("step-finish", reason="tool-calls")
+    begun.answer(completed=True, structured={"name": "Kiebitz"})
+
+    assert begun.events[-1]["part"]["reason"] == "stop"
+    assert begun.translator.structured == {"name": "Kiebitz"}
+
+
+def test_an_abort_of_ours_is_no_error(begun: Session) -> None:
+    begun.translator.stopped()
+    begun.error("MessageAbortedError", "Aborted")
+    begun.status("idle")
+    begun.answer(completed=True, error={"name": "MessageAbortedError", "data": {}})
+
+    assert begun.types == ["step_start"]
+    assert begun.is_over
+
+
+def test_an_abort_of_somebody_else_s_is_an_error(begun: Session) -> None:
+    begun.error("MessageAbortedError", "Aborted")
+
+    assert begun.types == ["step_start", "error"]
+
+
+def test_an_unknown_model_ends_the_turn_and_is_told_once() -> None:
+    session = Session()
+    session.user()
+    session.status("busy")
+    session.error("UnknownError", "Model not found: a/b.")
+    session.status("idle")
+    session.error("UnknownError", f"ProviderModelNotFoundError: Model not found: a/b.{TRACE}")
+
+    assert session.is_over
+    assert [event["error"]["data"]["message"] for event in session.events] == [
+        "Model not found: a/b."
+    ]
+
+
+def test_an_unknown_agent_ends_the_turn_before_it_begins() -> None:
+    session = Session()
+    session.error("UnknownError", 'Agent not found: "x". Available agents: build')
+    at_first = session.is_over
+    session.error("UnknownError", f"UnknownError: UnknownError{TRACE}")
+
+    assert not at_first
+    assert session.is_over
+    assert session.types == ["error"]
+
+
+def test_a_failure_that_is_told_with_its_trace_alone_is_told_without_it(begun: Session) -> None:
+    begun.status("idle")
+    begun.error("UnknownError", f"PlatformError: NotFound{TRACE}")
+
+    assert begun.is_over
+    assert begun.events[-1]["error"]["data"]["message"] == "PlatformError: NotFound"
+
+
+def test_a_trace_in_mid_turn_ends_nothing(begun: Session) -> None:
+    begun.error("UnknownError", f"a plugin failed{TRACE}")
+
+    assert not begun.is_over
+
+
+def test_a_refused_command_is_told_by_the_message_or_else_by_the_refusal() -> None:
+    told, untold = Session(), Session()
+    refusal = OpenCodeServerError("the server refused it: 500", status_code=500)
+    told.say(ANSWER, error=refusal)
+    at_first = told.is_over
+    told.error("UnknownError", 'Command not found: "x"')
+    untold.say(ANSWER, error=refusal)
+
+    last = untold.translator.end()
+
+    assert not at_first
+    assert told.is_over
+    assert told.types == ["error"]
+    assert told.translator.end() == []
+    assert [event["error"]["data"]["message"] for event in last] == ["the server refused it: 500"]
+
+
+def test_a_turn_that_may_be_over_is_doubtful(begun: Session) -> None:
+    before = begun.translator.is_doubtful
+    begun.status("idle")
+
+    assert not before
+    assert begun.translator.is_doubtful
+
+
+# --- what else is told ---------------------------------------------------------------------------
+
+
+def test_a_retry_bears_the_status_that_the_plugin_saw(begun: Session) -> None:
+    begun.say(REFUSED, status=429)
+    (first,) = begun.status("retry", attempt=1, message="slow down")
+    (second,) = begun.status("retry", attempt=2, message="slow down")
+
+    assert (first["message"], first["statusCode"], first["attempt"]) == ("429 slow down", 429, 1)
+    assert (second["message"], second.get("statusCode")) == ("slow down", None)
+
+
+@pytest.mark.parametrize("kind", ["permission", "question"])
+def test_a_request_is_told_with_all_it_says(begun: Session, kind: str) -> None:
+    (event,) = begun.say(f"{kind}.asked", CHILD, id="x_1", patterns=["ls"])
+
+    assert (event["type"], event["sessionID"]) == (kind, CHILD)
+    assert event["request"] == {"id": "x_1", "patterns": ["ls"]}
+
+
+def test_a_sub_agent_s_parts_are_told_and_its_errors_and_end_are_not(begun: Session) -> None:
+    begun.part("text", session_id=CHILD, text="hi", time={"start": 1, "end": 2}, messageID="msg_c")
+    begun.say("session.error", CHILD, error={"name": "APIError", "data": {"message": "no"}})
+    begun.say("session.status", CHILD, status={"type": "idle"})
+
+    assert [(event["type"], event["sessionID"]) for event in begun.events[1:]] == [("text", CHILD)]
+    assert not begun.translator.is_doubtful
+
+
+def test_messages_of_other_kinds_are_passed_over(begun: Session) -> None:
+    before = list(begun.events)
+
+    for kind in ("session.updated", "session.diff", "todo.updated", "session.idle", "new.kind"):
+        begun.say(kind, info={}, part={}, status={})
+
+    assert begun.events == before
+
+
+# --- after a gap ---------------------------------------------------------------------------------
+
+
+def stored(created: int, role: str, *parts: dict[str, Any], **info: Any) -> dict[str, Any]:
+    time = {"created": created} | ({"completed": 1} if role == "assistant" else {})
+    message = {"id": f"msg_{created}", "role": role, "time": time} | info
+    return {"info": message, "parts": [{"messageID": message["id"], **part} for part in parts]}
+
+
+WHOLE = {"start": 1, "end": 2}
+
+
+def test_what_is_stored_fills_a_gap_without_telling_anything_twice(begun: Session) -> None:
+    begun.part("text", "prt_1", text="one", time=WHOLE)
+    answer_id = int(begun._answer)
+    messages = [
+        stored(10, "assistant", {"id": "prt_0", "type": "text", "text": "old", "time": WHOLE}),
+        stored(1000, "user", {"id": "prt_p", "type": "text", "text": "prompt"}),
+        stored(
+            answer_id,
+            "assistant",
+            {"id": "prt_1", "type": "text", "text": "one", "time": WHOLE},
+            {"id": "prt_2", "type": "tool", "state": {"status": "completed"}},
+        ),
+        stored(2000, "assistant", {"id": "prt_3", "type": "text", "text": "two", "time": WHOLE}),
+    ]
+
+    events = begun.translator.read_stored(ROOT, messages)
+    again = begun.translator.read_stored(ROOT, messages)
+    begun.status("idle")
+
+    assert [event["part"]["id"] for event in events] == ["prt_2", "prt_3"]
+    assert again == []
+    assert begun.is_over
+
+
+def test_a_part_that_is_half_stored_is_told_when_it_is_whole(begun: Session) -> None:
+    half = {"id": "prt_1", "type": "text", "text": "", "time": {"start": 1}}
+
+    events = begun.translator.read_stored(ROOT, [stored(2000, "assistant", half)])
+    begun._answer = "2000"
+    delta = begun.delta("prt_1", "lo")
+    begun.part("text", "prt_1", text="Hello", time=WHOLE)
+
+    assert events == []
+    assert [event["type"] for event in delta] == ["text_delta"]
+    assert begun.events[-1]["part"]["text"] == "Hello"
+
+
+def test_a_sub_agent_s_earlier_work_is_not_told_again(begun: Session) -> None:
+    old = {"id": "prt_old", "type": "text", "text": "old", "time": WHOLE}
+    new = {"id": "prt_new", "type": "text", "text": "new", "time": WHOLE}
+
+    events = begun.translator.read_stored(
+        CHILD, [stored(10, "assistant", old), stored(3000, "assistant", new)]
+    )
+
+    assert [event["part"]["id"] for event in events] == ["prt_new"]
+
+
+def test_structured_output_is_kept(begun: Session) -> None:
+    begun.answer(completed=True, structured={"x": 1})
+    begun.answer()
+
+    assert begun.translator.structured == {"x": 1}
+
+
+@pytest.mark.parametrize(
+    "properties",
+    [
+        {},
+        {"info": None, "part": None, "status": None, "error": None},
+        {"info": [], "part": 7, "status": "x", "error": "x", "partID": 1, "field": None},
+        {"info": {"time": 5, "role": {}}, "part": {"type": [], "state": 3, "time": 1}},
+    ],
+)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "message.updated",
+        "message.part.updated",
+        "message.part.delta",
+        "session.status",
+        "session.error",
+        "permission.asked",
+    ],
+)
+def test_odd_messages_never_raise(kind: str, properties: dict[str, Any]) -> None:
+    Translator(ROOT).read(Message(ROOT, kind, properties))

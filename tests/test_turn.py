@@ -1,0 +1,377 @@
+"""One turn as a source of events: what it asks the server, and when."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from opencode_sync import OpenCodeIncompleteError, OpenCodeServerError, RunResult, _turn
+from opencode_sync._http import Connection
+from opencode_sync._replies import Replies
+from opencode_sync._sse import EventStream
+from opencode_sync._turn import Turn
+from opencode_sync.events import Event
+from tests.webserver import WITHIN_S, Answer, Feed, WebServer
+
+ROOT = "ses_root"
+WHOLE = {"start": 1, "end": 2}
+
+
+def message(message_id: str, role: str, *parts: Any, created: int = 10) -> dict[str, Any]:
+    time = {"created": created} | ({"completed": 20} if role == "assistant" else {})
+    info = {"id": message_id, "role": role, "time": time}
+    return {"info": info, "parts": [{"messageID": message_id, **part} for part in parts]}
+
+
+STORED = [
+    message("msg_u", "user"),
+    message("msg_a", "assistant", {"id": "prt_t", "type": "text", "text": "Hi", "time": WHOLE}),
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    for bound in ("DOUBT_S", "LOOK_S"):
+        monkeypatch.setattr(_turn, bound, 0.02)
+    monkeypatch.setattr(_turn, "BEGUN_S", 0.2)
+
+
+@pytest.fixture
+def server() -> Iterator[WebServer]:
+    with WebServer() as server:
+        server.answers["/session/status"] = Answer({})
+        server.answers[f"/session/{ROOT}/message"] = Answer([])
+        for path in ("/permission", "/question"):
+            server.answers[path] = Answer([])
+        yield server
+
+
+@pytest.fixture
+def stream(server: WebServer) -> Iterator[EventStream]:
+    connection = Connection(server.url)
+    stream = EventStream(connection)
+    stream.open()
+    yield stream
+    stream.close()
+    connection.close()
+
+
+@pytest.fixture
+def feed(server: WebServer, stream: EventStream) -> Feed:
+    return server.next_feed()
+
+
+@pytest.fixture
+def begin(stream: EventStream) -> Iterator[Callable[..., Turn]]:
+    turns: list[Turn] = []
+
+    def begin(**settings: Any) -> Turn:
+        connection = stream._connection
+        turns.append(Turn(connection, stream.mailbox(ROOT), ROOT, "/w", **settings))
+        turns[-1].send({"parts": []})
+        return turns[-1]
+
+    yield begin
+    for turn in turns:
+        turn.close()
+
+
+Begin = Callable[..., Turn]
+
+
+def say(feed: Feed, *entries: dict[str, Any]) -> None:
+    for entry in entries:
+        feed.say(ROOT, "message.updated", info=entry["info"])
+        for part in entry["parts"]:
+            feed.say(ROOT, "message.part.updated", part=part)
+
+
+def rest_of(turn: Turn) -> list[Event]:
+    events: list[Event] = []
+    while (more := turn.receive(WITHIN_S)) is not None:
+        events += more
+    return events
+
+
+def paths(server: WebServer, end: str = "") -> list[str]:
+    return [request.path for request in server.requests if request.path.endswith(end)]
+
+
+def is_busy(server: WebServer) -> None:
+    server.answers["/session/status"] = Answer({ROOT: {"type": "busy"}})
+
+
+def test_a_turn_gives_its_events_and_then_none(begin: Begin, feed: Feed) -> None:
+    turn = begin()
+    say(feed, *STORED)
+    feed.say(ROOT, "session.status", status={"type": "idle"})
+
+    events = rest_of(turn)
+
+    assert [event["type"] for event in events] == ["text"]
+    assert turn.is_over
+    assert turn.receive(0) is None
+
+
+def test_an_end_that_was_not_told_is_noticed(server: WebServer, begin: Begin, feed: Feed) -> None:
+    server.answers[f"/session/{ROOT}/message"] = Answer(STORED)
+    turn = begin()
+    feed.say(ROOT, "message.updated", info=STORED[0]["info"])
+
+    events = rest_of(turn)
+
+    assert [event["part"]["text"] for event in events] == ["Hi"]
+
+
+def test_a_silent_turn_that_is_busy_goes_on(server: WebServer, begin: Begin, feed: Feed) -> None:
+    is_busy(server)
+    turn = begin()
+    say(feed, STORED[0])
+    turn.receive(WITHIN_S)
+
+    with pytest.raises(queue.Empty):
+        turn.receive(0.3)
+
+    assert not turn.is_over
+    assert len(paths(server, "/status")) < 10
+
+
+def test_a_turn_that_has_not_begun_is_waited_for(begin: Begin, feed: Feed) -> None:
+    turn = begin()
+
+    with pytest.raises(queue.Empty):
+        turn.receive(0.2)
+
+    assert not turn.is_over
+
+
+def test_a_prompt_that_leaves_no_trace_is_given_up(
+    begin: Begin, feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_turn, "BEGIN_S", 0.1)
+    turn, result = begin(), RunResult()
+
+    assert turn.receive(WITHIN_S) is None
+    assert isinstance(turn.settle(result), OpenCodeIncompleteError)
+    assert result.session_id == ROOT
+
+
+def test_a_gap_is_filled_from_what_the_server_has_stored(
+    server: WebServer, begin: Begin, feed: Feed
+) -> None:
+    is_busy(server)
+    turn = begin()
+    say(feed, STORED[0])
+    turn.receive(WITHIN_S)
+    task = {"id": "prt_k", "type": "tool", "tool": "task"}
+    task |= {"state": {"status": "completed", "metadata": {"sessionId": "ses_child"}}}
+    child = message("msg_c", "assistant", {"id": "prt_c", "type": "step-start"}, created=30)
+    root = [*STORED, message("msg_b", "assistant", task, created=25)]
+    server.answers[f"/session/{ROOT}/message"] = Answer(root)
+    server.answers["/session/ses_child/message"] = Answer([child])
+    server.answers["/session/status"] = Answer({})
+
+    feed.cut()
+    events = rest_of(turn)
+
+    assert [(event["type"], event["sessionID"]) for event in events] == [
+        ("text", ROOT),
+        ("tool_use", ROOT),
+        ("step_start", "ses_child"),
+    ]
+
+
+def test_a_request_that_was_missed_is_found_and_answered_once(
+    server: WebServer, begin: Begin, feed: Feed
+) -> None:
+    is_busy(server)
+    request = {"id": "per_1", "sessionID": ROOT, "permission": "bash"}
+    other = {"id": "per_2", "sessionID": "ses_other"}
+    server.answers["/permission"] = Answer([request, other])
+    turn = begin()
+    say(feed, STORED[0])
+    turn.receive(WITHIN_S)
+
+    feed.cut()
+    events = turn.receive(WITHIN_S)
+    server.next_feed().say(ROOT, "permission.asked", **{**request, "sessionID": ROOT})
+    turn.receive(WITHIN_S)
+    server.answers["/session/status"] = Answer({})
+    rest_of(turn)
+
+    assert events is not None
+    assert [event["type"] for event in events] == ["permission"]
+    assert paths(server, "/reply") == ["/permission/per_1/reply"]
+
+
+def test_a_lost_server_ends_the_turn_with_its_reason(
+    stream: EventStream, begin: Begin, feed: Feed
+) -> None:
+    turn, result = begin(), RunResult()
+    say(feed, STORED[0])
+    turn.receive(WITHIN_S)
+
+    stream.lose("the server was ended by signal 9")
+
+    assert turn.receive(WITHIN_S) is None
+    error = turn.settle(result)
+    assert isinstance(error, OpenCodeServerError)
+    assert str(error) == "the server was ended by signal 9"
+    assert error.result is result
+    assert not turn.may_repeat(result)
+
+
+def test_a_turn_that_cannot_be_followed_any_more_is_aborted(
+    server: WebServer, begin: Begin, feed: Feed
+) -> None:
+    server.answers[f"/session/{ROOT}/message"] = Answer({"message": "broken"}, status=500)
+    turn = begin()
+    say(feed, STORED[0])
+    turn.receive(WITHIN_S)
+
+    feed.cut()
+
+    assert turn.receive(WITHIN_S) is None
+    assert paths(server, "/abort") == [f"/session/{ROOT}/abort"]
+    assert "500 broken" in str(turn.settle(RunResult()))
+
+
+# --- stopping ------------------------------------------------------------------------------------
+
+
+def test_stopping_aborts_a_turn_that_has_begun(server: WebServer, begin: Begin, feed: Feed) -> None:
+    turn = begin()
+    say(feed, STORED[0])
+    turn.receive(WITHIN_S)
+
+    turn.stop()
+
+    assert paths(server, "/abort") == [f"/session/{ROOT}/abort"]
+
+
+def test_stopping_aborts_a_turn_again_that_begins_only_then(
+    server: WebServer, begin: Begin
+) -> None:
+    aborted = threading.Event()
+
+    def abort() -> Answer:
+        aborted.set()
+        return Answer(True)
+
+    server.answers[f"/session/{ROOT}/abort"] = abort
+    server.answers["/session/status"] = lambda: Answer({ROOT: {}} if aborted.is_set() else {})
+
+    begin().stop()
+
+    assert len(paths(server, "/abort")) == 2
+
+
+def test_stopping_a_turn_that_never_begins_is_bounded(server: WebServer, begin: Begin) -> None:
+    begin().stop()
+
+    assert len(paths(server, "/abort")) == 1
+
+
+def test_stopping_a_turn_of_a_server_that_is_gone_is_harmless(
+    server: WebServer, begin: Begin
+) -> None:
+    turn = begin()
+    server.stop()
+
+    turn.stop()
+
+    assert turn.receive(WITHIN_S) is None
+
+
+def test_closing_calls_what_waits_for_it_once(begin: Begin) -> None:
+    turn, calls = begin(), []
+    turn.on_close(lambda: calls.append("closed"))
+
+    turn.close()
+    turn.close()
+
+    assert calls == ["closed"]
+
+
+# --- requests ------------------------------------------------------------------------------------
+
+
+def ask(feed: Feed, kind: str = "permission") -> None:
+    say(feed, STORED[0])
+    feed.say(ROOT, f"{kind}.asked", id="x_1")
+
+
+def until_asked(turn: Turn) -> None:
+    while not any(event["type"] in ("permission", "question") for event in turn.receive(5) or ()):
+        pass
+
+
+@pytest.mark.parametrize(
+    "kind, path",
+    [("permission", "/permission/x_1/reply"), ("question", "/question/x_1/reject")],
+)
+def test_what_nobody_answers_is_refused(
+    server: WebServer, begin: Begin, feed: Feed, kind: str, path: str
+) -> None:
+    is_busy(server)
+    turn = begin()
+    ask(feed, kind)
+    until_asked(turn)
+
+    with pytest.raises(queue.Empty):
+        turn.receive(0.1)
+
+    assert path in paths(server)
+
+
+def test_an_answer_reaches_the_server_as_it_was_given(
+    server: WebServer, stream: EventStream, begin: Begin, feed: Feed
+) -> None:
+    is_busy(server)
+    answers = {"answers": [["B"]]}
+    replies = Replies(stream._connection, "/w", question=lambda request: answers)
+    turn = begin(replies=replies)
+    ask(feed, "question")
+    until_asked(turn)
+
+    with pytest.raises(queue.Empty):
+        turn.receive(0.1)
+
+    (reply,) = [request for request in server.requests if request.path == "/question/x_1/reply"]
+    assert reply.body == answers
+
+
+def test_an_exception_in_an_answer_refuses_and_reaches_the_caller(
+    server: WebServer, stream: EventStream, begin: Begin, feed: Feed
+) -> None:
+    is_busy(server)
+
+    def fail(request: Any) -> Any:
+        raise ZeroDivisionError
+
+    turn = begin(replies=Replies(stream._connection, "/w", fail))
+    ask(feed)
+    until_asked(turn)
+
+    with pytest.raises(ZeroDivisionError):
+        turn.receive(WITHIN_S)
+
+    (reply,) = [request for request in server.requests if request.path == "/permission/x_1/reply"]
+    assert reply.body == {"reply": "reject"}
+
+
+def test_an_answer_that_comes_too_late_is_harmless(
+    server: WebServer, begin: Begin, feed: Feed
+) -> None:
+    is_busy(server)
+    server.answers["/permission/x_1/reply"] = Answer({"message": "not found"}, status=404)
+    turn = begin()
+    ask(feed)
+    until_asked(turn)
+
+    with pytest.raises(queue.Empty):
+        turn.receive(0.1)
