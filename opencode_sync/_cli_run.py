@@ -6,7 +6,15 @@ import argparse
 import json
 import sys
 
-from ._cli_options import DONE, FAILED, add_file_option, add_run_options, run_config, tell
+from ._cli_options import (
+    DONE,
+    FAILED,
+    add_file_option,
+    add_run_options,
+    json_object,
+    run_config,
+    tell,
+)
 from ._markup import outcome
 from .client import OpenCodeClient
 from .display import live
@@ -20,6 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_file_option(parser)
     add = parser.add_argument
     add("--max-cost", metavar="USD", type=float, help="stop when it has cost more")
+    add("--schema", metavar="FILE", help="JSON Schema; prints the answer as JSON that fits it")
     add("-s", "--session", metavar="ID", help="continue this session of your own opencode")
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_true", help="print the whole result as JSON")
@@ -39,6 +48,7 @@ def run(options: argparse.Namespace) -> int:
             timeout_s=options.timeout,
             idle_timeout_s=options.idle_timeout,
             max_cost=options.max_cost,
+            schema=options.schema and json_object("--schema", options.schema),
             keep_raw=False,
         )
         try:
@@ -51,12 +61,18 @@ def run(options: argparse.Namespace) -> int:
             result = stream.result
             if options.json:
                 print(json.dumps(result.to_dict()))
-            elif not options.stream and result.final_text:
-                print(result.final_text)
+            elif not options.stream and (text := _text(result, options.schema)):
+                print(text)
             sys.stdout.flush()
             session = f", session {result.session_id}" if result.session_id else ""
             print(f"{outcome(result)}{session}", file=sys.stderr)
     return _ended(result)
+
+
+def _text(result: RunResult, schema: str | None) -> str:
+    if schema is None or result.status != "ok":
+        return result.final_text
+    return json.dumps(result.parsed, ensure_ascii=False)
 
 
 def _ended(result: RunResult) -> int:

@@ -156,7 +156,8 @@ class DataDirectories:
         directory = path / "opencode"
         lock_file = directory / "package-lock.json"
         if not lock_file.exists():
-            (directory / "node_modules").mkdir(mode=0o700, parents=True, exist_ok=True)
+            for part in (path, directory, directory / "node_modules"):
+                part.mkdir(mode=0o700, exist_ok=True)
             lock = {"packages": {"": {"dependencies": {"@opencode-ai/plugin": "*"}}}}
             lock_file.write_text(json.dumps(lock), encoding="utf-8")
         return path

@@ -144,12 +144,12 @@ class ProcessRun:
 
     def settle(self, result: RunResult) -> OpenCodeError | None:
         """Complete *result* with exit status, stderr and raw lines, and say what went wrong."""
-        if not self._was_stopped and self._process.has_left_something():
+        if not self._was_stopped:
             if self._keep_background:
                 with _interrupt.deferred():
                     _watchdog.spare(self._token)
             else:
-                _log.info("%s left processes running; they are stopped", self.label)
+                # Not only if one look finds something: it does not see what is just being started.
                 self._process.stop()
         self._is_gone = True
         result.exit_code = self._process.returncode

@@ -270,7 +270,8 @@ class Turn:
             return True
         # None where it is our own prompt, with a format: see stored_messages().
         last = self._messages(self.session_id, limit=1)
-        return not last or any(map(self._translator.covers, last))
+        is_hidden = not last and "format" in self._sent
+        return is_hidden or any(map(self._translator.covers, last))
 
     def _abort(self) -> None:
         if not self._is_done:

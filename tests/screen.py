@@ -16,7 +16,7 @@ from types import TracebackType
 
 from opencode_sync._markup import strip_ansi
 
-WITHIN_S = 60.0
+WITHIN_S = 30.0
 ROWS, COLUMNS = 24, 120
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 
@@ -124,4 +124,4 @@ def _seen(line: str) -> str:
         elif character >= " ":
             cells[at : at + 1] = [character]
             at += 1
-    return "".join(cells).rstrip()
+    return "".join(cells)

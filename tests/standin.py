@@ -1,6 +1,7 @@
 """A small program in the place of opencode: it prints the events that a test wrote.
 
-Its prompt is Python: what the test sends is what the program does, with these words at hand.
+Its prompt is Python: what the test sends is what the program does, with these words at hand. What
+we add to a prompt comes after a line "# end", which ends the program.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def fail(message, status=401):
 if sys.argv[1:] == ["--version"]:
     print("1.18.33")
 else:
-    exec(sys.stdin.read())
+    exec(sys.stdin.read().partition("\\n# end\\n")[0])
 """
 
 

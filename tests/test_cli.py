@@ -172,6 +172,16 @@ def test_json_tells_what_a_failed_run_had_produced(shell: Shell) -> None:
     assert (result["status"], result["final_text"]) == ("error", "So far.")
 
 
+SCHEMA = '{"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}'
+
+
+def test_an_answer_with_a_schema_is_printed_as_json(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text(SCHEMA)
+    prompt = """step(text='Here it is: {"n": 1}')\n# end\n"""
+
+    assert shell("run", "--schema", "schema.json", prompt)[:2] == (0, '{"n": 1}\n')
+
+
 def test_a_dash_reads_the_prompt_from_stdin(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(HELLO.encode())))
 
@@ -377,14 +387,17 @@ def test_a_map_over_its_budget_starts_nothing_more_and_says_how_to_go_on(
     assert "--max-cost is spent: 2 of 5 jobs are in out.jsonl; the same command runs" in err
 
 
-def test_a_map_on_the_warm_server(
-    map_file: MapFile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def with_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of opencode, a program that serves; see serving.py."""
     program = tmp_path / "bin" / "serving"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{serving.__file__}" "$@"\n')
     program.chmod(0o755)
     monkeypatch.setenv("OPENCODE_BINARY", str(program))
 
+
+@pytest.mark.usefixtures("with_server")
+def test_a_map_on_the_warm_server(map_file: MapFile) -> None:
     status, _, _ = map_file("say one\nsay two\n", "--server")
 
     assert status == 0
@@ -423,6 +436,60 @@ def test_a_map_without_opencode_puts_no_failures_into_the_output(
     assert not Path("out.jsonl").exists()
 
 
+# --- chat, where stdin is no terminal ------------------------------------------------------------
+
+
+@pytest.fixture
+def chat(with_server: None, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> Shell:
+    """Chats with *text* on stdin; returns the exit status, stdout and stderr."""
+
+    def run(text: str, *options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        return shell("chat", *options)
+
+    return run
+
+
+def test_a_chat_takes_the_lines_of_stdin_as_prompts(chat: Shell) -> None:
+    status, out, err = chat("say say one\n\nsay say two")
+
+    assert (status, out) == (0, "say one\nsay two\n")
+    assert [line.partition(",")[0] for line in err.splitlines()[:2]] == ["ok", "ok"]
+    assert "opencode-sync: $1.00; to go on: opencode-sync chat --session ses_" in err
+
+
+def test_a_chat_goes_on_with_an_earlier_one(chat: Shell) -> None:
+    session = chat("say say one\n")[2].split()[-1]
+
+    status, out, err = chat("say say two\n", "--session", session)
+
+    assert (status, out) == (0, "say two\n")
+    assert err.startswith("opencode-sync: 2 messages so far\n")
+    assert err.split()[-1] == session
+
+
+def test_a_chat_that_nobody_watches_refuses_what_needs_permission(chat: Shell) -> None:
+    status, out, _ = chat("ask\n", "--permission", "ask")
+
+    assert status == 0
+    assert '{"reply": "reject"' in out
+
+
+def test_a_session_that_there_is_not_ends_a_chat(chat: Shell) -> None:
+    status, out, err = chat("say say one\n", "--session", "ses_none")
+
+    assert (status, out) == (1, "")
+    assert "Session not found" in err
+
+
+def test_a_turn_that_fails_ends_a_chat_that_nobody_watches(chat: Shell) -> None:
+    status, out, err = chat("break\nsay say one\n")
+
+    assert status == 1
+    assert "say one" not in out
+    assert "ProviderError: broken" in err
+
+
 # --- every exit status ---------------------------------------------------------------------------
 
 
@@ -452,6 +519,8 @@ def test_a_run_that_ended_at_a_refused_tool_exits_with_1(shell: Shell) -> None:
         (["run", "x", "--config", "none.json"], "none.json"),
         (["run", "x", "--config", "bad.json"], "line 3 column 3"),
         (["run", "x", "--config", "list.json"], "object"),
+        (["run", "x", "--schema", "none.json"], "--schema none.json: No such file"),
+        (["run", "x", "--schema", "odd.json"], "schema"),
         (["run", "x", "--permission", "{"], "--permission"),
         (["run", "x", "--permission", "ask"], "'ask'"),
         (["run", "x", "--model", "m"], "provider/model"),
@@ -472,6 +541,7 @@ def test_refused_input_exits_with_2_and_is_told_in_one_line(
 ) -> None:
     (tmp_path / "bad.json").write_text('{\n  "a": 1,\n  b}')
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "odd.json").write_text('{"type": "odd"}')
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"prompt"}\n')
     (tmp_path / "good.txt").write_text("x\n")
 

@@ -58,9 +58,9 @@ def finish(run: ProcessRun) -> tuple[RunResult, Any]:
     return result, run.settle(result)
 
 
-def receive_until(run: ProcessRun, kind: str) -> Any:
+def receive_until(run: ProcessRun, kind: str, timeout: float = LONG_S) -> Any:
     while True:
-        events = run.receive(LONG_S)
+        events = run.receive(timeout)
         assert events is not None
         for event in events:
             if event["type"] == kind:
@@ -137,7 +137,9 @@ def test_a_refusal_held_back_is_told_before_an_earlier_deadline(
     while run._logs.pending is None:
         run.receive(LONG_S)
 
-    assert [event["type"] for event in run.receive(0.01) or ()] == ["retry"]
+    event = receive_until(run, "retry", timeout=0.01)
+
+    assert event["message"] == "slow down"
 
 
 def test_a_refusal_that_was_the_last_is_no_retry(start: Start) -> None:

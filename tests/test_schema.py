@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from jsonschema import Draft202012Validator
+from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
 from opencode_sync._schema import OutputSchema, SchemaMismatch
@@ -123,10 +126,56 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
         OutputSchema(schema)
 
 
-def test_a_value_survives_being_stored_as_json() -> None:
-    schema = OutputSchema(list[Fish])
+class Strict(BaseModel, strict=True):
+    born: date = Field(alias="Born")
+    tags: tuple[str, ...]
 
-    assert schema.validate(schema.dump([Fish("Hecht", 7)])) == [Fish("Hecht", 7)]
+
+def test_a_value_is_made_again_of_the_json_that_it_was_made_of() -> None:
+    schema = OutputSchema(Strict)
+
+    value, plain = schema.find('{"Born": "2000-01-02", "tags": ["a"]}')
+
+    assert value.born == date(2000, 1, 2)
+    assert schema.validate(json.loads(json.dumps(plain))) == value
+
+
+class Node(BaseModel):
+    children: list[Node] = []
+
+
+@pytest.mark.parametrize(
+    "schema, value",
+    [
+        (list[Bird], [{"name": "Kiebitz", "legs": 2}]),
+        (int, 42),
+        (Node, {"children": [{"children": []}]}),
+        ({"type": "array", "items": {"$ref": "#"}}, [[], [[]]]),
+        ({"$ref": "#/definitions/a", "definitions": {"a": {"type": "string"}}}, "a"),
+    ],
+    ids=["list", "number", "recursive model", "recursive JSON Schema", "definitions"],
+)
+def test_arguments_of_a_tool_are_an_object_with_the_value(schema: Any, value: Any) -> None:
+    output = OutputSchema(schema)
+
+    validator = Draft202012Validator(output.tool_schema)
+
+    assert output.tool_schema["type"] == "object"
+    assert validator.is_valid({"value": value})
+    assert not validator.is_valid({"value": {"children": 1}})
+    assert output.take({"value": value}).json == value
+
+
+def test_an_object_is_the_tools_arguments_as_it_is() -> None:
+    output = OutputSchema(Bird)
+
+    assert output.tool_schema == output.json_schema
+    assert output.take({"name": "Kiebitz", "legs": 2}).value == Bird(name="Kiebitz", legs=2)
+
+
+def test_arguments_without_the_value_do_not_fit() -> None:
+    with pytest.raises(SchemaMismatch, match="'value' is missing"):
+        OutputSchema(int).take({"number": 42})
 
 
 def test_a_schema_pickles() -> None:

@@ -1,6 +1,6 @@
 """Our figures beside a bare loop's and a rival's, from one run: prints a table in Markdown.
 
-    python -m tests.benchmarks [NAME ...] [--quick] [--json FILE]
+python -m tests.benchmarks [NAME ...] [--quick] [--json FILE]
 """
 
 from __future__ import annotations

@@ -26,10 +26,18 @@ def measure(setting: Setting) -> list[Row]:
         what = f"{which} event seen after it was written"
         rows.append(
             compare(
-                "delays", what, "the bare loop", times["ours"], times["bare"],
-                "ms", "difference", at_most(5, " ms"),
+                "delays",
+                what,
+                "the bare loop",
+                times["ours"],
+                times["bare"],
+                "ms",
+                "difference",
+                at_most(5, " ms"),
             )  # fmt: skip
         )
         for name in setting.rivals:
-            rows.append(compare("delays", what, name, times["ours"], times[name], "ms", "difference"))
+            rows.append(
+                compare("delays", what, name, times["ours"], times[name], "ms", "difference")
+            )
     return rows

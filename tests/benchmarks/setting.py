@@ -266,7 +266,9 @@ def _own_version() -> str:
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo") as lines:
-            names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+            names = (
+                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+            )
             return next(names, platform.processor())
     except OSError:
         return platform.processor() or platform.machine()

@@ -21,7 +21,13 @@ def line(kind: str, **part: object) -> str:
 
 _START = line("step-start")
 _TEXT = line("text", text="The answer is 42.", time={"start": 1, "end": 2})
-_TOKENS = {"total": 120, "input": 100, "output": 20, "reasoning": 0, "cache": {"read": 0, "write": 0}}
+_TOKENS = {
+    "total": 120,
+    "input": 100,
+    "output": 20,
+    "reasoning": 0,
+    "cache": {"read": 0, "write": 0},
+}
 _FINISH = line("step-finish", reason="stop", cost=0.01, tokens=_TOKENS)
 
 _FLOOD = """\

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -71,6 +72,52 @@ def test_a_stream_prints_text_and_tools(shell: Shell, scripted: Scripted, asking
 
     assert (status, out) == (0, "I look.\n\nNothing.\n")
     assert err.splitlines()[0] == "[bash] ls"
+
+
+def test_an_answer_that_does_not_fit_its_schema_is_mended(
+    shell: Shell, scripted: Scripted, asking: Options, tmp_path: Path
+) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"n": {"type": "integer"}}}')
+    model = scripted(['{"n": "one"}', '{"n": 1}'])
+
+    status, out, _ = shell("run", "How many?", "--schema", str(schema), *asking(model))
+
+    assert (status, out) == (0, '{"n": 1}\n')
+
+
+def test_a_map_runs_the_lines_of_a_file(
+    shell: Shell, scripted: Scripted, asking: Options, workspace: Path
+) -> None:
+    (workspace / "in.csv").write_text("key,prompt\na,one\nb,two\n")
+    model = scripted(lambda request: f"You said {request.prompt}.")
+    command = ("map", "in.csv", "--output", "out.jsonl", "--server", *asking(model))
+
+    statuses = [shell(*command)[0], shell(*command)[0]]
+
+    lines = map(json.loads, (workspace / "out.jsonl").read_text().splitlines())
+    assert statuses == [0, 0]
+    assert sorted((line["key"], line["answer"]) for line in lines) == [
+        ("a", "You said one."),
+        ("b", "You said two."),
+    ]
+    assert len(model.requests) == 2
+
+
+def test_a_chat_knows_what_was_said_before(
+    shell: Shell, scripted: Scripted, asking: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = scripted(["Hello Bob.", "Bob.", "Still Bob."])
+    options = asking(model)
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("My name is Bob.\nWhat is my name?\n"))
+    first = shell("chat", *options)
+    monkeypatch.setattr("sys.stdin", io.StringIO("And now?\n"))
+    second = shell("chat", "--session", first[2].split()[-1], *options)
+
+    assert first[:2] == (0, "Hello Bob.\nBob.\n")
+    assert second[:2] == (0, "Still Bob.\n")
+    assert "My name is Bob." in json.dumps(model.requests[-1].messages)
 
 
 def test_json_of_a_run_whose_key_is_refused_holds_the_reason(

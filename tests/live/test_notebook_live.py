@@ -125,6 +125,32 @@ def test_the_magic_runs_the_cell_and_keeps_the_result(kernel: Kernel) -> None:
     assert kernel.value("greeting.answer") == "'Hello'"
 
 
+def test_the_magic_runs_cells_on_one_warm_server(kernel: Kernel) -> None:
+    outputs = [
+        kernel.run(f"%%opencode -m scripted/scripted --server --into n\nsay {word}")
+        for word in ("one", "two")
+    ]
+
+    pages = [output["data"]["text/markdown"] for (output,) in outputs]
+    assert [page.partition("\n\n")[0] for page in pages] == ["one", "two"]
+    assert kernel.value("n.answer") == "'two'"
+
+
+def test_the_stop_button_ends_a_turn_on_the_server_and_the_next_goes_on(kernel: Kernel) -> None:
+    magic = "%%opencode -m scripted/scripted --server --into n\n"
+
+    kernel.run_until(
+        kernel.workspace / "begun too",
+        f"{magic}tool touch 'begun too'; exec sleep 98764",
+    )
+    status = kernel.value("n.status")
+    kernel.run(f"{magic}say on")
+
+    assert status == "'cancelled'"
+    assert kernel.value("n.answer") == "'on'"
+    assert not [each for each in psutil.process_iter() if "98764" in " ".join(_command(each))]
+
+
 def test_an_error_is_shown_in_brief(kernel: Kernel) -> None:
     (output,) = kernel.run("client.run('fail')")
 

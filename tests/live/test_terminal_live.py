@@ -119,7 +119,9 @@ def test_ctrl_c_ends_a_run_and_its_text_so_far_stays(
 def test_a_map_shows_a_bar_with_what_it_cost_and_then_the_report(
     terminal: Terminal, standin: Path, here: Path
 ) -> None:
-    (here / "in.txt").write_text(f"step(text='one')\n{HOLD}; fail('bad key')\n")
+    # A bar is drawn ten times a second at most: a job that ends sooner after its first drawing
+    # would show with the next one only.
+    (here / "in.txt").write_text(f"time.sleep(0.5); step(text='one')\n{HOLD}; fail('bad key')\n")
 
     screen = terminal(standin, "map", "in.txt", "--output", "out.jsonl", "--workers", "2")
     screen.wait_for("| 1/2 [")
@@ -195,15 +197,21 @@ def test_ctrl_c_ends_a_map_on_the_warm_server(terminal: Terminal, server: Path, 
 # --- chat ----------------------------------------------------------------------------------------
 
 
+def await_prompt(screen: Screen) -> None:
+    """Wait until keys go to the prompt; a Ctrl-D before it has the terminal would be lost."""
+    screen.wait_until(lambda: screen.text.rpartition("\n")[2] == "> ")
+
+
 def test_a_chat_answers_prompt_by_prompt_and_ends_with_ctrl_d(
     terminal: Terminal, server: Path
 ) -> None:
     screen = terminal(server, "chat")
-    screen.wait_for("> ")
+    await_prompt(screen)
     screen.type("say say one\n")
     screen.wait_for("say one\nok, 1 step, 120 tokens, $0.5000")
     screen.type("say say two\n")
     screen.wait_for("say two\nok")
+    await_prompt(screen)
     screen.type(CTRL_D)
 
     assert screen.end() == 0
@@ -212,11 +220,12 @@ def test_a_chat_answers_prompt_by_prompt_and_ends_with_ctrl_d(
 
 def test_a_chat_asks_for_permission_on_the_screen(terminal: Terminal, server: Path) -> None:
     screen = terminal(server, "chat", "--permission", "ask")
-    screen.wait_for("> ")
+    await_prompt(screen)
     screen.type("ask\n")
     screen.wait_for("OpenCode asks for permission: bash ls\n")
     screen.type("not now\n")
     screen.wait_for('{"reply": "reject", "message": "not now"}\nok')
+    await_prompt(screen)
     screen.type(CTRL_D)
 
     assert screen.end() == 0
@@ -226,13 +235,14 @@ def test_ctrl_c_ends_a_turn_of_a_chat_and_at_the_prompt_the_chat(
     terminal: Terminal, server: Path
 ) -> None:
     screen = terminal(server, "chat")
-    screen.wait_for("> ")
+    await_prompt(screen)
     screen.type("tool\n")
     screen.wait_for("\ntool")
     screen.type(CTRL_C)
     screen.wait_for("opencode-sync: interrupted; Ctrl-D ends the conversation\n> ")
     screen.type("say say on\n")
     screen.wait_for("say on\nok")
+    await_prompt(screen)
     screen.type(CTRL_C)
 
     assert screen.end() == 130
@@ -242,11 +252,12 @@ def test_ctrl_c_ends_a_turn_of_a_chat_and_at_the_prompt_the_chat(
 
 def test_ctrl_c_at_a_question_ends_the_turn(terminal: Terminal, server: Path) -> None:
     screen = terminal(server, "chat")
-    screen.wait_for("> ")
+    await_prompt(screen)
     screen.type("ask\n")
     screen.wait_for("no with words to the model:")
     screen.type(CTRL_C)
     screen.wait_for("opencode-sync: interrupted; Ctrl-D ends the conversation\n> ")
+    await_prompt(screen)
     screen.type(CTRL_D)
 
     assert screen.end() == 0
@@ -254,11 +265,12 @@ def test_ctrl_c_at_a_question_ends_the_turn(terminal: Terminal, server: Path) ->
 
 def test_a_turn_that_fails_does_not_end_a_chat(terminal: Terminal, server: Path) -> None:
     screen = terminal(server, "chat")
-    screen.wait_for("> ")
+    await_prompt(screen)
     screen.type("break\n")
     screen.wait_for("opencode-sync: opencode reported an error: ProviderError: broken\n> ")
     screen.type("say say on\n")
     screen.wait_for("say on\nok")
+    await_prompt(screen)
     screen.type(CTRL_D)
 
     assert screen.end() == 0
@@ -268,9 +280,10 @@ def test_a_later_chat_goes_on_and_has_the_prompts_at_the_arrow_keys(
     terminal: Terminal, server: Path
 ) -> None:
     first = terminal(server, "chat")
-    first.wait_for("> ")
+    await_prompt(first)
     first.type("say say one\n")
     first.wait_for("say one\nok")
+    await_prompt(first)
     first.type(CTRL_D)
     first.end()
     session = first.text.split()[-1]
@@ -278,6 +291,7 @@ def test_a_later_chat_goes_on_and_has_the_prompts_at_the_arrow_keys(
     second.wait_for("2 messages so far\n> ")
     second.type(f"{UP}\n")
     second.wait_for("> say say one\nsay one\nok")
+    await_prompt(second)
     second.type(CTRL_D)
 
     assert second.end() == 0

@@ -50,6 +50,6 @@ def resident_kib() -> dict[str, int]:
     """What this process holds now, and held at most."""
     with open("/proc/self/status") as status:
         fields = dict(line.split(":", 1) for line in status)
-    return {name: int(fields[key].split()[0]) for name, key in (("now", "VmRSS"), ("most", "VmHWM"))}
-
-
+    return {
+        name: int(fields[key].split()[0]) for name, key in (("now", "VmRSS"), ("most", "VmHWM"))
+    }

@@ -1,0 +1,322 @@
+"""Answers held against a schema: repaired, refused, and counted over all turns; no process."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opencode_sync import (
+    Job,
+    OpenCodeBudgetError,
+    OpenCodeCancelledError,
+    OpenCodeConfigError,
+    OpenCodeError,
+    OpenCodeOutputError,
+    OpenCodeProcessError,
+    OpenCodeTimeoutError,
+    RunConfig,
+    RunResult,
+)
+from opencode_sync.events import Event
+from opencode_sync.runner import Request, Runner
+
+GOOD, BAD, WORDS = '{"legs": 2}', '{"legs": "two"}', "I would rather not."
+COST = 0.25
+
+
+@dataclass
+class Bird:
+    legs: int
+
+
+class Answering(Runner):
+    """Answers prompts one after another, with what it was made with or what a prompt says."""
+
+    def __init__(self, *answers: Any) -> None:
+        super().__init__(max_workers=2)
+        self.answers = list(answers)
+        self.requests: list[Request] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Answering, tuple(self.answers)
+
+    def _open(self, request: Request, cancelled: Callable[[], bool], keep_raw: bool) -> _Source:
+        self.requests.append(request)
+        answer = self.answers.pop(0) if self.answers else request.prompt
+        if isinstance(answer, OpenCodeError):
+            raise answer
+        return _Source(answer)
+
+    @property
+    def prompts(self) -> list[str]:
+        return [request.prompt for request in self.requests]
+
+
+class _Source:
+    """One turn: words, arguments of the tool, an error at its end, or silence till it is stopped."""
+
+    label = "turn"
+
+    def __init__(self, answer: str | dict[str, Any] | threading.Event) -> None:
+        self.started_at = time.monotonic()
+        self._answer = answer
+        self._stopped = threading.Event()
+        self._blocks: list[Event] = [{"type": "step_start", "sessionID": "ses_1"}]
+        if isinstance(answer, str):
+            self._blocks.append({"type": "text", "part": {"text": answer}})
+        self._blocks.append({"type": "step_finish", "part": {"reason": "stop", "cost": COST}})
+
+    @property
+    def is_over(self) -> bool:
+        return not isinstance(self._answer, threading.Event) or self._stopped.is_set()
+
+    def receive(self, timeout: float | None) -> Sequence[Event] | None:
+        if isinstance(self._answer, threading.Event):
+            self._answer.set()
+            if not self._stopped.wait(timeout):
+                raise queue.Empty
+            return None
+        return [self._blocks.pop(0)] if self._blocks else None
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def settle(self, result: RunResult) -> OpenCodeError | None:
+        result.stderr, result.raw_stdout_lines = f"stderr of {self._answer}\n", ["line"]
+        result._json = self._answer if isinstance(self._answer, dict) else None
+        if self._answer == "lock":
+            return OpenCodeProcessError(1, "database is locked", result=result)
+        return None
+
+    def may_repeat(self, result: RunResult) -> bool:
+        return self._answer == "lock"
+
+    def close(self) -> None:
+        pass
+
+
+# --- what is parsed ------------------------------------------------------------------------------
+
+
+def test_an_answer_that_fits_is_parsed_and_nothing_more_is_asked() -> None:
+    runner = Answering(f"Here:\n```json\n{GOOD}\n```")
+
+    result = runner.run("Describe it", schema=Bird)
+
+    assert result.parsed == Bird(2)
+    assert runner.prompts == [result.prompt] == ["Describe it"]
+
+
+def test_what_a_tool_took_down_comes_before_words() -> None:
+    runner = Answering({"legs": 2})
+
+    assert runner.run("Describe it", schema=Bird).parsed == Bird(2)
+
+
+def test_without_a_schema_nothing_is_parsed() -> None:
+    assert Answering(GOOD).run("Describe it").parsed is None
+
+
+def test_the_prompt_is_sent_with_the_schema_and_a_repair_without() -> None:
+    runner = Answering(BAD, GOOD)
+
+    runner.run("Describe it", schema=Bird)
+
+    first, repair = runner.requests
+    assert first.instructed.startswith("Describe it\n\n")
+    assert '"legs"' in first.instructed
+    assert repair.instructed == repair.prompt
+
+
+# --- repairs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("misfit", [BAD, WORDS, {"legs": "two"}], ids=["bad", "words", "tool"])
+def test_a_misfit_is_sent_back_in_the_same_session(misfit: Any, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    runner = Answering(misfit, GOOD)
+    cfg = RunConfig(files=("notes.txt",), title="Birds", continue_session=True, fork=True)
+
+    result = runner.run("Describe it", tmp_path, run_cfg=cfg, schema=Bird)
+
+    assert result.parsed == Bird(2)
+    assert runner.requests[1].cfg == RunConfig(session_id="ses_1")
+    assert runner.prompts[1].startswith("That answer does not fit")
+
+
+def test_all_turns_are_counted_together() -> None:
+    runner = Answering(BAD, GOOD)
+
+    with runner.stream("Describe it", schema=Bird) as stream:
+        events = list(stream)
+
+    result = stream.result
+    assert [event["type"] for event in events].count("step_finish") == result.turns == 2
+    assert result.events == events
+    assert result.total_cost == 2 * COST
+    assert result.stderr == f"stderr of {BAD}\nstderr of {GOOD}\n"
+    assert result.raw_stdout_lines == ["line", "line"]
+    assert result.attempts == 1
+
+
+@pytest.mark.parametrize("repairs", [0, 1, 3])
+def test_what_never_fits_is_an_error_after_as_many_repairs(repairs: int) -> None:
+    runner = Answering(*[BAD] * (repairs + 1))
+
+    with pytest.raises(OpenCodeOutputError, match="does not fit") as caught:
+        runner.run("Describe it", schema=Bird, max_repairs=repairs)
+
+    assert len(runner.requests) == repairs + 1
+    assert (caught.value.text.split("\n")[-1], len(caught.value.errors)) == (BAD, 1)
+    assert caught.value.result is not None
+    assert caught.value.result.status == "error"
+    assert caught.value.result.parsed is None
+
+
+def test_the_arguments_of_a_tool_that_never_fit_are_the_errors_text() -> None:
+    with pytest.raises(OpenCodeOutputError) as caught:
+        Answering({"legs": "two"}).run("Describe it", schema=Bird, max_repairs=0)
+
+    assert json.loads(caught.value.text) == {"legs": "two"}
+
+
+def test_a_repair_whose_start_failed_is_tried_again_and_counts_no_attempt() -> None:
+    runner = Answering(BAD, "lock", GOOD)
+
+    result = runner.run("Describe it", schema=Bird, retry_delay_s=0)
+
+    assert result.parsed == Bird(2)
+    assert runner.prompts[1] == runner.prompts[2]
+    assert result.attempts == 1
+
+
+def test_a_repair_that_cannot_be_begun_is_an_error_of_its_kind() -> None:
+    refusal = OpenCodeConfigError("no such session")
+    runner = Answering(BAD, refusal)
+
+    with pytest.raises(OpenCodeConfigError) as caught:
+        runner.run("Describe it", schema=Bird)
+
+    assert caught.value.result is not None
+    assert caught.value.result.status == "incomplete"
+
+
+# --- limits --------------------------------------------------------------------------------------
+
+
+def test_the_time_limit_spans_all_turns() -> None:
+    with pytest.raises(OpenCodeTimeoutError, match="timeout_s") as caught:
+        Answering(BAD, threading.Event()).run("Describe it", schema=Bird, timeout_s=0.2)
+
+    assert caught.value.result is not None
+    assert caught.value.result.status == "timed_out"
+
+
+def test_no_repair_is_begun_above_the_budget() -> None:
+    runner = Answering(BAD, GOOD)
+
+    with pytest.raises(OpenCodeBudgetError):
+        runner.run("Describe it", schema=Bird, max_cost=COST / 2)
+
+    assert len(runner.requests) == 1
+
+
+def test_a_repair_is_cancelled_as_a_run_is() -> None:
+    is_waiting = threading.Event()
+    stream = Answering(BAD, is_waiting).stream("Describe it", schema=Bird)
+    canceller = threading.Thread(target=lambda: is_waiting.wait() and stream.cancel())
+    canceller.start()
+
+    with pytest.raises(OpenCodeCancelledError):
+        stream.wait()
+
+    canceller.join()
+    assert stream.result.status == "cancelled"
+
+
+# --- all verbs -----------------------------------------------------------------------------------
+
+
+def test_a_schema_that_is_none_is_refused_before_anything_is_started() -> None:
+    runner = Answering(GOOD)
+
+    for verb in (runner.run, runner.stream, runner.submit):
+        with pytest.raises(OpenCodeConfigError, match="use a class"):
+            verb("Describe it", schema="Bird")
+    with pytest.raises(OpenCodeConfigError, match="max_repairs is -1"):
+        runner.run("Describe it", schema=Bird, max_repairs=-1)
+
+    assert runner.requests == []
+
+
+def test_a_submitted_prompt_is_repaired_too() -> None:
+    with Answering(BAD, GOOD) as runner:
+        assert runner.submit("Describe it", schema=Bird).result(30).parsed == Bird(2)
+
+
+def test_a_batch_gives_values_and_errors_in_their_places() -> None:
+    prompts = [f'{{"legs": {number}}}' for number in range(5)] + [WORDS]
+
+    with Answering() as runner:
+        ends = list(runner.map(prompts, schema=Bird, max_repairs=0, on_error="return"))
+
+    assert [end.parsed for end in ends[:5] if isinstance(end, RunResult)] == [
+        Bird(number) for number in range(5)
+    ]
+    assert isinstance(ends[5], OpenCodeOutputError)
+
+
+def test_values_come_back_from_worker_processes() -> None:
+    context = multiprocessing.get_context("spawn")
+
+    with Answering() as runner, ProcessPoolExecutor(1, mp_context=context) as pool:
+        results = list(runner.map([GOOD, GOOD], schema=Bird, executor=pool))
+
+    assert [result.parsed for result in results] == [Bird(2), Bird(2)]
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_restores_values(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "birds.jsonl"
+    with Answering() as runner:
+        first = list(runner.map([GOOD], schema=Bird, checkpoint=checkpoint))
+    with Answering() as runner:
+        again = list(runner.map([GOOD], schema=Bird, checkpoint=checkpoint))
+
+    assert runner.requests == []
+    assert again == first
+    assert again[0].parsed == Bird(2)
+
+
+def test_a_checkpoint_of_another_schema_is_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "birds.jsonl"
+    with Answering() as runner:
+        list(runner.map([GOOD], schema=Bird, checkpoint=checkpoint))
+
+        for other in (None, dict[str, int]):
+            with pytest.raises(OpenCodeConfigError, match="other settings"):
+                list(runner.map([GOOD], schema=other, checkpoint=checkpoint))
+
+
+def test_a_failure_in_a_checkpoint_is_restored_as_what_it_was(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "birds.jsonl"
+    settings: dict[str, Any] = {"schema": Bird, "max_repairs": 0, "checkpoint": checkpoint}
+    with Answering() as runner:
+        for _ in range(2):
+            (end,) = runner.map([Job(WORDS)], **settings, on_error="return", retry_failed=False)
+
+    assert isinstance(end, OpenCodeOutputError)
+    assert (end.errors, end.text) == (["the answer holds no JSON value"], WORDS)
+    assert len(runner.requests) == 1
