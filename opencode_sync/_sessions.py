@@ -136,7 +136,7 @@ class Sessions:
         try:
             self._get(path, directory=directory)
         except OpenCodeServerError as error:
-            if _is_prompt_with_format(error):
+            if is_prompt_with_format(error):
                 return
             if error.status_code is None or error.status_code >= 500:
                 raise
@@ -177,7 +177,7 @@ def stored_messages(
                 )
             )
         except OpenCodeServerError as error:
-            if not _is_prompt_with_format(error):
+            if not is_prompt_with_format(error):
                 raise
             return None
 
@@ -198,7 +198,8 @@ def path_of(session_id: str, what: str = "") -> str:
     return f"/session/{quote(session_id, safe='')}{what}"
 
 
-def _is_prompt_with_format(error: OpenCodeServerError) -> bool:
+def is_prompt_with_format(error: OpenCodeServerError) -> bool:
+    """Whether a message was refused for being one, see :func:`stored_messages`."""
     return error.status_code == 400 and "OutputFormat" in str(error)
 
 

@@ -63,7 +63,7 @@ class Answering(Runner):
 
 
 class _Source:
-    """One turn: words, arguments of the tool, an error at its end, or silence till it is stopped."""
+    """One turn: words, the tool's arguments, an error at its end, or silence till it is stopped."""
 
     label = "turn"
 

@@ -1,4 +1,4 @@
-"""Conversations: turns, requests and answers; with a stand-in for ``opencode serve``, or without."""
+"""Conversations: turns, requests and answers; with a stand-in for a server, or without."""
 
 from __future__ import annotations
 

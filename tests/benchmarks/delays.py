@@ -34,7 +34,7 @@ def measure(setting: Setting) -> list[Row]:
                 "ms",
                 "difference",
                 at_most(5, " ms"),
-            )  # fmt: skip
+            )
         )
         for name in setting.rivals:
             rows.append(

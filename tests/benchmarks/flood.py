@@ -17,7 +17,7 @@ def measure(setting: Setting) -> list[Row]:
     binaries = {n: str(standins.flood(setting.root, n)) for n in (count, few)}
 
     def once(name: str, how: str) -> float:
-        # The time of a rival's run grows with the square of the count: all of it would take minutes.
+        # A rival's time grows with the square of the count: all of it would take minutes.
         n = few if name in setting.rivals and how == "run" else count
         done = workers[name].ask("flood", binary=binaries[n], how=how)
         assert done.answer == n + 2, done

@@ -41,7 +41,8 @@ def write(data):
         data = data[os.write(1, data):]
 write(START.encode() + b"\\n")
 for first in range(0, COUNT, 1000):
-    write("".join(part(number) + "\\n" for number in range(first, min(COUNT, first + 1000))).encode())
+    numbers = range(first, min(COUNT, first + 1000))
+    write("".join(part(number) + "\\n" for number in numbers).encode())
 write(FINISH.encode() + b"\\n")
 """
 

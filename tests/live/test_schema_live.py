@@ -1,4 +1,4 @@
-"""Answers with a shape from the real opencode: by its own tool on a server, by words from a process."""
+"""Answers with a shape from the real opencode: by its own tool, or by words from a process."""
 
 from __future__ import annotations
 

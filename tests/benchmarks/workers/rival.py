@@ -91,7 +91,7 @@ def memory(binary: str, how: str) -> dict[str, float]:
         if how == "run":
             result = await client.async_run("a prompt", ".")
         else:
-            async for result in client.async_stream("a prompt", "."):
+            async for _ in client.async_stream("a prompt", "."):
                 pass
         after = resident_kib()
         del result
