@@ -149,7 +149,9 @@ class ProcessRun:
                 with _interrupt.deferred():
                     _watchdog.spare(self._token)
             else:
-                # Not only if one look finds something: it does not see what is just being started.
+                if self._process.has_left_something():
+                    _log.info("%s left processes running; they are stopped", self.label)
+                # In any case: one look does not see what is just being started.
                 self._process.stop()
         self._is_gone = True
         result.exit_code = self._process.returncode

@@ -104,6 +104,8 @@ def test_ctrl_c_ends_a_run_and_its_text_so_far_stays(
         standin, "run", *options, f"step(text='So far.', reason='tool-calls'); {HANG}"
     )
     screen.wait_until((here / "begun").exists)
+    if options:
+        screen.wait_for("So far.")
     screen.type(CTRL_C)
 
     assert screen.end() == 130
