@@ -120,15 +120,11 @@ class Meter:
         message = f"{what} {limit:g} s ({name}); stopped after {elapsed:.1f} s{retry}"
         return OpenCodeTimeoutError(message, limit=name, limit_s=limit, elapsed_s=elapsed)
 
-    def overspent(self, result: RunResult, *, goes_on: bool = False) -> OpenCodeBudgetError | None:
-        """The error for a run that costs more than ``max_cost`` and is not done.
-
-        Args:
-            goes_on: It is to have a further turn.
-        """
+    def overspent(self, result: RunResult) -> OpenCodeBudgetError | None:
+        """The error for a run that costs more than ``max_cost`` and is not done."""
         limit, spent = self.limits.max_cost, result.total_cost
         # A run whose last step has closed is done, and is not taken from the user for its price.
-        is_done = result.finish_reason not in (None, "tool-calls") and not goes_on
+        is_done = result.finish_reason not in (None, "tool-calls")
         if limit is None or spent <= limit or is_done:
             return None
         return OpenCodeBudgetError(

@@ -15,7 +15,7 @@ import abc
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._futures import cancel_together
 from ._repair import SchemaReview
@@ -26,8 +26,15 @@ from .errors import OpenCodeCancelledError, OpenCodeConfigError
 from .result import RunResult
 from .stream import Limits, OpenSource, RunStream, Source
 
+if TYPE_CHECKING:
+    from ._sessions import Sessions
+
 CLOSE_S = 8.0  # bound on waiting for other threads' runs to end; stopping one takes 5 s at most
 
+NEEDS_SERVER = (
+    "needs a server: a process per turn asks nobody, and ends with its turn; use a session of "
+    "OpenCodeServer"
+)
 _CLOSED = "the runner was closed"
 
 _R = TypeVar("_R", bound="Runs")
@@ -35,6 +42,8 @@ _R = TypeVar("_R", bound="Runs")
 
 class Runs(abc.ABC):
     """What starts runs and knows those under way."""
+
+    _keeps_sessions = False  # where they can be asked about
 
     def __init__(self, run_cfg: RunConfig | None = None) -> None:
         self._run_cfg = run_cfg if run_cfg is not None else RunConfig()
@@ -219,6 +228,10 @@ class Runs(abc.ABC):
     @abc.abstractmethod
     def _open(self, request: Request, cancelled: Callable[[], bool], keep_raw: bool) -> Source:
         """Start one attempt at *request*."""
+
+    def _kept_sessions(self, cfg: RunConfig) -> Sessions:
+        """What is asked about sessions, besides prompts; OpenCodeConfigError where nobody is."""
+        raise OpenCodeConfigError(f"this {NEEDS_SERVER}")
 
     def _check(self, cfg: RunConfig, *, may_ask: bool = False) -> None:
         """Refuse settings that this kind of runner cannot follow."""

@@ -20,7 +20,7 @@ from urllib.parse import quote
 from . import _tree
 from ._http import REQUEST_S, Connection
 from ._replies import Replies
-from ._sessions import stored_messages
+from ._sessions import is_prompt_with_format, stored_messages
 from ._sse import GAP, Mailbox, Message, mapping
 from ._translate import Translator
 from .errors import (
@@ -236,7 +236,9 @@ class Turn:
         while new := [name for name in self._mailbox.sessions if name not in told]:
             for session_id in new:
                 told.add(session_id)
-                stored = self._messages(session_id)
+                stored = stored_messages(
+                    self._connection, session_id, self._directory, timeout_s=self._bound()
+                )
                 events += self._translator.read_stored(session_id, stored)
                 for part in (part for entry in stored for part in entry.get("parts") or ()):
                     metadata = mapping(mapping(mapping(part).get("state")).get("metadata"))
@@ -249,14 +251,9 @@ class Turn:
     def _path(self, verb: str) -> str:
         return f"/session/{quote(self.session_id, safe='')}/{verb}"
 
-    def _get(self, path: str) -> Any:
+    def _get(self, path: str, **params: Any) -> Any:
         return self._connection.request(
-            "GET", path, directory=self._directory, timeout_s=self._bound()
-        )
-
-    def _messages(self, session_id: str, **bounds: Any) -> list[Any]:
-        return stored_messages(
-            self._connection, session_id, self._directory, timeout_s=self._bound(), **bounds
+            "GET", path, directory=self._directory, timeout_s=self._bound(), **params
         )
 
     def _bound(self) -> float:
@@ -268,10 +265,13 @@ class Turn:
     def _has_begun(self) -> bool:
         if self._is_done or self._translator.has_begun or self._is_busy():
             return True
-        # None where it is our own prompt, with a format: see stored_messages().
-        last = self._messages(self.session_id, limit=1)
-        is_hidden = not last and "format" in self._sent
-        return is_hidden or any(map(self._translator.covers, last))
+        try:
+            last = self._get(self._path("message"), limit=1)
+        except OpenCodeServerError as error:
+            if is_prompt_with_format(error):  # our own
+                return True
+            raise
+        return any(map(self._translator.covers, last))
 
     def _abort(self) -> None:
         if not self._is_done:

@@ -29,6 +29,7 @@ from ._command import (
 from ._datadir import DataDirectories, Lease
 from ._gate import Gate
 from ._run import ProcessRun
+from ._runs import NEEDS_SERVER
 from .config import RunConfig
 from .errors import OpenCodeConfigError
 from .runner import Request, Runner, StrPath
@@ -36,13 +37,7 @@ from .stream import Source
 
 if TYPE_CHECKING:
     from ._fleet import Attached
-    from ._sessions import Sessions
     from .session import Session
-
-_NEEDS_SERVER = (
-    "needs a server: a process per turn asks nobody, and ends with its turn; use a session of "
-    "OpenCodeServer"
-)
 
 
 class OpenCodeClient(Runner):
@@ -144,7 +139,7 @@ class OpenCodeClient(Runner):
             ("delete", delete),
         ):
             if value:
-                raise OpenCodeConfigError(f"{name} {_NEEDS_SERVER}")
+                raise OpenCodeConfigError(f"{name} {NEEDS_SERVER}")
         self._check_open()
         return Session(
             self,
@@ -226,9 +221,6 @@ class OpenCodeClient(Runner):
 
                 self._attached = Attached()
         return self._attached.of(request.cfg).begin(request, cancelled)
-
-    def _kept_sessions(self, cfg: RunConfig) -> Sessions:
-        raise OpenCodeConfigError(f"this {_NEEDS_SERVER}")
 
     def _own_session(self, cfg: RunConfig, workspace: Path) -> RunConfig:
         """*cfg* with the session named that ``continue_session`` means."""

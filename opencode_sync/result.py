@@ -24,6 +24,7 @@ from ._reading import (
     denied_tool,
     error_info,
     number_of,
+    share_words,
     strings_in,
     text_of,
     usage_of,
@@ -53,6 +54,23 @@ class _FinalText:
     def __set__(self, result: RunResult, text: str) -> None:
         if text != result._texts.joined():
             result._texts = Texts([text] if text else [])
+
+
+class _RawLines:
+    """The attribute ``RunResult.raw_stdout_lines``: decoded when it is first asked for."""
+
+    def __get__(self, result: RunResult | None, owner: object = None) -> Any:
+        if result is None:
+            return ()  # the field's default
+        lines, blocks = result._raw
+        if blocks:
+            text = b"\n".join(blocks).decode("utf-8", "replace")
+            lines = lines + text.split("\n")
+            result._raw = lines, ()
+        return lines
+
+    def __set__(self, result: RunResult, lines: Iterable[str]) -> None:
+        result._raw = list(lines), ()
 
 
 @dataclass(eq=False, repr=False)
@@ -86,13 +104,16 @@ class RunResult:
     _texts: Texts = field(default_factory=Texts, kw_only=True)
     _stopped: Status | None = field(default=None, kw_only=True)
     _json: Any = field(default=None, kw_only=True)  # what *parsed* was made of
+    # Lines, and blocks of lines that are not among them yet. Replaced as one, for other threads.
+    _raw: tuple[list[str], tuple[bytes, ...]] = field(default=([], ()), init=False)
+    _words: dict[str, str] = field(default_factory=dict, kw_only=True)  # see share_words()
 
     events: list[Event] = field(default_factory=list)
     final_text: _FinalText = _FinalText()
     tool_calls: list[Event] = field(default_factory=list)
     exit_code: int | None = None
     stderr: str = ""
-    raw_stdout_lines: list[str] = field(default_factory=list)
+    raw_stdout_lines: _RawLines = _RawLines()
     token_usage: TokenUsage = field(default_factory=TokenUsage)
     total_cost: float = 0.0
     turns: int = 0
@@ -134,8 +155,14 @@ class RunResult:
         """Record that the run was ended from outside, which then is its status."""
         self._stopped = status
 
+    def add_raw(self, blocks: Iterable[bytes]) -> None:
+        """Add *blocks* of lines, each without its last newline, to the raw lines."""
+        lines, before = self._raw
+        self._raw = lines, (*before, *blocks)
+
     def append_event(self, event: Event) -> None:
         """Keep *event* and fold it in. Never raises for what it holds."""
+        share_words(event, self._words)
         self.events.append(event)
         self.fold(event)
 

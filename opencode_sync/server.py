@@ -43,6 +43,8 @@ class OpenCodeServer(Runner):
     password. If it dies, its runs end with OpenCodeServerError, and the next one starts it again.
     """
 
+    _keeps_sessions = True
+
     def __init__(
         self,
         binary: StrPath = DEFAULT_BINARY,

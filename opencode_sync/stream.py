@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Literal
 
+from ._attempts import Attempts
 from ._eventlog import EventLog
 from ._limits import Limits, Meter
 from ._source import OpenSource, Review, Source
@@ -82,11 +83,8 @@ class RunStream(Iterator[Event]):
         self._turn = threading.RLock()
         self._is_advancing = False
         self._pid = os.getpid()
-        self._open_source = open_source
-        self._review = review
+        self._attempts = Attempts(open_source, result, review)
         self._source: Source | None = None
-        self._tries = 0  # at the turn under way
-        self._earlier: tuple[str, list[str]] | None = None  # stderr and lines of turns before it
         self._result = result
         self._meter = Meter(limits)
         self._keep = result.append_event if keep_events else result.fold
@@ -228,29 +226,26 @@ class RunStream(Iterator[Event]):
             self._log_file.write(events)
 
     def _begin_attempt(self) -> None:
-        self._tries += 1
-        if self._earlier is None:
-            self._result.attempts += 1
-            if self._log_file is not None:
-                self._log_file.mark_attempt()
-        self._source = source = self._open_source(self._cancelled.is_set)
+        if self._log_file is not None and not self._attempts.is_further:
+            self._log_file.mark_attempt()
+        self._source = source = self._attempts.open(self._cancelled.is_set)
         self._meter.start(source.started_at)
         if self._result.started_at is None:
             self._result.started_at = time.time() - (time.monotonic() - source.started_at)
-        _log.info("%s started, attempt %d", source.label, self._tries)
+        _log.info("%s started, attempt %d", source.label, self._attempts.tries)
         if self._cancelled.is_set():  # it came while the source was being opened
             source.stop()
 
     def _end_attempt(self, source: Source) -> None:
         result, limits = self._result, self._meter.limits
-        error = self._settle(source)
+        error = self._attempts.settle(source)
         if self._cancelled.is_set():
             self._end(self._cancelled_error(), "cancelled")
             return
         if error is None:
             self._end_turn(source)
             return
-        if self._tries > limits.max_retries or not source.may_repeat(result):
+        if self._attempts.tries > limits.max_retries or not source.may_repeat(result):
             self._end(error)
             return
         delay_s = min(limits.retry_delay_s, self._meter.left(), threading.TIMEOUT_MAX)
@@ -265,22 +260,16 @@ class RunStream(Iterator[Event]):
 
     def _end_turn(self, source: Source) -> None:
         """It ended well, which is the end of the run, unless there is to be a further turn."""
-        result = self._result
-        further = None
         try:
-            if self._review is not None:
-                further = self._review(result)
+            has_further = self._attempts.has_further()
         except OpenCodeError as error:
             self._end(error)
             return
-        if further is None:
+        if not has_further:
             self._end(None)
-        elif (overspent := self._meter.overspent(result, goes_on=True)) is not None:
+        elif (overspent := self._meter.overspent(self._result)) is not None:
             self._end(overspent, "over_budget")
         else:
-            self._open_source, self._tries = further, 0
-            self._earlier = result.stderr, result.raw_stdout_lines
-            result.finish_reason = None
             self._begin_another(source)
 
     def _begin_another(self, source: Source, delay_s: float = 0.0) -> None:
@@ -295,15 +284,6 @@ class RunStream(Iterator[Event]):
                 self._begin_attempt()
             except OpenCodeError as cause:
                 self._end(cause, "cancelled" if self._cancelled.is_set() else None)
-
-    def _settle(self, source: Source) -> OpenCodeError | None:
-        result = self._result
-        stderr, lines = self._earlier or ("", [])
-        result.stderr, result.raw_stdout_lines = "", []
-        error = source.settle(result)
-        result.stderr = stderr + result.stderr
-        result.raw_stdout_lines = lines + result.raw_stdout_lines
-        return error
 
     def _cancelled_error(self) -> OpenCodeCancelledError:
         return OpenCodeCancelledError(self._cancel_reason)
@@ -338,7 +318,7 @@ class RunStream(Iterator[Event]):
             if source is not None:
                 source.stop()
                 self._drain(source)
-                self._settle(source)
+                self._attempts.settle(source)
         finally:
             self._end(error, status)
 

@@ -34,6 +34,7 @@ ROWS = (
     # A server's messages and requests; what is answered to it; an answer held against its schema.
     ("_translate", "_replies", "_sessions", "_asking", "_repair", "_turntaking", "_frame"),
     ("_run", "_turn"),  # the two sources of events: a process, a turn in a session
+    ("_attempts",),  # one source after another
     ("stream", "_link"),  # one job's life; a server in use
     ("_servers",),  # where a server comes from
     ("_fleet", "_futures"),  # several servers; a job that can be cancelled while it runs
@@ -53,6 +54,7 @@ ROWS = (
     ("_dispatch",),
     ("batch",),
     ("runner",),  # the verbs, said once
+    ("_conversation",),
     ("session",),  # conversations on either runner
     ("client", "server"),  # the two runners
     # What people see and tests use.

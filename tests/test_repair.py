@@ -234,7 +234,12 @@ def test_no_repair_is_begun_above_the_budget() -> None:
 def test_a_repair_is_cancelled_as_a_run_is() -> None:
     is_waiting = threading.Event()
     stream = Answering(BAD, is_waiting).stream("Describe it", schema=Bird)
-    canceller = threading.Thread(target=lambda: is_waiting.wait() and stream.cancel())
+
+    def cancel() -> None:
+        is_waiting.wait()
+        stream.cancel()
+
+    canceller = threading.Thread(target=cancel)
     canceller.start()
 
     with pytest.raises(OpenCodeCancelledError):

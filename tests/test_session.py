@@ -138,8 +138,10 @@ def test_a_prompt_waits_until_the_turn_before_has_ended(
 
 
 def test_a_thread_does_not_wait_for_itself(chat: Session) -> None:
+    uses: list[Callable[[], object]] = [lambda: chat.send("hello"), chat.fork, chat.revert]
+
     with chat.stream("hold on"):
-        for use in (lambda: chat.send("hello"), chat.fork, chat.revert):
+        for use in uses:
             with pytest.raises(OpenCodeConfigError, match="this thread has a turn"):
                 use()
 
@@ -157,9 +159,10 @@ def test_an_abandoned_stream_gives_its_turn_back(chat: Session) -> None:
 
 
 def test_a_refused_prompt_gives_its_turn_back(chat: Session) -> None:
-    for refused in (lambda: chat.send(" "), lambda: chat.send("hello", schema="none")):
-        with pytest.raises(OpenCodeConfigError):
-            refused()
+    with pytest.raises(OpenCodeConfigError):
+        chat.send(" ")
+    with pytest.raises(OpenCodeConfigError):
+        chat.send("hello", schema="none")
 
     assert chat.send("hello").answer == "HELLO"
 
@@ -216,7 +219,8 @@ def test_what_has_not_begun_has_no_messages_and_no_fork(server: OpenCodeServer) 
     chat = server.session()
 
     assert chat.messages() == []
-    for use in (chat.fork, chat.revert, chat.unrevert, chat.summarize):
+    uses: list[Callable[[], object]] = [chat.fork, chat.revert, chat.unrevert, chat.summarize]
+    for use in uses:
         with pytest.raises(OpenCodeConfigError, match="send a prompt first"):
             use()
 

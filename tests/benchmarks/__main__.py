@@ -13,7 +13,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
-from . import delays, flood, imports, memory, overhead, real, timeouts, warm_server
+from . import delays, flood, imports, lasting, memory, overhead, real, timeouts, warm_server
 from .measuring import Row, table
 from .setting import CannotRun, Setting, setting
 
@@ -27,6 +27,11 @@ BENCHMARKS: dict[str, Callable[[Setting], list[Row]]] = {
     "one-run": real.one_run,
     "at-once": real.at_once,
     "server": warm_server.measure,
+    "server-busy": warm_server.busy,
+}
+LONG: dict[str, Callable[[Setting], list[Row]]] = {
+    "scale": lasting.batch,
+    "server-length": lasting.server,
 }
 
 
@@ -50,8 +55,9 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     summary, _, _ = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser("python -m tests.benchmarks", description=summary)
-    parser.add_argument("names", nargs="*", metavar="NAME", choices=[[], *BENCHMARKS],
-                        help=f"some of {', '.join(BENCHMARKS)}; all without any")  # fmt: skip
+    parser.add_argument("names", nargs="*", metavar="NAME", choices=[[], *BENCHMARKS, *LONG],
+                        help=f"some of {', '.join(BENCHMARKS)}; all these without any; "
+                        f"by name also {', '.join(LONG)}")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="fewer and smaller, within 3 minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     return parser
@@ -60,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 def _measured(name: str, where: Setting) -> list[Row]:
     began = time.monotonic()
     try:
-        return BENCHMARKS[name](where)
+        return (BENCHMARKS | LONG)[name](where)
     except CannotRun as error:
         return [Row(name, "not measured", note=str(error))]
     finally:

@@ -5,13 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
-from opencode_sync.testing import ScriptedModel
+from opencode_sync.testing import Reply, ScriptedModel
 
-from .measuring import Row, at_least, compare, interleave
+from .measuring import Row, Spread, at_least, compare, interleave
 from .real import ANSWER, PROMPT, settings_of
 from .setting import CannotRun, Setting
 
 THREADS = 8
+
+
+BUSY_S, BUSY_THREADS = 0.5, 16
+
+
+def busy(setting: Setting) -> list[Row]:
+    """Prompts per second with a model that takes its time."""
+    binary = setting.opencode()
+    count = setting.rounds(96, 48)
+    with ScriptedModel(lambda request: Reply(ANSWER, delay_s=BUSY_S)) as model:
+        told = settings_of(model) | {"binary": binary, "threads": BUSY_THREADS}
+        ours = setting.contender("ours")
+        ours.ask("start_server", **told)
+        common = {"workspace": str(setting.workspace), "threads": BUSY_THREADS}
+
+        def once(n: int) -> float:
+            return n / ours.ask("turns", prompts=[PROMPT] * n, **common).wall_s
+
+        once(BUSY_THREADS)  # the first ones of a server take longer
+        value = Spread.of([once(count) for _ in range(setting.rounds(5, 2))])
+        ours.ask("stop_server")
+    what = f"{BUSY_THREADS} at a time, a model that takes {BUSY_S:g} s"
+    aim = at_least(10, " per s")
+    limit = f"{BUSY_THREADS / BUSY_S:g} per s if nothing but the model took time"
+    return [Row("server", what, unit="per s", ours=value, value=value, aim=aim, note=limit)]
 
 
 def measure(setting: Setting) -> list[Row]:

@@ -102,6 +102,13 @@ def kernel(opencode_binary: str, tmp_path_factory: pytest.TempPathFactory) -> It
     ensure_event_loop().close()  # nbclient's own, which it keeps for ever
 
 
+@pytest.fixture
+def warm(kernel: Kernel) -> Iterator[Kernel]:
+    """The kernel, whose cells may start a server: it is stopped after the test."""
+    yield kernel
+    kernel.run("%reload_ext opencode_sync")
+
+
 def test_a_result_shows_as_markdown(kernel: Kernel) -> None:
     (output,) = kernel.run("client.run('say **Hello** <script>')")
 
@@ -125,29 +132,29 @@ def test_the_magic_runs_the_cell_and_keeps_the_result(kernel: Kernel) -> None:
     assert kernel.value("greeting.answer") == "'Hello'"
 
 
-def test_the_magic_runs_cells_on_one_warm_server(kernel: Kernel) -> None:
+def test_the_magic_runs_cells_on_one_warm_server(warm: Kernel) -> None:
     outputs = [
-        kernel.run(f"%%opencode -m scripted/scripted --server --into n\nsay {word}")
+        warm.run(f"%%opencode -m scripted/scripted --server --into n\nsay {word}")
         for word in ("one", "two")
     ]
 
     pages = [output["data"]["text/markdown"] for (output,) in outputs]
     assert [page.partition("\n\n")[0] for page in pages] == ["one", "two"]
-    assert kernel.value("n.answer") == "'two'"
+    assert warm.value("n.answer") == "'two'"
 
 
-def test_the_stop_button_ends_a_turn_on_the_server_and_the_next_goes_on(kernel: Kernel) -> None:
+def test_the_stop_button_ends_a_turn_on_the_server_and_the_next_goes_on(warm: Kernel) -> None:
     magic = "%%opencode -m scripted/scripted --server --into n\n"
 
-    kernel.run_until(
-        kernel.workspace / "begun too",
+    warm.run_until(
+        warm.workspace / "begun too",
         f"{magic}tool touch 'begun too'; exec sleep 98764",
     )
-    status = kernel.value("n.status")
-    kernel.run(f"{magic}say on")
+    status = warm.value("n.status")
+    warm.run(f"{magic}say on")
 
     assert status == "'cancelled'"
-    assert kernel.value("n.answer") == "'on'"
+    assert warm.value("n.answer") == "'on'"
     assert not [each for each in psutil.process_iter() if "98764" in " ".join(_command(each))]
 
 

@@ -1,0 +1,65 @@
+"""The sources of one run, one after another.
+
+    open_source --> attempt, attempt, ... --> the turn ended well --review--> further turn, ...
+
+What several have in common is put together in the result: attempts are counted, and what further
+turns leave is added to what there was. Decides nothing; waits for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ._source import OpenSource, Review, Source
+from .errors import OpenCodeError
+from .result import RunResult
+
+
+class Attempts:
+    """Of one run.
+
+    Attributes:
+        tries: How many sources were opened for the turn under way.
+        is_further: It is not the run's first turn.
+    """
+
+    def __init__(
+        self, open_source: OpenSource, result: RunResult, review: Review | None = None
+    ) -> None:
+        self.tries = 0
+        self.is_further = False
+        self._open_source = open_source
+        self._result = result
+        self._review = review
+        self._stderr = ""  # of turns before
+        self._lines: list[str] = []
+
+    def open(self, cancelled: Callable[[], bool]) -> Source:
+        """Start the next attempt at the turn; raises what keeps it from starting."""
+        self.tries += 1
+        if not self.is_further:
+            self._result.attempts += 1
+        return self._open_source(cancelled)
+
+    def settle(self, source: Source) -> OpenCodeError | None:
+        """Complete the result after the end of *source*, and say what went wrong."""
+        result = self._result
+        result.stderr, result.raw_stdout_lines = "", []
+        error = source.settle(result)
+        result.stderr = self._stderr + result.stderr
+        result.raw_stdout_lines = self._lines + result.raw_stdout_lines
+        return error
+
+    def has_further(self) -> bool:
+        """Whether a turn that ended well is to be followed by another, which is up then.
+
+        Raises:
+            OpenCodeError: What the run is to end with.
+        """
+        further = None if self._review is None else self._review(self._result)
+        if further is None:
+            return False
+        self._open_source, self.tries, self.is_further = further, 0, True
+        self._stderr, self._lines = self._result.stderr, self._result.raw_stdout_lines
+        self._result.finish_reason = None
+        return True

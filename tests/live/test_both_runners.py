@@ -1,0 +1,845 @@
+"""What run and stream do, with a process per run and with a warm server alike.
+
+Each test runs with both, and one model answers both. What cannot hold for one of them:
+
+| what | process | server | because |
+|---|---|---|---|
+| ``exit_code``, ``stderr``, raw lines | yes | empty | a turn is no process: its server goes on |
+| ``print_logs``, ``log_level`` | yes | refused | the log is the server's, of all its runs together |
+| ``extra_env``, ``mcp``, ``config_overrides``, | yes | for the | they are read once, at the start of what \
+serves |
+| ``instructions``, ``inherit_...``, ``lean`` | | whole | the run: a server is given them with its \
+own ``run_cfg`` |
+| ``pure`` | yes | refused | a plugin keeps the server's password from its tools |
+| ``text_delta``, ``reasoning_delta`` | none | yes | ``opencode run`` prints a part once it is \
+complete |
+| ``on_permission``, ``on_question`` | refused | yes | a process refuses by itself: stdin is the \
+prompt, and closed |
+| another attempt at a start | yes | never | all turns share a start, which has happened by then |
+| a flag that is unknown, a cut line | yes | never | there is neither argv nor stdout: \
+tests/faults has them |
+| OpenCodeServerError | never | yes | there is no server to be lost |
+
+Those of them that a caller can see have a test at the end; deaths of servers, broken connections
+and what only a stand-in can do have files of their own.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from opencode_sync import (
+    OpenCodeBudgetError,
+    OpenCodeCancelledError,
+    OpenCodeClient,
+    OpenCodeConfigError,
+    OpenCodeError,
+    OpenCodeProcessError,
+    OpenCodeServer,
+    OpenCodeTimeoutError,
+    RunConfig,
+    RunResult,
+    RunStream,
+    TokenUsage,
+)
+from opencode_sync.runner import Runner
+from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
+from tests.live.warm import CONNECTIONS, config, conversation, shell
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell"),
+    pytest.mark.timeout(240),
+]
+
+WITHIN_S = 100.0  # a loaded machine takes its time
+GONE_S = 5.0  # what may pass after the end of a script that could do nothing itself
+IDLE_S = 3.0
+
+_ROOT = Path(__file__).parent.parent.parent
+
+MakeRunner = Callable[..., Runner]
+
+
+class Script:
+    """What the model answers to each prompt, and what it was asked."""
+
+    def __init__(self) -> None:
+        self._answers: dict[str, tuple[Answer, ...]] = {}
+        self._asked: dict[str, list[ChatRequest]] = {}
+        self._changed = threading.Condition()
+
+    def __call__(self, request: ChatRequest) -> Answer:
+        text = request.prompt
+        with self._changed:
+            # Text of attached files stands before the prompt.
+            known = (p for p in self._answers if text == p or text.endswith(f"\n{p}"))
+            prompt = next(known, text)
+            asked = self._asked.setdefault(prompt, [])
+            asked.append(request)
+            self._changed.notify_all()
+            replies = self._answers.get(prompt, (f"re {prompt}",))
+            return replies[min(len(asked), len(replies)) - 1]
+
+    def to(self, prompt: str, *replies: Answer) -> str:
+        """Answer *prompt* with *replies* in order, the last again and again."""
+        with self._changed:
+            self._answers[prompt] = replies
+            self._asked[prompt] = []
+        return prompt
+
+    def asked(self, prompt: str, times: int = 1) -> list[ChatRequest]:
+        """The requests for *prompt*, once there are as many."""
+        with self._changed:
+            came = self._changed.wait_for(
+                lambda: len(self._asked.get(prompt, ())) >= times, WITHIN_S
+            )
+            assert came, f"{prompt!r} was not asked {times} times"
+            return list(self._asked[prompt])
+
+
+class Tools:
+    """A tool that sleeps, with a child of nobody; both are known by the ids that they write."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    @property
+    def call(self) -> Answer:
+        sleep = f"sh -c 'echo $$ >> {self._file.name}; exec sleep 90917'"
+        return shell(f"(setsid {sleep} &); {sleep}")
+
+    def wait_until_started(self) -> None:
+        self._wait_until(lambda: self._file.exists() and len(self._pids()) == 2, WITHIN_S)
+
+    def wait_until_gone(self) -> None:
+        self._wait_until(lambda: not self.living(), GONE_S)
+
+    def living(self) -> list[int]:
+        """Those that have started and not ended."""
+        found = []
+        for pid in self._pids():
+            with suppress(psutil.Error):  # gone, or a zombie
+                found += [pid] if "90917" in " ".join(psutil.Process(pid).cmdline()) else []
+        return found
+
+    def _pids(self) -> list[int]:
+        return [int(line) for line in self._file.read_text().split("\n")[:-1]]
+
+    def _wait_until(self, holds: Callable[[], bool], within_s: float) -> None:
+        deadline = time.monotonic() + within_s
+        while not holds():
+            assert time.monotonic() < deadline, f"{self._file.name} after {within_s} s"
+            time.sleep(0.01)  # nobody tells of a process that comes or goes
+
+
+@pytest.fixture(scope="module")
+def script() -> Script:
+    return Script()
+
+
+@pytest.fixture(scope="module")
+def cfg(script: Script) -> Iterator[RunConfig]:
+    """Of the model; a run may change of it what a server's runs can differ in."""
+    with ScriptedModel(script) as model:
+        yield config(model)
+
+
+@pytest.fixture(scope="module", params=[OpenCodeClient, OpenCodeServer], ids=["process", "server"])
+def kind(request: pytest.FixtureRequest) -> type[Runner]:
+    chosen: type[Runner] = request.param
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def runner(kind: type[Runner], opencode_binary: str, cfg: RunConfig) -> Iterator[Runner]:
+    """One for all tests, which have only to do with the runs."""
+    with kind(opencode_binary, run_cfg=cfg) as runner:  # type: ignore[arg-type]
+        if isinstance(runner, OpenCodeServer):
+            _open_connections(runner)
+        yield runner
+
+
+def _open_connections(server: OpenCodeServer) -> None:
+    with ExitStack() as requests:  # at once, so that no test opens a connection that stays
+        client = server._fleet.current().link.connection._client
+        begun = [
+            requests.enter_context(client.stream("GET", "/global/health"))
+            for _ in range(CONNECTIONS)
+        ]
+        for response in begun:
+            response.read()
+
+
+@pytest.fixture
+def make(kind: type[Runner], opencode_binary: str, cfg: RunConfig) -> Iterator[MakeRunner]:
+    """Makes runners of a test's own, and closes them after it."""
+    with ExitStack() as made:
+
+        def make(**settings: Any) -> Runner:
+            settings = {"run_cfg": cfg, **settings}
+            return made.enter_context(kind(opencode_binary, **settings))  # type: ignore[arg-type]
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def workspace(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("workspace")
+
+
+@pytest.fixture
+def tools(workspace: Path, request: pytest.FixtureRequest) -> Tools:
+    return Tools(workspace / f"{request.node.originalname}.pids")
+
+
+# --- one run with everything ---------------------------------------------------------------------
+
+
+@dataclass
+class Whole:
+    """A run with a text, a tool call, an attached file, a log file, and an answer."""
+
+    result: RunResult
+    requests: list[ChatRequest]
+    workspace: Path
+    log_file: Path
+    left: Tools
+
+
+@pytest.fixture(scope="module")
+def whole(runner: Runner, cfg: RunConfig, script: Script, workspace: Path) -> Whole:
+    (workspace / "notes.txt").write_text("The code word is Kiebitz.\n")
+    left = Tools(workspace / "left.pids")
+    leave = "(setsid sh -c 'echo $$ > left.pids; exec sleep 90917' >/dev/null 2>&1 &)"
+    command = f"{leave}; until [ -s left.pids ]; do sleep 0.02; done; echo made > made.txt; exit 3"
+    usage = TokenUsage(input=1_000, output=100, cache_read=50)
+    looking = Reply("Let me look.", tool_calls=[shell(command)], usage=usage)
+    prompt = script.to("Make it", looking, Reply("Done.", usage=usage))
+    log_file = workspace / "events.jsonl"
+
+    result = runner.run(
+        prompt,
+        workspace,
+        run_cfg=cfg.replace(files=("notes.txt",), title="A title"),
+        log_file=log_file,
+    )
+    return Whole(result, script.asked(prompt, 2), workspace, log_file, left)
+
+
+def test_a_tool_call_works_in_the_workspace_and_stands_in_the_result(whole: Whole) -> None:
+    [call] = whole.result.tool_calls
+
+    assert (whole.workspace / "made.txt").read_text() == "made\n"
+    assert call["part"]["tool"] == "bash"
+    assert call["part"]["state"]["metadata"]["exit"] == 3
+
+
+def test_texts_answer_usage_and_cost_are_summed_over_the_steps(whole: Whole) -> None:
+    result = whole.result
+
+    assert (result.status, result.finish_reason, result.turns) == ("ok", "stop", 2)
+    assert (result.final_text, result.answer) == ("Let me look.\n\nDone.", "Done.")
+    assert (result.token_usage.input, result.token_usage.output) == (2_000, 200)
+    assert result.token_usage.cache_read == 100
+    # 1, 10 and 0.1 dollars per million, as the model's default price list has it.
+    assert result.total_cost == pytest.approx((2_000 * 1 + 200 * 10 + 100 * 0.1) / 1e6)
+    assert (result.prompt, result.workspace) == ("Make it", str(whole.workspace))
+    assert result.attempts == 1
+    assert result.duration_s > 0
+
+
+def test_an_attached_file_reaches_the_model_with_the_prompt(whole: Whole) -> None:
+    said = json.dumps(whole.requests[0].messages[-1])
+
+    assert "The code word is Kiebitz." in said
+    assert "Make it" in said
+
+
+def test_the_log_file_has_each_event_as_a_line(whole: Whole) -> None:
+    first, *events = map(json.loads, whole.log_file.read_text().splitlines())
+
+    assert first["type"] == "attempt"
+    assert events == whole.result.events
+
+
+def test_what_a_tool_leaves_running_ends_with_the_run(whole: Whole) -> None:
+    assert whole.left._pids()
+    assert whole.left.living() == []
+
+
+# --- the prompt and the answer -------------------------------------------------------------------
+
+
+def numbered(size: int) -> str:
+    """Text of *size* characters in which a missing piece would show."""
+    return "".join(f"{number:09d}\n" for number in range(size // 10)).rstrip("\n")
+
+
+def test_a_prompt_of_2_mb_with_every_kind_of_character_arrives_byte_for_byte(
+    runner: Runner, workspace: Path, script: Script
+) -> None:
+    odd = "-- \"first\" line\n\n'second'\twith a tab\u2028and a separator, ünï 🙂\r\n  "
+    prompt = script.to(odd + numbered(2_000_000) + odd, "ok")
+
+    result = runner.run(prompt, workspace)
+
+    [request] = script.asked(prompt)
+    is_whole = request.prompt == prompt  # compared first: to show the difference takes minutes
+    assert is_whole, len(request.prompt)
+    assert result.answer == "ok"
+
+
+def test_a_large_answer_arrives_whole_by_run(
+    runner: Runner, workspace: Path, script: Script
+) -> None:
+    prompt = script.to("Count, run", numbered(2_000_000))
+
+    result = runner.run(prompt, workspace)
+
+    is_whole = result.final_text == numbered(2_000_000)
+    assert is_whole, len(result.final_text)
+    assert result.status == "ok"
+
+
+def test_a_large_answer_arrives_whole_by_stream(
+    runner: Runner, workspace: Path, script: Script
+) -> None:
+    prompt = script.to("Count, stream", numbered(2_000_000))
+
+    with runner.stream(prompt, workspace) as stream:
+        events = [event for event in stream if event["type"] != "text_delta"]
+
+    assert [event["type"] for event in events] == ["step_start", "text", "step_finish"]
+    is_whole = events[1]["part"]["text"].rstrip("\n") == numbered(2_000_000)
+    assert is_whole, len(events[1]["part"]["text"])
+    kept = [event for event in stream.result.events if event["type"] != "text_delta"]
+    is_kept = kept == events
+    assert is_kept
+
+
+@pytest.mark.parametrize("prompt", ["", " \n\t "], ids=["empty", "blanks"])
+def test_a_blank_prompt_is_refused(runner: Runner, workspace: Path, prompt: str) -> None:
+    with pytest.raises(OpenCodeConfigError, match="blank"):
+        runner.run(prompt, workspace)
+
+
+# --- permissions ---------------------------------------------------------------------------------
+
+
+def test_a_denied_tool_and_a_denied_command_stand_in_the_status_and_are_no_error(
+    runner: Runner, cfg: RunConfig, workspace: Path, script: Script
+) -> None:
+    calls = (
+        tool_call("bash", command="touch denied", description="Touch"),
+        tool_call("bash", command="echo allowed > allowed", description="Write"),
+        tool_call("write", filePath=str(workspace / "written"), content="no"),
+    )
+    prompt = script.to("Try all", Reply.calls(*calls), "I may not.")
+    rules = {"bash": {"*": "allow", "touch *": "deny"}, "edit": "deny"}
+
+    result = runner.run(prompt, workspace, run_cfg=cfg.replace(permission=rules))
+
+    made = [(workspace / name).exists() for name in ("denied", "allowed", "written")]
+    assert made == [False, True, False]
+    assert (result.status, sorted(result.denied_tools)) == ("denied", ["bash", "write"])
+    assert (result.finish_reason, result.answer) == ("stop", "I may not.")
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        ({"model": "scripted/unheard-of"}, "unheard-of"),
+        ({"agent": "nobody"}, "nobody"),
+        ({"command": "no-such-command"}, "no-such-command"),
+    ],
+    ids=["model", "agent", "command"],
+)
+def test_an_unknown_name_is_an_error_that_names_it(
+    runner: Runner, cfg: RunConfig, workspace: Path, changes: dict[str, str], name: str
+) -> None:
+    with pytest.raises(OpenCodeProcessError, match=name) as caught:
+        runner.run("Hi", workspace, run_cfg=cfg.replace(**changes))
+
+    assert name in str(caught.value).splitlines()[0]
+    assert caught.value.result is not None
+    assert caught.value.result.final_text == ""
+
+
+def test_an_unknown_session_is_refused_by_name(
+    runner: Runner, cfg: RunConfig, workspace: Path
+) -> None:
+    going_on = cfg.replace(session_id="ses_of_nobody")
+
+    with pytest.raises(OpenCodeConfigError, match="ses_of_nobody"):
+        runner.run("Hi", workspace, run_cfg=going_on)
+
+
+def test_a_401_is_an_error_whose_first_line_has_the_status_and_the_providers_words(
+    runner: Runner, workspace: Path, script: Script
+) -> None:
+    prompt = script.to("Refuse", Reply.failure(401, "this key is no good"))
+
+    with pytest.raises(OpenCodeProcessError) as caught:
+        runner.run(prompt, workspace)
+
+    assert "401: this key is no good" in str(caught.value).splitlines()[0]
+    result = caught.value.result
+    assert result is not None
+    assert result.error is not None
+    assert (result.status, result.error.status_code) == ("error", 401)
+    assert len(script.asked(prompt)) == 1
+
+
+# --- limits --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Limited:
+    """The errors of runs that each passed a limit, by its name; and the tools of the idle one."""
+
+    errors: dict[str, OpenCodeError]
+    tools: Tools
+
+
+@pytest.fixture(scope="module")
+def limited(runner: Runner, script: Script, workspace: Path, whole: Whole) -> Limited:
+    """Runs that wait for their limits together, each from where the model has brought it."""
+    tools = Tools(workspace / "idle.pids")
+    echo = shell("echo here")
+    timeout_s = 4 * whole.result.duration_s + 1  # for one of the same two steps
+    script.to("Hang", echo, Reply.hang())
+    script.to("Sleep", Reply("Let me.", tool_calls=[tools.call]))
+    script.to("Later", Reply.failure(429, "slow down", retry_after_s=3600))
+    script.to("Spend", echo, "Spent.")
+
+    with ExitStack() as started, ThreadPoolExecutor(3) as threads:
+
+        def start(prompt: str, **limits: float) -> RunStream:
+            return started.enter_context(runner.stream(prompt, workspace, **limits))
+
+        streams = {"timeout_s": start("Hang", timeout_s=timeout_s)}
+        script.asked("Hang", 2)
+        streams["idle_timeout_s"] = start("Sleep", idle_timeout_s=IDLE_S)
+        tools.wait_until_started()
+        streams["429"] = start("Later", idle_timeout_s=IDLE_S)
+        script.asked("Later")
+        errors = dict(zip(streams, threads.map(_error_of, streams.values()), strict=True))
+        errors["max_cost"] = _error_of(start("Spend", max_cost=0.0001))
+    return Limited(errors, tools)
+
+
+def _error_of(stream: RunStream) -> OpenCodeError:
+    with pytest.raises(OpenCodeError) as caught:
+        stream.wait()
+    return caught.value
+
+
+def test_after_timeout_s_the_error_has_what_was_got(limited: Limited) -> None:
+    error = limited.errors["timeout_s"]
+
+    assert isinstance(error, OpenCodeTimeoutError)
+    assert error.limit == "timeout_s"
+    assert "(timeout_s); stopped after" in str(error)
+    assert error.result is not None
+    assert (error.result.status, error.result.turns) == ("timed_out", 1)
+    assert error.result.tool_calls[0]["part"]["state"]["output"] == "here\n"
+
+
+def test_after_idle_timeout_s_the_error_has_what_was_got_and_no_tool_lives(
+    limited: Limited,
+) -> None:
+    error = limited.errors["idle_timeout_s"]
+
+    assert isinstance(error, OpenCodeTimeoutError)
+    assert (error.limit, error.limit_s) == ("idle_timeout_s", IDLE_S)
+    assert error.result is not None
+    assert (error.result.status, error.result.final_text) == ("timed_out", "Let me.")
+    assert limited.tools.living() == []
+
+
+def test_a_provider_that_is_being_retried_is_named_by_the_timeout(limited: Limited) -> None:
+    error = limited.errors["429"]
+
+    assert isinstance(error, OpenCodeTimeoutError)
+    assert "the provider was being retried: 429 slow down" in str(error)
+    assert error.result is not None
+    assert [event["type"] for event in error.result.events][-1:] == ["retry"]
+
+
+def test_after_max_cost_the_error_has_what_was_got_and_spent(limited: Limited) -> None:
+    error = limited.errors["max_cost"]
+
+    assert isinstance(error, OpenCodeBudgetError)
+    assert error.limit == 0.0001
+    assert error.spent == pytest.approx((100 * 1 + 20 * 10) / 1e6)
+    assert error.result is not None
+    assert (error.result.status, error.result.turns) == ("over_budget", 1)
+
+
+def test_errors_come_back_equal_from_a_pickle(limited: Limited) -> None:
+    copies = pickle.loads(pickle.dumps(limited.errors))
+
+    assert copies == limited.errors
+    assert {name: error.result.events for name, error in copies.items()} == {
+        name: error.result.events for name, error in limited.errors.items() if error.result
+    }
+
+
+# --- sessions ------------------------------------------------------------------------------------
+
+
+def test_a_session_is_continued_and_forked(
+    runner: Runner, cfg: RunConfig, workspace: Path, script: Script
+) -> None:
+    def run(prompt: str, **changes: Any) -> str | None:
+        result = runner.run(script.to(prompt, "ok"), workspace, run_cfg=cfg.replace(**changes))
+        return result.session_id
+
+    first = run("First")
+    second = run("Second", session_id=first)
+    branch = run("Third", session_id=first, fork=True)
+    last = run("Fourth", continue_session=True)
+    again = run("Fifth", session_id=first)
+
+    def said(prompt: str) -> list[str]:
+        return [text for text in conversation(script.asked(prompt)[0]) if text != "ok"]
+
+    assert said("Second") == ["First", "Second"]
+    assert said("Third") == ["First", "Second", "Third"]
+    assert said("Fourth") == ["First", "Second", "Third", "Fourth"]  # the branch was the last
+    assert said("Fifth") == ["First", "Second", "Fifth"]  # and left the original as it was
+    assert first == second == again
+    assert branch != first
+    assert last == branch
+
+
+_GO_ON = """
+import pickle, sys
+
+runner, prompt, workspace, cfg = pickle.load(sys.stdin.buffer)
+with runner:
+    print(runner.run(prompt, workspace, run_cfg=cfg).answer)
+"""
+
+
+def test_a_pickled_runner_goes_on_with_a_session_in_another_process(
+    make: MakeRunner, cfg: RunConfig, script: Script, tmp_path: Path
+) -> None:
+    runner = make(data_dir=tmp_path / "kept")
+    first = runner.run(script.to("My name is Bob", "Hello, Bob."), tmp_path)
+    runner.close()
+    going_on = cfg.replace(session_id=first.session_id)
+    prompt = script.to("What is my name?", "Bob.")
+
+    done = subprocess.run(
+        [sys.executable, "-c", _GO_ON],
+        cwd=_ROOT,
+        input=pickle.dumps((runner, prompt, tmp_path, going_on)),
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=WITHIN_S,
+    )
+
+    assert done.stdout == b"Bob.\n"
+    assert conversation(script.asked(prompt)[0]) == ["My name is Bob", "Hello, Bob.", prompt]
+
+
+# --- threads -------------------------------------------------------------------------------------
+
+
+def test_four_threads_share_a_runner_and_each_gets_its_own_answer(
+    runner: Runner, workspace: Path
+) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(lambda n: runner.run(f"Number {n}", workspace), range(4)))
+
+    assert [result.final_text for result in results] == [f"re Number {n}" for n in range(4)]
+    assert len({result.session_id for result in results}) == 4
+
+
+# --- early ends: the tools are gone when control returns -----------------------------------------
+
+
+@pytest.fixture
+def sleeping(script: Script, tools: Tools) -> str:
+    """A prompt that has tools started."""
+    return script.to("Sleep well", Reply("Good night.", tool_calls=[tools.call]), "Awake.")
+
+
+def test_after_leaving_the_loop_no_tool_lives(
+    runner: Runner, workspace: Path, sleeping: str, tools: Tools
+) -> None:
+    for _ in runner.stream(sleeping, workspace):
+        tools.wait_until_started()
+        break
+
+    assert tools.living() == []
+
+
+def test_after_close_no_tool_lives_and_the_session_goes_on(
+    runner: Runner, cfg: RunConfig, workspace: Path, sleeping: str, tools: Tools
+) -> None:
+    stream = runner.stream(sleeping, workspace)
+    tools.wait_until_started()
+
+    stream.close()
+
+    assert tools.living() == []
+    assert list(stream) == []
+    assert (stream.result.status, stream.result.final_text) == ("cancelled", "Good night.")
+    going_on = cfg.replace(session_id=stream.session_id)
+    assert runner.run("Good morning", workspace, run_cfg=going_on).answer == "re Good morning"
+
+
+def test_after_cancel_in_another_thread_no_tool_lives(
+    runner: Runner, workspace: Path, sleeping: str, tools: Tools
+) -> None:
+    stream = runner.stream(sleeping, workspace)
+
+    def cancel() -> None:
+        tools.wait_until_started()
+        stream.cancel("no more of it")
+
+    with ThreadPoolExecutor(1) as threads:
+        cancelling = threads.submit(cancel)
+        with pytest.raises(OpenCodeCancelledError, match="no more of it") as caught:
+            stream.wait()
+        left = tools.living()
+        cancelling.result(WITHIN_S)
+
+    assert left == []
+    assert caught.value.result is stream.result
+    assert (stream.result.status, stream.result.final_text) == ("cancelled", "Good night.")
+
+
+def test_after_an_exception_of_the_consumer_no_tool_lives(
+    runner: Runner, workspace: Path, sleeping: str, tools: Tools
+) -> None:
+    with pytest.raises(ZeroDivisionError), runner.stream(sleeping, workspace) as stream:
+        for _ in stream:
+            tools.wait_until_started()
+            raise ZeroDivisionError
+
+    assert tools.living() == []
+
+
+def test_after_garbage_collection_no_tool_lives(
+    runner: Runner, workspace: Path, sleeping: str, tools: Tools
+) -> None:
+    stream = runner.stream(sleeping, workspace)
+    stream.itself = stream  # type: ignore[attr-defined]
+    tools.wait_until_started()
+    del stream
+
+    gc.collect()
+
+    assert tools.living() == []
+
+
+def test_closing_the_runner_ends_its_runs_and_it_takes_no_more(
+    make: MakeRunner, workspace: Path, sleeping: str, tools: Tools
+) -> None:
+    runner = make()
+    stream = runner.stream(sleeping, workspace)
+    tools.wait_until_started()
+
+    runner.close()
+
+    assert tools.living() == []
+    with pytest.raises(OpenCodeCancelledError, match="closed"):
+        stream.wait()
+    with pytest.raises(OpenCodeConfigError, match="closed"):
+        runner.run("Hi", workspace)
+    with pytest.raises(OpenCodeConfigError, match="closed"):
+        runner.stream("Hi", workspace)
+
+
+_WAIT = """
+import pickle, sys
+
+runner, prompt, workspace = pickle.load(sys.stdin.buffer)
+with runner.stream(prompt, workspace) as stream:
+    try:
+        print("waiting", flush=True)
+        stream.wait()
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        sys.stdin.read()
+        runner.close()
+"""
+
+
+@pytest.fixture
+def program(
+    make: MakeRunner, workspace: Path, sleeping: str, tools: Tools
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A script that waits for a run whose tools are at work."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _WAIT], cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as program:
+        assert program.stdin
+        assert program.stdout
+        try:
+            program.stdin.write(pickle.dumps((make(), sleeping, workspace)))
+            program.stdin.flush()
+            assert program.stdout.readline() == b"waiting\n"
+            tools.wait_until_started()
+            yield program
+        finally:
+            program.kill()
+
+
+def test_after_ctrl_c_no_tool_lives_when_the_script_goes_on(
+    program: subprocess.Popen[bytes], tools: Tools
+) -> None:
+    assert program.stdout
+
+    program.send_signal(signal.SIGINT)
+
+    assert program.stdout.readline() == b"interrupted\n"
+    assert tools.living() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_within_5_s_of_a_signal_that_ends_the_script_no_tool_lives(
+    program: subprocess.Popen[bytes], tools: Tools, number: signal.Signals
+) -> None:
+    program.send_signal(number)
+
+    assert program.wait(WITHIN_S) == -number
+    tools.wait_until_gone()
+
+
+# --- configuration -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace; words stand in each source of configuration."""
+    workspace = tmp_path / "project"
+    for name, directory in (("user", tmp_path / "config/opencode"), ("project", workspace)):
+        directory.mkdir(parents=True)
+        words = directory / f"{name}.md"
+        words.write_text(f"word-of-{name}")
+        settings = {"instructions": [str(words)]}
+        (directory / "opencode.json").write_text(json.dumps(settings))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    ours = {"agent": {"build": {"prompt": "word-of-parent"}}}
+    monkeypatch.setenv("OPENCODE_CONFIG_CONTENT", json.dumps(ours))
+    return workspace
+
+
+@pytest.mark.parametrize(
+    "changes, left",
+    [
+        ({"inherit_user_config": True}, {"user", "project", "parent"}),
+        ({"inherit_user_config": False}, {"project"}),
+        ({"inherit_user_config": True, "inherit_project_config": False}, {"user", "parent"}),
+    ],
+    ids=["all", "without the user's", "without the project's"],
+)
+def test_configuration_is_merged_with_ours_or_left_out(
+    make: MakeRunner,
+    cfg: RunConfig,
+    configured: Path,
+    script: Script,
+    changes: dict[str, bool],
+    left: set[str],
+) -> None:
+    prompt = script.to("What do you know?", "Words.")
+    runner = make(run_cfg=cfg.replace(**changes))
+
+    runner.run(prompt, configured)
+
+    [request] = script.asked(prompt)
+    words = {name for name in ("user", "project", "parent") if f"word-of-{name}" in request.system}
+    assert words == left
+
+
+# --- what cannot hold for one of them ------------------------------------------------------------
+
+
+def is_server(runner: Runner) -> bool:
+    return isinstance(runner, OpenCodeServer)
+
+
+def test_only_a_process_has_an_exit_status_and_output(runner: Runner, whole: Whole) -> None:
+    result = whole.result
+
+    if is_server(runner):
+        assert (result.exit_code, result.stderr, result.raw_stdout_lines) == (None, "", [])
+    else:
+        assert result.exit_code == 0
+        assert [json.loads(line) for line in result.raw_stdout_lines] == result.events
+
+
+def test_only_a_server_tells_of_text_before_it_is_complete(runner: Runner, whole: Whole) -> None:
+    deltas = [event["delta"] for event in whole.result.events if event["type"] == "text_delta"]
+
+    assert deltas == (["Let me look.", "Done."] if is_server(runner) else [])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"print_logs": True},
+        {"log_level": "DEBUG"},
+        {"extra_env": {"A": "B"}},
+        {"mcp": {}},
+        {"config_overrides": {"username": "Ann"}},
+        {"instructions": ("more.md",)},
+        {"inherit_project_config": False},
+        {"disable_autoupdate": False},
+        {"pure": True},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_settings_of_the_whole_server_are_refused_by_name_on_a_run(
+    runner: Runner, cfg: RunConfig, workspace: Path, changes: dict[str, Any]
+) -> None:
+    # To the end of the check: an unknown session is refused without a start.
+    changed = cfg.replace(**changes, session_id="ses_of_nobody")
+    words = f"^{next(iter(changes))} is the same" if is_server(runner) else "ses_of_nobody"
+
+    with pytest.raises(OpenCodeConfigError, match=words):
+        runner.run("Hi", workspace, run_cfg=changed)
+
+
+def test_only_a_process_runs_without_plugins(kind: type[Runner], cfg: RunConfig) -> None:
+    pure = cfg.replace(pure=True)
+
+    if kind is OpenCodeServer:
+        with pytest.raises(OpenCodeConfigError, match="pure=True"):
+            kind(run_cfg=pure)
+    else:
+        kind(run_cfg=pure).close()
+
+
+def test_only_a_server_asks_somebody(runner: Runner, workspace: Path) -> None:
+    assert isinstance(runner, (OpenCodeClient, OpenCodeServer))
+
+    if isinstance(runner, OpenCodeServer):
+        with runner.session(workspace, on_permission=lambda request: "once") as chat:
+            assert chat.send("May I?").answer == "re May I?"
+    else:
+        with pytest.raises(OpenCodeConfigError, match="needs a server"):
+            runner.session(workspace, on_permission=lambda request: "once")
