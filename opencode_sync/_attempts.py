@@ -44,10 +44,10 @@ class Attempts:
     def settle(self, source: Source) -> OpenCodeError | None:
         """Complete the result after the end of *source*, and say what went wrong."""
         result = self._result
-        result.stderr, result.raw_stdout_lines = "", []
+        # Of attempts before, at this turn, nothing stays.
+        result.stderr, result.raw_stdout_lines = "", self._lines
         error = source.settle(result)
         result.stderr = self._stderr + result.stderr
-        result.raw_stdout_lines = self._lines + result.raw_stdout_lines
         return error
 
     def has_further(self) -> bool:

@@ -269,14 +269,14 @@ class LineSplitter:
     def __init__(self) -> None:
         self._pending: list[bytes] = []
 
-    def feed(self, block: bytes) -> list[bytes]:
-        """The lines that *block* completes, without their newlines."""
+    def feed(self, block: bytes) -> bytes | None:
+        """The lines that *block* completes, in one piece without the last newline; or None."""
         head, newline, tail = block.rpartition(b"\n")
         if not newline:
             self._pending.append(block)
-            return []
+            return None
         self._pending.append(head)
-        lines = b"".join(self._pending).split(b"\n")
+        lines = b"".join(self._pending)
         self._pending = [tail] if tail else []
         return lines
 

@@ -1,6 +1,6 @@
 """One ``opencode run`` as a source of events.
 
-    _process blocks --stdout--> lines --> events.parse_event_line --+--> receive()
+    _process blocks --stdout--> lines --> events.parse_block --------+--> receive()
                     --stderr--> lines --> _logs: retries, warnings --+
 
 Tells at the end how the run went: settle() names the reason, in the provider's words where there
@@ -29,7 +29,7 @@ from .errors import (
     OpenCodeProcessError,
     strip_ansi,
 )
-from .events import Event, parse_event_line
+from .events import Event, parse_block
 from .result import RunResult
 
 _log = logging.getLogger("opencode_sync")
@@ -85,7 +85,7 @@ class ProcessRun:
         self._keep_logs = keep_logs
         self._logs = LogReader()
         self._stdout, self._stderr = LineSplitter(), LineSplitter()
-        self._raw_lines: list[bytes] = []
+        self._raw_blocks: list[bytes] = []
         self._stderr_lines: list[bytes] = []
         self._session: str | None = None
         self._has_events = self._is_done = self._is_cut = False
@@ -130,9 +130,10 @@ class ProcessRun:
             self._is_done = True
             return self._last_events() or None
         channel, data = block
-        if channel == "stdout":
-            return self._events(self._stdout.feed(data))
-        return self._read_stderr(self._stderr.feed(data))
+        lines = (self._stdout if channel == "stdout" else self._stderr).feed(data)
+        if lines is None:
+            return []
+        return self._events(lines) if channel == "stdout" else self._read_stderr(lines)
 
     def stop(self) -> None:
         """End it with its tools; see :meth:`~opencode_sync._source.Source.stop`."""
@@ -157,7 +158,7 @@ class ProcessRun:
         result.exit_code = self._process.returncode
         stderr = b"".join(line + b"\n" for line in self._stderr_lines)
         result.stderr = stderr.decode("utf-8", "replace")
-        result.raw_stdout_lines = [line.decode("utf-8", "replace") for line in self._raw_lines]
+        result.add_raw(self._raw_blocks)
         result.truncated = self._is_cut
         if result.status == "error":
             return OpenCodeProcessError(
@@ -195,11 +196,11 @@ class ProcessRun:
 
     # -- lines -----------------------------------------------------------------------------------
 
-    def _events(self, lines: Sequence[bytes]) -> list[Event]:
+    def _events(self, lines: bytes) -> list[Event]:
         if self._keep_raw:
-            self._raw_lines += lines
-        self._has_events = self._has_events or bool(lines)
-        events = [parse_event_line(line) for line in lines]
+            self._raw_blocks.append(lines)
+        self._has_events = True
+        events = parse_block(lines)
         if self._session is None:
             self._note_session(events)
         return events
@@ -215,16 +216,16 @@ class ProcessRun:
 
     def _last_events(self) -> list[Event]:
         """The events of what stands after the last newlines."""
-        events = self._read_stderr([rest]) if (rest := self._stderr.rest()) else []
+        events = self._read_stderr(rest) if (rest := self._stderr.rest()) else []
         if rest := self._stdout.rest():
-            last = self._events([rest])
+            last = self._events(rest)
             self._is_cut = last[0].get("kind") == "json_decode_error"
             events += last
         return events
 
-    def _read_stderr(self, lines: Sequence[bytes]) -> list[Event]:
+    def _read_stderr(self, lines: bytes) -> list[Event]:
         events: list[Event] = []
-        for line in lines:
+        for line in lines.split(b"\n"):
             is_log, found = self._logs.read(line.decode("utf-8", "replace"))
             if self._keep_logs or not is_log:
                 self._stderr_lines.append(line)

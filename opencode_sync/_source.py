@@ -39,7 +39,10 @@ class Source(Protocol):
         """End the attempt with its tools; bounded, idempotent."""
 
     def settle(self, result: RunResult) -> OpenCodeError | None:
-        """Complete *result* after the end, and say what went wrong."""
+        """Complete *result* after the end, and say what went wrong.
+
+        Sets its exit status and stderr, and adds to its raw lines.
+        """
 
     def may_repeat(self, result: RunResult) -> bool:
         """Whether the attempt failed before it did anything, for a reason that may pass."""

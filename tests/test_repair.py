@@ -92,7 +92,8 @@ class _Source:
         self._stopped.set()
 
     def settle(self, result: RunResult) -> OpenCodeError | None:
-        result.stderr, result.raw_stdout_lines = f"stderr of {self._answer}\n", ["line"]
+        result.stderr = f"stderr of {self._answer}\n"
+        result.add_raw([b"line"])
         result._json = self._answer if isinstance(self._answer, dict) else None
         if self._answer == "lock":
             return OpenCodeProcessError(1, "database is locked", result=result)

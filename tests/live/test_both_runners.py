@@ -4,20 +4,16 @@ Each test runs with both, and one model answers both. What cannot hold for one o
 
 | what | process | server | because |
 |---|---|---|---|
-| ``exit_code``, ``stderr``, raw lines | yes | empty | a turn is no process: its server goes on |
-| ``print_logs``, ``log_level`` | yes | refused | the log is the server's, of all its runs together |
-| ``extra_env``, ``mcp``, ``config_overrides``, | yes | for the | they are read once, at the start of what \
-serves |
-| ``instructions``, ``inherit_...``, ``lean`` | | whole | the run: a server is given them with its \
-own ``run_cfg`` |
-| ``pure`` | yes | refused | a plugin keeps the server's password from its tools |
-| ``text_delta``, ``reasoning_delta`` | none | yes | ``opencode run`` prints a part once it is \
-complete |
-| ``on_permission``, ``on_question`` | refused | yes | a process refuses by itself: stdin is the \
-prompt, and closed |
-| another attempt at a start | yes | never | all turns share a start, which has happened by then |
-| a flag that is unknown, a cut line | yes | never | there is neither argv nor stdout: \
-tests/faults has them |
+| ``exit_code``, ``stderr``, raw lines | yes | empty | a turn is no process |
+| ``print_logs``, ``log_level`` | yes | refused | the log is of all its runs together |
+| ``extra_env``, ``mcp``, ``lean``, | yes | for the whole | they are read once, at the start |
+| ``instructions``, ``inherit_...``, | | | of what serves the run: a server is |
+| ``config_overrides`` | | | given them with its own ``run_cfg`` |
+| ``pure`` | yes | refused | a plugin keeps its password from its tools |
+| ``text_delta``, ``reasoning_delta`` | none | yes | ``opencode run`` prints whole parts |
+| ``on_permission``, ``on_question`` | refused | yes | a process has nobody to ask |
+| another attempt at a start | yes | never | all turns share a start that went well |
+| a flag that is unknown, a cut line | yes | never | there is neither argv nor stdout |
 | OpenCodeServerError | never | yes | there is no server to be lost |
 
 Those of them that a caller can see have a test at the end; deaths of servers, broken connections
@@ -70,6 +66,8 @@ pytestmark = [
 WITHIN_S = 100.0  # a loaded machine takes its time
 GONE_S = 5.0  # what may pass after the end of a script that could do nothing itself
 IDLE_S = 3.0
+SLEEPS_S = (90901, 90902, 90903)
+_LAST_WORDS = [[str(sleep_s)] for sleep_s in SLEEPS_S]
 
 _ROOT = Path(__file__).parent.parent.parent
 
@@ -114,18 +112,24 @@ class Script:
 
 
 class Tools:
-    """A tool that sleeps, with a child of nobody; both are known by the ids that they write."""
+    """Three sleeping processes: a plain child, one in another session, and one without a parent.
+
+    They are known by the ids that they write into *file*.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        (file.parent / "sleeper.sh").write_text("echo $$ >> $1; exec sleep $2\n")
 
     @property
     def call(self) -> Answer:
-        sleep = f"sh -c 'echo $$ >> {self._file.name}; exec sleep 90917'"
-        return shell(f"(setsid {sleep} &); {sleep}")
+        first, second, third = (f"sh sleeper.sh {self._file.name} {n}" for n in SLEEPS_S)
+        return shell(f"(setsid sh -c '{first} & {second}' &); {third}")
 
     def wait_until_started(self) -> None:
-        self._wait_until(lambda: self._file.exists() and len(self._pids()) == 2, WITHIN_S)
+        self._wait_until(
+            lambda: self._file.exists() and len(self._pids()) == len(SLEEPS_S), WITHIN_S
+        )
 
     def wait_until_gone(self) -> None:
         self._wait_until(lambda: not self.living(), GONE_S)
@@ -135,7 +139,7 @@ class Tools:
         found = []
         for pid in self._pids():
             with suppress(psutil.Error):  # gone, or a zombie
-                found += [pid] if "90917" in " ".join(psutil.Process(pid).cmdline()) else []
+                found += [pid] if psutil.Process(pid).cmdline()[-1:] in _LAST_WORDS else []
         return found
 
     def _pids(self) -> list[int]:
@@ -226,7 +230,7 @@ class Whole:
 def whole(runner: Runner, cfg: RunConfig, script: Script, workspace: Path) -> Whole:
     (workspace / "notes.txt").write_text("The code word is Kiebitz.\n")
     left = Tools(workspace / "left.pids")
-    leave = "(setsid sh -c 'echo $$ > left.pids; exec sleep 90917' >/dev/null 2>&1 &)"
+    leave = "(setsid sh sleeper.sh left.pids 90901 >/dev/null 2>&1 &)"
     command = f"{leave}; until [ -s left.pids ]; do sleep 0.02; done; echo made > made.txt; exit 3"
     usage = TokenUsage(input=1_000, output=100, cache_read=50)
     looking = Reply("Let me look.", tool_calls=[shell(command)], usage=usage)
@@ -285,6 +289,8 @@ def test_what_a_tool_leaves_running_ends_with_the_run(whole: Whole) -> None:
 
 # --- the prompt and the answer -------------------------------------------------------------------
 
+SIZES = {700_000: "0.7 MB", 2_000_000: "2 MB", 8_000_000: "8 MB"}
+
 
 def numbered(size: int) -> str:
     """Text of *size* characters in which a missing piece would show."""
@@ -305,28 +311,30 @@ def test_a_prompt_of_2_mb_with_every_kind_of_character_arrives_byte_for_byte(
     assert result.answer == "ok"
 
 
+@pytest.mark.parametrize("size", SIZES, ids=SIZES.get)
 def test_a_large_answer_arrives_whole_by_run(
-    runner: Runner, workspace: Path, script: Script
+    runner: Runner, workspace: Path, script: Script, size: int
 ) -> None:
-    prompt = script.to("Count, run", numbered(2_000_000))
+    prompt = script.to(f"Count to {size}, run", numbered(size))
 
     result = runner.run(prompt, workspace)
 
-    is_whole = result.final_text == numbered(2_000_000)
+    is_whole = result.final_text == numbered(size)
     assert is_whole, len(result.final_text)
     assert result.status == "ok"
 
 
+@pytest.mark.parametrize("size", SIZES, ids=SIZES.get)
 def test_a_large_answer_arrives_whole_by_stream(
-    runner: Runner, workspace: Path, script: Script
+    runner: Runner, workspace: Path, script: Script, size: int
 ) -> None:
-    prompt = script.to("Count, stream", numbered(2_000_000))
+    prompt = script.to(f"Count to {size}, stream", numbered(size))
 
     with runner.stream(prompt, workspace) as stream:
         events = [event for event in stream if event["type"] != "text_delta"]
 
     assert [event["type"] for event in events] == ["step_start", "text", "step_finish"]
-    is_whole = events[1]["part"]["text"].rstrip("\n") == numbered(2_000_000)
+    is_whole = events[1]["part"]["text"].rstrip("\n") == numbered(size)
     assert is_whole, len(events[1]["part"]["text"])
     kept = [event for event in stream.result.events if event["type"] != "text_delta"]
     is_kept = kept == events
@@ -380,6 +388,7 @@ def test_an_unknown_name_is_an_error_that_names_it(
         runner.run("Hi", workspace, run_cfg=cfg.replace(**changes))
 
     assert name in str(caught.value).splitlines()[0]
+    assert "\n    at " not in str(caught.value)  # OpenCode's own traceback
     assert caught.value.result is not None
     assert caught.value.result.final_text == ""
 
@@ -414,20 +423,20 @@ def test_a_401_is_an_error_whose_first_line_has_the_status_and_the_providers_wor
 
 @dataclass
 class Limited:
-    """The errors of runs that each passed a limit, by its name; and the tools of the idle one."""
+    """The errors of runs that each passed a limit, by its name; and tools that ran until then."""
 
     errors: dict[str, OpenCodeError]
-    tools: Tools
+    tools: dict[str, Tools]
 
 
 @pytest.fixture(scope="module")
 def limited(runner: Runner, script: Script, workspace: Path, whole: Whole) -> Limited:
     """Runs that wait for their limits together, each from where the model has brought it."""
-    tools = Tools(workspace / "idle.pids")
+    tools = {name: Tools(workspace / f"{name}.pids") for name in ("timeout_s", "idle_timeout_s")}
     echo = shell("echo here")
     timeout_s = 4 * whole.result.duration_s + 1  # for one of the same two steps
-    script.to("Hang", echo, Reply.hang())
-    script.to("Sleep", Reply("Let me.", tool_calls=[tools.call]))
+    script.to("Hang", echo, tools["timeout_s"].call)
+    script.to("Sleep", Reply("Let me.", tool_calls=[tools["idle_timeout_s"].call]))
     script.to("Later", Reply.failure(429, "slow down", retry_after_s=3600))
     script.to("Spend", echo, "Spent.")
 
@@ -437,9 +446,9 @@ def limited(runner: Runner, script: Script, workspace: Path, whole: Whole) -> Li
             return started.enter_context(runner.stream(prompt, workspace, **limits))
 
         streams = {"timeout_s": start("Hang", timeout_s=timeout_s)}
-        script.asked("Hang", 2)
+        tools["timeout_s"].wait_until_started()
         streams["idle_timeout_s"] = start("Sleep", idle_timeout_s=IDLE_S)
-        tools.wait_until_started()
+        tools["idle_timeout_s"].wait_until_started()
         streams["429"] = start("Later", idle_timeout_s=IDLE_S)
         script.asked("Later")
         errors = dict(zip(streams, threads.map(_error_of, streams.values()), strict=True))
@@ -453,7 +462,7 @@ def _error_of(stream: RunStream) -> OpenCodeError:
     return caught.value
 
 
-def test_after_timeout_s_the_error_has_what_was_got(limited: Limited) -> None:
+def test_after_timeout_s_the_error_has_what_was_got_and_no_tool_lives(limited: Limited) -> None:
     error = limited.errors["timeout_s"]
 
     assert isinstance(error, OpenCodeTimeoutError)
@@ -462,6 +471,7 @@ def test_after_timeout_s_the_error_has_what_was_got(limited: Limited) -> None:
     assert error.result is not None
     assert (error.result.status, error.result.turns) == ("timed_out", 1)
     assert error.result.tool_calls[0]["part"]["state"]["output"] == "here\n"
+    assert limited.tools["timeout_s"].living() == []
 
 
 def test_after_idle_timeout_s_the_error_has_what_was_got_and_no_tool_lives(
@@ -473,7 +483,7 @@ def test_after_idle_timeout_s_the_error_has_what_was_got_and_no_tool_lives(
     assert (error.limit, error.limit_s) == ("idle_timeout_s", IDLE_S)
     assert error.result is not None
     assert (error.result.status, error.result.final_text) == ("timed_out", "Let me.")
-    assert limited.tools.living() == []
+    assert limited.tools["idle_timeout_s"].living() == []
 
 
 def test_a_provider_that_is_being_retried_is_named_by_the_timeout(limited: Limited) -> None:

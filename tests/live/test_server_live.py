@@ -24,12 +24,8 @@ import pytest
 from opencode_sync import (
     OpenCodeCancelledError,
     OpenCodeClient,
-    OpenCodeConfigError,
-    OpenCodeProcessError,
     OpenCodeServerError,
-    OpenCodeTimeoutError,
     RunConfig,
-    RunResult,
 )
 from opencode_sync.events import Event
 from opencode_sync.server import OpenCodeServer
@@ -196,35 +192,6 @@ def test_a_sub_agent_s_events_bear_its_session_and_are_paid_for(
     assert result.total_cost == pytest.approx(3 * (100 * 1 + 20 * 10) / 1e6)
 
 
-@pytest.mark.parametrize("size", [2_000_000, 8_000_000], ids=["2 MB", "8 MB"])
-def test_a_large_answer_arrives_whole(
-    server: OpenCodeServer, workspace: Path, script: Script, size: int
-) -> None:
-    answer = "".join(f"{number:09d}\n" for number in range(size // 10)).rstrip("\n")
-    prompt = script.to(f"Count to {size}", answer)
-
-    result = server.run(prompt, workspace)
-
-    is_whole = result.final_text == answer  # compared first: to show the difference takes minutes
-    assert is_whole
-
-
-# --- the prompt ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    ["-- \"first\"\n\n'second'\twith a tab\u2028and more, ünï 🙂\r\n  ", "x" * 2_000_000 + "\nend"],
-    ids=["every kind of character", "2 MB"],
-)
-def test_a_prompt_reaches_the_model_byte_for_byte(
-    server: OpenCodeServer, workspace: Path, script: Script, prompt: str
-) -> None:
-    server.run(script.to(prompt, "ok"), workspace)
-
-    assert script.requests[-1].prompt == prompt
-
-
 def test_files_reach_the_model_as_what_they_are(
     server: OpenCodeServer, workspace: Path, script: Script
 ) -> None:
@@ -271,28 +238,6 @@ def conversation(request: ChatRequest) -> list[str]:
         if message["role"] != "system":
             texts.append(content if is_text else "".join(part["text"] for part in content))
     return texts
-
-
-def test_a_session_is_continued_and_forked(
-    server: OpenCodeServer, workspace: Path, script: Script
-) -> None:
-    for prompt in ("My name is Bob", "And mine?", "Fork", "On"):
-        script.to(prompt, f"re {prompt}")
-    first = server.run("My name is Bob", workspace)
-    going_on = RunConfig(session_id=first.session_id)
-
-    server.run("And mine?", workspace, run_cfg=going_on)
-    continued = conversation(script.requests[-1])
-    fork = server.run("Fork", workspace, run_cfg=going_on.replace(fork=True))
-    forked = conversation(script.requests[-1])
-    server.run("On", workspace, run_cfg=going_on)
-
-    past = ["My name is Bob", "re My name is Bob"]
-    assert continued == [*past, "And mine?"]
-    assert forked == [*past, "And mine?", "re And mine?", "Fork"]
-    assert "Fork" not in conversation(script.requests[-1])
-    assert fork.session_id != first.session_id
-    assert fork.final_text == "re Fork"
 
 
 def test_five_directories_are_served_at_once(
@@ -346,60 +291,6 @@ def test_what_a_run_denies_its_sub_agents_do_not_do_either(
     assert not (tmp_path / "made").exists()
 
 
-# --- errors --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "cfg, words",
-    [
-        (RunConfig(model="scripted/none"), "Model not found: scripted/none"),
-        (RunConfig(agent="nobody"), 'Agent not found: "nobody"'),
-        (RunConfig(command="nothing"), 'Command not found: "nothing"'),
-    ],
-    ids=["model", "agent", "command"],
-)
-def test_what_is_unknown_is_an_error_that_names_it(
-    server: OpenCodeServer, workspace: Path, cfg: RunConfig, words: str
-) -> None:
-    with pytest.raises(OpenCodeProcessError, match=words) as caught:
-        server.run("Hello", workspace, run_cfg=cfg)
-
-    assert "\n    at " not in str(caught.value)
-
-
-def test_an_unknown_session_is_refused(server: OpenCodeServer, workspace: Path) -> None:
-    cfg = RunConfig(session_id="ses_00000000000000000000000000")
-
-    with pytest.raises(OpenCodeConfigError, match="unknown"):
-        server.run("Hello", workspace, run_cfg=cfg)
-
-
-def test_a_provider_s_refusal_is_an_error_with_its_status(
-    server: OpenCodeServer, workspace: Path, script: Script
-) -> None:
-    prompt = script.to("Refuse", Reply.failure(401, "bad key"))
-
-    with pytest.raises(OpenCodeProcessError, match="401: bad key") as caught:
-        server.run(prompt, workspace)
-
-    assert caught.value.result is not None
-    assert caught.value.result.error is not None
-    assert caught.value.result.error.status_code == 401
-
-
-def test_a_provider_that_is_being_retried_is_named_by_the_timeout(
-    server: OpenCodeServer, workspace: Path, script: Script
-) -> None:
-    prompt = script.to("Later", Reply.failure(429, "slow down", retry_after_s=3600))
-
-    with pytest.raises(OpenCodeTimeoutError, match="429 slow down") as caught:
-        server.run(prompt, workspace, idle_timeout_s=1)
-
-    assert caught.value.result is not None
-    (retry,) = [event for event in caught.value.result.events if event["type"] == "retry"]
-    assert (retry["statusCode"], retry["attempt"]) == (429, 1)
-
-
 # --- stopping ------------------------------------------------------------------------------------
 
 
@@ -420,72 +311,6 @@ def wait_for_sleeps(count: int) -> None:
     while len(sleeps()) != count and time.monotonic() < deadline:
         time.sleep(0.02)
     assert len(sleeps()) == count
-
-
-def stop_by_timeout(server: OpenCodeServer, prompt: str, workspace: Path) -> RunResult:
-    with pytest.raises(OpenCodeTimeoutError) as caught:
-        server.run(prompt, workspace, idle_timeout_s=2)
-    assert caught.value.result is not None
-    return caught.value.result
-
-
-def stop_by_leaving(server: OpenCodeServer, prompt: str, workspace: Path) -> RunResult:
-    with server.stream(prompt, workspace) as stream:
-        until_text(stream)
-        wait_for_sleeps(3)
-    return stream.result
-
-
-def stop_by_cancelling(server: OpenCodeServer, prompt: str, workspace: Path) -> RunResult:
-    stream = server.stream(prompt, workspace)
-    with ThreadPoolExecutor(1) as threads:
-        future = threads.submit(stream.wait)
-        wait_for_sleeps(3)
-        stream.cancel()
-        with pytest.raises(OpenCodeCancelledError):
-            future.result(WITHIN_S)
-    return stream.result
-
-
-def stop_by_an_exception(server: OpenCodeServer, prompt: str, workspace: Path) -> RunResult:
-    stream = server.stream(prompt, workspace)
-    with pytest.raises(ZeroDivisionError), stream:
-        until_text(stream)
-        wait_for_sleeps(3)
-        raise ZeroDivisionError
-    return stream.result
-
-
-@pytest.mark.parametrize(
-    "stop",
-    [stop_by_timeout, stop_by_leaving, stop_by_cancelling, stop_by_an_exception],
-    ids=lambda stop: stop.__name__.removeprefix("stop_by_"),
-)
-def test_a_stopped_run_leaves_no_tool_and_its_session_goes_on(
-    server: OpenCodeServer,
-    workspace: Path,
-    script: Script,
-    stop: Callable[[OpenCodeServer, str, Path], RunResult],
-) -> None:
-    prompt = script.to("Leave something", Reply("Leaving.", tool_calls=[shell(LEAVING)]), "Left.")
-    script.to("Go on", "Going on.")
-
-    result = stop(server, prompt, workspace)
-
-    assert sleeps() == []
-    going_on = server.run("Go on", workspace, run_cfg=RunConfig(session_id=result.session_id))
-    assert going_on.answer == "Going on."
-
-
-def test_what_a_tool_leaves_running_ends_with_the_run(
-    server: OpenCodeServer, workspace: Path, script: Script
-) -> None:
-    prompt = script.to("Leave it", shell("setsid sleep 901 >/dev/null 2>&1 & echo left"), "Done.")
-
-    result = server.run(prompt, workspace)
-
-    assert result.status == "ok"
-    assert sleeps() == []
 
 
 # --- secrets -------------------------------------------------------------------------------------

@@ -1,0 +1,93 @@
+"""What only a process per run does; tests/live/test_both_runners.py has what a server does too."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opencode_sync import OpenCodeClient, OpenCodeProcessError, OpenCodeTimeoutError, _command
+from opencode_sync.testing import Reply, ScriptedModel, tool_call
+from tests.endings import COMMAND, Tools, script
+
+LONG_S = 60.0
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def test_a_flag_that_the_binary_does_not_know_is_named_with_its_version(
+    client: OpenCodeClient,
+    opencode_binary: str,
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def argv(*args: Any) -> list[str]:
+        return [*_command.build_argv(*args), "--from-the-future"]
+
+    monkeypatch.setattr("opencode_sync.client.build_argv", argv)
+    version = subprocess.check_output([opencode_binary, "--version"], text=True).strip()
+
+    with pytest.raises(OpenCodeProcessError) as caught:
+        client.run("Hi", workspace)
+
+    assert f"opencode {version} does not know --from-the-future" in str(caught.value)
+
+
+def test_after_the_script_s_end_no_tool_lives(
+    opencode_binary: str, workspace: Path, scripted: Any
+) -> None:
+    tools = Tools(workspace)
+    model: ScriptedModel = scripted([tool_call("bash", command=COMMAND, description="Sleep")])
+
+    with script(opencode_binary, workspace, "Sleep", model.run_config()) as started:
+        tools.wait_until_started()
+
+        started.exit()
+
+        assert started.process.wait(LONG_S) == 0
+        assert not tools.living()
+
+
+# --- a provider that refuses ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pure, words",
+    [(False, "429 slow down (retry-after: 3600)"), (True, "slow down")],
+    ids=["with our plugin", "without plugins"],
+)
+def test_a_provider_that_says_429_is_told_of_within_seconds(
+    client: OpenCodeClient, workspace: Path, scripted: Any, pure: bool, words: str
+) -> None:
+    model: ScriptedModel = scripted(Reply.failure(429, "slow down", retry_after_s=3600))
+    # Where so many compete for a core that the start alone takes 10 s, more is allowed.
+    idle_timeout_s = 10 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    started = time.monotonic()
+
+    with pytest.raises(OpenCodeTimeoutError) as caught:
+        client.run(
+            "Hi", workspace, run_cfg=model.run_config(pure=pure), idle_timeout_s=idle_timeout_s
+        )
+
+    assert caught.value.limit == "idle_timeout_s"
+    assert str(caught.value).endswith(f"the provider was being retried: {words}")
+    assert time.monotonic() - started < 2 * idle_timeout_s
+    assert caught.value.result is not None
+    assert "retry" in [event["type"] for event in caught.value.result.events]
+
+
+@pytest.mark.parametrize("pure", [False, True], ids=["with our plugin", "without plugins"])
+def test_a_provider_that_says_401_is_not_retried(
+    client: OpenCodeClient, workspace: Path, scripted: Any, pure: bool
+) -> None:
+    model: ScriptedModel = scripted(Reply.failure(401, "bad key"))
+
+    with pytest.raises(OpenCodeProcessError, match="APIError 401: bad key") as caught:
+        client.run("Hi", workspace, run_cfg=model.run_config(pure=pure), timeout_s=LONG_S)
+
+    assert caught.value.result is not None
+    assert [event["type"] for event in caught.value.result.events] == ["error"]
