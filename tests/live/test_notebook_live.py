@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
-import nbclient
-import nbformat
 import psutil
 import pytest
-from jupyter_core.utils import ensure_event_loop
 
-ROOT = Path(__file__).parent.parent.parent
-WITHIN_S = 90
+from tests.kernel import Kernel
 
 # The prompts name what the model does: "say X", "tool X", "fail".
 SETUP = """
@@ -40,66 +32,18 @@ client = OpenCodeClient(run_cfg=cfg)
 %load_ext opencode_sync
 """
 
-Cell = Callable[[str], list[Any]]
-
-
-class Kernel:
-    """A running kernel, cell by cell."""
-
-    def __init__(self, workspace: Path) -> None:
-        self.workspace = workspace
-        self._notebook: Any = nbformat.v4.new_notebook()  # type: ignore[no-untyped-call]
-        self.client = nbclient.NotebookClient(self._notebook, allow_errors=True, timeout=WITHIN_S)
-
-    def run(self, code: str) -> list[Any]:
-        """The outputs of a cell with *code*."""
-        cells = self._notebook.cells
-        cells.append(nbformat.v4.new_code_cell(code.strip("\n")))  # type: ignore[no-untyped-call]
-        return list(self.client.execute_cell(cells[-1], len(cells) - 1)["outputs"])
-
-    def value(self, code: str) -> str:
-        """What *code* is, as the notebook shows it in plain text."""
-        (output,) = self.run(code)
-        return str(output["data"]["text/plain"])
-
-    def run_until(self, exists: Path, code: str) -> list[Any]:
-        """The same, with the stop button pressed as soon as the file *exists*."""
-
-        def press() -> None:
-            while not has_ended.wait(0.05):
-                if exists.exists():
-                    os.killpg(group, signal.SIGINT)  # what the button does
-                    return
-
-        group = os.getpgid(int(self.value("os.getpid()")))
-        has_ended = threading.Event()
-        finger = threading.Thread(target=press)
-        finger.start()
-        try:
-            return self.run(code)
-        finally:
-            has_ended.set()
-            finger.join()
-
 
 @pytest.fixture(scope="module")
 def kernel(opencode_binary: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
-    workspace = tmp_path_factory.mktemp("notebook")
     # What the kernel keeps from cell to cell is no leak of a test's.
     temporary = tmp_path_factory.mktemp("temporary")
-    environ = {
-        "OPENCODE_BINARY": opencode_binary,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "TMPDIR": str(temporary),
-    }
-    kernel = Kernel(workspace)
-    with kernel.client.setup_kernel(env={**os.environ, **environ}, cwd=str(workspace)):
+    environ = {**os.environ, "OPENCODE_BINARY": opencode_binary, "TMPDIR": str(temporary)}
+    with Kernel.started(tmp_path_factory.mktemp("notebook"), environ) as kernel:
         outputs = kernel.run(SETUP)
         assert not outputs, outputs
         yield kernel
         kernel.run("client.close()\nmodel.close()\n%unload_ext opencode_sync")
         assert not list(temporary.glob("opencode-sync*"))
-    ensure_event_loop().close()  # nbclient's own, which it keeps for ever
 
 
 @pytest.fixture

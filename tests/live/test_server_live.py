@@ -13,8 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,83 +28,21 @@ from opencode_sync import (
 )
 from opencode_sync.events import Event
 from opencode_sync.server import OpenCodeServer
-from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
+from opencode_sync.testing import Reply, ScriptedModel, tool_call
 from tests import leaks
+
+from .warm import Script, config, conversation, model, script, server, shell, workspace
+
+__all__ = ["model", "script", "server", "workspace"]  # fixtures
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell")
 
 WITHIN_S = 60
-CONNECTIONS = 12  # more than any test uses at once
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
 # Of the three sleeps, one is the shell's child, and two are nobody's.
 LEAVING = "(setsid sh -c 'sleep 901 & sleep 902' &); sleep 903"
-
-
-@dataclass
-class Script:
-    """What the model answers to each prompt, and what it was asked."""
-
-    answers: dict[str, Callable[[ChatRequest], Answer]] = field(default_factory=dict)
-    requests: list[ChatRequest] = field(default_factory=list)
-
-    def __call__(self, request: ChatRequest) -> Answer:
-        self.requests.append(request)
-        # With text files, their text stands before the prompt.
-        prompts = (
-            p for p in self.answers if request.prompt == p or request.prompt.endswith(f"\n{p}")
-        )
-        return self.answers[next(prompts)](request)
-
-    def to(self, prompt: str, *replies: Answer) -> str:
-        """Answer *prompt* with *replies*, one for each step."""
-        self.answers[prompt] = lambda request: replies[
-            min(len(request.tool_results), len(replies) - 1)
-        ]
-        return prompt
-
-
-def shell(command: str) -> Answer:
-    return tool_call("bash", command=command, description="A command")
-
-
-def config(model: ScriptedModel, **changes: Any) -> RunConfig:
-    # Each connection to the model ends with its request, and so within its test.
-    options = {"scripted": {"options": {"headers": {"Connection": "close"}}}}
-    commands = {"greet": {"template": "say hello to $ARGUMENTS", "description": "Greets"}}
-    overrides = {"provider": options, "command": commands}
-    return model.run_config(config_overrides=overrides, **changes)
-
-
-@pytest.fixture(scope="module")
-def script() -> Script:
-    return Script()
-
-
-@pytest.fixture(scope="module")
-def model(script: Script) -> Iterator[ScriptedModel]:
-    with ScriptedModel(script) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def server(opencode_binary: str, model: ScriptedModel) -> Iterator[OpenCodeServer]:
-    with OpenCodeServer(opencode_binary, run_cfg=config(model)) as server:
-        with ExitStack() as requests:  # at once, so that no test opens a connection that stays
-            client = server._fleet.current().link.connection._client
-            begun = [
-                requests.enter_context(client.stream("GET", "/global/health"))
-                for _ in range(CONNECTIONS)
-            ]
-            for response in begun:
-                response.read()
-        yield server
-
-
-@pytest.fixture(scope="module")
-def workspace(server: OpenCodeServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("workspace")
 
 
 def until_text(stream: Iterator[Event], kind: str = "text_delta") -> Event:
@@ -227,17 +164,7 @@ def test_a_command_is_run_with_the_prompt_as_its_arguments(
     assert (result.status, result.answer) == ("ok", "Hello.")
 
 
-# --- sessions ------------------------------------------------------------------------------------
-
-
-def conversation(request: ChatRequest) -> list[str]:
-    texts = []
-    for message in request.messages:
-        content = message["content"]
-        is_text = isinstance(content, str)
-        if message["role"] != "system":
-            texts.append(content if is_text else "".join(part["text"] for part in content))
-    return texts
+# --- directories ---------------------------------------------------------------------------------
 
 
 def test_five_directories_are_served_at_once(

@@ -41,7 +41,9 @@ class Script:
 
 
 def _says(request: ChatRequest, begin: str) -> bool:
-    return request.prompt == begin or request.prompt.startswith(f"{begin}\n")
+    prompt = request.prompt
+    # Text of attached files stands before what was asked, what we ask for ourselves behind it.
+    return prompt == begin or prompt.startswith(f"{begin}\n") or prompt.endswith(f"\n{begin}")
 
 
 def _results_since_prompt(request: ChatRequest) -> list[Any]:
@@ -68,7 +70,9 @@ def shell(command: str) -> Answer:
 def config(model: ScriptedModel, **changes: Any) -> RunConfig:
     # Each connection to the model ends with its request, and so within its test.
     options = {"scripted": {"options": {"headers": {"Connection": "close"}}}}
-    return model.run_config(config_overrides={"provider": options}, **changes)
+    commands = {"greet": {"template": "say hello to $ARGUMENTS", "description": "Greets"}}
+    overrides = {"provider": options, "command": commands}
+    return model.run_config(config_overrides=overrides, **changes)
 
 
 @pytest.fixture(scope="module")
