@@ -101,9 +101,10 @@ class LogReader:
         event: RetryEvent = {
             "type": "retry",
             "timestamp": time.time_ns() // 1_000_000,
-            "sessionID": fields.get("session.id", ""),
             "message": message,
         }
+        if session := fields.get("session.id"):
+            event["sessionID"] = session
         status = seen.get("status")
         if not isinstance(status, int):
             self.pending = event

@@ -170,7 +170,7 @@ class RunResult:
         """Count *event* in without keeping it."""
         session = event.get("sessionID")
         rules = _RULES
-        if session != self.session_id and isinstance(session, str):
+        if session and session != self.session_id and isinstance(session, str):
             if self.session_id is None:
                 self.session_id = session
             else:

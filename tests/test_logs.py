@@ -56,6 +56,15 @@ def test_a_refusal_becomes_a_retry_event_with_its_status(reader: LogReader) -> N
     assert event["message"] == "429 slow down (retry-after: 3600)"  # type: ignore[typeddict-item]
 
 
+def test_a_refusal_that_names_no_session_is_an_event_without_one(reader: LogReader) -> None:
+    reader.read(STATUS_429)
+
+    _, [event] = reader.read(REFUSED.replace("session.id=ses_1", ""))
+
+    assert event["type"] == "retry"
+    assert "sessionID" not in event
+
+
 def test_a_refusal_that_is_not_retried_is_no_event(reader: LogReader) -> None:
     reader.read(STATUS_401)
 

@@ -171,6 +171,14 @@ def test_the_session_is_that_of_the_first_event_that_has_one() -> None:
     assert result_of(odd, STEP, other).session_id == "ses_1"
 
 
+def test_an_event_of_an_empty_session_is_one_of_the_run_s() -> None:
+    words: Event = {"type": "text", "sessionID": "", "part": {"text": "Hello"}}
+
+    result = result_of({"type": "retry", "sessionID": ""}, STEP, words)
+
+    assert (result.session_id, result.final_text) == ("ses_1", "Hello")
+
+
 def test_refused_tools_are_named_in_order() -> None:
     result = result_of(rejected("edit"), tool("read"), rejected("bash"), rejected("edit"))
 
