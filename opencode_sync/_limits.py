@@ -9,6 +9,8 @@ Knows clocks and prices; starts, stops and reads nothing.
 from __future__ import annotations
 
 import math
+import sys
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -56,7 +58,9 @@ def _check_number(
     if value is None and optional:
         return
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0 or (positive and value == 0):  # type: ignore[arg-type,operator]
+    # Not math.isfinite: that raises for an int of hundreds of digits.
+    is_in_range = is_number and 0 <= value <= sys.float_info.max  # type: ignore[operator]
+    if not is_in_range or (positive and value == 0):
         bound = "above 0" if positive else "of 0 or more"
         none = ", or None for no limit" if optional else ""
         raise OpenCodeConfigError(f"{name} is {value!r}: use a number {bound}{none}")
@@ -105,7 +109,8 @@ class Meter:
             # Only our own waiting counts: a slow consumer does not make the run idle.
             self._heard_at = time.monotonic()
             left = min(left, idle)
-        return None if left == math.inf else left
+        # A century is more than the system's own waits take.
+        return None if left == math.inf else min(left, threading.TIMEOUT_MAX)
 
     def timeout(self) -> OpenCodeTimeoutError | None:
         """The error for the time limit that has passed, if one has."""
