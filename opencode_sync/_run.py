@@ -88,7 +88,8 @@ class ProcessRun:
         self._raw_blocks: list[bytes] = []
         self._stderr_lines: list[bytes] = []
         self._session: str | None = None
-        self._has_events = self._is_done = self._is_cut = False
+        self._n_lines = 0  # of stdout
+        self._is_done = self._is_cut = False
         self._was_stopped = self._is_gone = False
         self._is_closed = True
         self._token = token = _tree.run_token()
@@ -170,12 +171,12 @@ class ProcessRun:
                 result=result,
             )
         if result.status == "incomplete":
-            return OpenCodeIncompleteError(_what_is_missing(result), result=result)
+            return OpenCodeIncompleteError(self._what_is_missing(result), result=result)
         return None
 
     def may_repeat(self, result: RunResult) -> bool:
         """True for a start-up that lost a race for its database, before any event."""
-        if not result.exit_code or self._has_events:
+        if not result.exit_code or self._n_lines:
             return False
         stderr = result.stderr[-_LONGEST_USAGE:].lower()
         return any(words in stderr for words in _STARTUP_FAILURES)
@@ -199,8 +200,8 @@ class ProcessRun:
     def _events(self, lines: bytes) -> list[Event]:
         if self._keep_raw:
             self._raw_blocks.append(lines)
-        self._has_events = True
         events = parse_block(lines)
+        self._n_lines += len(events)
         if self._session is None:
             self._note_session(events)
         return events
@@ -247,6 +248,16 @@ class ProcessRun:
             return f"{result.error}{self._likely_cause()}"
         return self._unknown_flag(result.stderr)
 
+    def _what_is_missing(self, result: RunResult) -> str:
+        if result.truncated:
+            return f"the output broke off in the middle of its line {self._n_lines}"
+        if not self._n_lines:
+            return "opencode exited with status 0, but printed nothing"
+        return (
+            "opencode exited with status 0, but without a closing step "
+            f"(last reason: {result.finish_reason or 'none'})"
+        )
+
     def _likely_cause(self) -> str:
         """An unknown command is the one failure that OpenCode has no word about, anywhere."""
         if "--command" not in self._argv:
@@ -264,17 +275,6 @@ class ProcessRun:
         if not unknown:
             return None
         return f"opencode {_version(self._argv[0])} does not know {', '.join(unknown)}"
-
-
-def _what_is_missing(result: RunResult) -> str:
-    if result.truncated:
-        return f"the output broke off in the middle of its line {len(result.events)}"
-    if not result.events:
-        return "opencode exited with status 0, but printed nothing"
-    return (
-        "opencode exited with status 0, but without a closing step "
-        f"(last reason: {result.finish_reason or 'none'})"
-    )
 
 
 def _version(binary: str) -> str:

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -101,6 +102,20 @@ def test_a_run_that_prints_nothing_is_incomplete(client: OpenCodeClient, workspa
     assert result_of(caught.value).events == []
 
 
+@pytest.mark.parametrize(
+    "prompt, words",
+    [("no_closing_step", "without a closing step"), ("cut_line", "in the middle of its line 3")],
+)
+def test_what_is_missing_is_told_where_nothing_is_kept_too(
+    client: OpenCodeClient, workspace: Path, prompt: str, words: str
+) -> None:
+    with (
+        client.stream(prompt, workspace, keep_events=False, keep_raw=False) as stream,
+        pytest.raises(OpenCodeIncompleteError, match=words),
+    ):
+        stream.wait()
+
+
 def test_garbage_and_nul_bytes_become_diagnostics(client: OpenCodeClient, workspace: Path) -> None:
     result = client.run("garbage", workspace)
 
@@ -180,6 +195,15 @@ def test_what_is_heard_of_is_not_idle(client: OpenCodeClient, workspace: Path, p
         client.run(prompt, workspace, timeout_s=2.5, idle_timeout_s=2)
 
     assert caught.value.limit == "timeout_s"
+
+
+@pytest.mark.parametrize("limit", ["timeout_s", "idle_timeout_s"])
+def test_a_limit_beyond_all_clocks_is_no_limit(
+    client: OpenCodeClient, workspace: Path, limit: str
+) -> None:
+    limits: dict[str, Any] = {limit: 1e300}
+
+    assert client.run("well", workspace, **limits).status == "ok"
 
 
 @pytest.mark.parametrize(
