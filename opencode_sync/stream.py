@@ -81,7 +81,7 @@ class RunStream(Iterator[Event]):
         self._cancel_reason = ""
         # Reentrant, since a signal's handler may cancel the stream that it interrupted.
         self._turn = threading.RLock()
-        self._is_advancing = False
+        self._advancing: int | None = None  # the thread that does, by its ident
         self._pid = os.getpid()
         self._attempts = Attempts(open_source, result, review)
         self._source: Source | None = None
@@ -94,7 +94,7 @@ class RunStream(Iterator[Event]):
         self._log_file = None if log_file is None else EventLog(log_file)
         with self._turn:
             try:
-                self._is_advancing = True
+                self._advancing = threading.get_ident()
                 _live[id(self)] = weakref.ref(self)
                 if on_begin is not None:
                     on_begin(self)
@@ -103,7 +103,7 @@ class RunStream(Iterator[Event]):
                 self._finish("cancelled", None)
                 raise
             finally:
-                self._is_advancing = False
+                self._advancing = None
 
     @property
     def result(self) -> RunResult:
@@ -137,7 +137,12 @@ class RunStream(Iterator[Event]):
         return self._result
 
     def wait_ended(self, timeout: float | None = None) -> bool:
-        """Whether the run has ended, after at most *timeout* seconds; takes no events."""
+        """Whether the run has ended, after at most *timeout* seconds; takes no events.
+
+        In a signal's handler that interrupted who is to end it, this waits for nothing.
+        """
+        if self._advancing == threading.get_ident():
+            return self._ended.is_set()
         return self._ended.wait(timeout)
 
     def cancel(self, reason: str = "the run was cancelled") -> None:
@@ -174,7 +179,7 @@ class RunStream(Iterator[Event]):
         """Take the next events; False at the end. Raises the error that the run ended with."""
         if os.getpid() != self._pid:
             raise OpenCodeConfigError("this stream belongs to the process that was forked from")
-        if self._is_advancing:
+        if self._advancing is not None:
             raise OpenCodeConfigError("this stream is being iterated already: one at a time")
         with self._turn:
             if self._ended.is_set():
@@ -183,7 +188,7 @@ class RunStream(Iterator[Event]):
                     raise error
                 return False
             try:
-                self._is_advancing = True
+                self._advancing = threading.get_ident()
                 self._receive()
             except BaseException as error:  # Ctrl-C, or a fault
                 if isinstance(error, OpenCodeError):
@@ -192,7 +197,7 @@ class RunStream(Iterator[Event]):
                     self._finish("cancelled", None)
                 raise
             finally:
-                self._is_advancing = False
+                self._advancing = None
             return True
 
     def _receive(self) -> None:
@@ -305,7 +310,7 @@ class RunStream(Iterator[Event]):
         # Whoever is advancing sees the source's end, and finishes; else it is up to us.
         if self._turn.acquire(timeout=TURN_S):
             try:
-                if not self._is_advancing and not self._ended.is_set():
+                if self._advancing is None and not self._ended.is_set():
                     self._finish("cancelled", error)
                     self._ready.clear()
             finally:

@@ -627,6 +627,18 @@ def test_a_signal_handler_may_cancel_the_stream_that_it_interrupts() -> None:
         signal.signal(signal.SIGALRM, before)
 
 
+def test_a_signal_handler_does_not_wait_for_the_stream_that_it_interrupts() -> None:
+    waited: list[bool] = []
+    started = time.monotonic()
+
+    # In the thread that advances the stream, as a handler of a signal is.
+    stream = stream_of(Script(lambda: waited.append(stream.wait_ended(LONG_S)), [step()]))
+    stream.wait()
+
+    assert waited == [False]
+    assert time.monotonic() - started < LONG_S
+
+
 def test_a_fault_in_the_source_is_raised_where_it_is_waited_for() -> None:
     source = Script(ZeroDivisionError())
 
