@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from . import _interrupt
 from .errors import OpenCodeCancelledError
 
 SLICE_S = 0.05  # how soon a waiting start notices that it was cancelled
@@ -31,10 +32,14 @@ class Gate:
         if self._semaphore is None:
             yield
             return
-        while not self._semaphore.acquire(timeout=SLICE_S):
-            if cancelled():
-                raise OpenCodeCancelledError("the run was cancelled before it had started")
+        is_held = False
         try:
+            while not is_held:
+                with _interrupt.deferred():  # or a slot could be taken, and nobody know of it
+                    is_held = self._semaphore.acquire(timeout=SLICE_S)
+                if not is_held and cancelled():
+                    raise OpenCodeCancelledError("the run was cancelled before it had started")
             yield
         finally:
-            self._semaphore.release()
+            if is_held:
+                self._semaphore.release()

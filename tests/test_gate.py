@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 
@@ -57,6 +58,25 @@ def test_a_slot_is_given_back_when_the_block_raises() -> None:
 
     with gate.slot(never):
         pass
+
+
+def test_a_ctrl_c_right_after_a_slot_was_taken_loses_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = Gate(1)
+    assert gate._semaphore is not None
+    acquire = gate._semaphore.acquire
+
+    def interrupted(timeout: float) -> bool:
+        is_held = acquire(timeout=timeout)
+        signal.raise_signal(signal.SIGINT)
+        return is_held
+
+    monkeypatch.setattr(gate._semaphore, "acquire", interrupted)
+    with pytest.raises(KeyboardInterrupt), gate.slot(never):
+        pass
+
+    assert acquire(timeout=0)
 
 
 def test_a_wait_ends_soon_after_a_cancel() -> None:
