@@ -23,7 +23,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import IO, Literal
 
@@ -149,10 +149,10 @@ class Process:
             self._unread.discard(channel)
         return None
 
-    def wait_started(self, timeout: float) -> None:
-        """Return at the first output or the end, at the latest after *timeout* seconds."""
+    def wait_started(self, timeout: float, cancelled: Callable[[], bool] = lambda: False) -> None:
+        """Return at the first output or the end, when cancelled, or after *timeout* seconds."""
         begun = time.monotonic()
-        while self.returncode is None and self._queue.empty():
+        while self.returncode is None and self._queue.empty() and not cancelled():
             if not _pause(begun, timeout):
                 return
 

@@ -14,7 +14,7 @@ import errno
 import logging
 import queue
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from . import _interrupt, _tree, _watchdog
@@ -109,9 +109,9 @@ class ProcessRun:
             with contextlib.suppress(Exception):  # a finaliser has nobody to raise to
                 self.close()
 
-    def wait_started(self, timeout: float) -> None:
-        """Return at the first output or the end, at the latest after *timeout* seconds."""
-        self._process.wait_started(timeout)
+    def wait_started(self, timeout: float, cancelled: Callable[[], bool]) -> None:
+        """Return at the first output or the end, when cancelled, or after *timeout* seconds."""
+        self._process.wait_started(timeout, cancelled)
 
     @property
     def is_over(self) -> bool:

@@ -208,8 +208,9 @@ class OpenCodeClient(Runner):
                     keep_raw=keep_raw,
                     keep_logs=bool(cfg.print_logs),
                 )
+                undo.callback(run.close)  # a Ctrl-C's traceback would keep it alive
                 if not isolated:
-                    run.wait_started(self._startup_delay_s)
+                    run.wait_started(self._startup_delay_s, cancelled)
             undo.pop_all()
         return run
 

@@ -10,10 +10,12 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from opencode_sync import OpenCodeTimeoutError
 from opencode_sync._interrupt import deferred
+from opencode_sync._run import ProcessRun
 from tests import leaks
 from tests.faults import standin_client
 
@@ -75,6 +77,23 @@ def test_another_thread_is_left_alone() -> None:
     thread.join()
 
     assert done == [signal.default_int_handler]
+
+
+def test_a_ctrl_c_in_the_delay_of_a_start_ends_the_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProcessRun, "wait_started", interrupted)
+    before = psutil.Process().children()
+
+    with standin_client(tmp_path, isolate_db=False) as client:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            client.run("silent", tmp_path)
+
+        # Though its traceback is kept, as a notebook does.
+        assert psutil.Process().children() == before, caught
 
 
 def interrupt_runs(directory: Path) -> None:

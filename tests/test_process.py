@@ -156,6 +156,15 @@ def test_a_start_is_over_with_the_first_output_the_end_or_the_delay(start: Start
     assert time.monotonic() - begun < LONG_S
 
 
+def test_a_start_that_is_cancelled_is_not_waited_for(start: Start) -> None:
+    process = start("time.sleep(600)")
+    begun = time.monotonic()
+
+    process.wait_started(LONG_S, lambda: True)
+
+    assert time.monotonic() - begun < LONG_S
+
+
 def test_a_thread_reads_each_output_and_is_named_after_it(start: Start) -> None:
     process = start("time.sleep(600)")
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from opencode_sync import (
@@ -136,6 +137,27 @@ def test_starts_that_wait_for_a_slot_end_with_the_client(tmp_path: Path, workspa
 
     assert len(errors) == 3
     assert time.monotonic() - started < LONG_S
+
+
+def test_closing_the_client_ends_a_start_that_says_nothing(tmp_path: Path, workspace: Path) -> None:
+    client = standin_client(tmp_path, isolate_db=False, startup_delay_s=3600)
+    errors = []
+
+    def run() -> None:
+        with pytest.raises(OpenCodeCancelledError) as caught:
+            client.run("silent", workspace)
+        errors.append(caught.value)
+
+    running = threading.Thread(target=run, daemon=True)
+    before = {*psutil.Process().children()}
+    running.start()
+    deadline = time.monotonic() + LONG_S
+    while not {*psutil.Process().children()} - before:
+        assert time.monotonic() < deadline
+    client.close()
+    running.join(LONG_S)
+
+    assert [str(error) for error in errors] == ["the runner was closed"]
 
 
 def test_a_client_pickles_as_its_settings(client: OpenCodeClient, workspace: Path) -> None:
