@@ -95,7 +95,7 @@ class ProcessRun:
         self._token = token = _tree.run_token()
         try:
             self._process = Process(
-                argv, cwd=self._workspace, env=env, stdin=prompt.encode(), token=token
+                argv, cwd=self._workspace, env=env, stdin=_as_stdin(prompt), token=token
             )
         except (OSError, ValueError) as error:
             raise _start_error(error, argv[0], self._workspace) from error
@@ -275,6 +275,11 @@ class ProcessRun:
         if not unknown:
             return None
         return f"opencode {_version(self._argv[0])} does not know {', '.join(unknown)}"
+
+
+def _as_stdin(prompt: str) -> bytes:
+    # OpenCode takes one byte order mark from the front of stdin (1.18.33).
+    return (f"\ufeff{prompt}" if prompt.startswith("\ufeff") else prompt).encode()
 
 
 def _version(binary: str) -> str:

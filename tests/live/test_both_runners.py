@@ -297,11 +297,18 @@ def numbered(size: int) -> str:
     return "".join(f"{number:09d}\n" for number in range(size // 10)).rstrip("\n")
 
 
-def test_a_prompt_of_2_mb_with_every_kind_of_character_arrives_byte_for_byte(
-    runner: Runner, workspace: Path, script: Script
+ODD = "-- \"first\" line\n\n'second'\twith a tab\u2028and a separator, ünï 🙂\r\n  "
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [ODD + numbered(2_000_000) + ODD, "\ufeffafter a byte order mark"],
+    ids=["2 MB with every kind of character", "a byte order mark"],
+)
+def test_a_prompt_arrives_byte_for_byte(
+    runner: Runner, workspace: Path, script: Script, prompt: str
 ) -> None:
-    odd = "-- \"first\" line\n\n'second'\twith a tab\u2028and a separator, ünï 🙂\r\n  "
-    prompt = script.to(odd + numbered(2_000_000) + odd, "ok")
+    script.to(prompt, "ok")
 
     result = runner.run(prompt, workspace)
 
