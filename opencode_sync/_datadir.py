@@ -6,9 +6,8 @@
     root/N.lock             held while leased (kept roots only: other processes may share them)
 
 Parallel runs on one OpenCode database lock one another out; with a directory each they do not. A
-session lives in the directory of the run that began it. Credentials are links to the user's own
-files: OpenCode writes a refreshed OAuth token in place, so a copy would leave the user with a
-revoked one. A finaliser may return a lease in the middle of anything: returning waits for no lock.
+session lives in the directory of the run that began it. A finaliser may return a lease in the
+middle of anything: returning waits for no lock.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import _interrupt
-from .errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
+from ._userdata import in_words, kept_root, link_credentials
+from .errors import OpenCodeCancelledError, OpenCodeConfigError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 _log = logging.getLogger("opencode_sync")
 
-CREDENTIALS = ("auth.json", "mcp-auth.json", "account.json")
 TEMPORARY_PREFIX = "opencode-sync-"
 
 
@@ -90,7 +89,7 @@ class DataDirectories:
                 with the first lease and removed by :meth:`close`.
             on_make, on_remove: Called with a temporary root's path.
         """
-        self._kept = None if root is None else Path(root).expanduser().absolute()
+        self._kept = None if root is None else kept_root(root)
         self._temporary: Path | None = None
         self._on_make, self._on_remove = on_make, on_remove
         self._lock = threading.RLock()
@@ -113,12 +112,8 @@ class DataDirectories:
             OpenCodeCancelledError: If this was closed in the meantime.
             OpenCodeError: If there is no place for a directory.
         """
-        try:
-            with _interrupt.deferred():
-                return self._lease(env, session_id)
-        except OSError as error:
-            where = error.filename or self._kept or tempfile.gettempdir()
-            raise OpenCodeError(f"data directory {str(where)!r}: {error.strerror}") from error
+        with in_words(self._kept), _interrupt.deferred():
+            return self._lease(env, session_id)
 
     def _lease(self, env: Mapping[str, str], session_id: str | None) -> Lease:
         with self._locked():
@@ -130,8 +125,7 @@ class DataDirectories:
                 self._busy.add(session_id)
             lease = Lease(self, slot, self._root() / str(slot), session_id)
         try:
-            (lease.path / "opencode").mkdir(mode=0o700, parents=True, exist_ok=True)
-            _link_credentials(user_data(env), lease.path / "opencode")
+            link_credentials(env, lease.path)
         except BaseException:
             lease.release()
             raise
@@ -139,7 +133,7 @@ class DataDirectories:
 
     def last_session(self, workspace: str) -> str | None:
         """The session last used in *workspace*, or None."""
-        with self._locked():
+        with in_words(self._kept), self._locked():
             self._read_index()
             for session_id, home in reversed(self._sessions.items()):
                 if home.workspace == workspace:
@@ -151,15 +145,15 @@ class DataDirectories:
 
         It would load a package by npm, which takes 3 s, and the first prompt waits for it.
         """
-        with _interrupt.deferred(), self._locked():
+        with in_words(self._kept), _interrupt.deferred(), self._locked():
             path = self._root() / "config"
-        directory = path / "opencode"
-        lock_file = directory / "package-lock.json"
-        if not lock_file.exists():
-            for part in (path, directory, directory / "node_modules"):
-                part.mkdir(mode=0o700, exist_ok=True)
-            lock = {"packages": {"": {"dependencies": {"@opencode-ai/plugin": "*"}}}}
-            lock_file.write_text(json.dumps(lock), encoding="utf-8")
+            directory = path / "opencode"
+            lock_file = directory / "package-lock.json"
+            if not lock_file.exists():
+                for part in (path, directory, directory / "node_modules"):
+                    part.mkdir(mode=0o700, exist_ok=True)
+                lock = {"packages": {"": {"dependencies": {"@opencode-ai/plugin": "*"}}}}
+                lock_file.write_text(json.dumps(lock), encoding="utf-8")
         return path
 
     def close(self) -> None:
@@ -294,20 +288,3 @@ def _index_entries(path: Path) -> Iterator[tuple[str, _Home]]:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             entry = json.loads(line)
             yield str(entry["session"]), _Home(int(entry["slot"]), str(entry["workspace"]))
-
-
-def user_data(env: Mapping[str, str]) -> Path:
-    """OpenCode's own data directory under *env*."""
-    base = env.get("XDG_DATA_HOME") or Path(env.get("HOME") or "~").expanduser() / ".local/share"
-    return Path(base) / "opencode"
-
-
-def _link_credentials(source: Path, target: Path) -> None:
-    for name in CREDENTIALS:
-        link, original = target / name, source / name
-        if link.is_symlink() and Path(os.readlink(link)) != original:
-            link.unlink()  # the user's directory has moved since
-        if original.exists() and not link.exists():
-            # Another run of this root may have made it in between.
-            with contextlib.suppress(FileExistsError):
-                link.symlink_to(original.absolute())

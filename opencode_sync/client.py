@@ -30,6 +30,7 @@ from ._datadir import DataDirectories, Lease
 from ._gate import Gate
 from ._run import ProcessRun
 from ._runs import NEEDS_SERVER
+from ._userdata import in_words, kept_root, link_credentials
 from .config import RunConfig
 from .errors import OpenCodeConfigError
 from .runner import Request, Runner, StrPath
@@ -89,7 +90,7 @@ class OpenCodeClient(Runner):
         self._gate = Gate(startup_concurrency)
         self._startup_delay_s = startup_delay_s
         self._isolate_db = isolate_db
-        self._shared_data = None if data_dir is None else Path(data_dir).expanduser().absolute()
+        self._shared_data = None if data_dir is None else kept_root(data_dir)
         self._watchdog = watchdog
         self._attached: Attached | None = None  # servers that settings name, once they do
         self._attach_lock = threading.Lock()
@@ -237,6 +238,8 @@ class OpenCodeClient(Runner):
         if lease is not None:
             env = without_database(env, cfg) | {"XDG_DATA_HOME": str(lease.path)}
         elif not self._isolate_db and self._shared_data is not None:
+            with in_words(self._shared_data):
+                link_credentials(env, self._shared_data, is_ours=False)
             env = env | {"XDG_DATA_HOME": str(self._shared_data)}
         if not cfg.inherit_user_config:
             env = without_user_config(env, cfg, self._directories.empty_config())

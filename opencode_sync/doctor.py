@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Literal
 
 from ._command import TESTED_VERSION, managed_root, resolve_binary
-from ._datadir import user_data
 from ._leftovers import Leftovers
 from ._machine import available_cores, available_memory, workers_for_processes
 from ._markup import count, one_line
+from ._userdata import user_data
 from .errors import OpenCodeBinaryNotFoundError
 from .install import binary_version
 

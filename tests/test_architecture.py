@@ -24,7 +24,8 @@ ROWS = (
     ("_version", "_markup", "_interrupt"),  # text that is safe to show; Ctrl-C held back
     ("errors",),  # everything raised on purpose
     ("config", "events", "_schema"),  # values: what is asked for; a line becomes an event
-    ("_reading", "_logs", "_command", "_fingerprint"),  # what an event says; argv and env
+    # What an event says; argv and env; the credentials that a run is given.
+    ("_reading", "_logs", "_command", "_fingerprint", "_userdata"),
     ("result",),  # events folded
     # I/O: processes, files, bytes and messages; knows nothing of prompts.
     ("_tree", "_gate", "_datadir", "_http", "_eventlog", "_machine"),

@@ -49,6 +49,10 @@ def test_making_a_client_needs_no_binary_and_makes_nothing(tmp_path: Path) -> No
         ({"startup_delay_s": float("nan")}, "startup_delay_s is nan: use 0 or more seconds"),
         ({"max_workers": 0}, "max_workers is 0: use 1 or more, or None"),
         ({"max_workers": "4"}, "max_workers is '4': use 1 or more, or None"),
+        *(
+            ({"data_dir": value}, f"data_dir is {value!r}: use the path of a directory, or None")
+            for value in ("", 5, b"kept", "a\0b", "~nobody-of-that-name/kept")
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from opencode_sync import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError, _datadir
-from opencode_sync._datadir import CREDENTIALS, DataDirectories, user_data
+from opencode_sync._datadir import DataDirectories
+from opencode_sync._userdata import CREDENTIALS, link_credentials, user_data
 
 ROOT = Path(__file__).parent.parent
 
@@ -176,6 +177,34 @@ def test_each_kind_of_credentials_is_linked(
     assert (pool.lease(env).path / "opencode" / name).is_symlink()
 
 
+def test_credentials_that_cannot_be_looked_at_keep_no_run_from_starting(
+    pool: DataDirectories, caplog: pytest.LogCaptureFixture
+) -> None:
+    nowhere = f"/{'x' * 300}"  # too long a name for any file system
+
+    lease = pool.lease({"XDG_DATA_HOME": nowhere})
+
+    assert list((lease.path / "opencode").iterdir()) == []
+    assert f"credentials {nowhere}/opencode/auth.json cannot be used" in caplog.text
+
+
+@pytest.mark.parametrize("own", ["a file", "a link"])
+def test_credentials_that_a_user_has_put_there_himself_stay(
+    tmp_path: Path, env: dict[str, str], own: str
+) -> None:
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    (data / "opencode").mkdir(parents=True)
+    elsewhere.write_text("own")
+    if own == "a link":
+        (data / "opencode" / "auth.json").symlink_to(elsewhere)
+    else:
+        (data / "opencode" / "auth.json").write_text("own")
+
+    link_credentials(env, data, is_ours=False)
+
+    assert (data / "opencode" / "auth.json").read_text() == "own"
+
+
 def test_the_user_s_data_is_where_opencode_looks_for_it() -> None:
     assert user_data({"XDG_DATA_HOME": "/data", "HOME": "/home/me"}) == Path("/data/opencode")
     assert user_data({"HOME": "/home/me"}) == Path("/home/me/.local/share/opencode")
@@ -310,6 +339,24 @@ def test_a_full_disk_is_told(pool: DataDirectories, monkeypatch: pytest.MonkeyPa
 
     with pytest.raises(OpenCodeError, match="'/somewhere/0': No space left"):
         pool.lease({})
+
+
+@pytest.mark.parametrize(
+    "name, use",
+    [
+        ("sessions.jsonl", lambda pool: pool.last_session("/a")),
+        ("config", DataDirectories.empty_config),
+    ],
+    ids=["the index", "the empty configuration"],
+)
+def test_what_stands_in_the_way_in_a_kept_root_is_named(
+    tmp_path: Path, name: str, use: Callable[[DataDirectories], object]
+) -> None:
+    (tmp_path / name / "opencode").mkdir(parents=True)
+    (tmp_path / name / "opencode" / "node_modules").write_text("")
+
+    with pytest.raises(OpenCodeError, match=rf"data directory '.*/{name}"):
+        use(DataDirectories(tmp_path))
 
 
 def test_an_index_that_cannot_be_written_ends_no_run(

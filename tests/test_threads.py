@@ -160,6 +160,20 @@ def test_closing_the_client_ends_a_start_that_says_nothing(tmp_path: Path, works
     assert [str(error) for error in errors] == ["the runner was closed"]
 
 
+def test_a_shared_data_directory_has_the_user_s_credentials_too(
+    tmp_path: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = tmp_path / "user" / "opencode"
+    user.mkdir(parents=True)
+    (user / "auth.json").write_text("{}")
+    monkeypatch.setenv("XDG_DATA_HOME", str(user.parent))
+
+    with standin_client(tmp_path, isolate_db=False, data_dir=tmp_path / "shared") as client:
+        client.run("well", workspace)
+
+    assert (tmp_path / "shared" / "opencode" / "auth.json").readlink() == user / "auth.json"
+
+
 def test_a_client_pickles_as_its_settings(client: OpenCodeClient, workspace: Path) -> None:
     with pickle.loads(pickle.dumps(client)) as copy:
         assert copy.run("echo hello", workspace).answer == "hello"
