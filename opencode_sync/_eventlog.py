@@ -16,7 +16,10 @@ from .events import Event, OtherEvent, dump_event
 
 
 class EventLog:
-    """Truncated when made; written unbuffered, so that a kill of ours loses nothing."""
+    """Truncated when made; written unbuffered, so that a kill of ours loses nothing.
+
+    Runs that share one do not write over one another: each adds at the end, whole lines at a time.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """
@@ -24,7 +27,7 @@ class EventLog:
             OpenCodeConfigError: If it cannot be opened.
         """
         try:
-            self._file = open(Path(path).expanduser(), "wb", buffering=0)
+            self._file = open(Path(path).expanduser(), "wb", buffering=0, opener=_at_its_end)
         except (OSError, RuntimeError, TypeError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise OpenCodeConfigError(f"log_file {path!r}: {reason}") from error
@@ -53,3 +56,7 @@ class EventLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _at_its_end(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_APPEND, 0o666)  # as open() does, within the umask

@@ -704,6 +704,21 @@ def test_an_event_is_in_the_log_before_it_is_given(tmp_path: Path) -> None:
         assert json.loads(log.read_text().splitlines()[-1]) == event
 
 
+def test_runs_that_share_a_log_do_not_write_over_one_another(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    long, short = text("a" * 1_000), text("b")
+
+    with (
+        stream_of(Script([long], [long], forever()), log_file=log) as first,
+        stream_of(Script([short], [short], forever()), log_file=log) as second,
+    ):
+        for stream in (first, second, first, second):
+            next(stream)
+
+    events = [json.loads(line) for line in log.read_bytes().splitlines()]
+    assert [event for event in events if event["type"] == "text"] == [long, short] * 2
+
+
 def test_a_log_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OpenCodeConfigError, match=r"log_file .*: No such file"):
         stream_of(Script(), log_file=tmp_path / "missing" / "log")
