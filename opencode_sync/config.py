@@ -286,7 +286,8 @@ def _check_words(cfg: RunConfig) -> None:
                 continue
             if "\0" in text or not (text.strip() or field.name == "title"):
                 shown = "" if field.name in _SECRET_FIELDS else f" {text!r}"
-                raise OpenCodeConfigError(f"{field.name}{shown} is blank or holds a NUL character")
+                what = _URL_LOGIN.sub("...", f"{field.name}{shown}")
+                raise OpenCodeConfigError(f"{what} is blank or holds a NUL character")
     if cfg.model is not None and not all(part.strip() for part in cfg.model.partition("/")):
         raise OpenCodeConfigError(f"model {cfg.model!r} names no provider: use 'provider/model'")
     if cfg.log_level is not None and cfg.log_level not in LOG_LEVELS:
@@ -300,4 +301,5 @@ def _check_environment(env: Mapping[str, str]) -> None:
         if not isinstance(name, str) or not isinstance(value, str):
             raise OpenCodeConfigError(f"extra_env[{name!r}]: names and values must be str")
         if not name or "=" in name or "\0" in name + value:
-            raise OpenCodeConfigError(f"extra_env[{name!r}]: a name without '=', and no NUL bytes")
+            shown = name.partition("=")[0]  # what follows may be a secret
+            raise OpenCodeConfigError(f"extra_env[{shown!r}]: a name without '=', and no NUL bytes")

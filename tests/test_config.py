@@ -338,7 +338,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "extra_env of a type": ({"extra_env": [("A", "b")]}, "extra_env is of type list"),
     "variable of a type": ({"extra_env": {"A": 1}}, "extra_env['A']: names and values must be str"),
     "variable without a name": ({"extra_env": {"": "x"}}, "extra_env['']: a name without '='"),
-    "variable with =": ({"extra_env": {"A=B": "x"}}, "extra_env['A=B']: a name without '='"),
+    "variable with =": ({"extra_env": {"A=B": "x"}}, "extra_env['A']: a name without '='"),
     "variable with NUL": ({"extra_env": {"A": "\0"}}, "extra_env['A']: a name without '=', and no"),
     "no JSON": ({"config_overrides": {"x": {1, 2}}}, "config key 'x' is no JSON"),
     "no value at all": ({"config_overrides": {"x": iter(())}}, "config key 'x' is no JSON"),
@@ -366,9 +366,14 @@ def test_a_setting_that_opencode_would_misread_is_refused_by_name(
         {"password": b"secret", "attach": "http://host"},
         {"extra_env": {"TOKEN": "secret\0"}},
         {"extra_env": {"TOKEN": b"secret"}},
+        {"extra_env": {"TOKEN=secret": ""}},
         {"mcp": {"a": {"token": b"secret"}}},
+        {"attach": "http://me:secret@host\0"},
     ],
-    ids=["password", "password's type", "variable", "variable's type", "no JSON"],
+    ids=[
+        *("password", "password's type", "variable", "variable's type", "variable in one"),
+        *("no JSON", "login in a URL"),
+    ],
 )
 def test_a_refusal_tells_no_secret(changes: dict[str, Any]) -> None:
     with pytest.raises(OpenCodeConfigError) as raised:
