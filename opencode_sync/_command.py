@@ -251,7 +251,7 @@ def _parent_config(content: str | None) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(_without_comments(content))
-    except ValueError:
+    except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise OpenCodeConfigError(

@@ -382,7 +382,11 @@ def test_comments_and_trailing_commas_are_taken_as_opencode_takes_them(
     assert content_of(env) == {**config, "tools": {"bash": False}}
 
 
-@pytest.mark.parametrize("content", ["no json", "[1]", '"text"', " ", '{"a"', '{"a": "b'], ids=repr)
+@pytest.mark.parametrize(
+    "content",
+    ["no json", "[1]", '"text"', " ", '{"a"', '{"a": "b', "[" * 100_000],
+    ids=lambda content: repr(content)[:20],
+)
 def test_a_configuration_of_the_parent_that_cannot_be_merged_is_refused(content: str) -> None:
     with pytest.raises(OpenCodeConfigError, match="OPENCODE_CONFIG_CONTENT of the environment"):
         build_env(RunConfig(permission="deny"), {"OPENCODE_CONFIG_CONTENT": content})
