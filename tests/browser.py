@@ -25,6 +25,8 @@ from typing import Any
 
 import psutil
 
+from tests import leaks
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ANSWER_S = 60.0  # bound on each answer, on a machine that does much else
 _FLAGS = (
@@ -88,6 +90,7 @@ class Chromium:
         self.on_event: Callable[[dict[str, Any]], None] = lambda message: None
 
     def __enter__(self) -> Chromium:
+        leaks.families.add(self._process.pid)
         return self
 
     def __exit__(
@@ -103,6 +106,7 @@ class Chromium:
                 process.kill()
         self._process.wait(ANSWER_S)
         psutil.wait_procs(family, ANSWER_S)
+        leaks.families.discard(self._process.pid)
         os.close(self._write)
         os.close(self._read)
 

@@ -37,6 +37,11 @@ DESCRIPTORS = "/proc/self/fd"
 LIFELONG_THREADS = {"TMonitor": "tqdm: one for all its bars, started with the first"}
 
 
+# Pids of programs that are shared by tests and start helpers when they see fit. What is below them
+# in the tree of processes is for them to end.
+families: set[int] = set()
+
+
 @dataclass(frozen=True)
 class Footprint:
     """What there was at one moment; of processes all on the machine, whosever they are."""
@@ -139,6 +144,8 @@ def _files() -> frozenset[str]:
 def _our_process(pid: int) -> psutil.Process | None:
     try:
         process = psutil.Process(pid)
+        if families and families & {pid, *(parent.pid for parent in process.parents())}:
+            return None
         with suppress(psutil.AccessDenied, psutil.ZombieProcess):
             if process.environ().get(SESSION, "").startswith(MARK):
                 return process

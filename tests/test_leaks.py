@@ -34,6 +34,16 @@ time.sleep(60)
 """
 
 
+# Has a child, which ends with it.
+PARENT = """
+import subprocess, sys
+child = "print('there', flush=True); input()"
+with subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE) as child:
+    sys.stdin.read()
+    child.kill()
+"""
+
+
 @pytest.fixture
 def before() -> Footprint:
     return footprint()
@@ -83,6 +93,21 @@ def test_a_child_is_left_behind(before: Footprint) -> None:
 
     assert text.startswith(f"process {child.pid} (")
     assert text.endswith("time.sleep(60)")
+
+
+def test_what_a_shared_program_starts_is_left_to_it(
+    before: Footprint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*SLEEP[:2], PARENT], stdin=pipe, stdout=pipe) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        monkeypatch.setattr(leaks, "families", {parent.pid})
+        processes = left_behind(before, AT_ONCE).processes
+        parent.stdin.close()
+
+    assert processes == []
 
 
 def test_a_child_that_nobody_waited_for_is_left_behind(before: Footprint) -> None:
