@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 
+from . import _interrupt
 from ._cli_options import (
     DONE,
     FAILED,
@@ -39,34 +41,39 @@ def run(options: argparse.Namespace) -> int:
     """Run the prompt, and return the exit status; raises what the run raises."""
     prompt = _read_stdin() if options.prompt == "-" else options.prompt
     cfg = run_config(options).replace(session_id=options.session)
-    # With the user's own database, so that the session is in his opencode, and in the next run.
-    with OpenCodeClient(isolate_db=False) as client:
-        stream = client.stream(
-            prompt,
-            options.workspace,
-            run_cfg=cfg,
-            timeout_s=options.timeout,
-            idle_timeout_s=options.idle_timeout,
-            max_cost=options.max_cost,
-            schema=options.schema and json_object("--schema", options.schema),
-            keep_raw=False,
-        )
-        try:
-            if options.stream:
-                live(stream, notes=sys.stderr)
-            else:
-                with stream:
-                    stream.wait()
-        finally:
-            result = stream.result
-            if options.json:
-                print(json.dumps(result.to_dict()))
-            elif not options.stream and (text := _text(result, options.schema)):
-                print(text)
-            sys.stdout.flush()
-            session = f", session {result.session_id}" if result.session_id else ""
-            print(f"{outcome(result)}{session}", file=sys.stderr)
-    return _ended(result)
+    # With the user's own database, so that the session is in his opencode, and in the next run;
+    # without a gate, since this is the only run here.
+    with OpenCodeClient(isolate_db=False, startup_concurrency=None) as client, ExitStack() as end:
+        # A run that has been started is told of, also where a Ctrl-C comes at once.
+        with _interrupt.deferred():
+            stream = client.stream(
+                prompt,
+                options.workspace,
+                run_cfg=cfg,
+                timeout_s=options.timeout,
+                idle_timeout_s=options.idle_timeout,
+                max_cost=options.max_cost,
+                schema=options.schema and json_object("--schema", options.schema),
+                keep_raw=False,
+            )
+            end.callback(_show, stream.result, options)
+            end.enter_context(stream)
+        if options.stream:
+            live(stream, notes=sys.stderr)
+        else:
+            stream.wait()
+    return _ended(stream.result)
+
+
+def _show(result: RunResult, options: argparse.Namespace) -> None:
+    """Print what the run came to, in so far as it has not been shown."""
+    if options.json:
+        print(json.dumps(result.to_dict()))
+    elif not options.stream and (text := _text(result, options.schema)):
+        print(text)
+    sys.stdout.flush()
+    session = f", session {result.session_id}" if result.session_id else ""
+    print(f"{outcome(result)}{session}", file=sys.stderr)
 
 
 def _text(result: RunResult, schema: str | None) -> str:

@@ -22,6 +22,10 @@ class Gate:
     def __init__(self, limit: int | None) -> None:
         self._semaphore = threading.BoundedSemaphore(limit) if limit else None
 
+    @property
+    def is_limited(self) -> bool:
+        return self._semaphore is not None
+
     @contextmanager
     def slot(self, cancelled: Callable[[], bool]) -> Iterator[None]:
         """Hold a slot inside the block.

@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from . import _interrupt, _tree
 
@@ -67,7 +67,7 @@ class Process:
         self._owner_pid = os.getpid()
         self._is_closed = False
         self._outputs: dict[Channel, _Output] = {}
-        self._queue: queue.SimpleQueue[Block | BaseException] = queue.SimpleQueue()
+        self._queue = _Queue()
         self._readers: dict[Channel, threading.Thread] = {}
         self._popen: subprocess.Popen[bytes] | None = None
         try:
@@ -133,6 +133,15 @@ class Process:
                 self._popen.poll()
         return self._popen.returncode
 
+    def wait(self, timeout: float | None) -> None:
+        """Return when there is something to receive; what interrupts this loses nothing.
+
+        Raises:
+            queue.Empty: If nothing came for *timeout* seconds.
+        """
+        if self._unread:
+            self._queue.wait(timeout)
+
     def receive(self, timeout: float | None) -> Block | None:
         """The next block of output, or None once the child has ended and all of it was given.
 
@@ -140,7 +149,8 @@ class Process:
             queue.Empty: If nothing came for *timeout* seconds.
         """
         while self._unread:
-            item = self._queue.get(timeout=timeout)
+            self._queue.wait(timeout)
+            item = self._queue.get_nowait()
             if isinstance(item, BaseException):
                 raise item
             channel, block = item
@@ -205,7 +215,7 @@ def _read(
     channel: Channel,
     output: _Output,
     popen: subprocess.Popen[bytes],
-    put: queue.SimpleQueue[Block | BaseException],
+    put: _Queue,
 ) -> None:
     """Hand over what a child writes, block by block, and an empty block at the end."""
     longest_s, begun = LONGEST_PAUSE_S[channel], time.monotonic()
@@ -240,6 +250,22 @@ def _pause(begun: float, timeout: float | None, longest_s: float = 0.02) -> bool
         pause_s = min(pause_s, timeout - waited_s)
     time.sleep(pause_s)
     return True
+
+
+class _Queue(queue.SimpleQueue[Block | BaseException]):
+    """A queue that can be waited for without taking anything from it; for one taker."""
+
+    def __init__(self) -> None:
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # rings for each item
+
+    def put(self, item: Block | BaseException, *args: Any) -> None:
+        super().put(item, *args)
+        self._bell.put(None)
+
+    def wait(self, timeout: float | None) -> None:
+        """Return when it holds something; raises queue.Empty after *timeout* seconds."""
+        while self.empty():
+            self._bell.get(timeout=timeout)  # at once where it rang for what is taken by now
 
 
 class _Output:

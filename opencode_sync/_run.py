@@ -88,6 +88,7 @@ class ProcessRun:
         self._raw_blocks: list[bytes] = []
         self._stderr_lines: list[bytes] = []
         self._session: str | None = None
+        self._ready: list[Event] = []
         self._n_lines = 0  # of stdout
         self._is_done = self._is_cut = False
         self._was_stopped = self._is_gone = False
@@ -119,17 +120,27 @@ class ProcessRun:
 
     def receive(self, timeout: float | None) -> list[Event] | None:
         """The next events; see :meth:`~opencode_sync._source.Source.receive`."""
-        if self._is_done:
-            return None
+        if not self._is_done and not self._ready:
+            try:
+                self._process.wait(self._patience(timeout))
+            except queue.Empty:
+                if events := self._logs.take_pending():
+                    return events
+                raise
+            # A Ctrl-C that comes while a block is read would lose what stands in it.
+            with _interrupt.deferred():
+                self._ready = self._next_events()
+        events, self._ready = self._ready, []
+        return events if events or not self._is_done else None
+
+    def _next_events(self) -> list[Event]:
         try:
-            block = self._process.receive(self._patience(timeout))
-        except queue.Empty:
-            if events := self._logs.take_pending():
-                return events
-            raise
+            block = self._process.receive(0)
+        except queue.Empty:  # one of the outputs has ended, and no more than that
+            return []
         if block is None:
             self._is_done = True
-            return self._last_events() or None
+            return self._last_events()
         channel, data = block
         lines = (self._stdout if channel == "stdout" else self._stderr).feed(data)
         if lines is None:

@@ -210,7 +210,7 @@ class OpenCodeClient(Runner):
                     keep_logs=bool(cfg.print_logs),
                 )
                 undo.callback(run.close)  # a Ctrl-C's traceback would keep it alive
-                if not isolated:
+                if not isolated and self._gate.is_limited:
                     run.wait_started(self._startup_delay_s, cancelled)
             undo.pop_all()
         return run

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TextIO
 
 from ._markup import markdown, one_line, outcome, printable, verbatim
+from .events import Event
 from .result import RunResult
 from .stream import RunStream
 
@@ -86,12 +87,21 @@ def live(
     pieces = _Pieces()
     with stream:
         try:
-            for event in stream:
+            for event in _until_its_end(stream):
                 for kind, text in pieces.of(event):
                     screen.show(kind, text)
         finally:
             screen.end(stream.result)
     return stream.result
+
+
+def _until_its_end(stream: RunStream) -> Iterator[Event]:
+    try:
+        yield from stream
+    except KeyboardInterrupt:
+        if stream.wait_ended(0):  # by this interrupt, as a rule
+            yield from stream  # what the run had still written
+        raise
 
 
 def in_notebook() -> bool:

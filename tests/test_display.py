@@ -34,14 +34,16 @@ LS = tool("bash", status="completed", title="ls", metadata={"exit": 0})
 
 
 class Told:
-    """A stream that gives *events*, and then raises *error*."""
+    """A stream that gives *events*, raises those that are errors, and then *error*."""
 
     def __init__(
-        self, events: Iterable[dict[str, Any]], error: BaseException | None = None
+        self,
+        events: Iterable[dict[str, Any] | BaseException],
+        error: BaseException | None = None,
     ) -> None:
         self.result = RunResult()
-        self.is_closed = False
-        self._events = events
+        self.has_ended = self.is_closed = False
+        self._events = iter(events)
         self._error = error
 
     def __enter__(self) -> Told:
@@ -50,15 +52,27 @@ class Told:
     def __exit__(self, *exception: object) -> None:
         self.is_closed = True
 
+    def wait_ended(self, timeout: float) -> bool:
+        return self.has_ended
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for event in self._events:
-            self.result.append_event(cast(Any, event))
-            yield event
-        if self._error is not None:
-            raise self._error
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        event = next(self._events, None)
+        if event is None:
+            error, self._error = self._error, None
+            raise error or StopIteration
+        if isinstance(event, BaseException):
+            self.has_ended = True
+            raise event
+        self.result.append_event(cast(Any, event))
+        return event
 
 
-def stream(*events: dict[str, Any], error: BaseException | None = None) -> RunStream:
+def stream(
+    *events: dict[str, Any] | BaseException, error: BaseException | None = None
+) -> RunStream:
     return cast(RunStream, Told(events, error))
 
 
@@ -182,13 +196,15 @@ def test_what_came_before_an_error_is_complete_on_the_screen() -> None:
     assert file.getvalue() == "So far\n"
 
 
-def test_an_interrupt_ends_the_run() -> None:
-    interrupted = stream(error=KeyboardInterrupt())
+def test_an_interrupt_ends_the_run_and_what_it_had_still_written_is_shown() -> None:
+    file = io.StringIO()
+    interrupted = stream(KeyboardInterrupt(), text("So far."))
 
     with pytest.raises(KeyboardInterrupt):
-        live(interrupted, file=io.StringIO())
+        live(interrupted, file=file)
 
     assert cast(Any, interrupted).is_closed
+    assert file.getvalue() == "So far.\n"
 
 
 # --- a cell --------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import queue
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from opencode_sync import (
     _run,
     _watchdog,
 )
+from opencode_sync._process import LineSplitter
 from opencode_sync._run import ProcessRun
 from tests.faults import write_standin
 
@@ -74,6 +76,24 @@ def test_a_run_that_went_well_has_no_error(start: Start) -> None:
     assert result.exit_code == 0
     assert result.answer == "all is well"
     assert len(result.raw_stdout_lines) == 3
+
+
+def test_a_ctrl_c_while_a_block_is_read_loses_nothing_of_it(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start("echo all is well")
+    feed = LineSplitter.feed
+
+    def interrupted(self: LineSplitter, block: bytes) -> list[bytes]:
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+        return feed(self, block)
+
+    monkeypatch.setattr(LineSplitter, "feed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.receive(LONG_S)
+
+    assert finish(run)[0].answer == "all is well"
 
 
 def test_its_label_has_the_run_s_number_and_the_pid(start: Start) -> None:
