@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
-from ._markup import printable
+from ._markup import count, spelled_out
 from ._request import Answers
 from .errors import OpenCodeConfigError
 
@@ -175,6 +175,10 @@ def _question_body(request: QuestionRequest, reply: object) -> dict[str, Any] | 
 
 
 def _labels(question: Question, chosen: str | Sequence[str]) -> list[str]:
+    if not isinstance(chosen, Sequence):
+        raise OpenCodeConfigError(
+            f"on_question chose {chosen!r} for {question.question!r}: use labels"
+        )
     labels = [chosen] if isinstance(chosen, str) else [str(label) for label in chosen]
     offered = [option.label for option in question.options]
     unknown = [label for label in labels if label not in offered]
@@ -228,6 +232,8 @@ def _ask_permission(request: PermissionRequest) -> PermissionReply:
     for name in ("command", "diff"):
         if detail := str(request.metadata.get(name, "")):
             _say(detail[:_SHOWN_CHARACTERS])
+            if (more := len(detail) - _SHOWN_CHARACTERS) > 0:
+                _say(f"... and {count(more, 'character')} more, not shown")
     while True:
         word = _ask("once (y), always (a), no (n), or no with words to the model: ")
         if word.lower() in ("y", "yes", "once"):
@@ -268,8 +274,9 @@ def _chosen(question: Question, text: str) -> list[str]:
 
 
 def _say(text: str) -> None:
-    # It may come from a model, and is not to move the cursor over what was asked.
-    print(printable(text), file=sys.stderr)
+    # It may come from a model, and is not to move the cursor over what was asked, nor to be taken
+    # for part of a sequence that shows nothing.
+    print(spelled_out(text), file=sys.stderr)
 
 
 def _ask(prompt: str) -> str:

@@ -41,6 +41,14 @@ def printable(text: str) -> str:
     return _CONTROLS.sub("", strip_ansi(text).replace("\r\n", "\n"))
 
 
+def spelled_out(text: str) -> str:
+    """*text* with what a terminal would obey written out, as ``\\x1b``; newlines and tabs stay.
+
+    For what somebody is to judge: nothing in it is hidden, which :func:`printable` may do.
+    """
+    return _CONTROLS.sub(lambda match: repr(match[0])[1:-1], text.replace("\r\n", "\n"))
+
+
 def one_line(text: str, width: int) -> str:
     """*text* as one printable line of at most *width* characters."""
     line = " ".join(printable(text).split())

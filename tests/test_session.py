@@ -388,7 +388,11 @@ def test_a_label_or_several_answer_each_question() -> None:
     assert asked(None) is None
 
 
-@pytest.mark.parametrize("reply", ["A", ["A"], 1, ["C", "X"]], ids=["str", "one", "no list", "new"])
+@pytest.mark.parametrize(
+    "reply",
+    ["A", ["A"], 1, ["C", "X"], ["A", 1]],
+    ids=["str", "one", "no list", "new", "no label"],
+)
 def test_an_answer_to_something_else_is_refused(reply: Any) -> None:
     with pytest.raises(OpenCodeConfigError, match="on_question"):
         asked(reply)
@@ -443,14 +447,25 @@ def test_who_sits_at_the_terminal_is_asked_for_permission(
     assert shown.out == ""
 
 
-def test_a_terminal_does_not_obey_what_a_request_says(
+def test_a_request_is_spelled_out_where_a_terminal_would_obey_or_hide_it(
     typing: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typing("y")
 
-    ask_in_terminal(PermissionRequest("bash", ("rm -rf /\x1b[2K\rls",)))
+    ask_in_terminal(PermissionRequest("bash", ("ls \x1b]; rm -rf / \x07\rls",)))
 
-    assert "\x1b" not in capsys.readouterr().err
+    assert r"bash ls \x1b]; rm -rf / \x07\rls" in capsys.readouterr().err
+
+
+def test_a_command_that_is_not_shown_whole_says_so(
+    typing: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typing("n")
+    command = "ls".ljust(2_000) + "; rm -rf /"
+
+    ask_in_terminal(PermissionRequest("bash", ("ls",), metadata={"command": command}))
+
+    assert "... and 10 characters more, not shown\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
