@@ -9,6 +9,7 @@ stopped. The bar and the report go to stderr; stdout stays empty.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from ._cli_options import (
     tell,
 )
 from ._jobs import STDIN, read_jobs
-from ._markup import count, one_line
+from ._markup import count, one_line, printable
 from .batch import BatchRun
 from .client import OpenCodeClient
 from .config import Job, RunConfig
@@ -66,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
     cfg = run_config(options)
     jobs = read_jobs(options.source, options.workspace, cfg)
     if options.report:
+        _check_page(options)
         _write_page(options)  # what stands in its way is told now, and not after hours
     with _runner(cfg, on_server=options.server) as runner:
         batch = runner.map(
@@ -111,6 +113,14 @@ def _runner(cfg: RunConfig, *, on_server: bool) -> Runner:
     client = OpenCodeClient(run_cfg=cfg)
     client.resolved_binary()  # or every job would fail, and stand in the checkpoint as failed
     return client
+
+
+def _check_page(options: argparse.Namespace) -> None:
+    """Refuse a page in the place of what it is made of."""
+    page = os.path.realpath(os.path.expanduser(options.report))
+    for what, path in (("OUT", options.output), ("FILE", options.source)):
+        if path != STDIN and os.path.realpath(os.path.expanduser(path)) == page:
+            raise OpenCodeConfigError(f"--report {options.report} is {what} too: name another file")
 
 
 def _write_page(options: argparse.Namespace) -> None:
@@ -161,7 +171,7 @@ class _Ending:
         """Print the report, what failed, and how to go on."""
         report, output = self._batch.report, self._options.output
         done = report.done + report.failed + report.cached
-        print(report, file=sys.stderr)
+        print(printable(str(report)), file=sys.stderr)
         if self._first:
             more = self._failed - len(self._first)
             print("failed:", *self._first, sep="\n", file=sys.stderr)

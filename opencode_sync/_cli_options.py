@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ._markup import printable
 from .config import RunConfig
 from .errors import OpenCodeConfigError
 
@@ -16,8 +17,8 @@ DONE, FAILED, REFUSED, TIMED_OUT, INTERRUPTED = 0, 1, 2, 124, 130
 
 
 def tell(text: str) -> None:
-    """Say *text* to the user, who reads stderr."""
-    print(f"opencode-sync: {text}", file=sys.stderr, flush=True)
+    """Say *text*, which may quote a model, to the user, who reads stderr."""
+    print(f"opencode-sync: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +63,7 @@ def json_object(option: str, path: str) -> dict[str, Any]:
         OpenCodeConfigError: Names both, and what is wrong.
     """
     try:
-        value = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        value = json.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
     except OSError as error:
         raise OpenCodeConfigError(f"{option} {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -85,5 +86,5 @@ def _permission(text: str) -> Any:
         return text
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OpenCodeConfigError(f"--permission {text!r} is no JSON: {error}") from None

@@ -17,7 +17,7 @@ from ._cli_options import (
     run_config,
     tell,
 )
-from ._markup import outcome
+from ._markup import outcome, printable
 from .client import OpenCodeClient
 from .display import live
 from .errors import OpenCodeConfigError
@@ -70,7 +70,8 @@ def _show(result: RunResult, options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(result.to_dict()))
     elif not options.stream and (text := _text(result, options.schema)):
-        print(text)
+        # As in live(): a terminal is told nothing that it would obey.
+        print(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
     session = f", session {result.session_id}" if result.session_id else ""
     print(f"{outcome(result)}{session}", file=sys.stderr)

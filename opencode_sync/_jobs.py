@@ -132,6 +132,9 @@ def _table(text: str) -> Iterator[tuple[int, Fields]]:
                 columns = [cell.strip() for cell in cells]
                 if "prompt" not in columns:
                     raise _LineError(begun_at, f"no column 'prompt' in {', '.join(columns)!r}")
+                twice = [name for name in columns if name and columns.count(name) > 1]
+                if twice:
+                    raise _LineError(begun_at, f"two columns {twice[0]!r}")
                 continue
             if len(cells) > len(columns):
                 raise _LineError(begun_at, f"{len(cells)} cells, but {len(columns)} columns")

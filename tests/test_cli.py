@@ -128,6 +128,17 @@ def test_the_text_alone_goes_to_stdout(shell: Shell) -> None:
     assert err.endswith("s, session ses_1\n")
 
 
+def test_a_terminal_is_told_nothing_that_it_would_obey(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+
+    _, out, err = shell("run", r"step(text='a\x1b[2Jb\rc'); fail('bad\rkey')")
+
+    assert out == "abc\n"
+    assert "401: badkey\n" in err
+
+
 def test_a_stream_prints_the_same_text_and_tells_tools_on_stderr(shell: Shell) -> None:
     tool = "('bash', {'status': 'completed', 'title': 'ls', 'metadata': {'exit': 0}})"
     prompt = f"step(text='I look.', tool={tool}, reason='tool-calls')\nstep(text='Nothing.')"
@@ -533,6 +544,8 @@ def test_a_run_that_ended_at_a_refused_tool_exits_with_1(shell: Shell) -> None:
         (["map", "good.txt", "--output", "bad.json"], "line 1 is damaged"),
         (["map", "good.txt", "--output", "out.jsonl", "--workers", "0"], "max_workers"),
         (["map", "good.txt", "--output", "out.jsonl", "--workspace", "nowhere"], "nowhere"),
+        (["map", "good.txt", "-o", "bad.json", "--report", "./bad.json"], "is OUT too"),
+        (["map", "good.txt", "-o", "out.jsonl", "--report", "good.txt"], "is FILE too"),
         (["install", "--version", "latest"], "latest"),
     ],
 )

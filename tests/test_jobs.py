@@ -154,6 +154,7 @@ def test_a_text_file_is_plain_whatever_it_begins_with(read: Read) -> None:
         ("a.jsonl", '{"prompt": "x", "files": ["none"]}', "line 1: no file"),
         ("a.jsonl", '{"prompt": "x", "files": [1]}', "line 1: files: use a path"),
         ("a.csv", "promt,key\nx,k\n", "a.csv, line 1: no column 'prompt' in 'promt, key'"),
+        ("a.csv", "prompt,key,prompt\nx,k,y\n", "a.csv, line 1: two columns 'prompt'"),
         ("a.csv", "prompt,modle\nx,p/m\n", "a.csv, line 2: unknown field 'modle'"),
         ("a.csv", 'prompt,key\n"x\ny",k\nz,l,m\n', "a.csv, line 4: 3 cells, but 2 columns"),
         ("a.csv", 'prompt\nx\n"y\n', "a.csv, line 3: no CSV: unexpected end of data"),
