@@ -67,10 +67,11 @@ class Leftovers:
                     signal(process)
             left = psutil.wait_procs(left, timeout=GRACE_S)[1]
         for path in self.paths:
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink(missing_ok=True)
+                with suppress(OSError):  # gone by now, or not to be removed
+                    path.unlink()
 
 
 def _name(process: psutil.Process) -> str:
@@ -105,7 +106,10 @@ def _temporary() -> Iterator[Path]:
     for path in Path(tempfile.gettempdir()).glob(f"{TEMPORARY_PREFIX}*"):
         name = _TEMPORARY.match(path.name)
         with suppress(FileNotFoundError):
-            if name and not _lived_at(int(name["pid"]), path.stat().st_mtime):
+            there = path.lstat()
+            # Another user's are for him to look after.
+            is_ours = not hasattr(os, "getuid") or there.st_uid == os.getuid()
+            if name and is_ours and not _lived_at(int(name["pid"]), there.st_mtime):
                 yield path
 
 

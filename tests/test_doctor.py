@@ -265,6 +265,16 @@ def test_temporary_directories_are_judged_by_their_owner(machine: Path, crashed:
     assert Leftovers.find().paths == [gone]
 
 
+def test_another_users_directory_is_not_ours_to_judge(
+    machine: Path, crashed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (machine / "tmp" / f"opencode-sync-{crashed}-a").mkdir()
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+
+    assert not Leftovers.find()
+
+
 def test_an_install_that_was_cut_off_is_a_leftover() -> None:
     scratch = managed_root() / ".installing-x"
     scratch.mkdir(parents=True)
