@@ -12,6 +12,7 @@ import argparse
 import re
 import shlex
 from collections.abc import Mapping
+from keyword import iskeyword
 from typing import Any, NoReturn
 
 from .client import OpenCodeClient
@@ -60,7 +61,7 @@ class Magic:
         --into NAME    put the result into a variable, also where the run fails or is stopped
         --fill         put the value of each {variable} into the prompt; {{name}} stays {name}
         """
-        options = _parser().parse_args(shlex.split(line))
+        options = _options(line)
         names = self._shell.user_ns
         prompt = cell.removesuffix("\n")
         if options.fill:
@@ -114,8 +115,17 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see %%opencode?")
 
 
+def _options(line: str) -> argparse.Namespace:
+    parser = _parser()
+    try:
+        words = shlex.split(line)
+    except ValueError as error:  # a quotation mark without its other
+        parser.error(str(error))
+    return parser.parse_args(words)
+
+
 def _variable(text: str) -> str:
-    if not text.isidentifier():
+    if not text.isidentifier() or iskeyword(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no name of a variable")
     return text
 

@@ -54,7 +54,7 @@ def tool_line(event: Mapping[str, Any]) -> str:
     ending = f" (exit status {status})" if status else ""
     if state.get("status") == "error":
         ending = f" (failed: {one_line(str(state.get('error')), LINE_WIDTH // 2)})"
-    subject = one_line(_subject(state), LINE_WIDTH - len(name) - len(ending) - 3)
+    subject = one_line(_subject(state), max(10, LINE_WIDTH - len(name) - len(ending) - 3))
     return f"[{name}]{subject and ' '}{subject}{ending}"
 
 

@@ -101,6 +101,12 @@ def test_a_tool_is_told_in_one_line(event: dict[str, Any], line: str) -> None:
     assert tool_line(event) == line
 
 
+def test_where_little_room_is_left_the_command_is_short_all_the_same() -> None:
+    line = tool_line(tool("x" * 50, title="y" * 500, status="error", error="z" * 500))
+
+    assert "] yyyyyyy... (failed: z" in line
+
+
 def test_a_long_command_keeps_to_the_width() -> None:
     line = tool_line(tool("bash", title="x" * 500, metadata={"exit": 1}))
 

@@ -76,7 +76,7 @@ def test_a_failed_run_leaves_what_it_had_got(magic: Magic, names: dict[str, Any]
     assert names["result"].final_text == "So far."
 
 
-@pytest.mark.parametrize("line", ["--into 1x", "--bogus", "--mod p/m"])
+@pytest.mark.parametrize("line", ["--into 1x", "--into for", "--bogus", "--mod p/m", '-w "x'])
 def test_wrong_usage_is_told_in_one_line(magic: Magic, line: str) -> None:
     with pytest.raises(UsageError, match="see %%opencode"):
         magic.opencode(line, "x")
