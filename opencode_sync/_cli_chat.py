@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from ._asking import ask_in_terminal
 from ._cli_options import DONE, add_run_options, run_config, tell
@@ -99,10 +100,21 @@ def _tell_end(session: Session) -> None:
 def _prompts(is_terminal: bool) -> Iterator[Iterator[str]]:
     """The prompts that are typed, or the lines of stdin."""
     if not is_terminal:
-        yield (line.removesuffix("\n") for line in sys.stdin if line.strip())
+        yield _lines(sys.stdin)
         return
     with _history(_kept("chat-history")) as remember:
         yield _typed(remember)
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    try:
+        for line in file:
+            if line.strip():
+                yield line.removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise OpenCodeConfigError(
+            f"the prompts on stdin are not {error.encoding}: {error.reason}"
+        ) from None
 
 
 def _typed(remember: Callable[[str], None]) -> Iterator[str]:

@@ -64,7 +64,7 @@ def examine() -> Iterator[Finding]:
 def _opencode() -> Finding:
     try:
         program = resolve_binary()
-        version = binary_version(program)
+        version = one_line(binary_version(program), 40)
     except OpenCodeBinaryNotFoundError as error:
         return Finding("opencode", "bad", one_line(str(error), 300))
     where = "the managed copy" if Path(program).is_relative_to(managed_root()) else "on PATH"

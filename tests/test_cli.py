@@ -489,8 +489,19 @@ def test_a_chat_that_nobody_watches_refuses_what_needs_permission(chat: Shell) -
 def test_a_session_that_there_is_not_ends_a_chat(chat: Shell) -> None:
     status, out, err = chat("say say one\n", "--session", "ses_none")
 
-    assert (status, out) == (1, "")
-    assert "Session not found" in err
+    assert (status, out) == (2, "")
+    assert "session 'ses_none' is unknown to the server" in err
+
+
+def test_a_chat_with_what_is_no_text_is_refused(
+    with_server: None, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+
+    status, out, err = shell("chat")
+
+    assert (status, out) == (2, "")
+    assert "the prompts on stdin are not utf-8: invalid start byte" in err
 
 
 def test_a_turn_that_fails_ends_a_chat_that_nobody_watches(chat: Shell) -> None:
