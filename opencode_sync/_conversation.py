@@ -89,10 +89,13 @@ class Conversation:
 
     @property
     def session_id(self) -> str | None:
-        """To resume the conversation by; None before the first prompt of a new one."""
-        if self._session_id is None and not (self._cfg.fork or self._cfg.continue_session):
-            return self._cfg.session_id
-        return self._session_id
+        """To resume the conversation by; None before the first event of a new one."""
+        if self._session_id is not None:
+            return self._session_id
+        if (stream := self._under_way()) is not None and stream.session_id is not None:
+            return stream.session_id
+        begins_anew = self._cfg.fork or self._cfg.continue_session
+        return None if begins_anew else self._cfg.session_id
 
     @property
     def total_cost(self) -> float:
@@ -196,7 +199,7 @@ class Conversation:
 
         Returns when the tools are gone. From any thread; without effect between turns.
         """
-        if (ref := self._stream) is not None and (stream := ref()) is not None:
+        if (stream := self._under_way()) is not None:
             stream.cancel(reason)
 
     # -- turns ---------------------------------------------------------------------------------
@@ -221,6 +224,9 @@ class Conversation:
             title=None,
             share=None,
         )
+
+    def _under_way(self) -> RunStream | None:
+        return None if (ref := self._stream) is None else ref()
 
     def _begun(self, stream: RunStream) -> None:
         self._stream = weakref.ref(stream)

@@ -71,7 +71,23 @@ class Sessions:
 
     def messages(self, session_id: str, directory: str) -> list[Any]:
         """All messages, oldest first; see :func:`stored_messages`."""
-        return stored_messages(self._connection, session_id, directory)
+        try:
+            return stored_messages(self._connection, session_id, directory)
+        except OpenCodeServerError:
+            self.known(session_id, directory)
+            raise
+
+    def last_prompt(self, session_id: str, directory: str) -> str | None:
+        """Id of the last prompt that is not taken back; None where there is none."""
+        taken_back = _taken_back(self.known(session_id, directory))
+        last = None
+        for message in self.messages(session_id, directory):
+            info = mapping(mapping(message).get("info"))
+            if taken_back is not None and info.get("id") == taken_back:
+                break
+            if info.get("role") == "user":
+                last = str(info.get("id"))
+        return last
 
     def last_message(self, session_id: str, directory: str) -> dict[str, Any]:
         """The description of the last message; {} where there is none."""
@@ -87,10 +103,15 @@ class Sessions:
         message_id: str | None = None,
         rules: Sequence[Any] = (),
     ) -> str:
-        """A copy, as it was before *message_id*, with the same rules and *rules*."""
+        """A copy, as it was before *message_id*, with the same rules and *rules*.
+
+        Without one it is a copy of all but what is taken back.
+        """
         session = self.known(session_id, directory)
         if message_id is not None:
             self._check_message(session_id, message_id, directory)
+        else:
+            message_id = _taken_back(session)
         body = {} if message_id is None else {"messageID": message_id}
         made = self._connection.post(path_of(session_id, "/fork"), body, directory=directory)
         fork_id = str(made["id"])
@@ -201,6 +222,12 @@ def path_of(session_id: str, what: str = "") -> str:
 def is_prompt_with_format(error: OpenCodeServerError) -> bool:
     """Whether a message was refused for being one, see :func:`stored_messages`."""
     return error.status_code == 400 and "OutputFormat" in str(error)
+
+
+def _taken_back(session: Any) -> str | None:
+    """Of a session's description: the first message that a revert took, until the next prompt."""
+    message_id = mapping(mapping(session).get("revert")).get("messageID")
+    return None if message_id is None else str(message_id)
 
 
 def _info(session: Any) -> SessionInfo:

@@ -18,6 +18,7 @@ from typing import Any
 from ._conversation import CLOSED, Conversation
 from ._request import directory
 from ._turntaking import Account, TurnTaking
+from .config import RunConfig, validate_config_for_run
 from .errors import OpenCodeConfigError, OpenCodeError
 
 SUMMARY_S = 600.0  # bound on a summary, where the conversation has no timeout_s
@@ -64,6 +65,8 @@ class Session(Conversation):
         Args:
             model: ``"provider/model"``; None for the settings' or the last one used.
         """
+        if model is not None:
+            validate_config_for_run(RunConfig(model=model))
         with self._in_turn() as session_id:
             kept, directory = self._host._kept_sessions(self._cfg), self._directory()
             last = kept.last_message(session_id, directory)
@@ -76,16 +79,14 @@ class Session(Conversation):
         """Take back a prompt and all after it, with what they did to files.
 
         Args:
-            message_id: The prompt's, see :meth:`messages`; None for the last one.
+            message_id: The prompt's, see :meth:`messages`; None for the last one, and for the one
+                before it the next time.
         """
         with self._in_turn() as session_id:
             kept, directory = self._host._kept_sessions(self._cfg), self._directory()
+            message_id = message_id or kept.last_prompt(session_id, directory)
             if message_id is None:
-                messages = kept.messages(session_id, directory)
-                prompts = [each for each in messages if each["info"].get("role") == "user"]
-                if not prompts:
-                    raise OpenCodeConfigError("the session has no prompt to take back")
-                message_id = str(prompts[-1]["info"]["id"])
+                raise OpenCodeConfigError("the session has no prompt to take back")
             kept.revert(session_id, directory, message_id)
 
     def unrevert(self) -> None:

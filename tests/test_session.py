@@ -123,6 +123,13 @@ def test_the_turn_under_way_is_counted_as_it_goes(chat: Session) -> None:
     assert chat.total_cost == STEP_COST
 
 
+def test_the_first_turn_under_way_tells_the_session_s_id(chat: Session) -> None:
+    with chat.stream("hold on") as stream:
+        next(stream)
+
+        assert chat.session_id == stream.session_id == "ses_1"
+
+
 def test_a_prompt_waits_until_the_turn_before_has_ended(
     chat: Session, runner: ScriptedRunner
 ) -> None:
@@ -223,6 +230,11 @@ def test_what_has_not_begun_has_no_messages_and_no_fork(server: OpenCodeServer) 
     for use in uses:
         with pytest.raises(OpenCodeConfigError, match="send a prompt first"):
             use()
+
+
+def test_a_summary_by_a_model_without_a_provider_is_refused(server: OpenCodeServer) -> None:
+    with pytest.raises(OpenCodeConfigError, match="model 'm' names no provider"):
+        server.session().summarize("m")
 
 
 def test_a_process_per_turn_says_what_it_cannot_do(tmp_path: Path) -> None:

@@ -156,6 +156,23 @@ def test_what_is_reverted_is_forgotten_and_can_come_back(
     assert conversation(script.last) == ["One", "re One", "Four"]
 
 
+def test_reverts_go_back_prompt_by_prompt_and_a_fork_has_none_of_it(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    with server.session(workspace) as chat:
+        for prompt in ("One", "Two", "Three"):
+            chat.send(prompt)
+        chat.revert()
+        chat.revert()
+        with chat.fork() as fork:
+            fork.send("Four")
+        chat.revert()
+        with pytest.raises(OpenCodeConfigError, match="no prompt to take back"):
+            chat.revert()
+
+    assert conversation(script.last) == ["One", "re One", "Four"]
+
+
 def test_a_summary_takes_the_place_of_the_past_and_is_paid_for(
     server: OpenCodeServer, workspace: Path, script: Script
 ) -> None:
