@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from .errors import OpenCodeConfigError
 
@@ -150,7 +150,8 @@ def _adapted(schema: Any) -> tuple[TypeAdapter[Any], dict[str, Any]]:
     try:
         adapter = TypeAdapter(schema)
         return adapter, adapter.json_schema()
-    except PydanticUserError as error:
+    except (PydanticUserError, AttributeError, NameError, TypeError) as error:
+        # The others come of what is no type at all, such as an instance.
         reason = str(error).partition("\n")[0]
         raise OpenCodeConfigError(f"schema {name} cannot be used: {reason}") from error
 
@@ -224,14 +225,18 @@ def _path(location: tuple[int | str, ...]) -> str:
     return "$" + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in location)
 
 
+def _no_json(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON")
+
+
 def _json_values(text: str) -> Iterator[Any]:
     """The JSON values in *text*, the likeliest first."""
     for candidate in (text, *_FENCED.findall(text)):
         try:
-            yield json.loads(candidate)
+            yield json.loads(candidate, parse_constant=_no_json)
         except (ValueError, RecursionError):
             continue
-    decoder, position = json.JSONDecoder(), 0
+    decoder, position = json.JSONDecoder(parse_constant=_no_json), 0
     for _ in range(_MOST_STARTS):
         match = _OPENING.search(text, position)
         if match is None:

@@ -83,8 +83,9 @@ def test_the_value_is_found_wherever_it_stands(text: str) -> None:
         (CITY, '{"name": "Jena", "people": "many"}', r"\$\.people: 'many' is not of type"),
         (CITY, "I would rather not.", "no JSON value"),
         (CITY, "{" * 5_000, "no JSON value"),
+        ({"type": "number"}, "NaN", "no JSON value"),
     ],
-    ids=["missing field", "nested", "wrong type", "no JSON", "braces alone"],
+    ids=["missing field", "nested", "wrong type", "no JSON", "braces alone", "Python's own"],
 )
 def test_what_does_not_fit_is_told_in_the_validators_words(
     schema: Any, text: str, words: str
@@ -101,8 +102,16 @@ def test_what_does_not_fit_is_told_in_the_validators_words(
         ({"type": "no such type"}, "no JSON Schema"),
         ({"default": object()}, "no JSON"),
         (Iterator[type("Socket", (), {})], "cannot be used"),
+        (Bird(name="Kiebitz", legs=2), "cannot be used"),
     ],
-    ids=["a str", "None", "bad JSON Schema", "not JSON", "a type that pydantic refuses"],
+    ids=[
+        "a str",
+        "None",
+        "bad JSON Schema",
+        "not JSON",
+        "a type that pydantic refuses",
+        "a value",
+    ],
 )
 def test_what_is_no_schema_is_refused(schema: Any, words: str) -> None:
     with pytest.raises(OpenCodeConfigError, match=words):
