@@ -222,6 +222,20 @@ SHOW_ARGV = "step(text=json.dumps(sys.argv[1:]))"
 SHOW_CONFIG = "step(text=os.environ['OPENCODE_CONFIG_CONTENT'])"
 
 
+@pytest.mark.parametrize(
+    "redirections, prompt, status",
+    [("<&- >&- 2>&-", HELLO, 0), (">&-", HELLO, 0), ("<&-", "-", 2)],
+    ids=["none is open", "nobody reads", "nobody writes"],
+)
+def test_standard_streams_may_be_closed(redirections: str, prompt: str, status: int) -> None:
+    command = [sys.executable, "-m", "opencode_sync", "run", prompt]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    done = subprocess.run(["sh", "-c", f'exec "$0" "$@" {redirections}', *command], env=env)
+
+    assert done.returncode == status
+
+
 def test_options_reach_opencode(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
     options = ["--model", "p/m", "--agent", "plan", "--session", "ses_9", "--file", "a.txt"]
