@@ -96,8 +96,8 @@ def _form(source: str, text: str) -> Callable[[str], Iterator[tuple[int, Fields]
     first = text.lstrip().partition("\n")[0]
     if first.startswith("{"):
         return _json_lines
-    columns = [cell.strip() for cell in next(csv.reader([first]), [])]
-    return _table if "prompt" in columns and set(columns) <= set(FIELDS) else _plain
+    columns = {cell.strip(' "') for cell in first.strip().split(",")}
+    return _table if "prompt" in columns and columns <= set(FIELDS) else _plain
 
 
 def _plain(text: str) -> Iterator[tuple[int, Fields]]:

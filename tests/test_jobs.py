@@ -120,6 +120,10 @@ def test_prose_that_names_a_prompt_is_no_header(read: Read) -> None:
     ]
 
 
+def test_a_first_line_that_is_longer_than_any_header_is_a_prompt(read: Read) -> None:
+    assert prompts(read("x" * 200_000, "-")) == ["x" * 200_000]
+
+
 def test_a_text_file_is_plain_whatever_it_begins_with(read: Read) -> None:
     assert prompts(read('{"prompt": "one"}', "jobs.TXT")) == ['{"prompt": "one"}']
 
