@@ -12,12 +12,14 @@ most what was in flight. Knows tasks and outcomes; nothing of the input, and of 
 
 from __future__ import annotations
 
+import bisect
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import replace
+from operator import attrgetter
 
 from ._tally import BatchReport, Tally
 from ._task import (
@@ -78,6 +80,11 @@ class Dispatch:
         self._is_over = False
         self._executor: Executor | None = None
         self._thread = threading.Thread(target=self._loop, name="opencode-batch", daemon=True)
+
+    @property
+    def is_this_thread(self) -> bool:
+        """Whether the calling thread is the dispatching one, which cannot end itself."""
+        return self._thread is threading.current_thread()
 
     # -- the consumer's side ---------------------------------------------------------------------
 
@@ -162,8 +169,7 @@ class Dispatch:
         for future in in_flight:
             future.cancel()
         self._work.stop(reason)
-        # A finaliser may run in any thread, that one too.
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
+        if self._thread.is_alive() and not self.is_this_thread:
             self._thread.join(STOP_S)
         self._tally.end()
 
@@ -210,6 +216,8 @@ class Dispatch:
         """Whether the budget allows one more; where it is spent, the pending tasks are refused."""
         spent = self._tally.cost
         if spent >= budget:
+            if self._in_flight:  # without order, the refusals would come before what they bring
+                return False
             for task in self._pending:
                 self._ready[task.index] = end = of_task(over_budget(budget, spent), task)
                 self._note_failure(task.index, end)
@@ -287,7 +295,8 @@ class Dispatch:
         self._tally.count("retried")
         with self.changed:
             del self._in_flight[future]
-            self._pending.appendleft(replace(task, tries=task.tries + 1))
+            again = replace(task, tries=task.tries + 1)
+            bisect.insort(self._pending, again, key=attrgetter("index"))
             self._throttle.pause(REPEAT_S * 2 ** (task.tries - 1))
 
     def _save(self, ended: list[tuple[Task, Outcome]]) -> bool:

@@ -47,6 +47,8 @@ class Work:
         if self._remote is None:
             self._lifeline = Lifeline.tie()
             self._remote = RemoteWork(pickle.dumps(self.runner), self.settings, self._lifeline)
+            if self._stop_reason is not None:  # by now: executors pickle in threads of their own
+                self._lifeline.cut()
         remote = self._remote
         return RemoteWork, (remote.runner, remote.settings, remote.lifeline)
 

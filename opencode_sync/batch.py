@@ -121,8 +121,15 @@ class BatchRun(Iterator[T], Generic[T]):
         self.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_is_ended", True):
-            with contextlib.suppress(Exception):  # a finaliser has nobody to raise to
+        if getattr(self, "_is_ended", True):
+            return
+        with contextlib.suppress(Exception):  # a finaliser has nobody to raise to
+            if self._dispatch is not None and self._dispatch.is_this_thread:
+                # It was interrupted in the middle of anything, a write that holds its lock too.
+                threading.Thread(
+                    target=self.close, name="opencode-batch-close", daemon=True
+                ).start()
+            else:
                 self.close()
 
     def __repr__(self) -> str:

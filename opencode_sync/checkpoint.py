@@ -76,9 +76,8 @@ class Checkpoint:
         self._index: dict[str, Saved] = {}
         self._taken: dict[str, int] = {}  # how often a key was given out by this batch
         self._superseded = 0
-        self._writing = (
-            threading.Lock()
-        )  # held against close(), after which the descriptor is another's
+        # Held against close(), after which the descriptor is another's.
+        self._writing = threading.Lock()
         self._lock = self._acquire()
         try:
             self._descriptor = self._open()
@@ -165,10 +164,10 @@ class Checkpoint:
                     f"checkpoint {str(self._path)!r}: {error.strerror}; "
                     f"{len(entries)} finished jobs were not saved"
                 ) from error
-        for entry, line in zip(entries, lines, strict=True):
-            is_failure = isinstance(entry.end, OpenCodeError)
-            self._note(entry.key, Saved(self._size, is_failure, entry.fingerprint))
-            self._size += len(line)
+            for entry, line in zip(entries, lines, strict=True):
+                is_failure = isinstance(entry.end, OpenCodeError)
+                self._note(entry.key, Saved(self._size, is_failure, entry.fingerprint))
+                self._size += len(line)
 
     def close(self) -> None:
         """Give the file back, with one line a job. Idempotent."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import pickle
+import queue
 import signal
 import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ from opencode_sync import (
     RunConfig,
     RunResult,
 )
+from opencode_sync._task import Outcome, Settings, Task
+from opencode_sync._work import Work
+from opencode_sync.stream import Limits
 from tests.scripted import STEP_COST, ScriptedRunner
 
 ROOT = Path(__file__).parent.parent
@@ -316,6 +321,23 @@ def test_a_closed_runner_maps_no_more(runner: ScriptedRunner) -> None:
         runner.map(["a"])
 
 
+def test_a_batch_that_is_lost_in_the_middle_of_its_own_write_is_ended(
+    runner: ScriptedRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "batch.jsonl"
+    held = [runner.map(["a", "hold b"], checkpoint=path)]
+    next(held[0])
+    (dispatching,) = [t for t in threading.enumerate() if t.name == "opencode-batch"]
+    monkeypatch.setattr("os.fsync", lambda descriptor: held.clear())
+
+    runner.release()
+    dispatching.join(10)
+    for thread in [t for t in threading.enumerate() if t.name == "opencode-batch-close"]:
+        thread.join(10)
+
+    assert len(list(runner.map(["a"], checkpoint=path))) == 1
+
+
 # --- budgets -------------------------------------------------------------------------------------
 
 
@@ -342,6 +364,19 @@ def test_a_budget_of_nothing_starts_nothing(runner: ScriptedRunner) -> None:
         list(runner.map(["a"], max_total_cost=0))
 
     assert runner.begun == []
+
+
+def test_without_order_too_the_jobs_under_way_go_on_when_the_budget_is_spent(
+    runner: ScriptedRunner,
+) -> None:
+    batch = runner.map(["hold a", "b", "c"], ordered=False, max_total_cost=STEP_COST)
+    results = [next(batch)]
+    runner.release()
+
+    with pytest.raises(OpenCodeBudgetError):
+        results.extend(batch)
+
+    assert [result.prompt for result in results] == ["b", "hold a"]
 
 
 def test_failed_jobs_count_for_the_budget(runner: ScriptedRunner) -> None:
@@ -472,6 +507,16 @@ for result in Telling().map(["hold"], executor=pool):
 """
 
 
+def test_a_task_that_is_pickled_only_after_the_stop_is_not_wanted_any_more() -> None:
+    work = Work(ScriptedRunner(), Settings(Limits()), None)  # type: ignore[arg-type]
+    work.stop("the batch was closed")
+
+    remote = pickle.loads(pickle.dumps(work))
+
+    assert not os.path.exists(remote.lifeline.path)
+    assert isinstance(remote(Task(0, "a", ".")).end, OpenCodeCancelledError)
+
+
 def test_when_the_batch_is_killed_its_runs_in_worker_processes_are_ended() -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", SCRIPT], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -495,6 +540,52 @@ def test_an_executor_that_was_shut_down_is_an_error(runner: ScriptedRunner) -> N
 
 
 # --- too many requests ---------------------------------------------------------------------------
+
+
+class ByHand(Executor):
+    """Carries out nothing: the test says what came of each task."""
+
+    def __init__(self) -> None:
+        self.given: queue.SimpleQueue[tuple[Future[Outcome], Task]] = queue.SimpleQueue()
+
+    def submit(self, work: Any, task: Task) -> Future[Outcome]:  # type: ignore[override]
+        future: Future[Outcome] = Future()
+        future.set_running_or_notify_cancel()
+        self.given.put((future, task))
+        return future
+
+
+def failure(status: int) -> Outcome:
+    error: Any = {"name": "APIError", "data": {"message": "no", "statusCode": status}}
+    result = RunResult()
+    result.append_event({"type": "error", "error": error})
+    return Outcome(OpenCodeProcessError(1, result=result))
+
+
+def test_jobs_that_are_to_be_run_again_have_their_turn_before_a_failure_after_them(
+    runner: ScriptedRunner,
+) -> None:
+    hands = ByHand()
+
+    def act() -> None:
+        tasks = [hands.given.get(timeout=10) for _ in range(3)]
+        for index, status in [(0, 429), (2, 429), (1, 401)]:
+            tasks[index][0].set_result(failure(status))
+        future, task = hands.given.get(timeout=10)
+        future.set_result(Outcome(RunResult(prompt=task.prompt)))
+
+    actor = threading.Thread(target=act)
+    actor.start()
+    batch = runner.map(["a", "b", "c"], executor=hands, max_workers=3)
+    closer = threading.Timer(20, batch.cancel)
+    closer.start()
+
+    assert next(batch).prompt == "a"
+    with pytest.raises(OpenCodeProcessError):
+        next(batch)
+    closer.cancel()
+    closer.join()
+    actor.join()
 
 
 def test_a_refusal_brings_down_how_many_run_and_successes_bring_it_up(
