@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +346,24 @@ def test_a_new_secret_makes_no_new_job(runner: ScriptedRunner, path: Path) -> No
     list(runner.map(["a"], checkpoint=path, run_cfg=secret_config("new")))
 
     assert runner.prompts == ["a"]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda word: {"permission": {"read": {"*.key": word}}},
+        lambda word: {"tools": {"get_token": word == "allow"}},
+        lambda word: {"config_overrides": {"options": {"budgetTokens": len(word)}}},
+    ],
+    ids=["permission", "tool", "number of tokens"],
+)
+def test_what_is_only_called_like_a_secret_is_a_setting(
+    runner: ScriptedRunner, path: Path, setting: Callable[[str], dict[str, Any]]
+) -> None:
+    list(runner.map(["a"], checkpoint=path, run_cfg=RunConfig(**setting("deny"))))
+
+    with pytest.raises(OpenCodeConfigError, match="line 1 is of other settings"):
+        next(runner.map(["a"], checkpoint=path, run_cfg=RunConfig(**setting("allow"))))
 
 
 # --- killed in the middle ------------------------------------------------------------------------
