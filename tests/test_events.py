@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from opencode_sync import RunResult, iter_parse_lines, parse_event_line, run_result_fuzzy_text
@@ -44,6 +44,8 @@ EVENTS = st.builds(
     st.dictionaries(KEYS, VALUES, max_size=8),
     TYPES | VALUES,
 )
+# A machine that has more to do is no fault, and much of the time goes into making examples.
+steady = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 LINES = (
     st.binary(max_size=200)
     | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass"))
@@ -99,6 +101,7 @@ def test_lines_are_parsed_lazily() -> None:
     assert next(iter_parse_lines(lines()))["type"] == "diagnostic"
 
 
+@steady
 @given(LINES)
 @example(b"[" * 100_000)
 @example(b'{"a":' * 100_000)
@@ -119,7 +122,7 @@ def test_no_line_raises_and_nothing_of_it_is_lost(line: bytes) -> None:
         assert repr(event) == repr(json.loads(text))
 
 
-@settings(deadline=None)
+@steady
 @given(st.lists(LINES, min_size=1, max_size=6))
 @example([b'{"a": 1}', b'{"b": 2}'])
 @example([b'{"a": 1}, {"b": 2}', b"{}"])  # two values in a line
@@ -136,6 +139,7 @@ def test_lines_read_together_are_what_they_are_read_alone(lines: list[bytes]) ->
     assert parse_block(block) == [parse_event_line(line) for line in block.split(b"\n")]
 
 
+@steady
 @given(LINES)
 def test_an_event_survives_the_log_file(line: bytes) -> None:
     event = parse_event_line(line)
@@ -150,8 +154,8 @@ def test_an_event_survives_the_log_file(line: bytes) -> None:
 # --- a result ------------------------------------------------------------------------------------
 
 
+@steady
 @given(st.lists(EVENTS, max_size=10))
-@settings(deadline=None)
 def test_no_event_raises_and_none_is_lost(events: list[Any]) -> None:
     result = RunResult()
 
@@ -167,8 +171,8 @@ def test_no_event_raises_and_none_is_lost(events: list[Any]) -> None:
     assert repr(result)
 
 
+@steady
 @given(st.lists(LINES, max_size=10))
-@settings(deadline=None)
 def test_a_result_comes_back_from_its_dict(lines: list[bytes]) -> None:
     result = RunResult()
     for line in lines:

@@ -298,7 +298,7 @@ def test_events_come_whole_and_in_order(server: WebServer, connect: Connect) -> 
 
 
 def test_events_that_stop_coming_are_an_error(server: WebServer, connect: Connect) -> None:
-    events = connect(server.url).events("/global/event", 0.05)
+    events = connect(server.url).events("/global/event", 0.5)
     next(events)
 
     with pytest.raises(OpenCodeServerError, match="timed out"):

@@ -343,6 +343,8 @@ def test_what_outlives_the_child_is_known(start: Start) -> None:
     assert process.has_left_something()
 
 
+# Between the opening of a file in /proc and its first use, the collector closes it.
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*FileIO")
 def test_ctrl_c_while_stopping_still_stops(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tree, "GRACE_S", 60.0)
     process = start(

@@ -325,7 +325,7 @@ values = st.recursive(
 
 
 @given(st.fixed_dictionaries({}, optional=dict.fromkeys([*record(), "started_at"], values)))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_whatever_a_record_holds_makes_a_page(odd: dict[str, Any]) -> None:
     pytest.importorskip("jinja2")
     path = Path("/dev/null")

@@ -448,8 +448,8 @@ def test_no_event_is_too_odd_to_be_folded(key: str, odd: Any) -> None:
     assert math.isfinite(result.total_cost)
 
 
-def test_a_hundred_thousand_events_cost_ten_times_what_ten_thousand_cost() -> None:
-    few = [text("word"), delta("piece")] * 5_000
+def test_ten_thousand_events_cost_ten_times_what_a_thousand_cost() -> None:
+    few = [text("word"), delta("piece")] * 500
     many = few * 10
 
     calls_for_few, calls_for_many = calls_in(few), calls_in(many)
