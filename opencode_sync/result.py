@@ -1,35 +1,21 @@
 """Events folded into a RunResult.
 
-    append_event(event) --+--> texts       final_text, answer
-                          +--> tool_calls  denied_tools
-                          +--> steps       turns, token_usage, total_cost, finish_reason
-                          +--> error
+    append_event(event) --> the rule for its type --> texts, tool calls, steps, error
 
-Folding never raises, whatever an event holds: missing or odd values count as nothing.
-Knows nothing of where the events came from.
+What is large is made when it is first asked for: the text is joined, raw lines are decoded. Knows
+nothing of where the events came from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+from ._folding import RULES, RULES_FOR_SUB_AGENTS
 from ._markup import result_markdown
-from ._reading import (
-    TEXT_TYPES,
-    ErrorInfo,
-    Texts,
-    TokenUsage,
-    denied_tool,
-    error_info,
-    number_of,
-    share_words,
-    strings_in,
-    text_of,
-    usage_of,
-)
-from .events import Event, OtherEvent
+from ._reading import ErrorInfo, Texts, TokenUsage, share_words, strings_in
+from .events import Event
 
 __all__ = [
     "ErrorInfo",
@@ -169,12 +155,12 @@ class RunResult:
     def fold(self, event: Event) -> None:
         """Count *event* in without keeping it."""
         session = event.get("sessionID")
-        rules = _RULES
+        rules = RULES
         if session and session != self.session_id and isinstance(session, str):
             if self.session_id is None:
                 self.session_id = session
             else:
-                rules = _RULES_FOR_SUB_AGENTS
+                rules = RULES_FOR_SUB_AGENTS
         kind = event.get("type")
         rule = rules.get(kind) if isinstance(kind, str) else None
         if rule is not None:
@@ -245,69 +231,6 @@ def _public_fields(cls: type[RunResult | TokenUsage | ErrorInfo]) -> list[str]:
 
 def _known(cls: type[RunResult | TokenUsage | ErrorInfo], data: Any) -> dict[str, Any]:
     return {name: data[name] for name in _public_fields(cls) if name in data}
-
-
-_Rule = Callable[[RunResult, Mapping[str, Any]], None]
-
-
-def _fold_text(result: RunResult, event: Mapping[str, Any]) -> None:
-    text, is_piece = text_of(event)
-    result._texts.add(text, is_piece=is_piece)
-
-
-def _fold_step_start(result: RunResult, event: Mapping[str, Any]) -> None:
-    result._texts.begin_step()
-    result.finish_reason = None
-
-
-def _fold_step_finish(result: RunResult, event: Mapping[str, Any]) -> None:
-    step = event.get("part")
-    if not isinstance(step, Mapping) or not step:
-        step = event
-    result.turns += 1
-    _count_spending(result, step)
-    reason = step.get("reason")
-    result.finish_reason = reason if isinstance(reason, str) else "unknown"
-    if "tool" in event:
-        result.tool_calls.append(OtherEvent(type="step_tool", payload=event["tool"]))
-
-
-def _count_spending(result: RunResult, step: Mapping[str, Any]) -> None:
-    result.total_cost += number_of(step.get("cost"))
-    result.token_usage += usage_of(step.get("tokens"))
-
-
-def _fold_sub_agents_step(result: RunResult, event: Mapping[str, Any]) -> None:
-    step = event.get("part")
-    _count_spending(result, step if isinstance(step, Mapping) else event)
-
-
-def _fold_tool(result: RunResult, event: Mapping[str, Any]) -> None:
-    result.tool_calls.append(cast(Event, event))
-    if (name := denied_tool(event)) is not None:
-        result.denied_tools.append(name)
-
-
-def _fold_error(result: RunResult, event: Mapping[str, Any]) -> None:
-    if result.error is None:
-        result.error = error_info(event.get("error"))
-
-
-_RULES: dict[str, _Rule] = {
-    **dict.fromkeys(TEXT_TYPES, _fold_text),
-    "step_start": _fold_step_start,
-    "step_finish": _fold_step_finish,
-    "tool_use": _fold_tool,
-    "tool_call": _fold_tool,
-    "tool_result": _fold_tool,
-    "tool": _fold_tool,
-    "error": _fold_error,
-}
-# What a sub-agent says is said to its parent, which tells of its failures too.
-_RULES_FOR_SUB_AGENTS: dict[str, _Rule] = {
-    "step_finish": _fold_sub_agents_step,
-    "tool_use": _fold_tool,
-}
 
 
 def aggregate_run_result(

@@ -26,6 +26,7 @@ ROWS = (
     ("config", "events", "_schema"),  # values: what is asked for; a line becomes an event
     # What an event says; argv and env; the credentials that a run is given.
     ("_reading", "_logs", "_command", "_fingerprint", "_userdata"),
+    ("_folding",),  # what an event does to a result
     ("result",),  # events folded
     # I/O: processes, files, bytes and messages; knows nothing of prompts.
     ("_tree", "_gate", "_datadir", "_http", "_eventlog", "_machine"),

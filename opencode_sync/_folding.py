@@ -1,0 +1,82 @@
+"""What each type of event does to a result.
+
+    text, message, ...   --> texts       final_text, answer
+    tool_use, ...        --> tool_calls  denied_tools
+    step_start, _finish  --> steps       turns, token_usage, total_cost, finish_reason
+    error                --> error
+
+A rule never raises, whatever an event holds: missing or odd values count as nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from ._reading import TEXT_TYPES, denied_tool, error_info, number_of, text_of, usage_of
+from .events import Event, OtherEvent
+
+if TYPE_CHECKING:
+    from .result import RunResult
+
+Rule = Callable[["RunResult", Mapping[str, Any]], None]
+
+
+def _fold_text(result: RunResult, event: Mapping[str, Any]) -> None:
+    text, is_piece = text_of(event)
+    result._texts.add(text, is_piece=is_piece)
+
+
+def _fold_step_start(result: RunResult, event: Mapping[str, Any]) -> None:
+    result._texts.begin_step()
+    result.finish_reason = None
+
+
+def _fold_step_finish(result: RunResult, event: Mapping[str, Any]) -> None:
+    step = event.get("part")
+    if not isinstance(step, Mapping) or not step:
+        step = event
+    result.turns += 1
+    _count_spending(result, step)
+    reason = step.get("reason")
+    result.finish_reason = reason if isinstance(reason, str) else "unknown"
+    if "tool" in event:
+        result.tool_calls.append(OtherEvent(type="step_tool", payload=event["tool"]))
+
+
+def _count_spending(result: RunResult, step: Mapping[str, Any]) -> None:
+    result.total_cost += number_of(step.get("cost"))
+    result.token_usage += usage_of(step.get("tokens"))
+
+
+def _fold_sub_agents_step(result: RunResult, event: Mapping[str, Any]) -> None:
+    step = event.get("part")
+    _count_spending(result, step if isinstance(step, Mapping) else event)
+
+
+def _fold_tool(result: RunResult, event: Mapping[str, Any]) -> None:
+    result.tool_calls.append(cast(Event, event))
+    if (name := denied_tool(event)) is not None:
+        result.denied_tools.append(name)
+
+
+def _fold_error(result: RunResult, event: Mapping[str, Any]) -> None:
+    if result.error is None:
+        result.error = error_info(event.get("error"))
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(TEXT_TYPES, _fold_text),
+    "step_start": _fold_step_start,
+    "step_finish": _fold_step_finish,
+    "tool_use": _fold_tool,
+    "tool_call": _fold_tool,
+    "tool_result": _fold_tool,
+    "tool": _fold_tool,
+    "error": _fold_error,
+}
+# What a sub-agent says is said to its parent, which tells of its failures too.
+RULES_FOR_SUB_AGENTS: dict[str, Rule] = {
+    "step_finish": _fold_sub_agents_step,
+    "tool_use": _fold_tool,
+}
