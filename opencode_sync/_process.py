@@ -186,9 +186,11 @@ class Process:
         if self._is_closed:
             return
         try:
-            # In a forked child of ours it is none of our children.
-            is_ours = self._popen is not None and os.getpid() == self._owner_pid
-            if is_ours and self.returncode is None:
+            if os.getpid() != self._owner_pid:
+                pass  # in a forked child of ours it is none of our children
+            elif self._popen is None:
+                self._stop_unknown()
+            elif self.returncode is None:
                 self.stop()
         finally:
             self._is_closed = True
@@ -199,6 +201,18 @@ class Process:
                     reader.join(JOIN_S)
             for output in self._outputs.values():
                 output.file.close()
+
+    def _stop_unknown(self) -> None:
+        """End a child of which we have no reference.
+
+        A signal's handler that raises (SystemExit, say) can do so in the middle of Popen.
+        """
+        with suppress(OSError):  # where there is no descriptor left, no child was started
+            pids = [process.pid for process in _tree.find(self._token)]
+            _tree.stop(self._token)
+            for pid in pids:
+                with suppress(ChildProcessError):  # a child's child
+                    os.waitpid(pid, os.WNOHANG)
 
 
 def _has_exited(pid: int) -> bool:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -199,6 +200,24 @@ def test_a_flood_that_nobody_takes_stays_on_disk(
 
 
 # --- starting that fails -------------------------------------------------------------------------
+
+
+def test_a_child_that_an_exception_hides_from_us_is_ended(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def interrupted(*args: Any, **options: Any) -> None:
+        hidden.append(popen(*args, **options))
+        raise SystemExit  # as a signal's handler may, which runs between any two steps
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    with pytest.raises(SystemExit):
+        start("time.sleep(600)")
+
+    assert not psutil.pid_exists(hidden[0].pid)  # ended, and reaped
+    hidden[0].wait()
 
 
 @pytest.mark.parametrize(
