@@ -315,8 +315,8 @@ def _start_error(error: OSError | ValueError, binary: str, workspace: str) -> Op
         return OpenCodeConfigError(f"workspace {workspace!r} {what}")
     if error.errno == errno.E2BIG:
         return OpenCodeConfigError(
-            "the environment is too large for a process: make extra_env, config_overrides or the "
-            "environment of this program smaller"
+            "title or environment is too large for a process: make title, extra_env, "
+            "config_overrides or the environment of this program smaller"
         )
     if error.filename == binary and error.errno != errno.ETXTBSY:
         return OpenCodeBinaryNotFoundError(f"{binary!r} cannot be run: {error.strerror}")
