@@ -101,11 +101,14 @@ class DataDirectories:
         self._is_closed = False
         self._pid = os.getpid()
 
-    def lease(self, env: Mapping[str, str], *, session_id: str | None = None) -> Lease:
+    def lease(
+        self, env: Mapping[str, str], *, session_id: str | None = None, fork: bool = False
+    ) -> Lease:
         """A directory for one run: the one of *session_id*, else one that is free.
 
         Args:
             env: The run's environment; says where the user's credentials are.
+            fork: The run branches the session. Several may at a time, as it stays as it is.
 
         Raises:
             OpenCodeConfigError: If the session is unknown here, or has a run on it now.
@@ -113,17 +116,18 @@ class DataDirectories:
             OpenCodeError: If there is no place for a directory.
         """
         with in_words(self._kept), _interrupt.deferred():
-            return self._lease(env, session_id)
+            return self._lease(env, session_id, fork)
 
-    def _lease(self, env: Mapping[str, str], session_id: str | None) -> Lease:
+    def _lease(self, env: Mapping[str, str], session_id: str | None, fork: bool) -> Lease:
         with self._locked():
             if self._is_closed:
                 raise OpenCodeCancelledError("the client was closed while the run was starting")
             slot = self._free_slot() if session_id is None else self._slot_of(session_id)
             self._users[slot] = self._users.get(slot, 0) + 1
-            if session_id is not None:
-                self._busy.add(session_id)
-            lease = Lease(self, slot, self._root() / str(slot), session_id)
+            own = None if fork else session_id
+            if own is not None:
+                self._busy.add(own)
+            lease = Lease(self, slot, self._root() / str(slot), own)
         try:
             link_credentials(env, lease.path)
         except BaseException:
@@ -201,7 +205,9 @@ class DataDirectories:
         if session_id in self._busy:
             raise OpenCodeConfigError(f"session {session_id!r} has a run under way: wait for it")
         if home.slot not in self._users and not self._lock_file(home.slot):
-            raise OpenCodeConfigError(f"session {session_id!r} is in use by another process")
+            raise OpenCodeConfigError(
+                f"the directory of session {session_id!r} is in use by another process: wait for it"
+            )
         return home.slot
 
     def _lock_file(self, slot: int) -> bool:

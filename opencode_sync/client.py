@@ -193,7 +193,7 @@ class OpenCodeClient(Runner):
             lease = None
             if isolated:
                 cfg = self._own_session(cfg, request.workspace)
-                lease = self._directories.lease(env, session_id=cfg.session_id)
+                lease = self._directories.lease(env, session_id=cfg.session_id, fork=cfg.fork)
                 undo.callback(lease.release)
             env = self._placed(env, cfg, lease)
             with ExitStack() as starting:

@@ -240,6 +240,25 @@ def test_a_session_has_one_run_at_a_time(pool: DataDirectories) -> None:
     pool.lease({}, session_id="ses_1").release()
 
 
+def test_a_session_is_branched_by_several_runs_at_a_time(pool: DataDirectories) -> None:
+    first = pool.lease({})
+    first.remember("ses_1", "/a")
+
+    branches = [pool.lease({}, session_id="ses_1", fork=True) for _ in range(2)]
+
+    assert [branch.path for branch in branches] == [first.path] * 2
+
+
+def test_a_session_with_a_run_under_way_is_not_branched(pool: DataDirectories) -> None:
+    pool.lease({}).remember("ses_1", "/a")
+    under_way = pool.lease({}, session_id="ses_1")
+
+    with pytest.raises(OpenCodeConfigError, match="has a run under way"):
+        pool.lease({}, session_id="ses_1", fork=True)
+
+    under_way.release()
+
+
 def test_the_last_session_of_a_workspace_is_known(pool: DataDirectories) -> None:
     lease = pool.lease({})
     for session, workspace in (("ses_1", "/a"), ("ses_2", "/a"), ("ses_3", "/b")):
@@ -319,7 +338,7 @@ except ValueError as error:
 
     assert done.stdout.decode().splitlines() == [
         "1",
-        "session 'ses_1' is in use by another process",
+        "the directory of session 'ses_1' is in use by another process: wait for it",
     ]
     lease.release()
 
