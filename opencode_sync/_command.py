@@ -219,7 +219,7 @@ def add_plugin(env: dict[str, str]) -> dict[str, str]:
     With any plugin OpenCode waits for its own installations by npm, which without a network take
     70 s in each directory, and 0.4 s without retries; the plugin gives tools npm's default back.
     """
-    if not PLUGIN.is_file():  # the package stands in an archive; the plugin only adds detail
+    if not PLUGIN.is_file():  # the package stands in an archive; to a run it only adds detail
         return env
     config = _parent_config(env.get("OPENCODE_CONFIG_CONTENT"))
     plugins = config.get("plugin")

@@ -25,6 +25,8 @@ _log = logging.getLogger("opencode_sync")
 
 EXIT_S = 1.0  # how long one that does not answer may take to be seen to have ended
 
+_CLOSED = "the server was closed while the run was starting"
+
 
 class Fleet:
     """Thread-safe. Its lock is held while a server starts or ends, not while one is asked."""
@@ -57,7 +59,7 @@ class Fleet:
         """
         with self._lock:
             if self._is_closed:
-                raise OpenCodeCancelledError("the server was closed while the run was starting")
+                raise OpenCodeCancelledError(_CLOSED)
             current = self._current
             if current is not None and (current.is_gone or self._is_too_large(current)):
                 self._current = None
@@ -65,9 +67,17 @@ class Fleet:
                 self._end_if_done(current)
                 current = None
             if current is None:
-                current = self._current = self._origin.start()
+                current = self._current = self._start()
                 self._all.add(current)
             return current
+
+    def _start(self) -> InUse:
+        try:
+            return self._origin.start()
+        except OpenCodeServerError as error:
+            if self._is_closed:
+                raise OpenCodeCancelledError(_CLOSED) from error
+            raise
 
     def begin(self, request: Request, cancelled: Callable[[], bool] = lambda: False) -> Turn:
         """Send *request* to the server in use.
@@ -79,19 +89,25 @@ class Fleet:
             OpenCodeError: What :meth:`current` and :meth:`Link.begin` raise.
             OpenCodeCancelledError: If it was cancelled.
         """
+        ticket = object()
+        server = self._enter(ticket)
         try:
-            return self._begin(request, cancelled)
+            return self._begin(server, ticket, request, cancelled)
         except OpenCodeServerError as error:
-            if error.status_code is not None or not self._has_died():
+            if error.status_code is not None or not _has_died(server):
                 raise
         # It had died before, and has taken nothing: the next one may.
-        return self._begin(request, cancelled)
+        return self._begin(self._enter(ticket), ticket, request, cancelled)
 
-    def _begin(self, request: Request, cancelled: Callable[[], bool]) -> Turn:
-        ticket = object()
+    def _enter(self, ticket: object) -> InUse:
         with self._lock:
             server = self.current()
             server.turns.add(ticket)
+        return server
+
+    def _begin(
+        self, server: InUse, ticket: object, request: Request, cancelled: Callable[[], bool]
+    ) -> Turn:
         try:
             if cancelled():
                 raise OpenCodeCancelledError("the run was cancelled while it was starting")
@@ -103,16 +119,15 @@ class Fleet:
         self._origin.remember(turn.session_id, str(request.workspace))
         return turn
 
-    def _has_died(self) -> bool:
-        current = self._current
-        if current is None or current.is_gone:
-            return True
-        return current.process is not None and current.process.wait_exited(EXIT_S)
+    def give_up(self) -> None:
+        """Start no more servers, nor wait for one that is starting; from any thread."""
+        self._is_closed = True
+        self._origin.give_up()
 
     def close(self) -> None:
         """End all servers. Idempotent."""
+        self.give_up()
         with self._lock:
-            self._is_closed = True
             self._current = None
         while self._all:
             self._all.pop().close()
@@ -138,6 +153,10 @@ class Fleet:
                 self._all.discard(server)
         if is_done:
             server.close()
+
+
+def _has_died(server: InUse) -> bool:
+    return server.is_gone or (server.process is not None and server.process.wait_exited(EXIT_S))
 
 
 class Attached:

@@ -50,12 +50,14 @@ class Server:
         directory: Path,
         *,
         timeout_s: float,
+        settled: threading.Event,
         on_exit: Callable[[str], None],
         on_refusal: Callable[[str, int], None],
     ) -> None:
         """Start it in *directory*, and wait until it listens.
 
         Args:
+            settled: Set when it listens or has ended; set by anybody else, it is not waited for.
             on_exit: Called in a helper thread when it has ended, with what ended it.
             on_refusal: Called in a helper thread with the session and the HTTP status that a
                 provider refused it with.
@@ -70,7 +72,7 @@ class Server:
         self._on_exit = on_exit
         self._on_refusal = on_refusal
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
-        self._settled = threading.Event()  # it listens, or has ended
+        self._settled = settled
         self._exited = threading.Event()
         self._is_stopping = False
         self._output, childs_end = socket.socketpair()

@@ -9,17 +9,19 @@ Knows how a server is started and ended; nothing of when, nor of what is asked o
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from . import _watchdog
-from ._command import build_env, resolve_binary, without_user_config
+from ._command import PLUGIN, build_env, resolve_binary, without_user_config
 from ._datadir import DataDirectories, Lease
 from ._link import Link, dispose
 from ._serve import Server
 from .config import RunConfig
-from .errors import OpenCodeServerError
+from .errors import OpenCodeConfigError, OpenCodeServerError
 
 
 @dataclass(eq=False)
@@ -55,6 +57,9 @@ class Origin(Protocol):
             OpenCodeError: If there is none to be had.
         """
 
+    def give_up(self) -> None:
+        """Have a start that is under way fail, as far as it can be helped; from any thread."""
+
     def remember(self, session_id: str, workspace: str) -> None:
         """Keep in mind, beyond our end, that there is this session."""
 
@@ -71,6 +76,9 @@ class Elsewhere:
     def start(self) -> InUse:
         """Reach it; see :class:`Origin`."""
         return InUse(Link(self._url, username=self._username, password=self._password))
+
+    def give_up(self) -> None:
+        """Nothing: what it does not answer to, it is asked with a bound."""
 
     def remember(self, session_id: str, workspace: str) -> None:
         """Nothing: it keeps its own sessions."""
@@ -107,13 +115,16 @@ class Own:
             on_remove=_watchdog.discard_directory if watchdog else _nothing,
         )
         self._leases: list[Lease] = []  # one, from the first start on
+        self._settled = threading.Event()  # the start under way
+        self._is_given_up = False
 
     def start(self) -> InUse:
         """Start one; see :class:`Origin`."""
         binary = resolve_binary(self._binary)
+        env = build_env(self._cfg)
+        _check_plugin(env)
         if self._watchdog:
             _watchdog.guard()
-        env = build_env(self._cfg)
         if not self._leases:
             self._leases.append(self._directories.lease(env))
         data = self._leases[0].path
@@ -131,11 +142,15 @@ class Own:
             for link in links:
                 link.note_refusal(session_id, status)
 
+        self._settled = threading.Event()
+        if self._is_given_up:  # give_up() looks for the event after it has said so
+            self._settled.set()
         process = Server(
             binary,
             env,
             data,
             timeout_s=self._timeout_s,
+            settled=self._settled,
             on_exit=on_exit,
             on_refusal=on_refusal,
         )
@@ -150,6 +165,11 @@ class Own:
             raise
         return InUse(links[0], process)
 
+    def give_up(self) -> None:
+        """See :class:`Origin`."""
+        self._is_given_up = True
+        self._settled.set()
+
     def remember(self, session_id: str, workspace: str) -> None:
         """See :class:`Origin`; in a temporary directory there is no beyond."""
         for lease in self._leases if self._is_kept else ():
@@ -160,6 +180,20 @@ class Own:
         while self._leases:
             self._leases.pop().release()
         self._directories.close()
+
+
+def _check_plugin(env: Mapping[str, str]) -> None:
+    """Refuse a server without our plugin, whose tools could read its password."""
+    if env.get("OPENCODE_PURE", "").lower() in ("1", "true"):
+        why, instead = "OPENCODE_PURE leaves out all plugins", "unset it"
+    elif not PLUGIN.is_file():
+        why, instead = "there is no file of it (a package in an archive?)", "install the package"
+    else:
+        return
+    raise OpenCodeConfigError(
+        f"{why}, and our plugin keeps the server's password from its tools: {instead}, or use "
+        "OpenCodeClient"
+    )
 
 
 def _nothing(path: Path) -> None:

@@ -157,6 +157,8 @@ class OpenCodeServer(Runner):
         return self
 
     def close(self) -> None:
+        if os.getpid() == self._owner_pid:
+            self._fleet.give_up()  # the runs that wait for a start would not end before it does
         super().close()
         _close_in(self._owner_pid, self._fleet, self._attached)
 

@@ -10,7 +10,8 @@ The first word of a prompt says what its turn does:
     break        ends the turn with an error
     die          ends the server
 
-Sessions are kept in the data directory. Environment: SERVING_START=silent|crash|slow.
+Sessions are kept in the data directory. Environment: SERVING_START=silent|crash|slow, and
+SERVING_TELLS, a file that is written when it was started.
 """
 
 from __future__ import annotations
@@ -92,7 +93,10 @@ class Turn:
         if self.verb == "tool":
             marks = f"{os.environ['OPENCODE_SYNC_RUN']}/{self.id}"
             env = {**os.environ, "OPENCODE_SYNC_RUN": marks}
-            subprocess.Popen(["sleep", "600"], env=env, start_new_session=True)
+            tool = subprocess.Popen(["sleep", "600"], env=env, start_new_session=True)
+            shown = Path(f"/proc/{tool.pid}/environ")
+            while shown.exists() and marks.encode() not in shown.read_bytes():
+                time.sleep(0.001)  # for a moment of its start a process shows none
         text = self.part(entry, "text", text="", time={"start": 1})
         emit("message.part.delta", self.id, partID=text["id"], field="text", delta=self.verb)
         words = self.answer()
@@ -236,6 +240,8 @@ def main() -> None:
     start = os.environ.get("SERVING_START")
     if start == "crash":
         sys.exit("something is \x1b[31mwrong\x1b[0m")
+    if told := os.environ.get("SERVING_TELLS"):
+        Path(told).write_text("started")
     if start in ("silent", "slow"):
         time.sleep(600 if start == "silent" else 1)
     for session in sessions.values():

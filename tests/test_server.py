@@ -28,6 +28,9 @@ from opencode_sync import (
     RunConfig,
     _tree,
 )
+from opencode_sync._fleet import Fleet
+from opencode_sync._request import Request
+from opencode_sync._servers import Elsewhere, InUse
 from opencode_sync.server import OpenCodeServer
 from tests import serving
 
@@ -244,6 +247,19 @@ def test_pure_is_refused_for_a_server(serve: Serve) -> None:
         serve(run_cfg=RunConfig(pure=True))
 
 
+@pytest.mark.parametrize("by", ["its settings", "the environment"])
+def test_plugins_switched_off_are_refused_for_a_server(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    pure = {"OPENCODE_PURE": "1"}
+    if by == "the environment":
+        monkeypatch.setenv("OPENCODE_PURE", "1")
+    server = serve(run_cfg=RunConfig(extra_env=pure if by == "its settings" else None))
+
+    with pytest.raises(OpenCodeConfigError, match=r"OPENCODE_PURE leaves out all plugins.*unset"):
+        server.run("say hello")
+
+
 # --- stopping ------------------------------------------------------------------------------------
 
 
@@ -452,6 +468,38 @@ def test_a_server_that_does_not_start_is_an_error_with_its_words(
         server.run("say hello")
 
 
+def test_a_server_that_does_not_start_is_not_tried_again(tmp_path: Path) -> None:
+    class Failing(Elsewhere):
+        starts = 0
+
+        def start(self) -> InUse:
+            self.starts += 1
+            raise OpenCodeServerError("it does not start")
+
+    origin = Failing("http://127.0.0.1:1")
+
+    with pytest.raises(OpenCodeServerError, match="it does not start"):
+        Fleet(origin).begin(Request("say hello", tmp_path, RunConfig()))
+
+    assert origin.starts == 1
+
+
+def test_closing_does_not_wait_for_a_server_that_does_not_start(
+    serve: Serve, workspace: Path, tmp_path: Path
+) -> None:
+    told = tmp_path / "told"
+    os.mkfifo(told)
+    cfg = RunConfig(extra_env={"SERVING_START": "silent", "SERVING_TELLS": str(told)})
+    server = serve(run_cfg=cfg, startup_timeout_s=10_000)
+    future = server.submit("say hello", workspace)
+    assert told.read_text() == "started"
+
+    server.close()
+
+    with pytest.raises(OpenCodeCancelledError, match="closed while the run was starting"):
+        future.result(WITHIN_S)
+
+
 def test_a_binary_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OpenCodeBinaryNotFoundError), OpenCodeServer(tmp_path / "nothing"):
         pass
@@ -480,6 +528,9 @@ ENDS = {
 def test_a_program_that_ends_takes_its_server_along(binary: str, workspace: Path, end: str) -> None:
     program = f"""
 import os, sys
+from opencode_sync._fleet import Fleet
+from opencode_sync._request import Request
+from opencode_sync._servers import Elsewhere, InUse
 from opencode_sync.server import OpenCodeServer
 server = OpenCodeServer({binary!r})
 stream = server.stream("tool", {str(workspace)!r})
