@@ -25,7 +25,10 @@ if TYPE_CHECKING:  # imported where it is used: it takes 0.1 s
 USER = "opencode"  # OpenCode's own default
 
 CONNECT_S = 5.0
-REQUEST_S = 60.0  # the first request in a directory reads its configuration: 1 to 4 s were seen
+REQUEST_S = 60.0
+# The first request in a directory reads its configuration: 1 to 4 s were seen. Where there is a
+# .opencode, OpenCode installs by npm into it before it answers: 90 s on a slow network.
+FIRST_S = 300.0
 
 
 class Connection:
@@ -34,6 +37,7 @@ class Connection:
     Attributes:
         url: Where it is, without credentials.
         label: Its host and port.
+        password: What it asks for, or None.
         lost: Why it is gone, once somebody knows; requests that fail then say so.
     """
 
@@ -53,6 +57,7 @@ class Connection:
         self.lost: str | None = None
         username = username or unquote(parts.username or "") or USER
         password = password if password is not None else unquote(parts.password or "")
+        self.password = password or None
         self._settings: dict[str, Any] = {
             "base_url": self.url,
             "auth": httpx2.BasicAuth(username, password) if password else None,

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from ._bodies import command_body, missing_rules, permission_rules, prompt_body, session_body
-from ._http import Connection
+from ._http import FIRST_S, Connection
 from ._replies import Replies, allow_once, decline, reject
 from ._request import Request
 from ._sessions import Sessions, stored_messages
@@ -154,7 +154,7 @@ class Link:
                 raise OpenCodeConfigError(f"fork=True, but there is no session yet in {directory}")
         if session_id is None:
             body = session_body(request.prompt, cfg, **_allowed(request))
-            made = self.connection.post("/session", body, directory=directory)
+            made = self.connection.post("/session", body, timeout_s=FIRST_S, directory=directory)
             session_id = str(made["id"])
         else:
             session_id = self._taken_up(session_id, directory, request)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from ._http import REQUEST_S, Connection
+from ._http import FIRST_S, REQUEST_S, Connection
 from ._sse import mapping
 from .errors import OpenCodeConfigError, OpenCodeServerError
 
@@ -166,7 +166,7 @@ class Sessions:
             ) from None
 
     def _get(self, path: str, **params: Any) -> Any:
-        return self._connection.get(path, **params)
+        return self._connection.get(path, timeout_s=FIRST_S, **params)
 
 
 def stored_messages(

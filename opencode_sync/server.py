@@ -136,9 +136,8 @@ class OpenCodeServer(Runner):
 
     @property
     def password(self) -> str | None:
-        """What it asks for; the user name is ``"opencode"``."""
-        process = self._server().process
-        return process.password if process is not None else (self._elsewhere or (None,) * 3)[2]
+        """What it asks for; the user name of one of ours is ``"opencode"``."""
+        return self._server().link.connection.password
 
     @property
     def pid(self) -> int | None:

@@ -29,6 +29,7 @@ from opencode_sync import (
     _tree,
 )
 from opencode_sync._fleet import Fleet
+from opencode_sync._http import FIRST_S
 from opencode_sync._request import Request
 from opencode_sync._servers import Elsewhere, InUse
 from opencode_sync.server import OpenCodeServer
@@ -529,6 +530,7 @@ def test_a_program_that_ends_takes_its_server_along(binary: str, workspace: Path
     program = f"""
 import os, sys
 from opencode_sync._fleet import Fleet
+from opencode_sync._http import FIRST_S
 from opencode_sync._request import Request
 from opencode_sync._servers import Elsewhere, InUse
 from opencode_sync.server import OpenCodeServer
@@ -595,6 +597,22 @@ def test_a_server_that_hangs_is_stopped_within_seconds(
     assert tools_of(stream.session_id) == []
 
 
+def test_the_first_request_in_a_directory_may_take_minutes(
+    server: OpenCodeServer, workspace: Path
+) -> None:
+    patience: dict[tuple[str, str], float] = {}
+
+    def note(request: Any) -> None:
+        patience[request.method, request.url.path] = request.extensions["timeout"]["read"]
+
+    server._fleet.current().link.connection._client.event_hooks = {"request": [note]}
+    for cfg in (RunConfig(), RunConfig(continue_session=True)):
+        server.run("say hello", workspace, run_cfg=cfg)
+
+    assert patience["POST", "/session"] == FIRST_S
+    assert patience["GET", "/session"] == FIRST_S
+
+
 # --- elsewhere -----------------------------------------------------------------------------------
 
 
@@ -607,6 +625,13 @@ def test_a_server_elsewhere_is_used_and_not_stopped(
 
     assert result.final_text == "hello"
     assert server.run("say on", workspace).final_text == "on"
+
+
+def test_the_password_of_a_server_elsewhere_may_stand_in_its_url(server: OpenCodeServer) -> None:
+    url = server.url.replace("http://", f"http://opencode:{server.password}@")
+
+    with OpenCodeServer.connect(url) as there:
+        assert (there.url, there.password) == (server.url, server.password)
 
 
 def test_a_server_elsewhere_refuses_a_wrong_password(server: OpenCodeServer) -> None:
