@@ -8,9 +8,10 @@ from .setting import Setting
 
 
 def batch(setting: Setting) -> list[Row]:
-    """A batch of 20,000 jobs of a runner without processes."""
+    """A batch of 20,000 jobs of a runner without processes; prints what a million would take."""
     first, last = scale.measure(*((4_000, 400) if setting.is_quick else ()))
     early, late = scale.speeds(first, last)
+    print("\n".join(scale.told(first, last, scale.PROMPTS // (20 if setting.is_quick else 1))))
     jobs = f"{last.jobs:,} jobs with a checkpoint"
     return [
         _single(

@@ -3,17 +3,21 @@
     python -m tests.benchmarks.scale
 
 Part one runs 20,000 jobs of the fastest stand-in, with a checkpoint, and prints memory and speed at
-2,000 and at 20,000. Part two is arithmetic on figures that were measured with opencode 1.18.33 on
-2 cores (FIGURES): what 1,000,000 prompts over 100 machines take and cost, and what is in the way.
+2,000 and at 20,000. Part two plays through 1,000,000 prompts over 100 machines, with the speed of
+part one and with figures that were measured with opencode 1.18.33 on 2 cores (FIGURES): what they
+take and cost, and what is in the way.
 """
 
 from __future__ import annotations
 
+import random
 import resource
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from pathlib import Path
 
 from tests.scripted import ScriptedRunner
@@ -21,6 +25,7 @@ from tests.scripted import ScriptedRunner
 JOBS, EARLY = 20_000, 2_000
 ALLOWED_MIB = 30
 ALLOWED_SLOWDOWN = 0.7  # of jobs per second, late against early; below, something grows
+PROMPTS, MACHINES = 1_000_000, 100
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,9 @@ class Figures:
         0.15  # of a core, for one prompt on a server: 13.7 per s, 16 at once, measured
     )
     warm_most: int = 16  # sessions at a time on one server; more were not tried
-    model_s: float = 30.0  # assumed: a task of a few steps
+    model_s: float = 30.0  # assumed: a task of a few steps, on average
     dollars: float = 0.02  # assumed: 5,000 tokens in, 500 out, at 3 and 10 dollars a million
+    machine_dollars: float = 0.08  # assumed: for an hour of one
     record_kib: float = 20.0  # of a checkpoint, per job
 
 
@@ -89,37 +95,93 @@ FIGURES = Figures()
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """How one way of running them would go."""
+class Way:
+    """One way of running them on a machine."""
 
     name: str
+    workers: int
+    cpu_s: float  # of a core, for one prompt
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How it went.
+
+    Attributes:
+        shares: What the workers' time went into, largest first, in sum 1.
+    """
+
+    way: Way
     at_once: int
-    per_s: float
     hours: float
-    bottleneck: str
+    per_s: float
+    shares: dict[str, float]
 
 
-def forecast(prompts: int, machines: int, figures: Figures = FIGURES) -> list[Forecast]:
-    """A process per run, and a warm server on each machine."""
-    f = figures
+def ways(f: Figures = FIGURES) -> list[Way]:
+    """A process per run, with more or fewer of them, and a warm server on each machine."""
     by_memory = int((f.memory_gib - 1.0) / f.run_gib)
-    by_default = min(by_memory, 2 * f.cores)
-    ways = [
-        ("a process per run, default workers", by_default, f.start_cpu_s),
-        ("a process per run, workers by memory", by_memory, f.start_cpu_s),
-        ("a warm server each", f.warm_most, f.warm_cpu_s),
+    return [
+        Way("a process per run, default workers", min(by_memory, 2 * f.cores), f.start_cpu_s),
+        Way("a process per run, workers by memory", by_memory, f.start_cpu_s),
+        Way("a warm server each", f.warm_most, f.warm_cpu_s),
     ]
-    return [_forecast(name, n, cpu_s, prompts, machines, f) for name, n, cpu_s in ways]
 
 
-def _forecast(
-    name: str, workers: int, cpu_s: float, prompts: int, machines: int, f: Figures
-) -> Forecast:
-    by_model = workers / (f.model_s + cpu_s)
-    by_cpu = f.cores / cpu_s
-    per_s = machines * min(by_model, by_cpu)
-    bottleneck = "the model's time" if by_model <= by_cpu else "CPU for start-ups"
-    return Forecast(name, machines * workers, per_s, prompts / per_s / 3600, bottleneck)
+def simulate(
+    way: Way, batch_s: float, prompts: int = PROMPTS, machines: int = MACHINES, f: Figures = FIGURES
+) -> Outcome:
+    """Play *prompts* through.
+
+    One batch hands them out and takes them in, *batch_s* for each. A worker that is free gets the
+    next one, waits for a core of its machine, and then for the model, whose times are exponentially
+    distributed: most are short, a few long.
+    """
+    dice = random.Random(1)
+    free = [(0.0, machine) for machine in range(machines) for _ in range(way.workers)]
+    heapify(free)
+    cores = [[0.0] * f.cores for _ in range(machines)]
+    batch_free = end = 0.0
+    spent: Counter[str] = Counter()
+    for _ in range(prompts):
+        ready, machine = heappop(free)
+        begun = batch_free = max(ready, batch_free) + batch_s
+        ended = max(begun, heappop(cores[machine])) + way.cpu_s
+        heappush(cores[machine], ended)
+        model_s = dice.expovariate(1 / f.model_s)
+        heappush(free, (ended + model_s, machine))
+        end = max(end, ended + model_s)
+        spent["the batch"] += begun - ready  # type: ignore[assignment]
+        spent["the processor"] += ended - begun  # type: ignore[assignment]
+        spent["the model"] += model_s  # type: ignore[assignment]
+    shares = {name: seconds / spent.total() for name, seconds in spent.most_common()}
+    return Outcome(way, machines * way.workers, end / 3600, prompts / end, shares)
+
+
+def told(first: Mark, last: Mark, prompts: int = PROMPTS) -> list[str]:
+    """The simulation in lines, from what was measured of a batch."""
+    _, late = speeds(first, last)
+    per_job_mib = (last.high_water_mib - first.high_water_mib) / (last.jobs - first.jobs)
+    f = FIGURES
+    lines = [
+        f"{prompts:,} prompts over {MACHINES} machines of {f.cores} cores, {f.memory_gib:g} GiB,",
+        f"with a model that takes {f.model_s:g} s and ${f.dollars:g} for each:",
+    ]
+    for way in ways():
+        outcome = simulate(way, 1 / late, prompts)
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in outcome.shares.items())
+        dollars = outcome.hours * MACHINES * f.machine_dollars
+        lines.append(
+            f"  {way.name}: {outcome.hours:.1f} h, {outcome.per_s:.1f} per s, "
+            f"{outcome.at_once:,} at once"
+        )
+        lines.append(f"    machines: ${dollars:,.0f}; time: {shares}")
+    return [
+        *lines,
+        f"  the model: ${prompts * f.dollars:,.0f}, whichever way",
+        f"  the checkpoint: {prompts * f.record_kib / 2**20:.1f} GiB on disk",
+        f"  the batch: {per_job_mib * prompts:,.0f} MiB, and {late:,.0f} jobs per s at most",
+    ]
 
 
 def main() -> int:
@@ -134,20 +196,7 @@ def main() -> int:
     print(f"jobs per second: {early:,.0f} up to {first.jobs:,}, {late:,.0f} after it")
     print(f"memory grew by {growth:.1f} MiB (allowed: {ALLOWED_MIB})")
 
-    prompts, machines = 1_000_000, 100
-    f = FIGURES
-    print(
-        f"\n{prompts:,} prompts over {machines} machines of {f.cores} cores, {f.memory_gib:g} GiB,"
-    )
-    print(f"with a model that takes {f.model_s:g} s and ${f.dollars:g} for each:")
-    for way in forecast(prompts, machines):
-        print(
-            f"  {way.name:<38} {way.at_once:>6,} at once {way.per_s:>7.1f} per s "
-            f"{way.hours:>6.1f} h  limit: {way.bottleneck}"
-        )
-    print(f"  the model: ${prompts * f.dollars:,.0f}, whichever way")
-    print(f"  the checkpoint: {prompts * f.record_kib / 2**20:.1f} GiB")
-    print(f"  one batch gives out {late:,.0f} jobs per s at most: no limit here")
+    print("\n" + "\n".join(told(first, last)))
     return int(growth > ALLOWED_MIB or late < ALLOWED_SLOWDOWN * early)
 
 
