@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
@@ -217,7 +218,8 @@ def ask_in_terminal(
 ) -> PermissionReply | QuestionReply:
     """Ask who sits at the terminal; for *on_permission* and *on_question* alike.
 
-    Where nobody answers, at the end of stdin, it rejects or declines.
+    What was typed before a tool's request is shown gives it no permission, and is dropped. Where
+    nobody answers, at the end of stdin, it rejects or declines.
     """
     try:
         if isinstance(request, PermissionRequest):
@@ -228,6 +230,7 @@ def ask_in_terminal(
 
 
 def _ask_permission(request: PermissionRequest) -> PermissionReply:
+    _forget_typed()
     _say(f"OpenCode asks for permission: {request.permission} {', '.join(request.patterns)}")
     for name in ("command", "diff"):
         if detail := str(request.metadata.get(name, "")):
@@ -271,6 +274,16 @@ def _chosen(question: Question, text: str) -> list[str]:
     if not all(1 <= number <= len(question.options) for number in numbers):
         return []
     return [question.options[number - 1].label for number in numbers]
+
+
+def _forget_typed() -> None:
+    """Drop what was typed before there was a question: it is no answer to it."""
+    try:
+        import termios
+    except ImportError:  # Windows
+        return
+    with suppress(OSError, ValueError, termios.error):  # stdin is no terminal
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
 
 
 def _say(text: str) -> None:

@@ -233,6 +233,21 @@ def test_a_chat_asks_for_permission_on_the_screen(terminal: Terminal, server: Pa
     assert screen.end() == 0
 
 
+def test_what_was_typed_before_a_question_is_no_answer_to_it(
+    terminal: Terminal, server: Path
+) -> None:
+    screen = terminal(server, "chat", "--permission", "ask")
+    await_prompt(screen)
+    screen.type("ask\ny\n")
+    screen.wait_for("with words to the model: ")
+    screen.type("not now\n")
+    screen.wait_for('{"reply": "reject", "message": "not now"}\nok')
+    await_prompt(screen)
+    screen.type(CTRL_D)
+
+    assert screen.end() == 0
+
+
 def test_ctrl_c_ends_a_turn_of_a_chat_and_at_the_prompt_the_chat(
     terminal: Terminal, server: Path
 ) -> None:
