@@ -18,18 +18,16 @@ from __future__ import annotations
 
 import errno
 import os
-import queue
 import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import IO, Any, Literal
 
 from . import _interrupt, _tree
+from ._output import Block, Channel, Output, Queue
 
-BLOCK_BYTES = 256 * 1024
 BACKLOG = 32  # blocks in the queue; a reader that is so far ahead leaves the rest on disk
 # How long a new line, or the exit, can go unseen: a twentieth of the time that was waited for it,
 # at most the second. Most of a run is spent waiting for a model, at 0.5 % of a core per run.
@@ -37,9 +35,6 @@ FIRST_PAUSE_S = 0.001
 LONGEST_PAUSE_S = {"stdout": 0.008, "stderr": 0.02}
 REAP_S = 2.0  # bound on waiting for a child that has been killed
 JOIN_S = 2.0  # bound on waiting for a reader that has been told to end
-
-Channel = Literal["stdout", "stderr"]
-Block = tuple[Channel, bytes]
 
 
 class Process:
@@ -66,8 +61,8 @@ class Process:
         self._token = token
         self._owner_pid = os.getpid()
         self._is_closed = False
-        self._outputs: dict[Channel, _Output] = {}
-        self._queue = _Queue()
+        self._outputs: dict[Channel, Output] = {}
+        self._queue = Queue()
         self._readers: dict[Channel, threading.Thread] = {}
         self._popen: subprocess.Popen[bytes] | None = None
         try:
@@ -84,8 +79,8 @@ class Process:
     def _start(
         self, argv: Sequence[str], cwd: str, env: Mapping[str, str], stdin: bytes
     ) -> subprocess.Popen[bytes]:
-        self._outputs["stdout"] = stdout = _Output()
-        self._outputs["stderr"] = stderr = _Output()
+        self._outputs["stdout"] = stdout = Output()
+        self._outputs["stderr"] = stderr = Output()
         with tempfile.TemporaryFile(buffering=0) as prompt:
             view = memoryview(stdin)
             while view:
@@ -227,9 +222,9 @@ def _has_exited(pid: int) -> bool:
 
 def _read(
     channel: Channel,
-    output: _Output,
+    output: Output,
     popen: subprocess.Popen[bytes],
-    put: _Queue,
+    put: Queue,
 ) -> None:
     """Hand over what a child writes, block by block, and an empty block at the end."""
     longest_s, begun = LONGEST_PAUSE_S[channel], time.monotonic()
@@ -264,43 +259,6 @@ def _pause(begun: float, timeout: float | None, longest_s: float = 0.02) -> bool
         pause_s = min(pause_s, timeout - waited_s)
     time.sleep(pause_s)
     return True
-
-
-class _Queue(queue.SimpleQueue[Block | BaseException]):
-    """A queue that can be waited for without taking anything from it; for one taker."""
-
-    def __init__(self) -> None:
-        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # rings for each item
-
-    def put(self, item: Block | BaseException, *args: Any) -> None:
-        super().put(item, *args)
-        self._bell.put(None)
-
-    def wait(self, timeout: float | None) -> None:
-        """Return when it holds something; raises queue.Empty after *timeout* seconds."""
-        while self.empty():
-            self._bell.get(timeout=timeout)  # at once where it rang for what is taken by now
-
-
-class _Output:
-    """A file that a child writes, read as it grows.
-
-    Attributes:
-        is_wanted: Whether somebody still reads it. A plain flag, since a lock could be held by
-            the very thread that a finaliser interrupts.
-    """
-
-    def __init__(self) -> None:
-        self.file: IO[bytes] = tempfile.TemporaryFile(buffering=0)
-        self.is_wanted = True
-        self._offset = 0
-
-    def read(self) -> bytes:
-        """The next block of what is there; empty where there is nothing new."""
-        # The child's own position in the file is not touched.
-        block = os.pread(self.file.fileno(), BLOCK_BYTES, self._offset)
-        self._offset += len(block)
-        return block
 
 
 class LineSplitter:

@@ -29,7 +29,7 @@ ROWS = (
     ("_folding",),  # what an event does to a result
     ("result",),  # events folded
     # I/O: processes, files, bytes and messages; knows nothing of prompts.
-    ("_tree", "_gate", "_datadir", "_http", "_eventlog", "_machine"),
+    ("_tree", "_gate", "_datadir", "_http", "_eventlog", "_machine", "_output"),
     ("_process", "_serve", "_watchdog", "_sse"),
     # One prompt: what it asks for, its bounds, where its events come from; how it looks.
     ("_request", "_bodies", "_limits", "_source", "_chat"),

@@ -19,7 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
-from opencode_sync import _process, _tree
+from opencode_sync import _output, _process, _tree
+from opencode_sync._output import BLOCK_BYTES
 from opencode_sync._process import LineSplitter, Process
 
 Start = Callable[..., Process]
@@ -190,7 +191,7 @@ def test_what_goes_wrong_in_a_reader_is_raised_where_the_caller_waits(
 def test_a_flood_that_nobody_takes_stays_on_disk(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_process, "BLOCK_BYTES", 1_000)
+    monkeypatch.setattr(_output, "BLOCK_BYTES", 1_000)
     process = start("os.write(1, b'x' * 1_000_000)")
     while process.returncode is None:
         process.wait_started(0.01)
@@ -459,7 +460,7 @@ def test_a_line_of_50_mb_in_small_blocks_takes_no_time() -> None:
     begun = time.monotonic()
 
     for _ in range(200):
-        splitter.feed(b"x" * _process.BLOCK_BYTES)
+        splitter.feed(b"x" * BLOCK_BYTES)
 
-    assert len(splitter.feed(b"\n") or b"") == 200 * _process.BLOCK_BYTES
+    assert len(splitter.feed(b"\n") or b"") == 200 * BLOCK_BYTES
     assert time.monotonic() - begun < LONG_S

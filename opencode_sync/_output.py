@@ -1,0 +1,56 @@
+"""What a child writes, on its way to who reads it.
+
+    unnamed file --Output.read()--> block --Queue--> wait(), get_nowait()   (one taker)
+
+Knows bytes; nothing of processes and threads.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import tempfile
+from typing import IO, Any, Literal
+
+BLOCK_BYTES = 256 * 1024
+
+Channel = Literal["stdout", "stderr"]
+Block = tuple[Channel, bytes]
+
+
+class Queue(queue.SimpleQueue[Block | BaseException]):
+    """A queue that can be waited for without taking anything from it; for one taker."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # rings for each item
+
+    def put(self, item: Block | BaseException, *args: Any) -> None:
+        super().put(item, *args)
+        self._bell.put(None)
+
+    def wait(self, timeout: float | None) -> None:
+        """Return when it holds something; raises queue.Empty after *timeout* seconds."""
+        while self.empty():
+            self._bell.get(timeout=timeout)  # at once where it rang for what is taken by now
+
+
+class Output:
+    """A file that a child writes, read as it grows.
+
+    Attributes:
+        is_wanted: Whether somebody still reads it. A plain flag, since a lock could be held by
+            the very thread that a finaliser interrupts.
+    """
+
+    def __init__(self) -> None:
+        self.file: IO[bytes] = tempfile.TemporaryFile(buffering=0)
+        self.is_wanted = True
+        self._offset = 0
+
+    def read(self) -> bytes:
+        """The next block of what is there; empty where there is nothing new."""
+        # The child's own position in the file is not touched.
+        block = os.pread(self.file.fileno(), BLOCK_BYTES, self._offset)
+        self._offset += len(block)
+        return block
