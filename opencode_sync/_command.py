@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,20 @@ _LEAN_CONFIG: dict[str, Any] = {"snapshot": False, "share": "disabled", "lsp": F
 
 
 def managed_root() -> Path:
-    """The directory below which ``opencode-sync install`` puts its copies of OpenCode."""
+    """The directory below which ``opencode-sync install`` puts its copies of OpenCode.
+
+    Raises:
+        OpenCodeConfigError: If there is no home for it: no ``HOME``, and a user without one.
+    """
     import platformdirs
 
-    return platformdirs.user_data_path("opencode-sync", appauthor=False) / "opencode"
+    try:
+        root = platformdirs.user_data_path("opencode-sync", appauthor=False)
+    except RuntimeError:
+        root = Path("~")
+    if not root.is_absolute():
+        raise OpenCodeConfigError("there is no home directory: set HOME or XDG_DATA_HOME")
+    return root / "opencode"
 
 
 def managed_path(version: str) -> Path:
@@ -69,12 +80,12 @@ def managed_path(version: str) -> Path:
 
 def managed_binary() -> Path | None:
     """The managed copy: of the tested version, else of the highest other one, else None."""
-    tested = managed_path(TESTED_VERSION)
-    if os.path.isfile(tested):
-        return tested
     try:
+        tested = managed_path(TESTED_VERSION)
+        if os.path.isfile(tested):
+            return tested
         versions = [entry.name for entry in managed_root().iterdir()]
-    except OSError:
+    except (OSError, OpenCodeConfigError):  # there is none, and nowhere that one could be
         return None
     others = [path for version in versions if os.path.isfile(path := managed_path(version))]
     return max(others, key=lambda path: _version_key(path.parent.parent.name), default=None)
@@ -205,7 +216,7 @@ def build_env(run_cfg: RunConfig, base: Mapping[str, str] | None = None) -> dict
         config = merged(_LEAN_CONFIG, config)
     if config:
         below = _parent_config(env.get("OPENCODE_CONFIG_CONTENT"))
-        env["OPENCODE_CONFIG_CONTENT"] = json.dumps(merged(below, config), ensure_ascii=False)
+        env["OPENCODE_CONFIG_CONTENT"] = _content(merged(below, config))
     if run_cfg.disable_autoupdate:
         env["OPENCODE_DISABLE_AUTOUPDATE"] = "1"
     if run_cfg.password is not None:
@@ -224,7 +235,7 @@ def add_plugin(env: dict[str, str]) -> dict[str, str]:
     config = _parent_config(env.get("OPENCODE_CONFIG_CONTENT"))
     plugins = config.get("plugin")
     config["plugin"] = [*(plugins if isinstance(plugins, list) else []), PLUGIN.as_uri()]
-    ours = {"OPENCODE_CONFIG_CONTENT": json.dumps(config, ensure_ascii=False)}
+    ours = {"OPENCODE_CONFIG_CONTENT": _content(config)}
     return {"npm_config_fetch_retries": "0", **env, **ours}
 
 
@@ -244,6 +255,12 @@ def without_database(env: dict[str, str], run_cfg: RunConfig) -> dict[str, str]:
     """
     own = run_cfg.extra_env or {}
     return {name: value for name, value in env.items() if name != "OPENCODE_DB" or name in own}
+
+
+def _content(config: Mapping[str, Any]) -> str:
+    # In a locale that has no such characters, a variable cannot hold them.
+    is_ascii = sys.getfilesystemencoding() != "utf-8"
+    return json.dumps(config, ensure_ascii=is_ascii)
 
 
 def _parent_config(content: str | None) -> dict[str, Any]:

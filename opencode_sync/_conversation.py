@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ._asking import OnPermission, OnQuestion, answers_of
-from ._request import NO_ANSWERS, StrPath, absolute, directory
+from ._pinned import Pinned
+from ._request import NO_ANSWERS, StrPath, absolute, checked_config, directory
 from ._schema import output_schema
 from ._turntaking import Account, TurnTaking
 from .config import RunConfig
@@ -45,8 +46,10 @@ class Host(Protocol):
     def _checked(self, run_cfg: RunConfig | None, *, may_ask: bool = False) -> RunConfig: ...
 
 
-class Conversation:
+class Conversation(Pinned):
     """What sends prompts, one at a time."""
+
+    _instead = "resume it there by its session_id"
 
     def __init__(
         self,
@@ -206,9 +209,7 @@ class Conversation:
 
     def _settings(self, run_cfg: RunConfig | None) -> RunConfig:
         """Of the next turn, which goes on where the last one ended."""
-        cfg = self._cfg if run_cfg is None else run_cfg
-        if not isinstance(cfg, RunConfig):
-            raise OpenCodeConfigError(f"run_cfg is {type(cfg).__name__}: use a RunConfig")
+        cfg = checked_config(run_cfg, self._cfg)
         start = self._cfg
         if self._session_id is None:
             return cfg.replace(

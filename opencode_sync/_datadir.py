@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import _interrupt
-from ._userdata import in_words, kept_root, link_credentials
-from .errors import OpenCodeCancelledError, OpenCodeConfigError
+from ._checks import checked_path
+from ._userdata import in_words, link_credentials
+from .errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -89,7 +90,7 @@ class DataDirectories:
                 with the first lease and removed by :meth:`close`.
             on_make, on_remove: Called with a temporary root's path.
         """
-        self._kept = None if root is None else kept_root(root)
+        self._kept = None if root is None else checked_path("data_dir", root, "a directory")
         self._temporary: Path | None = None
         self._on_make, self._on_remove = on_make, on_remove
         self._lock = threading.RLock()
@@ -182,7 +183,14 @@ class DataDirectories:
                 ) from None
             return self._kept
         if self._temporary is None:
-            self._temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY_PREFIX}{os.getpid()}-"))
+            try:
+                made = tempfile.mkdtemp(prefix=f"{TEMPORARY_PREFIX}{os.getpid()}-")
+            except OSError as error:
+                raise OpenCodeError(
+                    f"no place for a temporary data directory ({error.strerror}): set TMPDIR to "
+                    "one that can be written, or pass data_dir="
+                ) from error
+            self._temporary = Path(made)
             self._on_make(self._temporary)
         return self._temporary
 

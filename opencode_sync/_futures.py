@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, wait
 
+from ._pinned import Pinned
 from .errors import OpenCodeCancelledError
 from .result import RunResult
 from .stream import RunStream
@@ -21,7 +22,7 @@ CANCEL_S = 8.0  # bound on waiting for a run to end that was told to; stopping o
 _NOT_BEGUN = "the run was cancelled before it began"
 
 
-class RunFuture(Future[RunResult]):
+class RunFuture(Pinned, Future[RunResult]):
     """The result of a run that another thread sees to.
 
     A ``concurrent.futures.Future`` in every respect, except that :meth:`cancel` also ends a run

@@ -57,6 +57,7 @@ class Connection:
         self.lost: str | None = None
         username = username or unquote(parts.username or "") or USER
         password = password if password is not None else unquote(parts.password or "")
+        _check_credentials(username, password)
         self.password = password or None
         self._settings: dict[str, Any] = {
             "base_url": self.url,
@@ -240,6 +241,16 @@ def _parsed(url: str) -> SplitResult:
             return parts
     # Not the value itself: a password may stand in it.
     raise OpenCodeConfigError("the server's URL is none of HTTP: use 'http://HOST:PORT'")
+
+
+def _check_credentials(*words: str) -> None:
+    try:
+        for word in words:
+            word.encode()
+    except (AttributeError, UnicodeEncodeError):  # whose text would show it
+        raise OpenCodeConfigError(
+            "the server's user name or password is no text: use a str that UTF-8 can encode"
+        ) from None
 
 
 def _timeout(read_s: float | None) -> httpx2.Timeout:

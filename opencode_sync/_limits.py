@@ -9,15 +9,18 @@ Knows clocks and prices; starts, stops and reads nothing.
 from __future__ import annotations
 
 import math
-import sys
 import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ._checks import check_number, shown
 from .errors import OpenCodeBudgetError, OpenCodeConfigError, OpenCodeTimeoutError
 from .events import Event
 from .result import RunResult
+
+# 146 years: beyond twice as many, the system's clocks refuse to be waited on.
+LONGEST_WAIT_S = threading.TIMEOUT_MAX / 2
 
 
 @dataclass(frozen=True)
@@ -42,28 +45,14 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("timeout_s", "idle_timeout_s"):
-            _check_number(name, getattr(self, name), optional=True, positive=True)
-        _check_number("max_cost", self.max_cost, optional=True)
-        _check_number("retry_delay_s", self.retry_delay_s)
+            check_number(name, getattr(self, name), optional=True, positive=True)
+        check_number("max_cost", self.max_cost, optional=True)
+        check_number("retry_delay_s", self.retry_delay_s)
         for name in ("max_retries", "max_repairs"):
             value = getattr(self, name)
-            _check_number(name, value)
+            check_number(name, value)
             if not isinstance(value, int):
-                raise OpenCodeConfigError(f"{name} is {value!r}: use a whole number")
-
-
-def _check_number(
-    name: str, value: object, *, optional: bool = False, positive: bool = False
-) -> None:
-    if value is None and optional:
-        return
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # Not math.isfinite: that raises for an int of hundreds of digits.
-    is_in_range = is_number and 0 <= value <= sys.float_info.max  # type: ignore[operator]
-    if not is_in_range or (positive and value == 0):
-        bound = "above 0" if positive else "of 0 or more"
-        none = ", or None for no limit" if optional else ""
-        raise OpenCodeConfigError(f"{name} is {value!r}: use a number {bound}{none}")
+                raise OpenCodeConfigError(f"{name} is {shown(value)}: use a whole number")
 
 
 class Meter:
@@ -109,8 +98,7 @@ class Meter:
             # Only our own waiting counts: a slow consumer does not make the run idle.
             self._heard_at = time.monotonic()
             left = min(left, idle)
-        # A century is more than the system's own waits take.
-        return None if left == math.inf else min(left, threading.TIMEOUT_MAX)
+        return None if left == math.inf else min(left, LONGEST_WAIT_S)
 
     def timeout(self) -> OpenCodeTimeoutError | None:
         """The error for the time limit that has passed, if one has."""

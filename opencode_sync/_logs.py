@@ -23,6 +23,7 @@ PLUGIN_PREFIX = "opencode-sync: "
 _LONGEST = 65_536  # characters of a line that are looked at
 _LOG_LINE = re.compile(r"timestamp=\S+ level=[A-Z]+ ")
 _LOG_FIELD = re.compile(r'(?<=\s)([\w.]+)=("(?:[^"\\]|\\.)*"|\S*)')
+_NOT_MADE = re.compile(r"^E[A-Z]+: [^\n]*, mkdir '([^'\n]+)'", re.MULTILINE)
 _NO_AGENT = re.compile(r'agent "([^"]*)" not found\. Falling back to default agent')
 
 
@@ -119,6 +120,17 @@ class LogReader:
 def no_agent(name: str) -> Event:
     message = f"agent {name!r} not found; the run was stopped before the default agent took over"
     return {"type": "error", "error": {"name": "AgentNotFoundError", "data": {"message": message}}}
+
+
+def unwritable_home(stderr: str) -> str | None:
+    """Where OpenCode ended since it may not write below its home: that, and what to set."""
+    found = _NOT_MADE.search(strip_ansi(stderr[:_LONGEST]))
+    if found is None:
+        return None
+    return (
+        f"it cannot make {found[1]!r}: set HOME, or XDG_CONFIG_HOME, XDG_STATE_HOME and "
+        "XDG_CACHE_HOME, to where it may write"
+    )
 
 
 def is_retried(status: int) -> bool:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ._checks import check_count, check_number, checked_path
 from ._machine import workers_for_processes
 from ._schema import OutputSchema
-from .config import RunConfig
+from .config import Job, RunConfig
 from .errors import OpenCodeConfigError
 from .stream import Limits
 
@@ -51,18 +51,27 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in ("max_workers", "buffersize"):
-            value = getattr(self, name)
-            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if value is not None and not is_count:
-                raise OpenCodeConfigError(f"{name} is {value!r}: use 1 or more, or None")
-        budget = self.max_total_cost
-        if budget is not None and not (isinstance(budget, (int, float)) and 0 <= budget < math.inf):
-            raise OpenCodeConfigError(f"max_total_cost is {budget!r}: use US dollars, or None")
+            check_count(name, getattr(self, name), 1)
+        check_number("max_total_cost", self.max_total_cost, optional=True)
+        if self.checkpoint is not None:
+            path = checked_path("checkpoint", self.checkpoint)
+            object.__setattr__(self, "checkpoint", path)
         _check_choice("on_error", self.on_error, "raise", "return")
         _check_choice("progress", self.progress, False, True, "always")
         if self.executor is not None and not isinstance(self.executor, Executor):
             kind = type(self.executor).__name__
             raise OpenCodeConfigError(f"executor is {kind}: use a concurrent.futures.Executor")
+
+
+def fault_of(job: object) -> str | None:
+    """What makes it no job that could be told from others, or None."""
+    if not isinstance(job, Job):
+        return f"is {type(job).__name__}: use a str or a Job"
+    if not isinstance(job.run_cfg, (RunConfig, type(None))):
+        return f"has a run_cfg of type {type(job.run_cfg).__name__}: use a RunConfig"
+    if not isinstance(job.key, (str, type(None))):
+        return f"has a key of type {type(job.key).__name__}: use a str"
+    return None
 
 
 def _check_choice(name: str, value: object, *choices: object) -> None:

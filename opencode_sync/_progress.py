@@ -24,7 +24,7 @@ class Progress:
             always: Show it, also where stderr is neither a terminal nor a notebook.
         """
         self._bar: tqdm[Any] | None = None
-        if always or _is_seen():
+        if _is_seen(always):
             from tqdm.auto import tqdm
 
             # Its own check of the terminal would hide it in notebooks, hence disable=False.
@@ -47,10 +47,10 @@ class Progress:
             self._bar = None
 
 
-def _is_seen() -> bool:
+def _is_seen(always: bool) -> bool:
     stream = sys.stderr
-    if stream is None:  # a windowed program
-        return False
+    if stream is None or always:  # a service, or a program without a console, has none
+        return stream is not None
     # A notebook's stream says that it is no terminal, and shows a bar all the same.
     return stream.isatty() or type(stream).__module__.partition(".")[0] == "ipykernel"
 

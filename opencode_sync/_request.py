@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from ._checks import NO_CURRENT_DIRECTORY, unencodable
 from ._schema import OutputSchema
 from .config import RunConfig
 from .errors import OpenCodeConfigError
@@ -67,11 +68,25 @@ class Request:
                 )
 
 
+def checked_config(given: object, default: RunConfig) -> RunConfig:
+    """*given*, or *default* for None."""
+    if given is None:
+        return default
+    if not isinstance(given, RunConfig):
+        raise OpenCodeConfigError(f"run_cfg is {type(given).__name__}: use a RunConfig")
+    return given
+
+
 def absolute(workspace: StrPath) -> str:
     """*workspace* as what a worker elsewhere, or later, takes for the same directory."""
     if not isinstance(workspace, (str, os.PathLike)) or not os.fspath(workspace):
         return cast(str, workspace)  # refused where the run is begun
-    return os.path.abspath(os.path.expanduser(os.fspath(workspace)))
+    try:
+        return os.path.abspath(os.path.expanduser(os.fspath(workspace)))
+    except FileNotFoundError:
+        raise OpenCodeConfigError(
+            f"workspace {os.fspath(workspace)!r}: {NO_CURRENT_DIRECTORY}"
+        ) from None
 
 
 def directory(workspace: StrPath) -> Path:
@@ -82,12 +97,17 @@ def directory(workspace: StrPath) -> Path:
     """
     if not isinstance(workspace, (str, os.PathLike)) or not os.fspath(workspace):
         raise OpenCodeConfigError(f"workspace is {workspace!r}: use the path of a directory")
+    text, whole = os.fspath(workspace), absolute(workspace)
     try:
-        path = Path(workspace).expanduser().resolve()
+        path = Path(whole).resolve()
+        is_there, is_directory = path.exists(), path.is_dir()
+    except UnicodeEncodeError as error:
+        raise OpenCodeConfigError(f"workspace {text!r}: {unencodable(error)}") from None
     except (OSError, RuntimeError, ValueError) as error:
-        raise OpenCodeConfigError(f"workspace {os.fspath(workspace)!r}: {error}") from None
-    if not path.is_dir():
-        what = "is not a directory" if path.exists() else "does not exist"
+        reason = getattr(error, "strerror", None) or error
+        raise OpenCodeConfigError(f"workspace {text[:200]!r}: {reason}") from None
+    if not is_directory:
+        what = "is not a directory" if is_there else "does not exist"
         raise OpenCodeConfigError(f"workspace {str(path)!r} {what}")
     return path
 

@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from . import _interrupt, _tree, _watchdog
+from ._checks import unencodable
 from ._datadir import Lease
-from ._logs import LogReader, no_agent
+from ._logs import LogReader, no_agent, unwritable_home
 from ._process import LineSplitter, Process
 from .errors import (
     OpenCodeBinaryNotFoundError,
@@ -257,7 +258,7 @@ class ProcessRun:
             if cause and cause != "UnknownError: UnknownError":
                 return cause
             return f"{result.error}{self._likely_cause()}"
-        return self._unknown_flag(result.stderr)
+        return self._unknown_flag(result.stderr) or unwritable_home(result.stderr)
 
     def _what_is_missing(self, result: RunResult) -> str:
         if result.truncated:
@@ -307,6 +308,8 @@ def _version(binary: str) -> str:
 
 def _start_error(error: OSError | ValueError, binary: str, workspace: str) -> OpenCodeError:
     """The error for a process that the system would not start."""
+    if isinstance(error, UnicodeEncodeError):
+        return OpenCodeConfigError(f"a setting cannot be passed to opencode: {unencodable(error)}")
     if isinstance(error, ValueError):  # a NUL byte in an argument or a variable
         return OpenCodeConfigError(f"opencode cannot be started: {error}")
     if error.filename == workspace:

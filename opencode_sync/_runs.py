@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._futures import cancel_together
 from ._repair import SchemaReview
-from ._request import NO_ANSWERS, Answers, Request, StrPath, directory
+from ._request import NO_ANSWERS, Answers, Request, StrPath, checked_config, directory
 from ._schema import OutputSchema, output_schema
 from .config import RunConfig, validate_config_for_run
 from .errors import OpenCodeCancelledError, OpenCodeConfigError
@@ -46,7 +46,7 @@ class Runs(abc.ABC):
     _keeps_sessions = False  # where they can be asked about
 
     def __init__(self, run_cfg: RunConfig | None = None) -> None:
-        self._run_cfg = run_cfg if run_cfg is not None else RunConfig()
+        self._run_cfg = checked_config(run_cfg, RunConfig())
         # A plain dict, whose single operations are atomic: see stream._live.
         self._streams: dict[int, weakref.ref[RunStream]] = {}
         self._closed = False
@@ -238,9 +238,7 @@ class Runs(abc.ABC):
         validate_config_for_run(cfg, may_ask=may_ask)
 
     def _checked(self, run_cfg: RunConfig | None, *, may_ask: bool = False) -> RunConfig:
-        cfg = self._run_cfg if run_cfg is None else run_cfg
-        if not isinstance(cfg, RunConfig):
-            raise OpenCodeConfigError(f"run_cfg is {type(cfg).__name__}: use a RunConfig")
+        cfg = checked_config(run_cfg, self._run_cfg)
         self._check(cfg, may_ask=may_ask)
         return cfg
 

@@ -167,7 +167,7 @@ def _checked_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
         validator_for(plain).check_schema(plain)
     except SchemaError as error:
         raise OpenCodeConfigError(f"schema is no JSON Schema: {error.message}") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise OpenCodeConfigError(f"schema is no JSON: {error}") from None
     return plain
 

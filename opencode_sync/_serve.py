@@ -23,6 +23,7 @@ from pathlib import Path
 
 from . import _tree
 from ._command import add_plugin
+from ._logs import unwritable_home
 from .errors import OpenCodeBinaryNotFoundError, OpenCodeServerError, strip_ansi
 
 _log = logging.getLogger("opencode_sync")
@@ -87,7 +88,7 @@ class Server:
         self.pid = self._popen.pid
         self._threads = [self._thread("output", self._read), self._thread("exit", self._wait)]
         try:
-            self._settled.wait(timeout_s)
+            self._settled.wait(min(timeout_s, threading.TIMEOUT_MAX))
             if not self.url:
                 raise OpenCodeServerError(self._why_not(timeout_s))
         except BaseException:
@@ -187,6 +188,7 @@ class Server:
         words = "\n".join(self._lines).strip()
         if self.has_exited:
             what = f"opencode serve {_ending(self._popen.returncode)} before it listened"
+            words = "\n".join(filter(None, (unwritable_home(words), words)))
         else:
             what = f"opencode serve did not listen within {timeout_s:g} s (startup_timeout_s)"
         return f"{what}: {words}" if words else what

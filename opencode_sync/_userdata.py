@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import OpenCodeConfigError, OpenCodeError
+from .errors import OpenCodeError
 
 _log = logging.getLogger("opencode_sync")
 
@@ -24,8 +23,9 @@ CREDENTIALS = ("auth.json", "mcp-auth.json", "account.json")
 
 def user_data(env: Mapping[str, str]) -> Path:
     """OpenCode's own data directory under *env*."""
-    base = env.get("XDG_DATA_HOME") or Path(env.get("HOME") or "~").expanduser() / ".local/share"
-    return Path(base) / "opencode"
+    # Of a user without a home there is none, and nothing is found below a directory "~".
+    home = env.get("HOME") or os.path.expanduser("~")
+    return Path(env.get("XDG_DATA_HOME") or Path(home) / ".local/share") / "opencode"
 
 
 def link_credentials(env: Mapping[str, str], data: Path, *, is_ours: bool = True) -> None:
@@ -54,25 +54,13 @@ def link_credentials(env: Mapping[str, str], data: Path, *, is_ours: bool = True
                 link.symlink_to(original)
 
 
-def kept_root(root: str | os.PathLike[str]) -> Path:
-    """The setting ``data_dir`` as an absolute path.
-
-    Raises:
-        OpenCodeConfigError: If it is none.
-    """
-    try:
-        if (text := os.fspath(root)) and "\0" not in text:
-            return Path(text).expanduser().absolute()
-    except (TypeError, RuntimeError):  # no path; no such user
-        pass
-    raise OpenCodeConfigError(f"data_dir is {root!r}: use the path of a directory, or None")
-
-
 @contextmanager
 def in_words(kept: Path | None) -> Iterator[None]:
     """Raise OpenCodeError for what cannot be read or written inside the block."""
     try:
         yield
     except OSError as error:
-        where = error.filename or kept or tempfile.gettempdir()
-        raise OpenCodeError(f"data directory {str(where)!r}: {error.strerror}") from error
+        # There may be no place for a temporary one, and then there is no name to tell.
+        where = error.filename or kept
+        name = "data directory" if where is None else f"data directory {str(where)!r}"
+        raise OpenCodeError(f"{name}: {error.strerror}") from error

@@ -25,7 +25,8 @@ from typing import Any, Generic, TypeVar, cast
 
 from ._dispatch import Dispatch
 from ._fingerprint import job_fingerprint, settings_fingerprint
-from ._options import Options
+from ._options import Options, fault_of
+from ._pinned import Pinned
 from ._progress import Progress
 from ._report_kept import Kept
 from ._request import absolute
@@ -40,7 +41,7 @@ from .result import RunResult
 T = TypeVar("T", bound=RunResult | OpenCodeError, covariant=True)
 
 
-class BatchRun(Iterator[T], Generic[T]):
+class BatchRun(Pinned, Iterator[T], Generic[T]):
     """The results of a batch, and its report: an iterator and a context manager.
 
     Nothing starts before the first result is asked for. Leaving the block, or losing the last
@@ -59,7 +60,7 @@ class BatchRun(Iterator[T], Generic[T]):
         self._buffersize = options.buffersize or 2 * self._most
         self._runner = runner
         path = options.checkpoint
-        self._tally = Tally(Kept(None if path is None else Path(path).expanduser()))
+        self._tally = Tally(Kept(None if path is None else Path(path)))
         self._dispatch: Dispatch | None = None
         self._checkpoint: Checkpoint | None = None
         self._own_executor: ThreadPoolExecutor | None = None
@@ -200,9 +201,8 @@ class BatchRun(Iterator[T], Generic[T]):
         """*job* with the batch's settings where it has none; or what is wrong with it."""
         if isinstance(job, str):
             job = Job(job)
-        if not isinstance(job, Job):
-            kind = type(job).__name__
-            return OpenCodeConfigError(f"job {index} is {kind}: use a str or a Job")
+        if fault := fault_of(job):
+            return OpenCodeConfigError(f"job {index} {fault}")
         options = self._options
         cfg = options.run_cfg if job.run_cfg is None else job.run_cfg
         workspace = absolute(options.workspace if job.workspace is None else job.workspace)
@@ -251,8 +251,11 @@ class BatchRun(Iterator[T], Generic[T]):
         if executor is None:
             executor = self._own_executor = ThreadPoolExecutor(self._most, "opencode-batch")
         _open[id(self)] = weakref.ref(self)
-        _mind_exit()
-        self._dispatch.begin(executor)
+        try:
+            _mind_exit()
+            self._dispatch.begin(executor)
+        except RuntimeError as error:  # no thread to be had, or the interpreter is at its end
+            raise OpenCodeError(f"the batch cannot be started: {error}") from error
         return self._dispatch
 
     def _show_progress(self) -> None:

@@ -137,11 +137,15 @@ class Checkpoint:
         """The finished job as it was.
 
         Raises:
-            OpenCodeConfigError: If its value does not fit the schema any more.
+            OpenCodeConfigError: If the line is damaged, or its value does not fit the schema any
+                more.
         """
         with open(self._path, "rb") as file:
             file.seek(saved.offset)
-            end = end_of(json.loads(file.readline()))
+            try:
+                end = end_of(json.loads(file.readline()))
+            except (TypeError, ValueError, AttributeError, KeyError) as error:  # edited by hand
+                raise self._refusal(f"byte {saved.offset} begins a damaged line: {error}") from None
         if self._output is not None and isinstance(end, RunResult):
             try:
                 end._json, end.parsed = end.parsed, self._output.validate(end.parsed)

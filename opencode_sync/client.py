@@ -7,7 +7,6 @@ Request --> _command: argv, env --+
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import weakref
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _interrupt, _watchdog
+from ._checks import check_count, check_flag, check_number, check_program, checked_path
 from ._command import (
     DEFAULT_BINARY,
     add_plugin,
@@ -30,7 +30,7 @@ from ._datadir import DataDirectories, Lease
 from ._gate import Gate
 from ._run import ProcessRun
 from ._runs import NEEDS_SERVER
-from ._userdata import in_words, kept_root, link_credentials
+from ._userdata import in_words, link_credentials
 from .config import RunConfig
 from .errors import OpenCodeConfigError
 from .runner import Request, Runner, StrPath
@@ -75,7 +75,10 @@ class OpenCodeClient(Runner):
             watchdog: Keep a small process that stops the runs if this process is killed outright.
         """
         super().__init__(run_cfg, max_workers)
-        _check_settings(binary, startup_concurrency, startup_delay_s, max_workers)
+        check_program("binary", binary)
+        check_count("startup_concurrency", startup_concurrency, 0)
+        check_number("startup_delay_s", startup_delay_s)
+        check_flag("isolate_db", isolate_db)
         self._settings: dict[str, Any] = {
             "binary": binary,
             "startup_concurrency": startup_concurrency,
@@ -90,7 +93,9 @@ class OpenCodeClient(Runner):
         self._gate = Gate(startup_concurrency)
         self._startup_delay_s = startup_delay_s
         self._isolate_db = isolate_db
-        self._shared_data = None if data_dir is None else kept_root(data_dir)
+        self._shared_data = (
+            None if data_dir is None else checked_path("data_dir", data_dir, "a directory")
+        )
         self._watchdog = watchdog
         self._attached: Attached | None = None  # servers that settings name, once they do
         self._attach_lock = threading.Lock()
@@ -99,7 +104,7 @@ class OpenCodeClient(Runner):
     def _make_directories(self) -> None:
         self._owner_pid = os.getpid()
         self._directories = DataDirectories(
-            self._settings["data_dir"] if self._isolate_db else None,
+            self._shared_data if self._isolate_db else None,
             on_make=_watchdog.add_directory if self._watchdog else _nothing,
             on_remove=_watchdog.discard_directory if self._watchdog else _nothing,
         )
@@ -244,25 +249,6 @@ class OpenCodeClient(Runner):
         if not cfg.inherit_user_config:
             env = without_user_config(env, cfg, self._directories.empty_config())
         return env
-
-
-def _check_settings(
-    binary: StrPath,
-    startup_concurrency: int | None,
-    startup_delay_s: float,
-    max_workers: int | None,
-) -> None:
-    if not isinstance(binary, (str, os.PathLike)) or not os.fspath(binary):
-        raise OpenCodeConfigError(f"binary is {binary!r}: use a path, or a name on PATH")
-    for name, value, least in (
-        ("startup_concurrency", startup_concurrency, 0),
-        ("max_workers", max_workers, 1),
-    ):
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise OpenCodeConfigError(f"{name} is {value!r}: use {least} or more, or None")
-    is_number = isinstance(startup_delay_s, (int, float))
-    if not is_number or not math.isfinite(startup_delay_s) or startup_delay_s < 0:
-        raise OpenCodeConfigError(f"startup_delay_s is {startup_delay_s!r}: use 0 or more seconds")
 
 
 def _with_logs(cfg: RunConfig) -> RunConfig:

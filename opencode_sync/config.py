@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -100,13 +100,17 @@ class RunConfig:
     def __post_init__(self) -> None:
         # Copies, so that a caller who changes his mapping later does not change a frozen value.
         for name in ("extra_env", "permission", "mcp", "tools", "config_overrides"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, _plain_copy(value))
+            try:
+                object.__setattr__(self, name, _plain_copy(getattr(self, name)))
+            except RecursionError:
+                raise OpenCodeConfigError(
+                    f"{name} is nested too deeply: does it hold itself?"
+                ) from None
         for name in ("files", "instructions"):
-            value = getattr(self, name)
+            value = () if (given := getattr(self, name)) is None else given
             # A lone path is one file; iterated, it would be one file per character.
-            single = isinstance(value, (str, os.PathLike))
-            object.__setattr__(self, name, (value,) if single else tuple(value or ()))
+            single = isinstance(value, (str, os.PathLike)) or not isinstance(value, Iterable)
+            object.__setattr__(self, name, (value,) if single else tuple(value))
 
     def __repr__(self) -> str:
         shown = []
@@ -262,7 +266,7 @@ def _check_permissions(config: Mapping[str, Any], may_ask: bool) -> None:
 def _check_serialisable(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         try:
-            json.dumps({key: value}, allow_nan=False)
+            json.dumps({key: value}, allow_nan=False, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise OpenCodeConfigError(f"config key {key!r} is no JSON: {error}") from None
 

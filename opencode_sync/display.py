@@ -8,12 +8,14 @@ Knows events and screens; whose run it is, and what it costs, is somebody else's
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TextIO
 
 from ._markup import markdown, one_line, outcome, printable, verbatim
+from .errors import OpenCodeConfigError
 from .events import Event
 from .result import RunResult
 from .stream import RunStream
@@ -82,8 +84,13 @@ def live(
     Raises:
         OpenCodeError: As iterating does, when all that came is on the screen.
     """
+    if not hasattr(stream, "result"):  # what run() returns has ended
+        kind = type(stream).__name__
+        raise OpenCodeConfigError(f"stream is {kind}: use what a runner's stream() returns")
     is_cell = file is None and notes is None and in_notebook()
-    screen: _Cell | _Terminal = _Cell() if is_cell else _Terminal(file or sys.stdout, notes)
+    # A program may have no stdout: a service, or one without a console.
+    shown_in = file or sys.stdout or io.StringIO()
+    screen: _Cell | _Terminal = _Cell() if is_cell else _Terminal(shown_in, notes)
     pieces = _Pieces()
     with stream:
         try:
@@ -171,7 +178,8 @@ class _Terminal:
     def show(self, kind: Kind, text: str) -> None:
         if kind == "line":
             self._end_paragraph()
-            print(text, file=self._notes, flush=True)
+            _write(self._notes, f"{text}\n")
+            self._notes.flush()
             return
         if kind == "pause":
             self._end_paragraph()
@@ -182,7 +190,7 @@ class _Terminal:
             if self._is_begun:
                 self._file.write("\n")
             self._is_begun = self._is_in_paragraph = True
-        self._file.write(self._clean(text))
+        _write(self._file, self._clean(text))
         if kind == "end":
             self._end_paragraph()
         self._file.flush()
@@ -195,6 +203,14 @@ class _Terminal:
         if self._is_in_paragraph:
             self._file.write("\n")
             self._is_in_paragraph = False
+
+
+def _write(file: TextIO, text: str) -> None:
+    try:
+        file.write(text)
+    except UnicodeEncodeError as error:
+        # What an encoding has not is no reason to end the run.
+        file.write(text.encode(error.encoding, "replace").decode(error.encoding))
 
 
 class _Cell:

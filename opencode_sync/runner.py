@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from ._checks import check_count
 from ._futures import RunFuture
 from ._machine import workers_for_processes
 from ._request import Request, StrPath, absolute
@@ -42,6 +43,7 @@ class Runner(Runs):
 
     def __init__(self, run_cfg: RunConfig | None = None, max_workers: int | None = None) -> None:
         super().__init__(run_cfg)
+        check_count("max_workers", max_workers, 1)
         self._max_workers = max_workers
         # Plain dicts, whose single operations are atomic: see stream._live.
         self._futures: dict[int, RunFuture] = {}
@@ -91,6 +93,9 @@ class Runner(Runs):
         future.add_done_callback(self._forget_future)
         try:
             self._threads().submit(future.work, begin)
+        except RuntimeError as error:  # no thread to be had, or the interpreter is at its end
+            self._forget_future(future)
+            raise OpenCodeError(f"there is no thread to run it: {error}") from error
         except BaseException:
             self._forget_future(future)
             raise

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ._bodies import check_server_wide
+from ._checks import check_count, check_number, check_program, checked_path
 from ._command import DEFAULT_BINARY
 from ._fleet import Attached, Fleet
 from ._request import directory
@@ -70,6 +71,11 @@ class OpenCodeServer(Runner):
             watchdog: Keep a small process that stops the server if this process is killed outright.
         """
         super().__init__(run_cfg, max_workers)
+        check_program("binary", binary)
+        check_number("startup_timeout_s", startup_timeout_s, positive=True)
+        check_count("max_memory_mb", max_memory_mb, 1)
+        if data_dir is not None:
+            data_dir = checked_path("data_dir", data_dir, "a directory")
         self._settings: dict[str, Any] = {
             "binary": binary,
             "run_cfg": run_cfg,
@@ -79,8 +85,6 @@ class OpenCodeServer(Runner):
             "max_memory_mb": max_memory_mb,
             "watchdog": watchdog,
         }
-        if not isinstance(startup_timeout_s, (int, float)) or not startup_timeout_s > 0:
-            raise OpenCodeConfigError(f"startup_timeout_s is {startup_timeout_s!r}: use above 0")
         if self._run_cfg.pure:
             raise OpenCodeConfigError(
                 "pure=True leaves out all plugins, also ours that keeps the server's password from "

@@ -9,7 +9,6 @@ processes and servers.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -39,7 +38,8 @@ class Session(Conversation):
             message_id: Copy what was before this message; None for all of it. Needs a server.
         """
         with self._in_turn() as session_id:
-            fork = copy.copy(self)
+            fork = object.__new__(type(self))
+            fork.__dict__.update(self.__dict__)
             fork._turn, fork._stream, fork._account = TurnTaking(), None, Account()
             # It gets the original's title, with "(fork #1)" after it.
             cfg = self._cfg.replace(title=None, continue_session=False, fork=False)

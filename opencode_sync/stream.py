@@ -30,6 +30,7 @@ from typing import Literal
 from ._attempts import Attempts
 from ._eventlog import EventLog
 from ._limits import Limits, Meter
+from ._pinned import Pinned
 from ._source import OpenSource, Review, Source
 from .errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
 from .events import Event
@@ -46,7 +47,7 @@ TURN_S = 8.0  # bound on waiting for another thread's step, which after a stop t
 Stopped = Literal["timed_out", "cancelled", "over_budget"]
 
 
-class RunStream(Iterator[Event]):
+class RunStream(Pinned, Iterator[Event]):
     """The events of a run as they come, and its result.
 
     An iterator and a context manager. Leaving the block, or losing the last reference, ends the

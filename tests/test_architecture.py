@@ -23,6 +23,7 @@ HOUSE = Path(__file__).parent.parent / PACKAGE
 ROWS = (
     ("_version", "_markup", "_interrupt"),  # text that is safe to show; Ctrl-C held back
     ("errors",),  # everything raised on purpose
+    ("_checks", "_pinned"),  # what an argument has to be; what cannot be pickled
     ("config", "events", "_schema"),  # values: what is asked for; a line becomes an event
     # What an event says; argv and env; the credentials that a run is given.
     ("_reading", "_logs", "_command", "_fingerprint", "_userdata"),

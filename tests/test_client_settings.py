@@ -44,14 +44,18 @@ def test_making_a_client_needs_no_binary_and_makes_nothing(tmp_path: Path) -> No
         ({"startup_concurrency": -1}, "startup_concurrency is -1: use 0 or more, or None"),
         ({"startup_concurrency": "1"}, "startup_concurrency is '1': use 0 or more, or None"),
         ({"startup_concurrency": 1.5}, "startup_concurrency is 1.5: use 0 or more, or None"),
-        ({"startup_delay_s": -0.1}, "startup_delay_s is -0.1: use 0 or more seconds"),
-        ({"startup_delay_s": None}, "startup_delay_s is None: use 0 or more seconds"),
-        ({"startup_delay_s": float("nan")}, "startup_delay_s is nan: use 0 or more seconds"),
+        ({"startup_delay_s": -0.1}, "startup_delay_s is -0.1: use a number of 0 or more"),
+        ({"startup_delay_s": None}, "startup_delay_s is None: use a number of 0 or more"),
+        ({"startup_delay_s": float("nan")}, "startup_delay_s is nan: use a number of 0 or more"),
         ({"max_workers": 0}, "max_workers is 0: use 1 or more, or None"),
         ({"max_workers": "4"}, "max_workers is '4': use 1 or more, or None"),
         *(
-            ({"data_dir": value}, f"data_dir is {value!r}: use the path of a directory, or None")
-            for value in ("", 5, b"kept", "a\0b", "~nobody-of-that-name/kept")
+            ({"data_dir": value}, f"data_dir is {value!r}: use the path of a directory")
+            for value in ("", 5, b"kept", "a\0b")
+        ),
+        (
+            {"data_dir": "~nobody-of-that-name/kept"},
+            "data_dir '~nobody-of-that-name/kept': there is no such home: use an absolute path",
         ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
