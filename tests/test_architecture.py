@@ -222,3 +222,17 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     )
 
     assert not HEAVY.intersection(json.loads(done.stdout))
+
+
+def test_no_module_warns_when_it_is_compiled_and_imported(tmp_path: Path) -> None:
+    names = ", ".join(f"{PACKAGE}.{room}" for room in ROOMS)
+    afresh = f"pycache_prefix={tmp_path}"  # what was compiled before would not warn again
+
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-X", afresh, "-c", f"import {names}"],
+        cwd=HOUSE.parent,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    assert done.returncode == 0, done.stderr
