@@ -1,14 +1,16 @@
-"""Ctrl-C, held back for the moment in which a process or a directory is made.
+"""Signals, whose handlers run between any two steps of Python in the main thread.
 
-It may come between any two steps of Python, also between the making of a thing and the first
-reference to it; what is made then could never be given back.
+deferred()  Ctrl-C held back while a process or a directory is made: it could come between the
+            making of a thing and the first reference to it, and nobody could give it back
+Flag        to be set in a handler that interrupts who sets the same one, or waits for it
 """
 
 from __future__ import annotations
 
+import queue
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 
@@ -35,3 +37,26 @@ def deferred() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if caught:
             handler(*caught[0])
+
+
+class Flag:
+    """A ``threading.Event`` without its lock, on which a handler would wait for ever."""
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()  # reentrant by its design
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self) -> None:
+        self._is_set = True
+        self._wakes.put(None)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether it is set, after at most *timeout* seconds."""
+        if not self._is_set:
+            with suppress(queue.Empty):
+                self._wakes.get(timeout=timeout)
+                self._wakes.put(None)  # for whoever else waits
+        return self._is_set

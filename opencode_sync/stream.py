@@ -29,6 +29,7 @@ from typing import Literal
 
 from ._attempts import Attempts
 from ._eventlog import EventLog
+from ._interrupt import Flag
 from ._limits import Limits, Meter
 from ._pinned import Pinned
 from ._source import OpenSource, Review, Source
@@ -77,8 +78,7 @@ class RunStream(Pinned, Iterator[Event]):
             on_begin: Called before anything is started; from then on the stream can be cancelled.
             on_end: Called once, in whichever thread ends the stream.
         """
-        self._ended = threading.Event()
-        self._cancelled = threading.Event()
+        self._ended, self._cancelled = Flag(), Flag()
         self._cancel_reason = ""
         # Reentrant, since a signal's handler may cancel the stream that it interrupted.
         self._turn = threading.RLock()

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from opencode_sync import OpenCodeTimeoutError
-from opencode_sync._interrupt import deferred
+from opencode_sync._interrupt import Flag, deferred
 from opencode_sync._run import ProcessRun
 from tests import leaks
 from tests.faults import standin_client
 
 INTERRUPTIONS = 150
+LONG_S = 30.0
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +100,63 @@ def test_a_ctrl_c_in_the_delay_of_a_start_ends_the_run_at_once(
         assert psutil.Process().children() == before, caught
 
 
+# --- a flag --------------------------------------------------------------------------------------
+
+
+def test_a_flag_wakes_all_who_wait_for_it() -> None:
+    flag = Flag()
+    seen: list[bool] = []
+    threads = [threading.Thread(target=lambda: seen.append(flag.wait(LONG_S))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+
+    flag.set()
+    for thread in threads:
+        thread.join(LONG_S)
+
+    assert seen == [True] * 3
+    assert flag.wait(0)
+
+
+def test_a_flag_that_is_not_set_is_waited_for_no_longer_than_asked() -> None:
+    assert not Flag().wait(0.01)
+
+
+def setting(flag: Flag, moment: int) -> Callable[..., Any]:
+    """A trace function that sets *flag* before the line of that number, as a handler could."""
+    lines = itertools.count()
+
+    def trace(*_: object) -> Callable[..., Any]:
+        if next(lines) == moment:
+            flag.set()
+        return trace
+
+    return trace
+
+
+def set_flags_in_handlers() -> None:
+    """Set a flag at each moment of the waiting for it, and of its setting."""
+    for moment in range(60):
+        flag = Flag()
+        sys.settrace(setting(flag, moment))
+        flag.wait(0.001)
+        flag.set()
+        sys.settrace(None)
+        assert flag.is_set()
+
+
+def test_a_flag_is_set_in_a_handler_at_any_moment() -> None:
+    # In a Python of its own, which can be ended if it hangs.
+    script = "from tests.test_interrupt import set_flags_in_handlers as go; go()"
+
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=LONG_S)
+
+    assert done.returncode == 0
+
+
+# --- whole runs ----------------------------------------------------------------------------------
+
+
 def interrupt_runs(directory: Path) -> None:
     """Interrupt runs at random moments, and look at what is left each time."""
     workspace = directory / "workspace"
@@ -140,7 +201,7 @@ def test_a_ctrl_c_at_any_moment_of_a_run_leaves_nothing_behind(tmp_path: Path) -
 
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
