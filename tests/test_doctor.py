@@ -26,7 +26,8 @@ WITHIN_S = 30
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine of its own: empty PATH, home and temporary directory."""
+    """A machine of its own: empty PATH, home and temporary directory, and no processes."""
+    monkeypatch.setattr(psutil, "process_iter", lambda: iter(()))
     for name, variable in (("bin", "PATH"), ("home", "HOME"), ("tmp", "TMPDIR")):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(variable, str(tmp_path / name))
@@ -205,7 +206,7 @@ def crashed() -> int:
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], psutil.Process]]:
-    """Starts a tool of the run that a mark names; other processes of the machine go unseen."""
+    """Starts a tool of the run that a mark names."""
     seen: list[psutil.Process] = []
     monkeypatch.setattr(psutil, "process_iter", lambda: iter(seen))
     children = []
