@@ -3,53 +3,31 @@
     _process blocks --stdout--> lines --> events.parse_block --------+--> receive()
                     --stderr--> lines --> _logs: retries, warnings --+
 
-Tells at the end how the run went: settle() names the reason, in the provider's words where there
-are any. Knows what OpenCode prints; nothing of deadlines and retries.
+Tells at the end how the run went; in what words, _reasons knows. Knows what OpenCode prints;
+nothing of deadlines and retries.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import queue
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from . import _interrupt, _tree, _watchdog
-from ._checks import unencodable
 from ._datadir import Lease
-from ._logs import LogReader, no_agent, unwritable_home
+from ._logs import LogReader, no_agent
 from ._process import LineSplitter, Process
-from .errors import (
-    OpenCodeBinaryNotFoundError,
-    OpenCodeConfigError,
-    OpenCodeError,
-    OpenCodeIncompleteError,
-    OpenCodeProcessError,
-    strip_ansi,
-)
+from ._reasons import may_be_repeated, reason, start_error, what_is_missing
+from .errors import OpenCodeError, OpenCodeIncompleteError, OpenCodeProcessError
 from .events import Event, parse_block
 from .result import RunResult
 
 _log = logging.getLogger("opencode_sync")
 
-VERSION_TIMEOUT_S = 10.0
 # How long a refusal of the provider waits for the line that would tell that it is the last.
 PENDING_S = 1.0
-_LONGEST_USAGE = 50_000
-
-# What a start-up says that lost a race for a database; it has done nothing by then.
-_STARTUP_FAILURES = (
-    "database is locked",
-    "sqlite_busy",
-    "sqliteerror",
-    "journal_mode",
-    "disk i/o error",
-    "locking protocol",
-    "failed query: create table",
-)
 
 
 class ProcessRun:
@@ -100,7 +78,7 @@ class ProcessRun:
                 argv, cwd=self._workspace, env=env, stdin=_as_stdin(prompt), token=token
             )
         except (OSError, ValueError) as error:
-            raise _start_error(error, argv[0], self._workspace) from error
+            raise start_error(error, argv[0], self._workspace) from error
         self.label = f"run {token.rpartition('.')[2]} (pid {self._process.pid})"
         self.started_at = self._process.started_at
         self._is_closed = False
@@ -179,19 +157,16 @@ class ProcessRun:
                 result.stderr,
                 result.events,
                 result.raw_stdout_lines,
-                reason=self._reason(result),
+                reason=reason(result, self._argv, self._logs.cause),
                 result=result,
             )
         if result.status == "incomplete":
-            return OpenCodeIncompleteError(self._what_is_missing(result), result=result)
+            return OpenCodeIncompleteError(what_is_missing(result, self._n_lines), result=result)
         return None
 
     def may_repeat(self, result: RunResult) -> bool:
         """True for a start-up that lost a race for its database, before any event."""
-        if not result.exit_code or self._n_lines:
-            return False
-        stderr = result.stderr[-_LONGEST_USAGE:].lower()
-        return any(words in stderr for words in _STARTUP_FAILURES)
+        return bool(result.exit_code) and not self._n_lines and may_be_repeated(result.stderr)
 
     def _patience(self, timeout: float | None) -> float | None:
         if self._logs.pending is None:
@@ -249,78 +224,7 @@ class ProcessRun:
             self.stop()
         return events
 
-    def _reason(self, result: RunResult) -> str | None:
-        cause = self._logs.cause
-        if result.error is not None and result.error.name != "UnknownError":
-            return str(result.error)
-        if result.error is not None:
-            # "Unexpected server error. Check server logs": the log has the cause, if anything.
-            if cause and cause != "UnknownError: UnknownError":
-                return cause
-            return f"{result.error}{self._likely_cause()}"
-        return self._unknown_flag(result.stderr) or unwritable_home(result.stderr)
-
-    def _what_is_missing(self, result: RunResult) -> str:
-        if result.truncated:
-            return f"the output broke off in the middle of its line {self._n_lines}"
-        if not self._n_lines:
-            return "opencode exited with status 0, but printed nothing"
-        return (
-            "opencode exited with status 0, but without a closing step "
-            f"(last reason: {result.finish_reason or 'none'})"
-        )
-
-    def _likely_cause(self) -> str:
-        """An unknown command is the one failure that OpenCode has no word about, anywhere."""
-        if "--command" not in self._argv:
-            return ""
-        name = self._argv[self._argv.index("--command") + 1]
-        return f" (is there a command {name!r}?)"
-
-    def _unknown_flag(self, stderr: str) -> str | None:
-        """Where OpenCode answered with its usage alone: the flag of ours that is not in it."""
-        usage = strip_ansi(stderr[:_LONGEST_USAGE])
-        if "Options:" not in usage or "--help" not in usage:
-            return None
-        flags = [word.partition("=")[0] for word in self._argv[2:] if word.startswith("-")]
-        unknown = [flag for flag in flags if flag not in usage.replace(",", " ").split()]
-        if not unknown:
-            return None
-        return f"opencode {_version(self._argv[0])} does not know {', '.join(unknown)}"
-
 
 def _as_stdin(prompt: str) -> bytes:
     # OpenCode takes one byte order mark from the front of stdin (1.18.33).
     return (f"\ufeff{prompt}" if prompt.startswith("\ufeff") else prompt).encode()
-
-
-def _version(binary: str) -> str:
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            [binary, "--version"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=VERSION_TIMEOUT_S,
-        )
-        return done.stdout.decode("utf-8", "replace").strip() or "of unknown version"
-    return "of unknown version"
-
-
-def _start_error(error: OSError | ValueError, binary: str, workspace: str) -> OpenCodeError:
-    """The error for a process that the system would not start."""
-    if isinstance(error, UnicodeEncodeError):
-        return OpenCodeConfigError(f"a setting cannot be passed to opencode: {unencodable(error)}")
-    if isinstance(error, ValueError):  # a NUL byte in an argument or a variable
-        return OpenCodeConfigError(f"opencode cannot be started: {error}")
-    if error.filename == workspace:
-        vanished = error.errno == errno.ENOENT
-        what = "has vanished" if vanished else f"cannot be worked in: {error.strerror}"
-        return OpenCodeConfigError(f"workspace {workspace!r} {what}")
-    if error.errno == errno.E2BIG:
-        return OpenCodeConfigError(
-            "title or environment is too large for a process: make title, extra_env, "
-            "config_overrides or the environment of this program smaller"
-        )
-    if error.filename == binary and error.errno != errno.ETXTBSY:
-        return OpenCodeBinaryNotFoundError(f"{binary!r} cannot be run: {error.strerror}")
-    return OpenCodeError(f"opencode cannot be started: {error.strerror}")

@@ -111,7 +111,7 @@ class OpenCodeProcessError(OpenCodeError):
         told = strip_ansi(reason or "").strip()
         if told:
             message += f": {told}"
-        tail = strip_ansi(stderr)[-_STDERR_TAIL:].strip()
+        tail = stderr_tail(stderr)
         if tail and tail != told:
             message += f"\n{tail}"
         super().__init__(message, result=result)
@@ -120,6 +120,11 @@ class OpenCodeProcessError(OpenCodeError):
         self.events = list(events)
         self.raw_stdout_lines = list(raw_stdout_lines)
         self.reason = reason
+
+
+def stderr_tail(stderr: str) -> str:
+    """The end of *stderr*, without its colours, for an error's text."""
+    return strip_ansi(stderr)[-_STDERR_TAIL:].strip()
 
 
 def _ending(exit_code: int | None) -> str:

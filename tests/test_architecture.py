@@ -36,6 +36,7 @@ ROWS = (
     ("_request", "_bodies", "_limits", "_source", "_chat"),
     # A server's messages and requests; what is answered to it; an answer held against its schema.
     ("_translate", "_replies", "_sessions", "_asking", "_repair", "_turntaking", "_frame"),
+    ("_reasons",),  # why a run went wrong, in words
     ("_run", "_turn"),  # the two sources of events: a process, a turn in a session
     ("_attempts",),  # one source after another
     ("stream", "_link"),  # one job's life; a server in use

@@ -21,6 +21,7 @@ from opencode_sync import (
     OpenCodeIncompleteError,
     OpenCodeProcessError,
     RunResult,
+    _reasons,
     _run,
     _watchdog,
 )
@@ -177,6 +178,16 @@ def test_an_incomplete_run_says_what_is_missing(start: Start) -> None:
     assert "last reason: none" in str(error)
 
 
+def test_an_incomplete_run_tells_what_it_said_on_stderr(start: Start) -> None:
+    _, error = finish(start("complain_and_end_well"))
+
+    assert isinstance(error, OpenCodeIncompleteError)
+    assert str(error).splitlines() == [
+        "opencode exited with status 0, but printed nothing",
+        "Error: no such model",
+    ]
+
+
 def test_silence_is_told(start: Start) -> None:
     run = start("silent")
 
@@ -302,7 +313,7 @@ def test_a_workspace_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_what_the_system_says_is_put_down_to_its_cause(
     error: OSError, kind: type[OpenCodeError], words: str
 ) -> None:
-    found = _run._start_error(error, "/bin/x", "/w")
+    found = _reasons.start_error(error, "/bin/x", "/w")
 
     assert type(found) is kind
     assert str(found) == words

@@ -85,6 +85,10 @@ def no_closing_step():
     text("that is all")
 
 
+def complain_and_end_well():
+    complain("\x1b[91mError: \x1b[0mno such model")
+
+
 def nothing():
     pass
 

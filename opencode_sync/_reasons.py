@@ -1,0 +1,131 @@
+"""Why a run of ``opencode run`` went wrong, in words.
+
+    did not start        --> start_error()
+    exit status, stderr  --> reason()           the provider's words, where there are any
+    exit status 0        --> what_is_missing()
+
+Knows what OpenCode 1.18.33 and earlier ones say at their end; nothing of processes under way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import subprocess
+from collections.abc import Sequence
+
+from ._checks import unencodable
+from ._logs import unwritable_home
+from .errors import (
+    OpenCodeBinaryNotFoundError,
+    OpenCodeConfigError,
+    OpenCodeError,
+    stderr_tail,
+    strip_ansi,
+)
+from .result import RunResult
+
+VERSION_TIMEOUT_S = 10.0
+_LONGEST_USAGE = 50_000
+
+# What a start-up says that lost a race for a database; it has done nothing by then.
+_STARTUP_FAILURES = (
+    "database is locked",
+    "sqlite_busy",
+    "sqliteerror",
+    "journal_mode",
+    "disk i/o error",
+    "locking protocol",
+    "failed query: create table",
+)
+
+
+def may_be_repeated(stderr: str) -> bool:
+    """Whether a start-up that printed nothing else lost a race for its database."""
+    said = stderr[-_LONGEST_USAGE:].lower()
+    return any(words in said for words in _STARTUP_FAILURES)
+
+
+def reason(result: RunResult, argv: Sequence[str], logged_cause: str | None) -> str | None:
+    """What a run that failed ended of, if that is known.
+
+    Args:
+        logged_cause: What its log tells.
+    """
+    if result.error is None:
+        return _unknown_flag(argv, result.stderr) or unwritable_home(result.stderr)
+    if result.error.name != "UnknownError":
+        return str(result.error)
+    # "Unexpected server error. Check server logs": the log has the cause, if anything.
+    if logged_cause and logged_cause != "UnknownError: UnknownError":
+        return logged_cause
+    return f"{result.error}{_likely_cause(argv)}"
+
+
+def what_is_missing(result: RunResult, n_lines: int) -> str:
+    """What a run lacks that ended with success, and the end of what it said on stderr.
+
+    Args:
+        n_lines: How many it printed.
+    """
+    if result.truncated:
+        what = f"the output broke off in the middle of its line {n_lines}"
+    elif not n_lines:
+        what = "opencode exited with status 0, but printed nothing"
+    else:
+        last = result.finish_reason or "none"
+        what = f"opencode exited with status 0, but without a closing step (last reason: {last})"
+    # Versions up to 1.2 exit with status 0 after an error, which only stands there.
+    tail = stderr_tail(result.stderr)
+    return f"{what}\n{tail}" if tail else what
+
+
+def start_error(error: OSError | ValueError, binary: str, workspace: str) -> OpenCodeError:
+    """The error for a process that the system would not start."""
+    if isinstance(error, UnicodeEncodeError):
+        return OpenCodeConfigError(f"a setting cannot be passed to opencode: {unencodable(error)}")
+    if isinstance(error, ValueError):  # a NUL byte in an argument or a variable
+        return OpenCodeConfigError(f"opencode cannot be started: {error}")
+    if error.filename == workspace:
+        vanished = error.errno == errno.ENOENT
+        what = "has vanished" if vanished else f"cannot be worked in: {error.strerror}"
+        return OpenCodeConfigError(f"workspace {workspace!r} {what}")
+    if error.errno == errno.E2BIG:
+        return OpenCodeConfigError(
+            "title or environment is too large for a process: make title, extra_env, "
+            "config_overrides or the environment of this program smaller"
+        )
+    if error.filename == binary and error.errno != errno.ETXTBSY:
+        return OpenCodeBinaryNotFoundError(f"{binary!r} cannot be run: {error.strerror}")
+    return OpenCodeError(f"opencode cannot be started: {error.strerror}")
+
+
+def _likely_cause(argv: Sequence[str]) -> str:
+    """An unknown command is the one failure that OpenCode has no word about, anywhere."""
+    if "--command" not in argv:
+        return ""
+    return f" (is there a command {argv[argv.index('--command') + 1]!r}?)"
+
+
+def _unknown_flag(argv: Sequence[str], stderr: str) -> str | None:
+    """Where OpenCode answered with its usage alone: the flag of ours that is not in it."""
+    usage = strip_ansi(stderr[:_LONGEST_USAGE])
+    if "Options:" not in usage or "--help" not in usage:
+        return None
+    flags = [word.partition("=")[0] for word in argv[2:] if word.startswith("-")]
+    unknown = [flag for flag in flags if flag not in usage.replace(",", " ").split()]
+    if not unknown:
+        return None
+    return f"opencode {_version(argv[0])} does not know {', '.join(unknown)}"
+
+
+def _version(binary: str) -> str:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            [binary, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=VERSION_TIMEOUT_S,
+        )
+        return done.stdout.decode("utf-8", "replace").strip() or "of unknown version"
+    return "of unknown version"
