@@ -47,7 +47,7 @@ class Runs(abc.ABC):
 
     def __init__(self, run_cfg: RunConfig | None = None) -> None:
         self._run_cfg = checked_config(run_cfg, RunConfig())
-        # A plain dict, whose single operations are atomic: see stream._live.
+        # A plain dict, whose single operations are atomic: see UnderWay.
         self._streams: dict[int, weakref.ref[RunStream]] = {}
         self._closed = False
 

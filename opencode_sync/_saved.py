@@ -1,6 +1,11 @@
 """Results and errors as lines of JSON, and back.
 
-RunResult, OpenCodeError --> failure_of(), dumped() --> a line --> end_of() --> an equal one
+    Entry --line_of()--> a line --parsed()--> its object --end_of()--> an equal result or error
+
+    {"key": ..., "fingerprint": ..., "settings": ..., "failure": null, <RunResult.to_dict()>}
+    {"key": ..., "fingerprint": ..., "settings": ..., "failure": {"type", "message", ...}, ...}
+
+All lines have the same keys, so that ``pandas.read_json(path, lines=True)`` reads them.
 """
 
 from __future__ import annotations
@@ -9,14 +14,64 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import errors
 from .errors import OpenCodeError
 from .result import RunResult
 
+_BEGINNING = b'{"key": "'  # of each line; what begins otherwise is none of ours
 # Attributes of an error that its result, in the same line, has too.
 _OF_RESULT = ("result", "events", "raw_stdout_lines", "stderr", "prompt", "index", "key")
+
+
+class Entry(NamedTuple):
+    """One finished job."""
+
+    key: str
+    fingerprint: str
+    end: RunResult | OpenCodeError
+
+
+def line_of(entry: Entry, settings: str) -> bytes:
+    """*entry* as a line with its newline.
+
+    Args:
+        settings: Fingerprint of what all jobs of the batch have in common.
+    """
+    end = entry.end
+    error = end if isinstance(end, OpenCodeError) else None
+    result = end if isinstance(end, RunResult) else end.result
+    if result is None:
+        result = RunResult(prompt=end.prompt or "")
+    line = {
+        "key": entry.key,
+        "fingerprint": entry.fingerprint,
+        "settings": settings,
+        "failure": None if error is None else failure_of(error),
+        **{name: value for name, value in result.to_dict().items() if name != "key"},
+        "parsed": result._json,
+    }
+    return dumped(line) + b"\n"
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The line's object, if it is one of ours."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or "failure" not in entry:
+        return None
+    is_ours = all(isinstance(entry.get(name), str) for name in ("key", "fingerprint", "settings"))
+    return entry if is_ours and isinstance(entry["failure"], (dict, type(None))) else None
+
+
+def may_be_torn(line: bytes) -> bool:
+    """Whether it is the beginning of a line of ours."""
+    # After a power cut, a file system may show zeros where data had not arrived.
+    begins = line.startswith(_BEGINNING) or _BEGINNING.startswith(line)
+    return begins or not line.strip(b"\0")
 
 
 def failure_of(error: OpenCodeError) -> dict[str, Any]:

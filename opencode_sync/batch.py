@@ -11,12 +11,10 @@ of.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import sys
 import threading
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +22,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
 from ._dispatch import Dispatch
+from ._exits import REASON, UnderWay
 from ._fingerprint import job_fingerprint, settings_fingerprint
 from ._options import Options, fault_of
 from ._pinned import Pinned
@@ -250,7 +249,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         executor = options.executor
         if executor is None:
             executor = self._own_executor = ThreadPoolExecutor(self._most, "opencode-batch")
-        _open[id(self)] = weakref.ref(self)
+        _open.add(self)
         try:
             _mind_exit()
             self._dispatch.begin(executor)
@@ -271,7 +270,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
                 return
             self._error = error
             self._is_ended = True
-            _open.pop(id(self), None)
+            _open.discard(self)
             try:
                 if self._dispatch is not None:
                     self._dispatch.stop(reason)
@@ -289,26 +288,14 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
             self._checkpoint.close()
 
 
-# Batches under way. A plain dict, whose single operations are atomic: see stream._live.
-_open: dict[int, weakref.ref[BatchRun[Any]]] = {}
+_open: UnderWay[BatchRun[Any]] = UnderWay(lambda batch: batch.cancel(REASON), is_minded=False)
 _minded: set[bool] = set()
-
-
-def _cancel_at_exit() -> None:
-    for ref in list(_open.values()):
-        if (batch := ref()) is not None:
-            batch.cancel("the interpreter is shutting down")
 
 
 def _mind_exit() -> None:
     """See that batches under way do not hold up the interpreter's exit."""
-    # concurrent.futures waits there for what its pools have, and what is registered last is called
-    # first: so once more, if it was then that the pools of processes were first imported.
+    # Once more, if it was since the last time that the pools of processes were first imported.
     has_processes = "concurrent.futures.process" in sys.modules
     if has_processes not in _minded:
         _minded.add(has_processes)
-        getattr(threading, "_register_atexit", atexit.register)(_cancel_at_exit)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_open.clear)  # they are the parent's
+        _open.mind_exit()

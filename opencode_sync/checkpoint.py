@@ -1,12 +1,11 @@
 """Finished jobs on disk, one line of JSON each, found again by key.
 
-    {"key": ..., "fingerprint": ..., "settings": ..., "failure": null, <RunResult.to_dict()>}
-    {"key": ..., "fingerprint": ..., "settings": ..., "failure": {"type", "message", ...}, ...}
+    write(entries) --> lines, synced           (how one is written: _saved)
+    find(key) -------> Saved --load()--> the result or error as it was
 
-All lines have the same keys, so that ``pandas.read_json(path, lines=True)`` reads them. In memory
-are the keys and where their lines begin. A line is complete and synced, or it is cut off by the
-next to open the file. One batch writes, by a lock on ``PATH.lock``, which stays behind. Knows
-results; nothing of how they came about.
+In memory are the keys and where their lines begin. A line is complete and synced, or it is cut off
+by the next to open the file. One batch writes, by a lock on ``PATH.lock``, which stays behind.
+Knows results; nothing of how they came about.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ._saved import dumped, end_of, failure_of
+from ._saved import Entry, end_of, line_of, may_be_torn, parsed
 from ._schema import OutputSchema, SchemaMismatch
 from .errors import OpenCodeConfigError, OpenCodeError
 from .result import RunResult
@@ -30,17 +29,9 @@ from .result import RunResult
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+__all__ = ["Checkpoint", "Entry", "Saved"]
+
 _log = logging.getLogger("opencode_sync")
-
-_BEGINNING = b'{"key": "'  # of each line; what begins otherwise is none of ours, and left alone
-
-
-class Entry(NamedTuple):
-    """One finished job."""
-
-    key: str
-    fingerprint: str
-    end: RunResult | OpenCodeError
 
 
 class Saved(NamedTuple):
@@ -159,7 +150,7 @@ class Checkpoint:
         Raises:
             OpenCodeError: If the system does not take them; none of them is in the file then.
         """
-        lines = [self._line(entry) for entry in entries]
+        lines = [line_of(entry, self._settings) for entry in entries]
         with self._writing:
             try:
                 self._append(b"".join(lines))
@@ -218,8 +209,8 @@ class Checkpoint:
         """Index all lines, and repair the last one; returns the file's size."""
         offset = 0
         for number, line in enumerate(self._lines(), 1):
-            entry = _parsed(line)
-            if entry is None and not line.endswith(b"\n") and _may_be_torn(line):
+            entry = parsed(line)
+            if entry is None and not line.endswith(b"\n") and may_be_torn(line):
                 _log.warning(
                     "checkpoint %s: line %d was cut off, and is removed", self._path, number
                 )
@@ -258,22 +249,6 @@ class Checkpoint:
         self._superseded += key in self._index
         self._index[key] = saved
 
-    def _line(self, entry: Entry) -> bytes:
-        if isinstance(entry.end, OpenCodeError):
-            error: OpenCodeError | None = entry.end
-            result = entry.end.result or RunResult(prompt=entry.end.prompt or "")
-        else:
-            error, result = None, entry.end
-        line = {
-            "key": entry.key,
-            "fingerprint": entry.fingerprint,
-            "settings": self._settings,
-            "failure": None if error is None else failure_of(error),
-            **{name: value for name, value in result.to_dict().items() if name != "key"},
-            "parsed": result._json,
-        }
-        return dumped(line) + b"\n"
-
     def _drop_superseded(self) -> None:
         """Keep the last line of each key: a failure gives way to what a later run made of it."""
         current = {saved.offset for saved in self._index.values()}
@@ -305,21 +280,3 @@ def _write_all(descriptor: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """The line's object, if it is one of ours."""
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(entry, dict) or "failure" not in entry:
-        return None
-    is_ours = all(isinstance(entry.get(name), str) for name in ("key", "fingerprint", "settings"))
-    return entry if is_ours and isinstance(entry["failure"], (dict, type(None))) else None
-
-
-def _may_be_torn(line: bytes) -> bool:
-    # After a power cut, a file system may show zeros where data had not arrived.
-    begins = line.startswith(_BEGINNING) or _BEGINNING.startswith(line)
-    return begins or not line.strip(b"\0")

@@ -8,7 +8,6 @@ A subclass says how one request becomes a source of events; see the room of the 
 
 from __future__ import annotations
 
-import atexit
 import functools
 import os
 import threading
@@ -18,6 +17,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ._checks import check_count
+from ._exits import UnderWay
 from ._futures import RunFuture
 from ._machine import workers_for_processes
 from ._request import Request, StrPath, absolute
@@ -45,7 +45,7 @@ class Runner(Runs):
         super().__init__(run_cfg)
         check_count("max_workers", max_workers, 1)
         self._max_workers = max_workers
-        # Plain dicts, whose single operations are atomic: see stream._live.
+        # Plain dicts, whose single operations are atomic: see UnderWay.
         self._futures: dict[int, RunFuture] = {}
         self._batches: dict[int, weakref.ref[BatchRun[Any]]] = {}
         self._pool: tuple[int, ThreadPoolExecutor] | None = None  # with the process it is of
@@ -277,7 +277,7 @@ class Runner(Runs):
             if self._pool is None or self._pool[0] != os.getpid():  # a forked child has no threads
                 pool = ThreadPoolExecutor(self._workers(), "opencode-submit")
                 self._pool = os.getpid(), pool
-                _submitting[id(self)] = weakref.ref(self)
+                _submitting.add(self)
             return self._pool[1]
 
     def _forget_future(self, future: object) -> None:
@@ -285,16 +285,4 @@ class Runner(Runs):
 
 
 # Runners that have a pool. What waits in one would be run at the interpreter's exit otherwise.
-_submitting: dict[int, weakref.ref[Runner]] = {}
-
-
-def _close_all() -> None:
-    for ref in list(_submitting.values()):
-        if (runner := ref()) is not None:
-            runner.close()
-
-
-# Before concurrent.futures waits for its threads, and before stream._stop_all: see there.
-getattr(threading, "_register_atexit", atexit.register)(_close_all)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_submitting.clear)  # they are the parent's
+_submitting: UnderWay[Runner] = UnderWay(Runner.close)

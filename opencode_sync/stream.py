@@ -13,15 +13,12 @@ whether they come from a process or a server is the source's matter.
 
 from __future__ import annotations
 
-import atexit
-import concurrent.futures.thread  # noqa: F401 - has to be registered before us, see the end
 import contextlib
 import logging
 import os
 import queue
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -29,6 +26,7 @@ from typing import Literal
 
 from ._attempts import Attempts
 from ._eventlog import EventLog
+from ._exits import REASON, UnderWay
 from ._interrupt import Flag
 from ._limits import Limits, Meter
 from ._pinned import Pinned
@@ -96,7 +94,7 @@ class RunStream(Pinned, Iterator[Event]):
         with self._turn:
             try:
                 self._advancing = threading.get_ident()
-                _live[id(self)] = weakref.ref(self)
+                _live.add(self)
                 if on_begin is not None:
                     on_begin(self)
                 self._begin_attempt()
@@ -359,25 +357,11 @@ class RunStream(Pinned, Iterator[Event]):
         finally:
             if self._log_file is not None:
                 self._log_file.close()
-            _live.pop(id(self), None)
+            _live.discard(self)
             if self._on_end is not None:
                 self._on_end(self)
             # Last, so that what a Ctrl-C has cut short here is done again by close().
             self._ended.set()
 
 
-# Streams under way, ended at the interpreter's exit. A plain dict, whose single operations are
-# atomic: a lock could be held by the very thread that a finaliser interrupts.
-_live: dict[int, weakref.ref[RunStream]] = {}
-
-
-def _stop_all() -> None:
-    for ref in list(_live.values()):
-        if (stream := ref()) is not None:
-            stream.cancel("the interpreter is shutting down")
-
-
-# concurrent.futures waits for its workers before atexit's own calls are made, and runs that they
-# wait for have to end before that. These calls are made last registered first, hence the import
-# of concurrent.futures.thread above. CPython has no public door to this list (bpo-39812).
-getattr(threading, "_register_atexit", atexit.register)(_stop_all)
+_live: UnderWay[RunStream] = UnderWay(lambda stream: stream.cancel(REASON))

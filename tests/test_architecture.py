@@ -21,7 +21,8 @@ PACKAGE = "opencode_sync"
 HOUSE = Path(__file__).parent.parent / PACKAGE
 
 ROWS = (
-    ("_version", "_markup", "_interrupt"),  # text that is safe to show; Ctrl-C held back
+    # Text that is safe to show; Ctrl-C held back; what ends with the interpreter.
+    ("_version", "_markup", "_interrupt", "_exits"),
     ("errors",),  # everything raised on purpose
     ("_checks", "_pinned"),  # what an argument has to be; what cannot be pickled
     ("config", "events", "_schema"),  # values: what is asked for; a line becomes an event
