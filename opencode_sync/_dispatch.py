@@ -13,6 +13,7 @@ most what was in flight. Knows tasks and outcomes; nothing of the input, and of 
 from __future__ import annotations
 
 import bisect
+import queue
 import threading
 import time
 from collections import deque
@@ -46,11 +47,7 @@ REPEAT_S = 2.0  # before the second of them; doubled for each further one
 
 
 class Dispatch:
-    """The tasks of one batch, from :meth:`put` to :meth:`take`.
-
-    Attributes:
-        changed: Notified whenever something is ready, or a number of the report changes.
-    """
+    """The tasks of one batch, from :meth:`put` to :meth:`take`."""
 
     def __init__(
         self,
@@ -63,7 +60,11 @@ class Dispatch:
         max_total_cost: float | None = None,
         stop_at_failure: bool = True,
     ) -> None:
-        self.changed = threading.Condition()
+        # Entered as it is, and not through the condition, which is Python's: a Ctrl-C could come
+        # between its taking of the lock and the block, and the lock would never be given back.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)  # waited for by our thread alone
+        self._bells: list[queue.SimpleQueue[None]] = []  # of consumers that wait
         self._work = Work(runner, settings, self)
         self._throttle = throttle
         self._tally = tally
@@ -96,13 +97,13 @@ class Dispatch:
 
     def put(self, task: Task) -> None:
         """Have *task* run in its turn."""
-        with self.changed:
+        with self._lock:
             self._pending.append(task)
-            self.changed.notify_all()
+            self._tell()
 
     def put_ready(self, index: int, end: End | Saved) -> None:
         """Have something taken that needs no run."""
-        with self.changed:
+        with self._lock:
             self._ready[index] = end
             self._note_failure(index, end)
 
@@ -120,14 +121,16 @@ class Dispatch:
             OpenCodeError: If nothing more will come.
         """
         while True:
-            with self.changed:
+            with self._lock:
                 if self.is_ready(index):
                     found = next(iter(self._ready)) if index is None else index
                     return found, self._ready.pop(found)
                 is_last = not self._in_flight or self._stop_by is not None or self._is_over
                 if self._fatal is not None and is_last:
                     raise self._fatal
-                self.changed.wait()
+                bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+                self._bells.append(bell)
+            bell.get()
             on_change()
 
     def report(self) -> BatchReport:
@@ -141,13 +144,13 @@ class Dispatch:
 
     def refused(self, index: int, retry_after_s: float | None) -> None:
         """A provider refused a request of a task in flight; from any thread."""
-        with self.changed:
+        with self._lock:
             self._throttle.refused(len(self._in_flight), index, retry_after_s)
-            self.changed.notify_all()
+            self._tell()
 
     def recovered(self, index: int) -> None:
         """That task goes on; from any thread."""
-        with self.changed:
+        with self._lock:
             self._throttle.recovered(index)
 
     def stop(self, reason: str, error: OpenCodeError | None = None) -> None:
@@ -158,14 +161,14 @@ class Dispatch:
         Args:
             error: For who waits in :meth:`take`.
         """
-        with self.changed:
+        with self._lock:
             self._fatal = self._fatal or error or OpenCodeCancelledError(reason)
             if self._stop_by is None:
                 self._stop_by = time.monotonic() + STOP_S
                 self._tally.count("not_run", len(self._pending))
                 self._pending.clear()
             in_flight = list(self._in_flight)
-            self.changed.notify_all()
+            self._tell()
         for future in in_flight:
             future.cancel()
         self._work.stop(reason)
@@ -186,7 +189,7 @@ class Dispatch:
 
     def _await_work(self) -> bool:
         """Wait until there is something to do; False when all is done for good."""
-        with self.changed:
+        with self._lock:
             while not self._completed:
                 timeout = None
                 if self._stop_by is not None:
@@ -198,7 +201,7 @@ class Dispatch:
                     if not pause:
                         return True
                     timeout = pause
-                self.changed.wait(timeout)
+                self._changed.wait(timeout)
             return True
 
     def _may_start(self) -> bool:
@@ -223,7 +226,7 @@ class Dispatch:
                 self._note_failure(task.index, end)
             self._tally.count("not_run", len(self._pending))
             self._pending.clear()
-            self.changed.notify_all()
+            self._tell()
             return False
         # What runs costs at least what it has cost by now, and as a rule what others did.
         so_far = self._work.costs()
@@ -234,7 +237,7 @@ class Dispatch:
     def _start(self) -> None:
         assert self._executor is not None
         while True:
-            with self.changed:
+            with self._lock:
                 if self._stop_by is not None or not self._may_start() or self._throttle.pause_s():
                     return
                 task = self._pending.popleft()
@@ -242,11 +245,11 @@ class Dispatch:
             try:
                 future = self._executor.submit(self._work, task)
             except Exception as error:  # noqa: BLE001 - broken, shut down, or unable to pickle
-                with self.changed:
+                with self._lock:
                     self._pending.appendleft(task)
                 self._fail(executor_error(error))
                 return
-            with self.changed:
+            with self._lock:
                 self._in_flight[future] = task
                 is_late = self._stop_by is not None
             future.add_done_callback(self._on_done)
@@ -254,12 +257,12 @@ class Dispatch:
                 future.cancel()
 
     def _on_done(self, future: Future[Outcome]) -> None:
-        with self.changed:
+        with self._lock:
             self._completed.append(future)
-            self.changed.notify_all()
+            self._tell()
 
     def _take_in(self) -> None:
-        with self.changed:
+        with self._lock:
             completed = [(f, self._in_flight[f]) for f in self._completed]
             self._completed.clear()
         ended = []
@@ -272,15 +275,15 @@ class Dispatch:
                 end = of_task(outcome.end, task)
                 ended.append((future, task, replace(outcome, end=end)))
         is_saved = self._save([(task, outcome) for _, task, outcome in ended])
-        with self.changed:
+        with self._lock:
             for future, task, outcome in ended:
                 del self._in_flight[future]
                 if is_saved:
                     self._show(task, outcome)
-            self.changed.notify_all()
+            self._tell()
 
     def _count_refusals(self, outcome: Outcome, task: Task) -> None:
-        with self.changed:
+        with self._lock:
             self._throttle.recovered(task.index)
             # A run in this process has told of each as it came.
             for _ in range(outcome.refusals if outcome.is_remote else 0):
@@ -293,7 +296,7 @@ class Dispatch:
     def _repeat(self, future: Future[Outcome], task: Task, outcome: Outcome) -> None:
         self._tally.spend(outcome.result)
         self._tally.count("retried")
-        with self.changed:
+        with self._lock:
             del self._in_flight[future]
             again = replace(task, tries=task.tries + 1)
             bisect.insort(self._pending, again, key=attrgetter("index"))
@@ -340,6 +343,13 @@ class Dispatch:
             self._failed_at = index if self._failed_at is None else min(index, self._failed_at)
 
     def _fail(self, error: OpenCodeError) -> None:
-        with self.changed:
+        with self._lock:
             self._fatal = self._fatal or error
-            self.changed.notify_all()
+            self._tell()
+
+    def _tell(self) -> None:
+        """Wake who waits; under our lock, when something is ready or a number has changed."""
+        self._changed.notify_all()
+        bells, self._bells = self._bells, []
+        for bell in bells:
+            bell.put(None)

@@ -46,4 +46,5 @@ class Gate:
             yield
         finally:
             if is_held:
-                self._semaphore.release()
+                with _interrupt.deferred():  # its lock is entered in Python: see _dispatch
+                    self._semaphore.release()

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from . import _tree
+from . import _interrupt, _tree
 from ._command import add_plugin
 from ._logs import unwritable_home
 from .errors import OpenCodeBinaryNotFoundError, OpenCodeServerError, strip_ansi
@@ -51,7 +51,7 @@ class Server:
         directory: Path,
         *,
         timeout_s: float,
-        settled: threading.Event,
+        settled: _interrupt.Flag,
         on_exit: Callable[[str], None],
         on_refusal: Callable[[str, int], None],
     ) -> None:
@@ -74,7 +74,7 @@ class Server:
         self._on_refusal = on_refusal
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
         self._settled = settled
-        self._exited = threading.Event()
+        self._exited = _interrupt.Flag()
         self._is_stopping = False
         self._output, childs_end = socket.socketpair()
         try:

@@ -9,13 +9,12 @@ Knows how a server is started and ended; nothing of when, nor of what is asked o
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from . import _watchdog
+from . import _interrupt, _watchdog
 from ._command import PLUGIN, build_env, resolve_binary, without_user_config
 from ._datadir import DataDirectories, Lease
 from ._link import Link, dispose
@@ -115,7 +114,7 @@ class Own:
             on_remove=_watchdog.discard_directory if watchdog else _nothing,
         )
         self._leases: list[Lease] = []  # one, from the first start on
-        self._settled = threading.Event()  # the start under way
+        self._settled = _interrupt.Flag()  # the start under way
         self._is_given_up = False
 
     def start(self) -> InUse:
@@ -142,7 +141,7 @@ class Own:
             for link in links:
                 link.note_refusal(session_id, status)
 
-        self._settled = threading.Event()
+        self._settled = _interrupt.Flag()
         if self._is_given_up:  # give_up() looks for the event after it has said so
             self._settled.set()
         process = Server(

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from . import _interrupt
 from ._http import CONNECT_S, Connection
 from .errors import OpenCodeServerError
 
@@ -123,8 +124,8 @@ class EventStream:
         # A plain dict, whose single operations are atomic: the reader is not to wait for a lock,
         # nor a finaliser for one that its own thread holds.
         self._routes: dict[str, Mailbox] = {}
-        self._opened = threading.Event()  # at least once; or lost before
-        self._closing = threading.Event()
+        self._opened = _interrupt.Flag()  # at least once; or lost before
+        self._closing = _interrupt.Flag()
         self._is_reading = False
         self._reader: threading.Thread | None = None
 

@@ -531,6 +531,27 @@ def test_when_the_batch_is_killed_its_runs_in_worker_processes_are_ended() -> No
         worker.kill()  # a forked worker never notices that its pool is dead (CPython 3.11)
 
 
+def test_the_consumer_enters_no_lock_that_a_ctrl_c_could_leave_locked(
+    runner: ScriptedRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Entering a Condition is a Python function: a signal comes after its lock was taken, and before
+    # the block whose end would give it back.
+    entered: list[tuple[threading.Condition, int]] = []
+    enter = threading.Condition.__enter__
+
+    def note(condition: threading.Condition) -> bool:
+        entered.append((condition, threading.get_ident()))
+        return enter(condition)
+
+    monkeypatch.setattr(threading.Condition, "__enter__", note)
+    batch = runner.map(["a", "b", "c"])
+
+    assert len(list(batch)) == 3
+    assert batch._dispatch is not None
+    here = (batch._dispatch._changed, threading.get_ident())
+    assert here not in entered
+
+
 def test_an_executor_that_was_shut_down_is_an_error(runner: ScriptedRunner) -> None:
     pool = ThreadPoolExecutor(1)
     pool.shutdown()
