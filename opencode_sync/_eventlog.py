@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
+from ._checks import checked_path
 from .errors import OpenCodeConfigError, OpenCodeError
 from .events import Event, OtherEvent, dump_event
 
@@ -26,11 +26,11 @@ class EventLog:
         Raises:
             OpenCodeConfigError: If it cannot be opened.
         """
+        absolute = checked_path("log_file", path)
         try:
-            self._file = open(Path(path).expanduser(), "wb", buffering=0, opener=_at_its_end)
-        except (OSError, RuntimeError, TypeError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise OpenCodeConfigError(f"log_file {path!r}: {reason}") from error
+            self._file = open(absolute, "wb", buffering=0, opener=_at_its_end)
+        except OSError as error:
+            raise OpenCodeConfigError(f"log_file {os.fspath(path)!r}: {error.strerror}") from error
 
     def mark_attempt(self) -> None:
         """Write the line that stands before an attempt's events."""

@@ -252,6 +252,7 @@ def test_a_future_that_an_event_loop_cancels_ends_its_run(client: OpenCodeClient
 
 
 @pytest.mark.parametrize("verb, jobs", [("stream", "well"), ("map", ["well"])])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_is_told_that_it_owns_nothing(
     client: OpenCodeClient, verb: str, jobs: Any
 ) -> None:

@@ -146,7 +146,7 @@ ASKED: dict[str, tuple[dict[str, Any], str]] = {
     "workspace with too long a name": ({"workspace": "x" * 5000}, "File name too long"),
     "workspace in nobody's home": ({"workspace": "~nobody-of-that-name"}, "does not exist"),
     "log_file that is a directory": ({"log_file": "."}, "log_file '.': Is a directory"),
-    "log_file that is a number": ({"log_file": 3}, "log_file 3: expected str"),
+    "log_file that is a number": ({"log_file": 3}, "log_file is 3: use the path of a file"),
     "name of a type as schema": ({"schema": "int"}, "schema is 'int': use a class, a type or"),
     "value as schema": ({"schema": Shape(line=1)}, "schema Shape(line=1) cannot be used"),
     "schema that holds itself": ({"schema": holding_itself()}, "schema is no JSON"),
