@@ -115,12 +115,17 @@ def cancel_together(streams: Sequence[RunStream], reason: str) -> None:
     if not streams:
         return
     first, *others = streams
-    threads = [
-        threading.Thread(target=stream.cancel, args=(reason,), name="opencode-cancel", daemon=True)
-        for stream in others
-    ]
-    for thread in threads:
-        thread.start()
+    threads = []
+    for stream in others:
+        thread = threading.Thread(
+            target=stream.cancel, args=(reason,), name="opencode-cancel", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:  # no more to be had; at the interpreter's exit none in 3.12.0 and .1
+            stream.cancel(reason)
+        else:
+            threads.append(thread)
     first.cancel(reason)
     for thread in threads:
         thread.join(CANCEL_S)
