@@ -116,6 +116,8 @@ def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         patch.setenv("TMPDIR", str(temporary))
         patch.setattr(tempfile, "tempdir", None)  # gettempdir() looks at TMPDIR again
         patch.setenv(leaks.SESSION, leaks.MARK)
+        # Coverage is of this process: in all that tests start it would double what it costs.
+        patch.delenv("COVERAGE_PROCESS_START", raising=False)
         yield
 
 
