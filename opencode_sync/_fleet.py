@@ -91,13 +91,21 @@ class Fleet:
         """
         ticket = object()
         server = self._enter(ticket)
+        has_sent: list[bool] = []
+
+        def before_send() -> None:
+            has_sent.append(True)
+            if cancelled():
+                raise OpenCodeCancelledError("the run was cancelled while it was starting")
+
         try:
-            return self._begin(server, ticket, request, cancelled)
+            return self._begin(server, ticket, request, before_send)
         except OpenCodeServerError as error:
-            if error.status_code is not None or not _has_died(server):
+            # A prompt that was sent may be at work: it is not sent twice.
+            if error.status_code is not None or has_sent or not _has_died(server):
                 raise
         # It had died before, and has taken nothing: the next one may.
-        return self._begin(self._enter(ticket), ticket, request, cancelled)
+        return self._begin(self._enter(ticket), ticket, request, before_send)
 
     def _enter(self, ticket: object) -> InUse:
         with self._lock:
@@ -106,12 +114,10 @@ class Fleet:
         return server
 
     def _begin(
-        self, server: InUse, ticket: object, request: Request, cancelled: Callable[[], bool]
+        self, server: InUse, ticket: object, request: Request, before_send: Callable[[], None]
     ) -> Turn:
         try:
-            if cancelled():
-                raise OpenCodeCancelledError("the run was cancelled while it was starting")
-            turn = server.link.begin(request)
+            turn = server.link.begin(request, before_send)
         except BaseException:
             self._leave(server, ticket)
             raise

@@ -9,6 +9,7 @@ which order; nothing of processes.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -83,8 +84,11 @@ class Link:
 
     # -- turns ---------------------------------------------------------------------------------
 
-    def begin(self, request: Request) -> Turn:
+    def begin(self, request: Request, before_send: Callable[[], None] = lambda: None) -> Turn:
         """Send the prompt, in the session that its settings say, or a new one.
+
+        Args:
+            before_send: Called when all is ready; what fails later may have been done.
 
         Raises:
             OpenCodeConfigError: If the session is unknown, in use, or of another directory.
@@ -111,6 +115,7 @@ class Link:
             self._busy.discard(session_id)
             raise
         try:
+            before_send()
             turn.send(body)
         except BaseException:
             turn.close()

@@ -9,6 +9,8 @@ The first word of a prompt says what its turn does:
     gap WORDS    loses the event streams in the middle of the answer
     break        ends the turn with an error
     die          ends the server
+    vanish       ends the server before it has answered that it took the prompt; noted in a file
+                 "vanished" beside the sessions
 
 Sessions are kept in the data directory. Environment: SERVING_START=silent|crash|slow, and
 SERVING_TELLS, a file that is written when it was started.
@@ -191,7 +193,12 @@ class Handler(BaseHTTPRequestHandler):
             case ["message"]:
                 return session["messages"][-int(query.get("limit", 1_000_000)) :]
             case ["prompt_async"]:
-                Turn(session_id, data["parts"][-1]["text"])
+                prompt = data["parts"][-1]["text"]
+                if prompt == "vanish":
+                    with open(STORE.with_name("vanished"), "a") as file:
+                        file.write(f"{session_id}\n")
+                    os._exit(3)
+                Turn(session_id, prompt)
                 return None
             case ["abort"]:
                 aborted.get(session_id, threading.Event()).set()

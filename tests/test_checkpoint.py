@@ -41,7 +41,9 @@ def path(tmp_path: Path) -> Path:
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    # The last may be half written: a batch goes on while its results are looked at.
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 # --- found again ---------------------------------------------------------------------------------

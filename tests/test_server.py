@@ -407,6 +407,18 @@ def test_after_its_death_the_next_run_starts_it_again_and_sessions_go_on(
     assert server.pid != pid
 
 
+def test_a_prompt_that_may_have_been_taken_is_not_sent_to_the_next_server(
+    serve: Serve, workspace: Path, tmp_path: Path
+) -> None:
+    server = serve(data_dir=tmp_path / "kept")
+
+    with pytest.raises(OpenCodeServerError):
+        server.run("vanish", workspace)
+
+    [noted] = (tmp_path / "kept").rglob("vanished")
+    assert len(noted.read_text().splitlines()) == 1
+
+
 def test_a_server_that_grew_too_large_is_followed_by_a_fresh_one(
     serve: Serve, workspace: Path
 ) -> None:

@@ -229,6 +229,7 @@ def test_a_turn_that_cannot_be_followed_any_more_is_aborted(
     server: WebServer, begin: Begin, feed: Feed
 ) -> None:
     server.answers[f"/session/{ROOT}/message"] = Answer({"message": "broken"}, status=500)
+    is_busy(server)  # or, after a while, it would count as ended
     turn = begin()
     say(feed, STORED[0])
     turn.receive(WITHIN_S)
