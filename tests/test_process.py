@@ -386,9 +386,14 @@ def test_ctrl_c_while_stopping_still_stops(start: Start, monkeypatch: pytest.Mon
     assert process.returncode == -signal.SIGKILL
 
 
-def test_a_child_that_somebody_else_has_reaped_has_ended(start: Start) -> None:
+def test_a_child_that_somebody_else_has_reaped_has_ended(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_exited, is_reaped = _process._has_exited, threading.Event()
+    monkeypatch.setattr(_process, "_has_exited", lambda pid: is_reaped.is_set() and has_exited(pid))
     process = start("")
-    os.waitpid(process.pid, 0)
+    os.waitpid(process.pid, 0)  # before our own readers do
+    is_reaped.set()
 
     assert read_all(process) == {"stdout": b"", "stderr": b""}
 

@@ -250,7 +250,7 @@ def test_a_huge_environment_is_told(
     for number in range(80):  # 8 MB, where a process may have a quarter of its stack, or 6 MB
         monkeypatch.setenv(f"HUGE_{number}", "x" * 100_000)
 
-    with pytest.raises(OpenCodeConfigError, match="the environment is too large for a process"):
+    with pytest.raises(OpenCodeConfigError, match="environment is too large for a process"):
         client.run("well")
 
 

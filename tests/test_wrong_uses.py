@@ -164,7 +164,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "number as files": ({"files": 3}, "files is of type int: use paths"),
     "file that does not exist": ({"files": ["none.txt"]}, "no file 'none.txt' (counted from"),
     "pairs as environment": ({"extra_env": [("A", "B")]}, "extra_env is of type list: use a map"),
-    "huge variable": ({"extra_env": {"A": "x" * 200_000}}, "make extra_env, config_overrides or"),
+    "huge variable": ({"extra_env": {"A": "x" * 200_000}}, "make title, extra_env, config_overrides or"),
     "lone surrogate in a variable": ({"extra_env": {"A": "\ud800"}}, "it cannot be encoded"),
     "lone surrogate in the configuration": (
         {"config_overrides": {"theme": "\ud800"}},

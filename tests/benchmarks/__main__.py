@@ -1,6 +1,6 @@
 """Our figures beside a bare loop's and a rival's, from one run: prints a table in Markdown.
 
-python -m tests.benchmarks [NAME ...] [--quick] [--json FILE]
+python -m tests.benchmarks [NAME ...] [--quick] [--rst] [--json FILE]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from . import delays, flood, imports, lasting, memory, overhead, real, timeouts, warm_server
-from .measuring import Row, table
+from .measuring import Row, rst_table, table
 from .setting import CannotRun, Setting, setting
 
 BENCHMARKS: dict[str, Callable[[Setting], list[Row]]] = {
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in names:
             rows += _measured(name, where)
     print("\n".join(f"- {key}: {value}" for key, value in about.items()))
-    print(f"\n{table(rows)}")
+    print(f"\n{rst_table(rows) if arguments.rst else table(rows)}")
     if arguments.json is not None:
         told = {"about": about, "rows": [row.to_dict() for row in rows]}
         arguments.json.write_text(json.dumps(told, indent=1) + "\n")
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
                         help=f"some of {', '.join(BENCHMARKS)}; all these without any; "
                         f"by name also {', '.join(LONG)}")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="fewer and smaller, within 3 minutes")
+    parser.add_argument("--rst", action="store_true", help="print it as the README has it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     return parser
 

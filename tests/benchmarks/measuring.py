@@ -140,26 +140,35 @@ def compare(
     )
 
 
+HEAD = ("benchmark", "measured", "ours", "against", "theirs", "ratio", "aim", "holds", "note")
+
+
 def table(rows: Sequence[Row]) -> str:
     """The rows as Markdown."""
-    head = ("benchmark", "measured", "ours", "against", "theirs", "ratio", "aim", "holds", "note")
-    lines = [head, ("---",) * len(head)]
-    for row in rows:
-        value = "" if row.value is None or not row.against else row.value.show()
-        lines.append(
-            (
-                row.benchmark,
-                row.what,
-                _with_unit(row.ours, row.unit),
-                row.against,
-                _with_unit(row.theirs, row.unit),
-                f"{value} {row.meaning}" if value else "",
-                "" if row.aim is None else str(row.aim),
-                row.verdict,
-                row.note,
-            )
-        )
+    lines = [HEAD, ("---",) * len(HEAD), *map(_cells, rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def rst_table(rows: Sequence[Row]) -> str:
+    """The rows as reStructuredText, for the README."""
+    lines = (", ".join(f'"{cell}"' for cell in line) for line in (HEAD, *map(_cells, rows)))
+    head, *body = lines
+    return "\n".join([".. csv-table::", f"   :header: {head}", "", *(f"   {x}" for x in body)])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    value = "" if row.value is None or not row.against else row.value.show()
+    return (
+        row.benchmark,
+        row.what,
+        _with_unit(row.ours, row.unit),
+        row.against,
+        _with_unit(row.theirs, row.unit),
+        f"{value} {row.meaning}" if value else "",
+        "" if row.aim is None else str(row.aim),
+        row.verdict,
+        row.note,
+    )
 
 
 def _with_unit(spread: Spread | None, unit: str) -> str:
