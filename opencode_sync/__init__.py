@@ -11,11 +11,8 @@ A first script::
 from typing import TYPE_CHECKING, Any
 
 from ._command import TESTED_VERSION, build_argv, build_env, resolve_binary
-from ._frame import results_to_frame, results_to_records
 from ._futures import RunFuture
-from ._tally import BatchReport
 from ._version import __version__
-from .batch import BatchRun
 from .client import OpenCodeClient
 from .config import Job, RunConfig, validate_config_for_run, validate_permission_actions
 from .errors import (
@@ -48,7 +45,10 @@ if TYPE_CHECKING:  # loaded when first asked for, see __getattr__
         allow_reads,
         ask_in_terminal,
     )
+    from ._frame import results_to_frame, results_to_records
     from ._sessions import SessionInfo
+    from ._tally import BatchReport
+    from .batch import BatchRun
     from .report import checkpoint_to_html, results_to_html
     from .server import OpenCodeServer
     from .session import Session
@@ -102,6 +102,8 @@ __all__ = [
 
 # What most scripts never use; loading all of it would take as long again as the rest.
 _LOADED_LATER = {
+    "BatchReport": "_tally",
+    "BatchRun": "batch",
     "OpenCodeServer": "server",
     "PermissionRequest": "_asking",
     "QuestionRequest": "_asking",
@@ -111,7 +113,9 @@ _LOADED_LATER = {
     "allow_reads": "_asking",
     "ask_in_terminal": "_asking",
     "checkpoint_to_html": "report",
+    "results_to_frame": "_frame",
     "results_to_html": "report",
+    "results_to_records": "_frame",
 }
 
 

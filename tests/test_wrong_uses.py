@@ -44,6 +44,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory."""
     path = tmp_path / "workspace"
     path.mkdir()
+    (path / "script.py").write_text("print('no line of a checkpoint')\n")
     monkeypatch.chdir(path)
     return path
 
@@ -164,7 +165,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "number as files": ({"files": 3}, "files is of type int: use paths"),
     "file that does not exist": ({"files": ["none.txt"]}, "no file 'none.txt' (counted from"),
     "pairs as environment": ({"extra_env": [("A", "B")]}, "extra_env is of type list: use a map"),
-    "huge variable": ({"extra_env": {"A": "x" * 200_000}}, "make title, extra_env, config_overrides or"),
+    "huge variable": (
+        {"extra_env": {"A": "x" * 200_000}},
+        "make title, extra_env, config_overrides or",
+    ),
     "lone surrogate in a variable": ({"extra_env": {"A": "\ud800"}}, "it cannot be encoded"),
     "lone surrogate in the configuration": (
         {"config_overrides": {"theme": "\ud800"}},
@@ -255,7 +259,7 @@ BATCHES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "number as checkpoint": (["well"], {"checkpoint": 3}, "checkpoint is 3: use the path of a"),
     "checkpoint that is a directory": (["well"], {"checkpoint": "."}, "Is a directory"),
     "NUL in the checkpoint": (["well"], {"checkpoint": "a\0b"}, "checkpoint is 'a\\x00b': use"),
-    "script as checkpoint": (["well"], {"checkpoint": __file__}, "no line of a checkpoint"),
+    "script as checkpoint": (["well"], {"checkpoint": "script.py"}, "no line of a checkpoint"),
 }
 
 

@@ -15,7 +15,10 @@ def measure(setting: Setting) -> list[Row]:
     """MiB for 100,000 events kept; and the growth of a stream's peak."""
     few = str(standins.flood(setting.root, FEW))
     short, long = STREAMED["quick" if setting.is_quick else "full"]
-    short_flood, long_flood = (str(standins.flood(setting.root, n)) for n in (short, long))
+    # Text stays in any case: of it final_text is made.
+    short_flood, long_flood = (
+        str(standins.flood(setting.root, n, "reasoning")) for n in (short, long)
+    )
 
     def once(name: str, how: str, binary: str, what: str) -> float:
         worker = setting.contender(name)  # a fresh process: memory that was freed is used again
@@ -49,6 +52,6 @@ def measure(setting: Setting) -> list[Row]:
             rows.append(row)
     pairs = zip(found["long"], found["short"], strict=True)
     value = Spread.of([after - before for after, before in pairs])
-    what = f"growth of the peak of a stream that keeps nothing, {short:,} to {long:,} events"
+    what = f"growth of a stream's peak, nothing kept, {short:,} to {long:,} events without text"
     rows.append(Row("memory", what, unit="MiB", ours=value, value=value, aim=at_most(2, " MiB")))
     return rows

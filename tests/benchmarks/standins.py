@@ -30,6 +30,7 @@ _TOKENS = {
 }
 _FINISH = line("step-finish", reason="stop", cost=0.01, tokens=_TOKENS)
 
+_KIND = '"type": "text"'
 _FLOOD = """\
 import os, sys
 def part(number):
@@ -71,9 +72,10 @@ def ends_at_once(directory: Path) -> Path:
     return _write(directory / "ends-at-once", f"#!/bin/sh\nprintf '%s\\n' {_quoted()}\n")
 
 
-def flood(directory: Path, count: int) -> Path:
-    """Prints *count* texts as fast as it can."""
-    return _python(directory / f"flood-{count}", f"COUNT = {count}\n{_FLOOD}")
+def flood(directory: Path, count: int, kind: str = "text") -> Path:
+    """Prints *count* events as fast as it can; *kind* is ``"text"``, or what leaves no text."""
+    program = f"COUNT = {count}\nTEXT = TEXT.replace({_KIND!r}, {_KIND.replace('text', kind)!r})\n"
+    return _python(directory / f"flood-{kind}-{count}", program + _FLOOD)
 
 
 def stamped(directory: Path) -> Path:
