@@ -85,7 +85,14 @@ def measure(setting: Setting) -> list[Row]:
             try:
                 by_session(name)
             except CannotRun as error:
-                rows.append(Row("server", "its session", name, note=f"does not run: {error}"))
+                rows.append(
+                    Row(
+                        "server",
+                        "its session",
+                        name,
+                        note=f"does not run: {str(error).partition(' (')[0]}",
+                    )
+                )
             else:
                 sessions.append(name)
                 ways[name] = lambda name=name: by_session(name)  # type: ignore[misc]
