@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from opencode_sync import build_env
+from opencode_sync._command import without_user_config
+from opencode_sync._datadir import DataDirectories
 from opencode_sync.testing import ChatRequest, Reply, ScriptedModel, tool_call
 from tests.kernel import Kernel
 
@@ -56,10 +58,15 @@ def answer(request: ChatRequest) -> Reply:
 
 
 @pytest.fixture(scope="module")
-def environment(opencode_binary: str) -> Iterator[dict[str, str]]:
+def environment(
+    opencode_binary: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
     """In which the user's OpenCode is set up with a model."""
+    used = DataDirectories(tmp_path_factory.mktemp("used")).empty_config()
     with ScriptedModel(answer) as model:
-        env = build_env(model.run_config())
+        cfg = model.run_config()
+        # A home that OpenCode was at work in before: into an empty one it would install by npm.
+        env = without_user_config(build_env(cfg), cfg, used)
         yield env | {"OPENCODE_BINARY": opencode_binary, "PYTHONWARNINGS": "error"}
 
 
