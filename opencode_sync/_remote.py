@@ -188,5 +188,7 @@ def _close_runners() -> None:
         runner.close()
 
 
-# A worker process that was forked ends without atexit's calls, but with these.
-getattr(threading, "_register_atexit", atexit.register)(_close_runners)
+# A worker process that was forked ends without atexit's calls, but with these. At the interpreter's
+# end, when this may be loaded too, there is none to be one any more.
+with contextlib.suppress(RuntimeError):
+    getattr(threading, "_register_atexit", atexit.register)(_close_runners)
