@@ -21,12 +21,12 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import _interrupt
 from ._checks import checked_path
+from ._sessionindex import SessionHome, SessionIndex
 from ._userdata import in_words, link_credentials
 from .errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
 
@@ -36,14 +36,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("opencode_sync")
 
 TEMPORARY_PREFIX = "opencode-sync-"
-
-
-@dataclass
-class _Home:
-    """Where a session is, and the workspace that it was last used in."""
-
-    slot: int
-    workspace: str
 
 
 class Lease:
@@ -96,7 +88,7 @@ class DataDirectories:
         self._lock = threading.RLock()
         self._users: dict[int, int] = {}  # slot -> runs on it
         self._busy: set[str] = set()  # sessions with a run on them
-        self._sessions: dict[str, _Home] = {}  # in the order of their last use
+        self._sessions = SessionIndex(self._kept)
         self._file_locks: dict[int, BaseFileLock] = {}
         self._returned: deque[tuple[int, str | None]] = deque()
         self._is_closed = False
@@ -139,11 +131,7 @@ class DataDirectories:
     def last_session(self, workspace: str) -> str | None:
         """The session last used in *workspace*, or None."""
         with in_words(self._kept), self._locked():
-            self._read_index()
-            for session_id, home in reversed(self._sessions.items()):
-                if home.workspace == workspace:
-                    return session_id
-        return None
+            return self._sessions.last_in(workspace)
 
     def empty_config(self) -> Path:
         """A directory without configuration, in which OpenCode finds nothing to install.
@@ -201,9 +189,7 @@ class DataDirectories:
         return slot
 
     def _slot_of(self, session_id: str) -> int:
-        if session_id not in self._sessions:
-            self._read_index()
-        home = self._sessions.get(session_id)
+        home = self._sessions.find(session_id)
         if home is None:
             raise OpenCodeConfigError(
                 f"session {session_id!r} is unknown here: a client finds the sessions of its own "
@@ -265,40 +251,10 @@ class DataDirectories:
         self._take_back()
 
     def _remember(self, session_id: str, slot: int, workspace: str) -> None:
+        home = SessionHome(slot, workspace)
         with self._locked():
-            self._sessions.pop(session_id, None)
-            self._sessions[session_id] = _Home(slot, workspace)
-        if self._kept is None:
-            return
-        line = json.dumps({"session": session_id, "slot": slot, "workspace": workspace})
+            self._sessions.note(session_id, home)
         try:
-            self._write_index(line.encode() + b"\n")
+            self._sessions.keep(session_id, home)
         except OSError as error:  # no reason to end a run that is under way
             _log.warning("session %s will not be found by later processes: %s", session_id, error)
-
-    def _write_index(self, line: bytes) -> None:
-        assert self._kept is not None
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-        fd = os.open(self._kept / "sessions.jsonl", flags, 0o600)
-        # One write of one line: processes that share the root do not mix theirs.
-        with open(fd, "wb", buffering=0) as index:
-            index.write(line)
-
-    def _read_index(self) -> None:
-        if self._kept is None:
-            return
-        for session_id, home in _index_entries(self._kept / "sessions.jsonl"):
-            self._sessions.pop(session_id, None)
-            self._sessions[session_id] = home
-
-
-def _index_entries(path: Path) -> Iterator[tuple[str, _Home]]:
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return
-    for line in lines:
-        # A line that a full disk cut short costs one session, not all of them.
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            entry = json.loads(line)
-            yield str(entry["session"]), _Home(int(entry["slot"]), str(entry["workspace"]))

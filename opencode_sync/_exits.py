@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import concurrent.futures.thread  # noqa: F401 - has to be registered before us
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -37,6 +38,7 @@ class UnderWay(Generic[T]):
         """
         self._end = end
         self._there: dict[int, weakref.ref[T]] = {}
+        self._minded: set[bool] = set()
         if is_minded:
             self.mind_exit()
         if hasattr(os, "register_at_fork"):
@@ -49,7 +51,15 @@ class UnderWay(Generic[T]):
         self._there.pop(id(item), None)
 
     def mind_exit(self) -> None:
-        """Be called at the exit, before all that have been registered until now."""
+        """Be called at the exit, before all that have been registered until now.
+
+        Once; and once more if it was since then that the pools of processes were first imported,
+        which wait for their own.
+        """
+        has_processes = "concurrent.futures.process" in sys.modules
+        if has_processes in self._minded:
+            return
+        self._minded.add(has_processes)
         # concurrent.futures waits for its workers before atexit's own calls are made, and runs that
         # they wait for have to end before that. CPython has no public door to this (bpo-39812).
         getattr(threading, "_register_atexit", atexit.register)(self._end_all)

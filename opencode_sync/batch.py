@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from concurrent.futures import ThreadPoolExecutor
@@ -251,7 +250,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
             executor = self._own_executor = ThreadPoolExecutor(self._most, "opencode-batch")
         _open.add(self)
         try:
-            _mind_exit()
+            _open.mind_exit()
             self._dispatch.begin(executor)
         except RuntimeError as error:  # no thread to be had, or the interpreter is at its end
             raise OpenCodeError(f"the batch cannot be started: {error}") from error
@@ -289,13 +288,3 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
 
 
 _open: UnderWay[BatchRun[Any]] = UnderWay(lambda batch: batch.cancel(REASON), is_minded=False)
-_minded: set[bool] = set()
-
-
-def _mind_exit() -> None:
-    """See that batches under way do not hold up the interpreter's exit."""
-    # Once more, if it was since the last time that the pools of processes were first imported.
-    has_processes = "concurrent.futures.process" in sys.modules
-    if has_processes not in _minded:
-        _minded.add(has_processes)
-        _open.mind_exit()

@@ -27,7 +27,7 @@ ROWS = (
     ("_checks", "_pinned"),  # what an argument has to be; what cannot be pickled
     ("config", "events", "_schema"),  # values: what is asked for; a line becomes an event
     # What an event says; argv and env; the credentials that a run is given.
-    ("_reading", "_logs", "_command", "_fingerprint", "_userdata"),
+    ("_reading", "_logs", "_command", "_fingerprint", "_userdata", "_sessionindex"),
     ("_folding",),  # what an event does to a result
     ("result",),  # events folded
     # I/O: processes, files, bytes and messages; knows nothing of prompts.

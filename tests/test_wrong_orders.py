@@ -10,9 +10,8 @@ import copy
 import os
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,25 +25,11 @@ from opencode_sync import (
     OpenCodeServerError,
     display,
 )
-from tests.faults import standin_client
+from tests.wrong import client, workspace
+
+__all__ = ["client", "workspace"]  # fixtures
 
 WITHIN_S = 30.0
-
-
-@pytest.fixture
-def client(tmp_path: Path) -> Iterator[OpenCodeClient]:
-    """A client of the stand-in, whose prompts say what it does."""
-    with standin_client(tmp_path) as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory."""
-    path = tmp_path / "workspace"
-    path.mkdir()
-    monkeypatch.chdir(path)
-    return path
 
 
 # --- in a wrong order ----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,9 @@ from opencode_sync import (
     RunConfig,
 )
 from tests.faults import standin_client, write_standin
+from tests.wrong import client, workspace
+
+__all__ = ["client", "workspace"]  # fixtures
 
 ROOT = Path(__file__).parent.parent
 WITHIN_S = 60.0
@@ -47,22 +50,6 @@ def tell(use):
 """
 
 Child = Callable[..., str]
-
-
-@pytest.fixture(autouse=True)
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory."""
-    path = tmp_path / "workspace"
-    path.mkdir()
-    monkeypatch.chdir(path)
-    return path
-
-
-@pytest.fixture
-def client(tmp_path: Path) -> Iterator[OpenCodeClient]:
-    """A client of the stand-in, whose prompts say what it does."""
-    with standin_client(tmp_path) as client:
-        yield client
 
 
 @pytest.fixture

@@ -27,26 +27,11 @@ from opencode_sync import (
     OpenCodeServer,
     RunConfig,
 )
-from tests.faults import standin_client
+from tests.wrong import client, workspace
+
+__all__ = ["client", "workspace"]  # fixtures
 
 WITHIN_S = 30.0
-
-
-@pytest.fixture
-def client(tmp_path: Path) -> Iterator[OpenCodeClient]:
-    """A client of the stand-in, whose prompts say what it does."""
-    with standin_client(tmp_path) as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory."""
-    path = tmp_path / "workspace"
-    path.mkdir()
-    (path / "script.py").write_text("print('no line of a checkpoint')\n")
-    monkeypatch.chdir(path)
-    return path
 
 
 class Shape(pydantic.BaseModel):
@@ -259,7 +244,7 @@ BATCHES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "number as checkpoint": (["well"], {"checkpoint": 3}, "checkpoint is 3: use the path of a"),
     "checkpoint that is a directory": (["well"], {"checkpoint": "."}, "Is a directory"),
     "NUL in the checkpoint": (["well"], {"checkpoint": "a\0b"}, "checkpoint is 'a\\x00b': use"),
-    "script as checkpoint": (["well"], {"checkpoint": "script.py"}, "no line of a checkpoint"),
+    "script as checkpoint": (["well"], {"checkpoint": "../script.py"}, "no line of a checkpoint"),
 }
 
 

@@ -56,7 +56,7 @@ from opencode_sync import (
 )
 from opencode_sync.runner import Runner
 from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
-from tests.live.warm import CONNECTIONS, config, conversation, shell
+from tests.live.warm import config, conversation, open_connections, shell
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell"),
@@ -175,19 +175,8 @@ def runner(kind: type[Runner], opencode_binary: str, cfg: RunConfig) -> Iterator
     """One for all tests, which have only to do with the runs."""
     with kind(opencode_binary, run_cfg=cfg) as runner:  # type: ignore[arg-type]
         if isinstance(runner, OpenCodeServer):
-            _open_connections(runner)
+            open_connections(runner)
         yield runner
-
-
-def _open_connections(server: OpenCodeServer) -> None:
-    with ExitStack() as requests:  # at once, so that no test opens a connection that stays
-        client = server._fleet.current().link.connection._client
-        begun = [
-            requests.enter_context(client.stream("GET", "/global/health"))
-            for _ in range(CONNECTIONS)
-        ]
-        for response in begun:
-            response.read()
 
 
 @pytest.fixture

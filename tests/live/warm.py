@@ -89,15 +89,20 @@ def model(script: Script) -> Iterator[ScriptedModel]:
 @pytest.fixture(scope="module")
 def server(opencode_binary: str, model: ScriptedModel) -> Iterator[OpenCodeServer]:
     with OpenCodeServer(opencode_binary, run_cfg=config(model)) as server:
-        with ExitStack() as requests:  # at once, so that no test opens a connection that stays
-            client = server._fleet.current().link.connection._client
-            begun = [
-                requests.enter_context(client.stream("GET", "/global/health"))
-                for _ in range(CONNECTIONS)
-            ]
-            for response in begun:
-                response.read()
+        open_connections(server)
         yield server
+
+
+def open_connections(server: OpenCodeServer) -> None:
+    """All that tests will use, at once, so that none of them opens one that stays."""
+    with ExitStack() as requests:
+        client = server._fleet.current().link.connection._client
+        begun = [
+            requests.enter_context(client.stream("GET", "/global/health"))
+            for _ in range(CONNECTIONS)
+        ]
+        for response in begun:
+            response.read()
 
 
 @pytest.fixture(scope="module")
