@@ -1,6 +1,7 @@
 """What a child writes, on its way to who reads it.
 
     unnamed file --Output.read()--> block --Queue--> wait(), get_nowait()   (one taker)
+                                                          block --LineSplitter--> lines
 
 Knows bytes; nothing of processes and threads.
 """
@@ -54,3 +55,26 @@ class Output:
         block = os.pread(self.file.fileno(), BLOCK_BYTES, self._offset)
         self._offset += len(block)
         return block
+
+
+class LineSplitter:
+    """Blocks of bytes in, whole lines out; only ``\\n`` ends a line."""
+
+    def __init__(self) -> None:
+        self._pending: list[bytes] = []
+
+    def feed(self, block: bytes) -> bytes | None:
+        """The lines that *block* completes, in one piece without the last newline; or None."""
+        head, newline, tail = block.rpartition(b"\n")
+        if not newline:
+            self._pending.append(block)
+            return None
+        self._pending.append(head)
+        lines = b"".join(self._pending)
+        self._pending = [tail] if tail else []
+        return lines
+
+    def rest(self) -> bytes:
+        """What stands after the last newline; taken out."""
+        rest, self._pending = b"".join(self._pending), []
+        return rest

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import subprocess
 import tempfile
 import threading
@@ -29,8 +30,9 @@ from . import _interrupt, _tree
 from ._output import Block, Channel, Output, Queue
 
 BACKLOG = 32  # blocks in the queue; a reader that is so far ahead leaves the rest on disk
-# How long a new line, or the exit, can go unseen: a twentieth of the time that was waited for it,
-# at most the second. Most of a run is spent waiting for a model, at 0.5 % of a core per run.
+# How long a new line (or the exit, where the system has nothing to wait at) can go unseen: a
+# twentieth of the time that was waited for it, at most the second. Most of a run is spent waiting
+# for a model, at 0.5 % of a core per run.
 FIRST_PAUSE_S = 0.001
 LONGEST_PAUSE_S = {"stdout": 0.008, "stderr": 0.02}
 REAP_S = 2.0  # bound on waiting for a child that has been killed
@@ -65,10 +67,13 @@ class Process:
         self._queue = Queue()
         self._readers: dict[Channel, threading.Thread] = {}
         self._popen: subprocess.Popen[bytes] | None = None
+        self._exit_fd: int | None = None
         try:
             with _interrupt.deferred():
                 self._popen = self._start(argv, cwd, env, stdin)
                 self.pid = self._popen.pid
+                self._born = _tree.born(self.pid)
+                self._exit_fd = _exit_fd(self.pid)
                 self.started_at = time.monotonic()
                 self._start_readers(self._popen)
                 self._unread = set(self._readers)
@@ -102,7 +107,7 @@ class Process:
         for channel, output in self._outputs.items():
             reader = threading.Thread(
                 target=_read,
-                args=(channel, output, popen, self._queue),
+                args=(channel, output, popen, self._exit_fd, self._queue),
                 name=f"opencode-{popen.pid}-{channel}",
                 daemon=True,
             )
@@ -161,20 +166,18 @@ class Process:
             if not _pause(begun, timeout):
                 return
 
-    def has_left_something(self) -> bool:
-        """Whether processes that it started live, after its own end."""
-        return bool(_tree.find(self._token))
-
-    def stop(self) -> None:
+    def stop(self) -> bool:
         """End the child and all that it started: ask, wait a short grace, kill; then reap.
 
         Bounded in time, idempotent, from any thread. Output that was written stays readable.
+        Returns whether there was anything to end.
         """
         assert self._popen is not None
-        _tree.stop(self._token, roots=(self.pid,))
+        stopped = _tree.stop(self._token, roots=(self.pid,), since=self._born)
         begun = time.monotonic()
-        while self.returncode is None and _pause(begun, REAP_S):
+        while self.returncode is None and _pause(begun, REAP_S, exit_fd=self._exit_fd):
             pass
+        return bool(stopped.asked)
 
     def close(self) -> None:
         """Give files and threads back; a child that still runs is stopped."""
@@ -196,6 +199,8 @@ class Process:
                     reader.join(JOIN_S)
             for output in self._outputs.values():
                 output.file.close()
+            if self._exit_fd is not None:
+                os.close(self._exit_fd)
 
     def _stop_unknown(self) -> None:
         """End a child of which we have no reference.
@@ -224,6 +229,7 @@ def _read(
     channel: Channel,
     output: Output,
     popen: subprocess.Popen[bytes],
+    exit_fd: int | None,
     put: Queue,
 ) -> None:
     """Hand over what a child writes, block by block, and an empty block at the end."""
@@ -242,43 +248,39 @@ def _read(
             elif has_ended:
                 break
             else:
-                _pause(begun, None, longest_s)
+                _pause(begun, None, longest_s, exit_fd)
     except BaseException as error:  # noqa: BLE001 - raised where the caller waits
         if output.is_wanted:
             put.put(error)
     put.put((channel, b""))
 
 
-def _pause(begun: float, timeout: float | None, longest_s: float = 0.02) -> bool:
-    """Sleep a little, at most to the end of a wait since *begun*; False where that has come."""
+def _exit_fd(pid: int) -> int | None:
+    """A descriptor that becomes readable when our child *pid* exits; None where there is none."""
+    if hasattr(os, "pidfd_open"):  # Linux
+        with suppress(OSError):  # an old kernel, or no descriptor left
+            return os.pidfd_open(pid)
+    return None
+
+
+def _pause(
+    begun: float, timeout: float | None, longest_s: float = 0.02, exit_fd: int | None = None
+) -> bool:
+    """Sleep a little, at most to the end of a wait since *begun*; False where that has come.
+
+    Args:
+        exit_fd: Becomes readable when there is no more to sleep for.
+    """
     waited_s = time.monotonic() - begun
     pause_s = min(max(FIRST_PAUSE_S, waited_s / 20), longest_s)
     if timeout is not None:
         if waited_s >= timeout:
             return False
         pause_s = min(pause_s, timeout - waited_s)
-    time.sleep(pause_s)
+    if exit_fd is None:
+        time.sleep(pause_s)
+    else:
+        poll = select.poll()  # not select(), which takes no descriptor above 1023
+        poll.register(exit_fd, select.POLLIN)
+        poll.poll(1000 * pause_s)
     return True
-
-
-class LineSplitter:
-    """Blocks of bytes in, whole lines out; only ``\\n`` ends a line."""
-
-    def __init__(self) -> None:
-        self._pending: list[bytes] = []
-
-    def feed(self, block: bytes) -> bytes | None:
-        """The lines that *block* completes, in one piece without the last newline; or None."""
-        head, newline, tail = block.rpartition(b"\n")
-        if not newline:
-            self._pending.append(block)
-            return None
-        self._pending.append(head)
-        lines = b"".join(self._pending)
-        self._pending = [tail] if tail else []
-        return lines
-
-    def rest(self) -> bytes:
-        """What stands after the last newline; taken out."""
-        rest, self._pending = b"".join(self._pending), []
-        return rest

@@ -18,7 +18,8 @@ from pathlib import Path
 from . import _interrupt, _tree, _watchdog
 from ._datadir import Lease
 from ._logs import LogReader, no_agent
-from ._process import LineSplitter, Process
+from ._output import LineSplitter
+from ._process import Process
 from ._reasons import may_be_repeated, reason, start_error, what_is_missing
 from .errors import OpenCodeError, OpenCodeIncompleteError, OpenCodeProcessError
 from .events import Event, parse_block
@@ -140,11 +141,8 @@ class ProcessRun:
             if self._keep_background:
                 with _interrupt.deferred():
                     _watchdog.spare(self._token)
-            else:
-                if self._process.has_left_something():
-                    _log.info("%s left processes running; they are stopped", self.label)
-                # In any case: one look does not see what is just being started.
-                self._process.stop()
+            elif self._process.stop():
+                _log.info("%s had left processes running; they were stopped", self.label)
         self._is_gone = True
         result.exit_code = self._process.returncode
         stderr = b"".join(line + b"\n" for line in self._stderr_lines)

@@ -14,21 +14,21 @@ Out of reach is a tool that cleans its environment (or writes over it, as some d
 their title), begins a session of its own and outlives its parent, all three; one that was handed to
 a service or a container; and one of another user, if we are not root.
 
-Also loaded without the package, by the watchdog's process: imports nothing of ours.
+Also loaded without the package, by the watchdog's process: imports nothing else of ours.
 """
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
 import os
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from ._proctable import Seen, look_at, pids, set_aside, variable
 
 if TYPE_CHECKING:
     import psutil
@@ -40,8 +40,9 @@ GRACE_S = 1.0  # between asking and killing
 BOUND_S = 4.5  # on a whole stop(); what is killed is gone within milliseconds
 FIRST_PAUSE_S = 0.005
 LONGEST_PAUSE_S = 0.1
-# A process shows no environment for the moment in which it starts another program, and can fork
-# behind the back of one look. Two that find nothing, a pause apart, are believed.
+# A process shows no environment for the moment in which it starts another program, and what ends
+# after pids() may have forked before. A look that met nothing of the kind is believed; else it
+# takes two that find nothing, a pause apart.
 QUIET_LOOKS = 2
 
 
@@ -52,13 +53,7 @@ def process_token() -> str:
 
 def run_token() -> str:
     """A new token, for one run."""
-    # A look at the processes opens files, and a program that has no descriptor left to do it with,
-    # nor to import, is just the one whose runs must be stopped.
-    import psutil  # noqa: F401
-
-    if not _reserve:
-        with suppress(OSError):
-            _reserve.append(os.open(os.devnull, os.O_RDONLY))
+    set_aside()
     return f"{_process_token}.{next(_run_numbers)}"
 
 
@@ -73,18 +68,12 @@ def belongs(mark: str, token: str) -> bool:
     return any(part == token or part.startswith(f"{token}.") for part in mark.split("/"))
 
 
-def descriptors() -> list[int]:
-    """File descriptors that are kept until the interpreter ends."""
-    return list(_reserve)
-
-
 def _renew() -> None:
     global _process_token, _run_numbers
     _process_token = f"{os.getpid()}-{os.urandom(8).hex()}"
     _run_numbers = itertools.count(1)
 
 
-_reserve: list[int] = []  # at most one, but for two threads at once
 _process_token: str
 _run_numbers: Iterator[int]
 _renew()
@@ -94,19 +83,40 @@ if hasattr(os, "register_at_fork"):
 
 def find(token: str) -> list[psutil.Process]:
     """All living processes that bear *token*, except this one. 1 ms where there are 100."""
-    pids = [pid for pid in _pids() if pid != os.getpid() and belongs(_mark(pid, token), token)]
-    return [process for pid in pids if (process := _process(pid))]
+    bearing = (pid for pid in pids() if belongs(variable(pid, MARKER, token) or "", token))
+    return [process for pid in bearing if pid != os.getpid() and (process := _process(pid))]
+
+
+class Stopped(NamedTuple):
+    """What :func:`stop` did.
+
+    Attributes:
+        asked: How many processes it found.
+        left: Those of them that could not be ended.
+    """
+
+    asked: int
+    left: list[psutil.Process]
+
+
+def born(pid: int) -> int:
+    """When our child *pid*, not yet reaped, was started; 0 where that cannot be had."""
+    with suppress(OSError):  # no descriptor left
+        if (seen := look_at(pid)) is not None:
+            return seen.started
+    return 0
 
 
 def stop(
     token: str,
     *,
     roots: Iterable[int] = (),
+    since: int = 0,
     spare: Collection[str] = (),
     grace_s: float | None = None,
     bound_s: float | None = None,
-) -> list[psutil.Process]:
-    """End what bears *token*, with all descendants; return what could not be ended.
+) -> Stopped:
+    """End what bears *token*, with all descendants.
 
     All are asked (SIGTERM), and after the grace what is left is killed, until nothing is found any
     more. An obedient tree takes some 20 ms. From any thread, in a finaliser too; takes no lock. If
@@ -116,6 +126,8 @@ def stop(
     Args:
         roots: Pids of our own children of which descendants count whatever their environment;
             one that has been reaped is ignored, even if the pid is another process's now.
+        since: When the first that bears the token was started, as :func:`born` tells; what is
+            older is passed over. 0 for all.
         spare: Tokens of runs under *token* to leave alone.
         grace_s: Seconds between asking and killing; None for ``GRACE_S``.
         bound_s: Seconds for all; None for ``BOUND_S``.
@@ -125,7 +137,7 @@ def stop(
     started = time.monotonic()
     grace_end = started + (GRACE_S if grace_s is None else grace_s)
     deadline = started + (BOUND_S if bound_s is None else bound_s)
-    tree = _Tree(token, tuple(roots), spare)
+    tree = _Tree(token, tuple(roots), since, spare)
     try:
         left = tree.signal_until_gone(psutil.Process.terminate, min(grace_end, deadline))
         if left:
@@ -135,7 +147,7 @@ def stop(
         raise
     for process in left:
         _log.warning("process %d of run %s cannot be ended", process.pid, token)
-    return left
+    return Stopped(tree.found, left)
 
 
 class _Tree:
@@ -145,12 +157,20 @@ class _Tree:
     that it is ours. psutil knows it by pid and start time, so a signal goes to no other.
     """
 
-    def __init__(self, token: str, roots: Collection[int], spare: Collection[str]) -> None:
+    def __init__(
+        self, token: str, roots: Collection[int], since: int, spare: Collection[str]
+    ) -> None:
         self._token = token
         self._roots = roots
+        self._since = since
         self._spare = spare
+        self._is_clear = False  # whether the last look can have missed nothing
         self._known: dict[int, psutil.Process] = {}
         self._denied: set[psutil.Process] = set()
+
+    @property
+    def found(self) -> int:
+        return len(self._known)
 
     def signal_until_gone(
         self, send: Callable[[psutil.Process], None], end: float
@@ -166,7 +186,7 @@ class _Tree:
                     self._signal(send, process)
                     signalled.add(process)
             quiet_looks = 0 if living else quiet_looks + 1
-            if quiet_looks == QUIET_LOOKS:
+            if quiet_looks == QUIET_LOOKS or (quiet_looks and self._is_clear):
                 return []
             if time.monotonic() >= end or (living and self._denied.issuperset(living)):
                 return living
@@ -189,11 +209,11 @@ class _Tree:
 
     def _look(self) -> list[psutil.Process]:
         """All that live now: by mark, by root, by memory, and what hangs below these."""
-        # Newest first: what forks and ends again and again is caught at its latest.
-        kin = {pid: found for pid in sorted(_pids(), reverse=True) if (found := _kin(pid))}
+        self._is_clear = True
+        kin = self._kin()
         us = os.getpid()
         # A root that is alive and not our child has been reaped, and its pid given away.
-        heads = {root for root in self._roots if root not in kin or kin[root][0] == us}
+        heads = {root for root in self._roots if root not in kin or kin[root].parent == us}
         kin.pop(us, None)
         heads |= {pid for pid in self._known if pid not in kin}
         ours = (heads & kin.keys()) | {pid for pid in kin if self._is_marked(pid)}
@@ -201,9 +221,9 @@ class _Tree:
         # The members of a session are taken for its leader's children, after its end too: what is
         # ours began it, and what was forked behind our back may have lost all other signs.
         below: dict[int, list[int]] = defaultdict(list)
-        for pid, (parent, session) in kin.items():
-            below[parent].append(pid)
-            below[session].append(pid)
+        for pid, seen in kin.items():
+            below[seen.parent].append(pid)
+            below[seen.session].append(pid)
         unvisited = list(ours | heads)
         while unvisited:
             for pid in below.pop(unvisited.pop(), ()):
@@ -212,8 +232,25 @@ class _Tree:
                     unvisited.append(pid)
         return [process for pid in sorted(ours) if (process := self._remember(pid))]
 
+    def _kin(self) -> dict[int, Seen]:
+        """All that live and are young enough to be ours."""
+        kin = {}
+        # Newest first: what forks and ends again and again is caught at its latest.
+        for pid in sorted(pids(), reverse=True):
+            seen = look_at(pid)
+            if seen is not None and seen.started < self._since:
+                continue
+            if seen is not None and seen.is_alive:
+                kin[pid] = seen
+            else:
+                self._is_clear = False
+        return kin
+
     def _is_marked(self, pid: int) -> bool:
-        mark = _mark(pid, self._token)
+        mark = variable(pid, MARKER, self._token)
+        if mark is None:
+            self._is_clear = False
+            return False
         return belongs(mark, self._token) and not any(belongs(mark, run) for run in self._spare)
 
     def _remember(self, pid: int) -> psutil.Process | None:
@@ -229,70 +266,3 @@ def _process(pid: int) -> psutil.Process | None:
     with suppress(psutil.Error):  # it has just ended
         return psutil.Process(pid)
     return None
-
-
-if sys.platform.startswith("linux"):
-    # psutil takes 40 microseconds for what a read takes 10, and all processes are looked at many
-    # times. Pids go round, so none is given away again between a look and what follows from it.
-
-    def _pids() -> list[int]:
-        try:
-            names = os.listdir("/proc")
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            with suppress(IndexError):  # another thread has taken it
-                os.close(_reserve.pop())
-            names = os.listdir("/proc")
-        return [int(name) for name in names if name.isdigit()]
-
-    def _mark(pid: int, token: str) -> str:
-        """The value of the marker, or "" where *token* is nowhere in it."""
-        environ = _read(f"/proc/{pid}/environ")
-        if token.encode() in environ:  # rarely
-            for variable in environ.split(b"\0"):
-                name, _, value = variable.partition(b"=")
-                if name == MARKER.encode():
-                    return value.decode(errors="replace")
-        return ""
-
-    def _kin(pid: int) -> tuple[int, int] | None:
-        """Its parent and its session; None for what does not live."""
-        # "PID (NAME) STATE PARENT GROUP SESSION ...", and a name may have ")" and spaces.
-        fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split(None, 4)
-        if not fields or fields[0] in (b"Z", b"X"):
-            return None
-        return int(fields[1]), int(fields[3])
-
-    def _read(path: str) -> bytes:
-        # Ended, or another user's. "Too many open files", say, does not mean that there is none.
-        try:
-            with open(path, "rb", buffering=0) as file:
-                return file.read()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            return b""
-
-else:
-
-    def _pids() -> list[int]:
-        import psutil
-
-        return psutil.pids()
-
-    def _mark(pid: int, token: str) -> str:
-        import psutil
-
-        with suppress(psutil.Error):  # ended, or another user's
-            return psutil.Process(pid).environ().get(MARKER, "")
-        return ""
-
-    def _kin(pid: int) -> tuple[int, int] | None:
-        import psutil
-
-        with suppress(psutil.Error, ProcessLookupError, PermissionError):
-            process = psutil.Process(pid)
-            if process.status() != psutil.STATUS_ZOMBIE:
-                parent = process.parent()  # None where the pid is a later process's by now
-                session = os.getsid(pid) if hasattr(os, "getsid") else pid
-                return parent.pid if parent else 0, session
-        return None

@@ -241,16 +241,20 @@ def _clean_up(token: str, site: str, entries: Iterable[bytes]) -> None:
     import faulthandler
     import importlib
     import time
+    import types
 
     # A thread in C, which ends us whatever we hang in.
     faulthandler.dump_traceback_later(LIFE_S, exit=True)
-    sys.path += [os.path.dirname(os.path.abspath(__file__)), site]
+    sys.path.append(site)
+    package = types.ModuleType("opencode_sync")  # without all that is in __init__
+    package.__path__ = [os.path.dirname(os.path.abspath(__file__))]
+    sys.modules[package.__name__] = package
     words = [entry.split(b" ", 1) for entry in entries]
     spared = [word.decode() for kind, word in words if kind == b"spare"]
     # Twice: a process that was just being started when we died bore no mark yet.
     for _ in range(2):
         with suppress(Exception):  # the files may have gone with an upgrade; go on with the rest
-            tree = importlib.import_module("_tree")
+            tree = importlib.import_module("opencode_sync._tree")
             if tree.find(token):
                 tree.stop(token, spare=spared)
         for kind, word in words:

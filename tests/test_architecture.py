@@ -21,8 +21,8 @@ PACKAGE = "opencode_sync"
 HOUSE = Path(__file__).parent.parent / PACKAGE
 
 ROWS = (
-    # Text that is safe to show; Ctrl-C held back; what ends with the interpreter.
-    ("_version", "_markup", "_interrupt", "_exits"),
+    # Text that is safe to show; Ctrl-C held back; what ends with the interpreter; processes.
+    ("_version", "_markup", "_interrupt", "_exits", "_proctable"),
     ("errors",),  # everything raised on purpose
     ("_checks", "_pinned"),  # what an argument has to be; what cannot be pickled
     ("config", "events", "_schema"),  # values: what is asked for; a line becomes an event
@@ -75,7 +75,8 @@ ROOMS = [room for room in ROW_OF if (HOUSE / f"{room}.py").is_file()]
 
 # Each imported inside of functions alone, when it is used.
 GUESTS = {
-    "psutil": {"_tree", "_watchdog", "_machine", "_remote", "_serve", "_leftovers", "doctor"},
+    "psutil": {"_proctable", "_tree", "_watchdog", "_machine", "_remote", "_serve", "_leftovers"}
+    | {"doctor"},
     "filelock": {"_datadir", "checkpoint", "install", "_leftovers"},
     "platformdirs": {"_command"},
     "httpx2": {"_http"},

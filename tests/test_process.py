@@ -20,8 +20,8 @@ import psutil
 import pytest
 
 from opencode_sync import _output, _process, _tree
-from opencode_sync._output import BLOCK_BYTES
-from opencode_sync._process import LineSplitter, Process
+from opencode_sync._output import BLOCK_BYTES, LineSplitter
+from opencode_sync._process import Process
 
 Start = Callable[..., Process]
 
@@ -356,11 +356,12 @@ def test_deafness_ends_with_sigkill(start: Start, monkeypatch: pytest.MonkeyPatc
     assert process.returncode == -signal.SIGKILL
 
 
-def test_what_outlives_the_child_is_known(start: Start) -> None:
+def test_stopping_tells_whether_the_child_left_something(start: Start) -> None:
     process = start("os.fork() or (os.setsid(), time.sleep(600))")
     read_all(process)
 
-    assert process.has_left_something()
+    assert process.stop()
+    assert not process.stop()
 
 
 # Between the opening of a file in /proc and its first use, the collector closes it.

@@ -23,9 +23,10 @@ from opencode_sync import (
     RunResult,
     _reasons,
     _run,
+    _tree,
     _watchdog,
 )
-from opencode_sync._process import LineSplitter
+from opencode_sync._output import LineSplitter
 from opencode_sync._run import ProcessRun
 from tests.faults import write_standin
 
@@ -239,7 +240,7 @@ def test_what_a_run_leaves_behind_is_stopped(start: Start) -> None:
 
     finish(run)
 
-    assert not run._process.has_left_something()
+    assert _tree.find(run._token) == []
 
 
 def test_what_a_run_leaves_behind_can_be_kept_also_from_the_watchdog(
@@ -251,9 +252,8 @@ def test_what_a_run_leaves_behind_can_be_kept_also_from_the_watchdog(
 
     finish(run)
 
-    assert run._process.has_left_something()
     assert spared == [run._token]
-    run._process.stop()
+    assert run._process.stop()
 
 
 def test_a_run_that_nobody_kept_is_stopped(start: Start, tmp_path: Path) -> None:

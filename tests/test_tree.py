@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from opencode_sync import _tree
+from opencode_sync import _proctable, _tree
 
 BOUND_S = 5.0
 ROOT = Path(__file__).parents[1]
@@ -92,6 +92,19 @@ def tool(token: str) -> Iterator[Callable[..., Tool]]:
         started.process.wait()
         if started.process.stdout:
             started.process.stdout.close()
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Of each look at the processes, the pids that it was about."""
+    taken: list[list[int]] = []
+
+    def counted() -> list[int]:
+        taken.append(_proctable.pids())
+        return taken[-1]
+
+    monkeypatch.setattr(_tree, "pids", counted)
+    return taken
 
 
 # --- tokens --------------------------------------------------------------------------------------
@@ -221,7 +234,7 @@ def test_stopping_leaves_nothing_alive(
     started = tool(script, count)
     begun = time.monotonic()
 
-    left = _tree.stop(token)
+    left = _tree.stop(token).left
 
     assert left == []
     assert started.living() == []
@@ -308,6 +321,75 @@ def test_a_run_can_be_spared(tool: Callable[..., Tool]) -> None:
     assert not stopped.living()
 
 
+def test_how_many_were_found_is_told(tool: Callable[..., Tool], token: str) -> None:
+    tool("sleep 928 & echo $!; wait", 1)
+
+    first, second = _tree.stop(token), _tree.stop(token)
+
+    assert (first.asked, second.asked) == (2, 0)
+
+
+def test_what_is_younger_than_the_run_s_child_is_stopped(
+    tool: Callable[..., Tool], token: str
+) -> None:
+    started = tool("(setsid sleep 929 & echo $!); sleep 930", 1)
+
+    _tree.stop(token, since=_tree.born(started.process.pid))
+
+    assert started.living() == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ages are known on Linux")
+def test_what_is_older_than_the_run_s_child_is_not_looked_into(
+    tool: Callable[..., Tool], token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_into: list[int] = []
+    monkeypatch.setattr(_tree, "variable", lambda pid, *_: looked_into.append(pid) or "")
+    older = tool("echo $$; exec sleep 931", 1, mark="")
+    while _tree.born(older.process.pid) == _tree.born(_a_child(tool)):
+        pass  # ticks are 10 ms long
+    child = tool("echo $$; exec sleep 932", 1)
+
+    _tree.stop(token, since=_tree.born(child.process.pid))
+
+    assert child.process.pid in looked_into
+    assert not {older.process.pid, os.getpid()} & set(looked_into)
+
+
+def _a_child(tool: Callable[..., Tool]) -> int:
+    return tool("echo $$; exec sleep 933", 1, mark="").process.pid
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="psutil tells less")
+def test_a_look_that_met_nothing_unclear_is_believed(
+    token: str, looks: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_tree, "variable", lambda *_: "")
+    monkeypatch.setattr(_tree, "look_at", lambda pid: _proctable.Seen(1, pid, 0, True))
+
+    _tree.stop(token)
+
+    assert len(looks) == 1
+
+
+@pytest.mark.parametrize(
+    "name, seen",
+    [
+        pytest.param("variable", None, id="no environment to be seen"),
+        pytest.param("look_at", None, id="gone since it was listed"),
+        pytest.param("look_at", _proctable.Seen(1, 1, 0, is_alive=False), id="a zombie"),
+    ],
+)
+def test_after_a_look_that_may_have_missed_something_another_is_taken(
+    token: str, looks: list[list[int]], monkeypatch: pytest.MonkeyPatch, name: str, seen: object
+) -> None:
+    monkeypatch.setattr(_tree, name, lambda *_: seen)
+
+    _tree.stop(token)
+
+    assert len(looks) == 2
+
+
 def test_our_child_s_exit_status_stays_ours(tool: Callable[..., Tool], token: str) -> None:
     child = tool("echo $$; exec sleep 921", 1)
 
@@ -348,7 +430,7 @@ try:
         os.dup(1)
 except OSError:
     pass
-left = _tree.stop(token)
+left = _tree.stop(token).left
 sys.exit(f"{left} {child.wait()}" if left or child.wait() != -15 else 0)
 """
 
@@ -365,7 +447,7 @@ from opencode_sync import _tree
 token = _tree.run_token()
 child = subprocess.Popen(["sleep", "924"])
 os.setresuid(65534, 65534, 0)
-left = _tree.stop(token, roots=[child.pid], grace_s=60, bound_s=60)
+left = _tree.stop(token, roots=[child.pid], grace_s=60, bound_s=60).left
 os.setresuid(0, 0, 0)
 child.kill()
 child.wait()
