@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from ._command import TESTED_VERSION, build_argv, build_env, resolve_binary
 from ._futures import RunFuture
+from ._validation import validate_config_for_run, validate_permission_actions
 from ._version import __version__
 from .client import OpenCodeClient
-from .config import Job, RunConfig, validate_config_for_run, validate_permission_actions
+from .config import Job, RunConfig
 from .errors import (
     OpenCodeBinaryNotFoundError,
     OpenCodeBudgetError,

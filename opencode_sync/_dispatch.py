@@ -2,8 +2,8 @@
 
     put() --> pending --+                      +--> in flight --done--> completed --+
     (consumer's thread) |  dispatching thread  |   (executor)                       |
-                        +--> may one start? ---+       checkpoint, tally, throttle <+
-    take() <-- ready <------------------------------------------------------------- +
+                        +--> may one start? ---+              _ledger, _throttle <--+
+    take() <-- _shelf <------------------------------------------------------------ +
 
 One thread of its own starts tasks and takes in their ends, so that work goes on while the consumer
 is busy. A task counts as in flight until its end is on disk: what a killed batch does twice is at
@@ -13,7 +13,6 @@ most what was in flight. Knows tasks and outcomes; nothing of the input, and of 
 from __future__ import annotations
 
 import bisect
-import queue
 import threading
 import time
 from collections import deque
@@ -22,6 +21,8 @@ from concurrent.futures import Executor, Future
 from dataclasses import replace
 from operator import attrgetter
 
+from ._ledger import Ledger
+from ._shelf import Shelf
 from ._tally import BatchReport, Tally
 from ._task import (
     End,
@@ -37,9 +38,8 @@ from ._task import (
 )
 from ._throttle import Throttle
 from ._work import Work
-from .checkpoint import Checkpoint, Entry, Saved
+from .checkpoint import Checkpoint, Saved
 from .errors import OpenCodeCancelledError, OpenCodeError
-from .result import RunResult
 
 STOP_S = 8.0  # bound on waiting for tasks that were told to end; stopping one takes 5 s at most
 TRIES = 4  # of a task that fails of too many requests, with nothing done
@@ -47,7 +47,11 @@ REPEAT_S = 2.0  # before the second of them; doubled for each further one
 
 
 class Dispatch:
-    """The tasks of one batch, from :meth:`put` to :meth:`take`."""
+    """The tasks of one batch, from :meth:`put` to :meth:`take`.
+
+    Attributes:
+        shelf: What can be taken; also for what needs no run.
+    """
 
     def __init__(
         self,
@@ -64,18 +68,16 @@ class Dispatch:
         # between its taking of the lock and the block, and the lock would never be given back.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)  # waited for by our thread alone
-        self._bells: list[queue.SimpleQueue[None]] = []  # of consumers that wait
+        self.shelf = Shelf(self._lock)
         self._work = Work(runner, settings, self)
         self._throttle = throttle
         self._tally = tally
-        self._checkpoint = checkpoint
+        self._ledger = Ledger(tally, throttle, self.shelf, checkpoint)
         self._max_total_cost = max_total_cost
         self._stop_at_failure = stop_at_failure
         self._pending: deque[Task] = deque()
         self._in_flight: dict[Future[Outcome], Task] = {}
         self._completed: deque[Future[Outcome]] = deque()
-        self._ready: dict[int, End | Saved] = {}  # in the order of coming
-        self._failed_at: int | None = None
         self._fatal: OpenCodeError | None = None
         self._stop_by: float | None = None
         self._is_over = False
@@ -101,16 +103,6 @@ class Dispatch:
             self._pending.append(task)
             self._tell()
 
-    def put_ready(self, index: int, end: End | Saved) -> None:
-        """Have something taken that needs no run."""
-        with self._lock:
-            self._ready[index] = end
-            self._note_failure(index, end)
-
-    def is_ready(self, index: int | None) -> bool:
-        """Whether there is something to take: what belongs at *index*, or anything."""
-        return bool(self._ready) if index is None else index in self._ready
-
     def take(self, index: int | None, on_change: Callable[[], None]) -> tuple[int, End | Saved]:
         """Wait for what belongs at *index*, or for anything, and take it.
 
@@ -120,18 +112,11 @@ class Dispatch:
         Raises:
             OpenCodeError: If nothing more will come.
         """
-        while True:
-            with self._lock:
-                if self.is_ready(index):
-                    found = next(iter(self._ready)) if index is None else index
-                    return found, self._ready.pop(found)
-                is_last = not self._in_flight or self._stop_by is not None or self._is_over
-                if self._fatal is not None and is_last:
-                    raise self._fatal
-                bell: queue.SimpleQueue[None] = queue.SimpleQueue()
-                self._bells.append(bell)
-            bell.get()
-            on_change()
+        return self.shelf.take(index, on_change, self._why_no_more)
+
+    def _why_no_more(self) -> OpenCodeError | None:
+        is_last = not self._in_flight or self._stop_by is not None or self._is_over
+        return self._fatal if is_last else None
 
     def report(self) -> BatchReport:
         """The batch as it stands."""
@@ -209,7 +194,8 @@ class Dispatch:
         if not self._pending or self._fatal is not None:
             return False
         # In the order of the input, the tasks before a failure have their turn before it.
-        if self._failed_at is not None and self._pending[0].index > self._failed_at:
+        failed_at = self.shelf.failed_at if self._stop_at_failure else None
+        if failed_at is not None and self._pending[0].index > failed_at:
             return False
         if len(self._in_flight) >= self._throttle.limit:
             return False
@@ -222,8 +208,7 @@ class Dispatch:
             if self._in_flight:  # without order, the refusals would come before what they bring
                 return False
             for task in self._pending:
-                self._ready[task.index] = end = of_task(over_budget(budget, spent), task)
-                self._note_failure(task.index, end)
+                self.shelf.put(task.index, of_task(over_budget(budget, spent), task))
             self._tally.count("not_run", len(self._pending))
             self._pending.clear()
             self._tell()
@@ -268,26 +253,26 @@ class Dispatch:
         ended = []
         for future, task in completed:
             outcome = outcome_of(future)
-            self._count_refusals(outcome, task)
+            with self._lock:
+                self._ledger.enter_refusals(task, outcome, len(self._in_flight))
             if self._is_to_repeat(task, outcome):
                 self._repeat(future, task, outcome)
             else:
                 end = of_task(outcome.end, task)
                 ended.append((future, task, replace(outcome, end=end)))
-        is_saved = self._save([(task, outcome) for _, task, outcome in ended])
+        is_saved = True
+        try:
+            self._ledger.save((task, outcome) for _, task, outcome in ended)
+        except OpenCodeError as error:
+            is_saved = False
+            self._fail(error)
         with self._lock:
             for future, task, outcome in ended:
                 del self._in_flight[future]
                 if is_saved:
-                    self._show(task, outcome)
+                    was_stopped = self._stop_by is not None
+                    self._ledger.enter(task, outcome, was_stopped=was_stopped)
             self._tell()
-
-    def _count_refusals(self, outcome: Outcome, task: Task) -> None:
-        with self._lock:
-            self._throttle.recovered(task.index)
-            # A run in this process has told of each as it came.
-            for _ in range(outcome.refusals if outcome.is_remote else 0):
-                self._throttle.refused(len(self._in_flight))
 
     def _is_to_repeat(self, task: Task, outcome: Outcome) -> bool:
         may_run = self._stop_by is None and self._fatal is None
@@ -302,46 +287,6 @@ class Dispatch:
             bisect.insort(self._pending, again, key=attrgetter("index"))
             self._throttle.pause(REPEAT_S * 2 ** (task.tries - 1))
 
-    def _save(self, ended: list[tuple[Task, Outcome]]) -> bool:
-        """Put on disk what has ended by itself; False where the disk does not take it."""
-        if self._checkpoint is None:
-            return True
-        entries = [
-            Entry(task.key or "", task.fingerprint, outcome.end)
-            for task, outcome in ended
-            if outcome.is_final
-        ]
-        try:
-            if entries:
-                self._checkpoint.write(entries)
-        except OpenCodeError as error:
-            self._fail(error)
-            return False
-        return True
-
-    def _show(self, task: Task, outcome: Outcome) -> None:
-        end = outcome.end
-        if self._stop_by is not None and isinstance(end, OpenCodeCancelledError):
-            # By us: whoever waits hears of that, not of each job.
-            self._tally.spend(outcome.result)
-            self._tally.count("not_run")
-            return
-        self._ready[task.index] = end
-        is_saved = self._checkpoint is not None and outcome.is_final
-        self._tally.finish(
-            task.index, task.prompt, task.key, end, outcome.busy_s, is_saved=is_saved
-        )
-        if isinstance(end, RunResult):
-            self._throttle.succeeded()
-        if outcome.result is not None and outcome.result.attempts > 1:
-            self._tally.count("retried")
-        self._note_failure(task.index, end)
-
-    def _note_failure(self, index: int, end: End | Saved) -> None:
-        is_failure = isinstance(end, OpenCodeError) or (isinstance(end, Saved) and end.is_failure)
-        if is_failure and self._stop_at_failure:
-            self._failed_at = index if self._failed_at is None else min(index, self._failed_at)
-
     def _fail(self, error: OpenCodeError) -> None:
         with self._lock:
             self._fatal = self._fatal or error
@@ -350,6 +295,4 @@ class Dispatch:
     def _tell(self) -> None:
         """Wake who waits; under our lock, when something is ready or a number has changed."""
         self._changed.notify_all()
-        bells, self._bells = self._bells, []
-        for bell in bells:
-            bell.put(None)
+        self.shelf.ring()

@@ -19,7 +19,8 @@ from typing import Any
 
 from ._limits import Limits
 from ._request import Request, StrPath, directory
-from .config import Job, RunConfig, validate_config_for_run
+from ._validation import validate_config_for_run
+from .config import Job, RunConfig
 from .errors import OpenCodeConfigError
 
 STDIN = "-"

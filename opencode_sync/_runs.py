@@ -21,7 +21,8 @@ from ._futures import cancel_together
 from ._repair import SchemaReview
 from ._request import NO_ANSWERS, Answers, Request, StrPath, checked_config, directory
 from ._schema import OutputSchema, output_schema
-from .config import RunConfig, validate_config_for_run
+from ._validation import validate_config_for_run
+from .config import RunConfig
 from .errors import OpenCodeCancelledError, OpenCodeConfigError
 from .result import RunResult
 from .stream import Limits, OpenSource, RunStream, Source

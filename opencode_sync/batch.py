@@ -164,7 +164,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         """Draw jobs until the buffer is full; only one where there is something to give."""
         place = self._given if self._options.ordered else None
         while self._has_input and self._drawn - self._given < self._buffersize:
-            is_ready = dispatch.is_ready(place)
+            is_ready = dispatch.shelf.has(place)
             try:
                 job = next(self._jobs)
             except StopIteration:
@@ -182,7 +182,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         task = self._task(index, job)
         if isinstance(task, OpenCodeError):
             task.index = index
-            dispatch.put_ready(index, task)
+            dispatch.shelf.put(index, task)
             self._tally.finish(index, str(job), None, task, 0.0)
             return
         if self._checkpoint is not None and task.key is not None:
@@ -190,7 +190,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
             saved = self._checkpoint.find(task.key, task.fingerprint, failures=wanted)
             if saved is not None:
                 self._tally.count("cached")
-                dispatch.put_ready(index, saved)
+                dispatch.shelf.put(index, saved)
                 return
             self._tally.count("retried", int(self._checkpoint.has_failed(task.key)))
         dispatch.put(task)

@@ -17,7 +17,8 @@ from typing import Any
 from ._conversation import CLOSED, Conversation
 from ._request import directory
 from ._turntaking import Account, TurnTaking
-from .config import RunConfig, validate_config_for_run
+from ._validation import validate_config_for_run
+from .config import RunConfig
 from .errors import OpenCodeConfigError, OpenCodeError
 
 SUMMARY_S = 600.0  # bound on a summary, where the conversation has no timeout_s

@@ -26,6 +26,7 @@ ROWS = (
     ("errors",),  # everything raised on purpose
     ("_checks", "_pinned"),  # what an argument has to be; what cannot be pickled
     ("config", "events", "_schema"),  # values: what is asked for; a line becomes an event
+    ("_validation",),  # settings looked at
     # What an event says; argv and env; the credentials that a run is given.
     ("_reading", "_logs", "_command", "_fingerprint", "_userdata", "_sessionindex"),
     ("_folding",),  # what an event does to a result
@@ -40,6 +41,7 @@ ROWS = (
     ("_reasons",),  # why a run went wrong, in words
     ("_run", "_turn"),  # the two sources of events: a process, a turn in a session
     ("_attempts",),  # one source after another
+    ("_course",),  # with deadlines and limits
     ("stream", "_link"),  # one job's life; a server in use
     ("_servers",),  # where a server comes from
     ("_fleet", "_futures"),  # several servers; a job that can be cancelled while it runs
@@ -55,7 +57,8 @@ ROWS = (
     ("_tally",),
     ("checkpoint", "_progress", "_options", "_task"),
     ("_remote",),
-    ("_work",),
+    ("_work", "_shelf"),
+    ("_ledger",),
     ("_dispatch",),
     ("batch",),
     ("runner",),  # the verbs, said once

@@ -20,7 +20,7 @@ from opencode_sync._markup import (
     tools_used,
     verbatim,
 )
-from opencode_sync.config import validate_permission_actions
+from opencode_sync._validation import validate_permission_actions
 from opencode_sync.errors import OpenCodeConfigError, OpenCodeTimeoutError
 from opencode_sync.result import ErrorInfo, RunResult, TokenUsage
 
