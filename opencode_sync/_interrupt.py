@@ -3,6 +3,7 @@
 deferred()  Ctrl-C held back while a process or a directory is made: it could come between the
             making of a thing and the first reference to it, and nobody could give it back
 Flag        to be set in a handler that interrupts who sets the same one, or waits for it
+Queue       to be waited for without taking, and so to be taken from while Ctrl-C is held back
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -60,3 +64,20 @@ class Flag:
                 self._wakes.get(timeout=timeout)
                 self._wakes.put(None)  # for whoever else waits
         return self._is_set
+
+
+class Queue(queue.SimpleQueue[T]):
+    """A queue that can be waited for without taking anything from it; for one taker."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # rings for each item
+
+    def put(self, item: T, *args: Any) -> None:
+        super().put(item, *args)
+        self._bell.put(None)
+
+    def wait(self, timeout: float | None) -> None:
+        """Return when it holds something; raises queue.Empty after *timeout* seconds."""
+        while self.empty():
+            self._bell.get(timeout=timeout)  # at once where it rang for what is taken by now

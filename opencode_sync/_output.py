@@ -1,7 +1,6 @@
 """What a child writes, on its way to who reads it.
 
-    unnamed file --Output.read()--> block --Queue--> wait(), get_nowait()   (one taker)
-                                                          block --LineSplitter--> lines
+    unnamed file --Output.read()--> block --LineSplitter--> whole lines
 
 Knows bytes; nothing of processes and threads.
 """
@@ -9,31 +8,13 @@ Knows bytes; nothing of processes and threads.
 from __future__ import annotations
 
 import os
-import queue
 import tempfile
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 BLOCK_BYTES = 256 * 1024
 
 Channel = Literal["stdout", "stderr"]
 Block = tuple[Channel, bytes]
-
-
-class Queue(queue.SimpleQueue[Block | BaseException]):
-    """A queue that can be waited for without taking anything from it; for one taker."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # rings for each item
-
-    def put(self, item: Block | BaseException, *args: Any) -> None:
-        super().put(item, *args)
-        self._bell.put(None)
-
-    def wait(self, timeout: float | None) -> None:
-        """Return when it holds something; raises queue.Empty after *timeout* seconds."""
-        while self.empty():
-            self._bell.get(timeout=timeout)  # at once where it rang for what is taken by now
 
 
 class Output:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from . import _interrupt, _tree
-from ._output import Block, Channel, Output, Queue
+from ._output import Block, Channel, Output
 
 BACKLOG = 32  # blocks in the queue; a reader that is so far ahead leaves the rest on disk
 # How long a new line (or the exit, where the system has nothing to wait at) can go unseen: a
@@ -64,7 +64,7 @@ class Process:
         self._owner_pid = os.getpid()
         self._is_closed = False
         self._outputs: dict[Channel, Output] = {}
-        self._queue = Queue()
+        self._queue: _interrupt.Queue[Block | BaseException] = _interrupt.Queue()
         self._readers: dict[Channel, threading.Thread] = {}
         self._popen: subprocess.Popen[bytes] | None = None
         self._exit_fd: int | None = None
@@ -230,7 +230,7 @@ def _read(
     output: Output,
     popen: subprocess.Popen[bytes],
     exit_fd: int | None,
-    put: Queue,
+    put: _interrupt.Queue[Block | BaseException],
 ) -> None:
     """Hand over what a child writes, block by block, and an empty block at the end."""
     longest_s, begun = LONGEST_PAUSE_S[channel], time.monotonic()

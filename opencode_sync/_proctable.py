@@ -9,6 +9,7 @@ Also loaded without the package, by the watchdog's process.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from contextlib import suppress
@@ -99,17 +100,14 @@ if sys.platform.startswith("linux"):
 
     def _read(path: str) -> bytes:
         """All of it; empty for a process that has ended."""
-        # "Too many open files", say, does not mean that there is none.
-        with suppress(FileNotFoundError, ProcessLookupError):
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                data = block = os.read(file, _BLOCK_BYTES)
-                while len(block) == _BLOCK_BYTES:  # less is the end
-                    block = os.read(file, _BLOCK_BYTES)
-                    data += block
-                return data
-            finally:
-                os.close(file)
+        # "Too many open files", say, does not mean that there is none. A file object, since a bare
+        # descriptor could be left open by a Ctrl-C.
+        with suppress(FileNotFoundError, ProcessLookupError), io.FileIO(path) as file:
+            data = block = file.read(_BLOCK_BYTES)
+            while len(block) == _BLOCK_BYTES:  # less is the end
+                block = file.read(_BLOCK_BYTES)
+                data += block
+            return data
         return b""
 
 else:

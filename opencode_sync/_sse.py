@@ -63,7 +63,7 @@ class Mailbox:
 
     def __init__(self, routes: dict[str, Mailbox], session_id: str) -> None:
         # Its put() may interrupt itself, so a finaliser can use it in any thread.
-        self._queue: queue.SimpleQueue[Message | _Lost] = queue.SimpleQueue()
+        self._queue: _interrupt.Queue[Message | _Lost] = _interrupt.Queue()
         self.sessions: dict[str, None] = {}  # an ordered set, whose single operations are atomic
         self._routes = routes
         self._closed = False
@@ -76,6 +76,14 @@ class Mailbox:
         if self._closed:  # it was, while the reader was adding a sub-agent
             self._routes.pop(session_id, None)
 
+    def wait(self, timeout: float | None) -> None:
+        """Return when there is something to receive; what interrupts this loses nothing.
+
+        Raises:
+            queue.Empty: If nothing came for *timeout* seconds.
+        """
+        self._queue.wait(timeout)
+
     def receive(self, timeout: float | None) -> list[Message]:
         """All messages that are there, at least one.
 
@@ -84,7 +92,8 @@ class Mailbox:
             OpenCodeServerError: If the server is gone; from then on always.
         """
         messages: list[Message] = []
-        item = self._queue.get(timeout=timeout)
+        self.wait(timeout)
+        item = self._queue.get_nowait()
         with suppress(queue.Empty):
             while not isinstance(item, _Lost):
                 messages.append(item)

@@ -13,11 +13,12 @@ from __future__ import annotations
 import contextlib
 import queue
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from . import _tree
+from . import _interrupt, _tree
 from ._http import REQUEST_S, Connection
 from ._replies import Replies
 from ._sessions import is_prompt_with_format, stored_messages
@@ -72,18 +73,17 @@ class Turn:
         self.session_id = session_id
         self.started_at = time.monotonic()
         self.label = f"turn in {session_id} on {connection.label}"
-        self._connection = connection
+        self._connection, self._directory = connection, directory
         self._mailbox = mailbox
-        self._directory = directory
         self._translator = Translator(session_id, since=since, with_reasoning=with_reasoning)
-        self._keep_background = keep_background
-        self._has_marks = has_marks
+        self._keep_background, self._has_marks = keep_background, has_marks
         self._replies = replies or Replies(connection, directory)
         self._sent: Mapping[str, Any] = {}
         self._on_close: list[Callable[[], None]] = []
-        self._look_s = LOOK_S
-        self._idle_looks = 0
+        self._look_s, self._idle_looks = LOOK_S, 0
         self._loss: OpenCodeServerError | None = None
+        self._messages: deque[Message] = deque()  # taken, not read yet
+        self._ready: list[Event] = []
         self._is_done = self._was_stopped = False
 
     @property
@@ -114,26 +114,28 @@ class Turn:
 
     def receive(self, timeout: float | None) -> list[Event] | None:
         """The next events; see :meth:`~opencode_sync._source.Source.receive`."""
-        if self._is_done:
+        if self._is_done and not self._ready:
             return None
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             if not self._was_stopped:
                 self._replies.give()
-            while True:
+            while not (self._messages or self._ready or self._is_done):
                 try:
-                    return self._read(self._mailbox.receive(self._patience(deadline)))
+                    self._mailbox.wait(self._patience(deadline))
+                    break
                 except queue.Empty:
                     if deadline is not None and time.monotonic() >= deadline:
                         raise
-                events = self._look()
-                if events or self._is_done:
-                    return events or None
+                self._ready += self._look()
+            if not self._is_done:
+                self._read()
         except OpenCodeServerError as error:
             with contextlib.suppress(OpenCodeServerError):
                 self._abort()  # it may have failed us, and be there all the same
             self._loss, self._is_done = error, True
-            return None
+        events, self._ready = self._ready, []
+        return events or (None if self._is_done else [])
 
     def stop(self) -> None:
         """Abort the turn, and end its tools; see :meth:`~opencode_sync._source.Source.stop`."""
@@ -184,19 +186,21 @@ class Turn:
 
     # -- messages ------------------------------------------------------------------------------
 
-    def _read(self, messages: Sequence[Message]) -> list[Event] | None:
+    def _read(self) -> None:
+        """Read what has come. A Ctrl-C meanwhile loses none of it."""
         self._look_s, self._idle_looks = LOOK_S, 0
-        events: list[Event] = []
-        for message in messages:
-            if message is GAP:
-                events += self._catch_up()
-                continue
-            events += self._translator.read(message)
-            self._replies.note(message)
-        if self._translator.is_over:
-            self._is_done = True
-            return events or None
-        return events
+        with _interrupt.deferred(), contextlib.suppress(queue.Empty):
+            self._messages += self._mailbox.receive(0)
+        while self._messages:
+            if self._messages[0] is GAP:
+                self._ready += self._catch_up()
+                self._messages.popleft()
+            with _interrupt.deferred():
+                while self._messages and self._messages[0] is not GAP:
+                    message = self._messages.popleft()
+                    self._ready += self._translator.read(message)
+                    self._replies.note(message)
+        self._is_done = self._translator.is_over
 
     def _patience(self, deadline: float | None) -> float:
         wait_s = DOUBT_S if self._translator.is_doubtful else self._look_s
@@ -209,11 +213,13 @@ class Turn:
             return []
         self._idle_looks += 1
         has_started = self._translator.has_begun or self._translator.is_doubtful
+        has_started = has_started or time.monotonic() - self.started_at > BEGIN_S
         # Once may be the moment before it begins.
-        if self._idle_looks < 2 or not (has_started or self._age() > BEGIN_S):
+        if self._idle_looks < 2 or not has_started:
             return []
+        events = [*self._stored(), *self._translator.end()]
         self._is_done = True
-        return [*self._stored(), *self._translator.end()]
+        return events
 
     def _catch_up(self) -> list[Event]:
         """Messages were lost: take what the server has stored in their place."""
@@ -275,8 +281,7 @@ class Turn:
 
     def _abort(self) -> None:
         if not self._is_done:
-            path = self._path("abort")
-            self._connection.post(path, directory=self._directory, timeout_s=ABORT_S)
+            self._connection.post(self._path("abort"), directory=self._directory, timeout_s=ABORT_S)
 
     def _take_format_away(self) -> None:
         """Leave a session that can be read and forked: with a format in it, it cannot (1.18.33)."""
@@ -293,6 +298,3 @@ class Turn:
         if self._has_marks:
             for session_id in tuple(self._mailbox.sessions):
                 _tree.stop(session_id)
-
-    def _age(self) -> float:
-        return time.monotonic() - self.started_at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 from opencode_sync import OpenCodeIncompleteError, OpenCodeServerError, RunResult, _turn
 from opencode_sync._http import Connection
 from opencode_sync._replies import Replies
-from opencode_sync._sse import EventStream
+from opencode_sync._sse import EventStream, Message
+from opencode_sync._translate import Translator
 from opencode_sync._turn import Turn
 from opencode_sync.events import Event
 from tests.webserver import WITHIN_S, Answer, Feed, WebServer
@@ -115,6 +117,27 @@ def test_a_turn_gives_its_events_and_then_none(begin: Begin, feed: Feed) -> None
     assert [event["type"] for event in events] == ["text"]
     assert turn.is_over
     assert turn.receive(0) is None
+
+
+def test_a_ctrl_c_while_messages_are_read_loses_none_of_them(
+    begin: Begin, feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = begin()
+    read = Translator.read
+
+    def interrupted(self: Translator, message: Message) -> list[Event]:
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+        return read(self, message)
+
+    monkeypatch.setattr(Translator, "read", interrupted)
+    say(feed, *STORED)
+    feed.say(ROOT, "session.status", status={"type": "idle"})
+
+    with pytest.raises(KeyboardInterrupt):
+        rest_of(turn)
+
+    assert [event["type"] for event in rest_of(turn)] == ["text"]
 
 
 def test_an_end_that_was_not_told_is_noticed(server: WebServer, begin: Begin, feed: Feed) -> None:
