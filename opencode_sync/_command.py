@@ -22,6 +22,8 @@ TESTED_VERSION = "1.18.33"
 
 DEFAULT_BINARY = "opencode"
 PLUGIN = Path(__file__).with_name("_plugin.js")
+PRELOAD = "BUN_INSPECT_PRELOAD"
+_PRELOAD_FILE = Path(__file__).with_name("_preload.js")
 
 # What carries configuration of the user's own; left out with inherit_user_config=False.
 _USER_CONFIG_VARIABLES = (
@@ -40,17 +42,18 @@ _STRING = r'("(?:[^"\\]|\\.)*")'
 _COMMENT = re.compile(_STRING + r"|//[^\n]*|/\*.*?\*/", re.DOTALL)
 _TRAILING_COMMA = re.compile(_STRING + r"|,(?=\s*[}\]])")
 
-# Harmless for a run that ends after one answer: no language servers are downloaded, no model
-# list is fetched, nothing is shared, compacted or watched.
+# What a single run rarely needs. Not OPENCODE_DISABLE_FFF, which has OpenCode download ripgrep.
 _LEAN_ENVIRONMENT = {
     "OPENCODE_DISABLE_LSP_DOWNLOAD": "1",
     "OPENCODE_DISABLE_MODELS_FETCH": "1",
     "OPENCODE_DISABLE_DEFAULT_PLUGINS": "1",
     "OPENCODE_DISABLE_SHARE": "1",
     "OPENCODE_DISABLE_PRUNE": "1",
-    "OPENCODE_DISABLE_FFF": "1",
     "OPENCODE_DISABLE_EMBEDDED_WEB_UI": "1",
     "OPENCODE_EXPERIMENTAL_DISABLE_FILEWATCHER": "1",
+    # Ten times the default: the last stage of the JavaScript engine's compiler takes a tenth of the
+    # CPU of a run that is over before it pays.
+    "BUN_JSC_thresholdForFTLOptimizeAfterWarmUp": "1000000",
 }
 _LEAN_CONFIG: dict[str, Any] = {"snapshot": False, "share": "disabled", "lsp": False}
 
@@ -224,14 +227,23 @@ def build_env(run_cfg: RunConfig, base: Mapping[str, str] | None = None) -> dict
     return env
 
 
+def add_preload(env: dict[str, str]) -> dict[str, str]:
+    """*env* with what makes OpenCode tell of a provider's refusals, on stderr.
+
+    It only adds detail: it is left out where the package stands in an archive, or where the
+    variable is set, be it to nothing.
+    """
+    if not env.get(PRELOAD, "unset"):  # Bun ends at once where that is no file
+        return {name: value for name, value in env.items() if name != PRELOAD}
+    return {PRELOAD: str(_PRELOAD_FILE), **env} if _PRELOAD_FILE.is_file() else env
+
+
 def add_plugin(env: dict[str, str]) -> dict[str, str]:
-    """*env* with the plugin of this package in its configuration, beside those that are there.
+    """*env* with a server's plugin in its configuration, beside those that are there.
 
     With any plugin OpenCode waits for its own installations by npm, which without a network take
     70 s in each directory, and 0.4 s without retries; the plugin gives tools npm's default back.
     """
-    if not PLUGIN.is_file():  # the package stands in an archive; to a run it only adds detail
-        return env
     config = _parent_config(env.get("OPENCODE_CONFIG_CONTENT"))
     plugins = config.get("plugin")
     config["plugin"] = [*(plugins if isinstance(plugins, list) else []), PLUGIN.as_uri()]

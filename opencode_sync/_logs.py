@@ -1,11 +1,11 @@
-"""Lines of stderr that mean something: OpenCode's log, our plugin's, and its warnings.
+"""Lines of stderr that mean something: OpenCode's log, what _preload.js tells, and warnings.
 
     timestamp=... level=ERROR message="stream error" ... error.error="AI_APICallError: slow down"
     opencode-sync: {"status":429,"retry_after":"3600"}
     ! agent "nope" not found. Falling back to default agent
 
-OpenCode retries a provider's refusals silently and for long; its log has the message, and our
-plugin saw the HTTP status. Formats of 1.18.33; what is not recognised is left alone.
+OpenCode retries a provider's refusals silently and for long; its log has the message, and what we
+had it preload saw the HTTP status. Formats of 1.18.33; what is not recognised is left alone.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from dataclasses import dataclass, field
 from .errors import strip_ansi
 from .events import Event, RetryEvent
 
-PLUGIN_PREFIX = "opencode-sync: "
+PRELOAD_PREFIX = "opencode-sync: "
 
 _LONGEST = 65_536  # characters of a line that are looked at
 _LOG_LINE = re.compile(r"timestamp=\S+ level=[A-Z]+ ")
 _LOG_FIELD = re.compile(r'(?<=\s)([\w.]+)=("(?:[^"\\]|\\.)*"|\S*)')
 _NOT_MADE = re.compile(r"^E[A-Z]+: [^\n]*, mkdir '([^'\n]+)'", re.MULTILINE)
+_NOT_SEEN = re.compile(r'^error: preload not found "', re.MULTILINE)
+_NOT_TAKEN = re.compile(r"^error: invalid JSC environment variable\s+(BUN_JSC_\w+)", re.MULTILINE)
 _NO_AGENT = re.compile(r'agent "([^"]*)" not found\. Falling back to default agent')
 
 
@@ -52,7 +54,7 @@ class LogReader:
             of an unknown model.
         missing_agent: The agent that OpenCode did not find, or None.
         pending: A refusal of which the next line shows whether it is the last, or None. Without
-            our plugin the HTTP status is not known; if nothing follows, it is being retried.
+            its HTTP status it is taken for one that is retried, if nothing follows.
     """
 
     cause: str = ""
@@ -61,10 +63,10 @@ class LogReader:
     _status: dict[str, object] = field(default_factory=dict)
 
     def read(self, line: str) -> tuple[bool, list[Event]]:
-        """Whether *line* is a log line (or our plugin's), and the events that it amounts to."""
+        """Whether *line* is a log line (or one of ours), and the events that it amounts to."""
         line = line[:_LONGEST]
-        if line.startswith(PLUGIN_PREFIX):
-            self._note_status(line[len(PLUGIN_PREFIX) :])
+        if line.startswith(PRELOAD_PREFIX):
+            self._note_status(line[len(PRELOAD_PREFIX) :])
             return True, []
         fields = log_fields(line)
         if fields is None:
@@ -131,6 +133,19 @@ def unwritable_home(stderr: str) -> str | None:
         f"it cannot make {found[1]!r}: set HOME, or XDG_CONFIG_HOME, XDG_STATE_HOME and "
         "XDG_CACHE_HOME, to where it may write"
     )
+
+
+def refused_by_bun(stderr: str) -> str | None:
+    """Where Bun ended before OpenCode began: at what, and what to set."""
+    said = strip_ansi(stderr[:_LONGEST])
+    if _NOT_SEEN.search(said) is not None:
+        return (
+            "opencode does not see the file that BUN_INSPECT_PRELOAD names (a wrapper with a file "
+            'system of its own?): let it, or set extra_env={"BUN_INSPECT_PRELOAD": ""}'
+        )
+    if (found := _NOT_TAKEN.search(said)) is not None:
+        return f"opencode's Bun does not know {found[1]}: set lean=False"
+    return None
 
 
 def is_retried(status: int) -> bool:

@@ -1,5 +1,4 @@
-// Loaded by each OpenCode that opencode_sync starts, in each directory before its first tool can run;
-// not by a run that asks for pure=True.
+// Loaded by each server that opencode_sync starts, in each directory before its first tool can run.
 
 const PASSWORD = "OPENCODE_SERVER_PASSWORD"
 const MARKER = "OPENCODE_SYNC_RUN"
@@ -9,8 +8,8 @@ function machine() {
   return process.arch === "arm64" ? "aarch64" : "x86_64"
 }
 
-// Of a server: a tool that knew its password could grant itself what it must ask for. The server has
-// read it by now and goes on asking for it; tools get what process.env holds when they start.
+// A tool that knew the server's password could grant itself what it must ask for. The server has read
+// it by now and goes on asking for it; tools get what process.env holds when they start.
 async function forgetPassword() {
   if (process.env[PASSWORD] === undefined) return
   await overwrite(PASSWORD)
@@ -36,25 +35,6 @@ async function overwrite(name) {
   }
 }
 
-// OpenCode retries a provider's refusals without a word of the HTTP status: say it on stderr, where
-// opencode_sync reads it. Nothing of the request or the answer is touched.
-function reportRefusals() {
-  const reported = Symbol.for("opencode_sync.refusals")
-  if (globalThis[reported]) return // another directory's plugin does
-  globalThis[reported] = true
-  const fetch = globalThis.fetch
-  const observed = async (input, init) => {
-    const response = await fetch(input, init)
-    const session = response.status >= 400 && new Headers(init?.headers).get("x-session-id")
-    if (session) {
-      const seen = { status: response.status, retry_after: response.headers.get("retry-after"), session }
-      process.stderr.write("opencode-sync: " + JSON.stringify(seen) + "\n")
-    }
-    return response
-  }
-  globalThis.fetch = Object.assign(observed, fetch)
-}
-
 // A prompt with a format is sent once more without it (see _turn.py), and keeps its place in forks
 // only if it stays as old as it is.
 function keepTime(formatted, { id, time, format }) {
@@ -65,7 +45,6 @@ function keepTime(formatted, { id, time, format }) {
 
 export const OpencodeSync = async ({ client }) => {
   await forgetPassword()
-  reportRefusals()
   const formatted = new Map() // prompts with a format: when each was made
   const roots = new Set() // sessions known to be nobody's sub-agent; spares a question per prompt
   return {

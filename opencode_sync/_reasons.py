@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Sequence
 
 from ._checks import unencodable
-from ._logs import unwritable_home
+from ._logs import refused_by_bun, unwritable_home
 from .errors import (
     OpenCodeBinaryNotFoundError,
     OpenCodeConfigError,
@@ -53,7 +53,8 @@ def reason(result: RunResult, argv: Sequence[str], logged_cause: str | None) -> 
         logged_cause: What its log tells.
     """
     if result.error is None:
-        return _unknown_flag(argv, result.stderr) or unwritable_home(result.stderr)
+        stderr = result.stderr
+        return _unknown_flag(argv, stderr) or unwritable_home(stderr) or refused_by_bun(stderr)
     if result.error.name != "UnknownError":
         return str(result.error)
     # "Unexpected server error. Check server logs": the log has the cause, if anything.

@@ -22,8 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from . import _interrupt, _tree
-from ._command import add_plugin
-from ._logs import unwritable_home
+from ._command import add_plugin, add_preload
+from ._logs import PRELOAD_PREFIX, refused_by_bun, unwritable_home
 from .errors import OpenCodeBinaryNotFoundError, OpenCodeServerError, strip_ansi
 
 _log = logging.getLogger("opencode_sync")
@@ -32,7 +32,6 @@ LINES_KEPT = 20
 JOIN_S = 2.0  # bound on waiting for our own threads, once the child is gone
 
 _LISTENING = "listening on http"
-_REFUSAL = "opencode-sync: "  # what the plugin's lines begin with
 
 
 class Server:
@@ -108,7 +107,7 @@ class Server:
                 stderr=output.fileno(),
                 cwd=directory,
                 env={
-                    **add_plugin(dict(env)),
+                    **add_preload(add_plugin(dict(env))),
                     "OPENCODE_SERVER_PASSWORD": self.password,
                     "OPENCODE_SERVER_USERNAME": "opencode",
                     "PWD": str(directory),
@@ -174,9 +173,9 @@ class Server:
                     self._take(line.decode("utf-8", "replace"))
 
     def _take(self, line: str) -> None:
-        if line.startswith(_REFUSAL):
+        if line.startswith(PRELOAD_PREFIX):
             with suppress(ValueError, KeyError, TypeError):
-                seen = json.loads(line[len(_REFUSAL) :])
+                seen = json.loads(line[len(PRELOAD_PREFIX) :])
                 self._on_refusal(str(seen["session"]), int(seen["status"]))
             return
         self._lines.append(strip_ansi(line))
@@ -188,7 +187,7 @@ class Server:
         words = "\n".join(self._lines).strip()
         if self.has_exited:
             what = f"opencode serve {_ending(self._popen.returncode)} before it listened"
-            words = "\n".join(filter(None, (unwritable_home(words), words)))
+            words = "\n".join(filter(None, (unwritable_home(words), refused_by_bun(words), words)))
         else:
             what = f"opencode serve did not listen within {timeout_s:g} s (startup_timeout_s)"
         return f"{what}: {words}" if words else what

@@ -22,7 +22,7 @@ from ._bodies import OUTPUT_TOOL
 from ._sse import Message, mapping
 from .events import Event
 
-REFUSED = "provider.refused"  # ours: the HTTP status of a provider's refusal, from the plugin
+REFUSED = "provider.refused"  # ours: the HTTP status of a provider's refusal, from _preload.js
 ANSWER = "answer"  # ours: the end of a request that is answered when all is done
 
 _STEPS = {"step-start": "step_start", "step-finish": "step_finish"}

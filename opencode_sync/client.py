@@ -19,7 +19,7 @@ from . import _interrupt, _watchdog
 from ._checks import check_count, check_flag, check_number, check_program, checked_path
 from ._command import (
     DEFAULT_BINARY,
-    add_plugin,
+    add_preload,
     build_argv,
     build_env,
     resolve_binary,
@@ -192,7 +192,7 @@ class OpenCodeClient(Runner):
             with _interrupt.deferred():
                 _watchdog.guard()
         cfg = request.cfg
-        env = build_env(cfg) if cfg.pure else add_plugin(build_env(cfg))
+        env = add_preload(build_env(cfg))
         isolated = self._isolate_db and "XDG_DATA_HOME" not in (cfg.extra_env or {})
         with ExitStack() as undo:
             lease = None

@@ -19,7 +19,14 @@ from opencode_sync import (
     build_env,
     resolve_binary,
 )
-from opencode_sync._command import PLUGIN, add_plugin, managed_path, without_user_config
+from opencode_sync._command import (
+    PLUGIN,
+    PRELOAD,
+    add_plugin,
+    add_preload,
+    managed_path,
+    without_user_config,
+)
 
 SOON_S = 100.0
 
@@ -419,6 +426,19 @@ def test_our_plugin_is_added_to_those_that_are_there() -> None:
     assert content_of(add_plugin({})) == {"plugin": [PLUGIN.as_uri()]}
 
 
+def test_what_is_preloaded_is_a_file_of_ours() -> None:
+    assert Path(add_preload({})[PRELOAD]).is_file()
+
+
+@pytest.mark.parametrize(
+    "env, expected",
+    [({PRELOAD: "/theirs.js"}, {PRELOAD: "/theirs.js"}), ({PRELOAD: "", "A": "1"}, {"A": "1"})],
+    ids=["a file", "none"],
+)
+def test_what_the_user_has_preloaded_stays(env: dict[str, str], expected: dict[str, str]) -> None:
+    assert add_preload(env) == expected
+
+
 # --- leaving configuration out -------------------------------------------------------------------
 
 
@@ -477,7 +497,7 @@ def resolved(machine: Path, tmp_path: Path, opencode_binary: str) -> Callable[[R
     empty.mkdir()
 
     def resolved(cfg: RunConfig) -> Any:
-        env = add_plugin(build_env(cfg))
+        env = add_preload(build_env(cfg))
         if not cfg.inherit_user_config:
             env = without_user_config(env, cfg, empty)
         done = subprocess.run(
@@ -511,7 +531,6 @@ def test_opencode_reads_every_source_and_ours_last(
 
     assert set(config["command"]) == {"user", "home", "repo", "workspace", "dotted", "parent"}
     assert config["username"] == "ours"
-    assert config["plugin"][-1] == PLUGIN.as_uri()
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_a_missing_agent_is_noticed_under_its_colours(reader: LogReader) -> None
     assert reader.missing_agent == "nobody"
 
 
-def test_a_broken_word_of_the_plugin_is_no_status(reader: LogReader) -> None:
+def test_a_broken_word_of_the_preloaded_file_is_no_status(reader: LogReader) -> None:
     reader.read('opencode-sync: {"status":')
     reader.read("opencode-sync: [1]")
 

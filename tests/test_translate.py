@@ -276,7 +276,7 @@ def test_a_turn_that_may_be_over_is_doubtful(begun: Session) -> None:
 # --- what else is told ---------------------------------------------------------------------------
 
 
-def test_a_retry_bears_the_status_that_the_plugin_saw(begun: Session) -> None:
+def test_a_retry_bears_the_status_that_was_seen(begun: Session) -> None:
     begun.say(REFUSED, status=429)
     (first,) = begun.status("retry", attempt=1, message="slow down")
     (second,) = begun.status("retry", attempt=2, message="slow down")

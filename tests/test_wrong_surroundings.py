@@ -99,6 +99,23 @@ def test_a_home_that_opencode_itself_cannot_write_is_told_with_what_to_set(
     )
 
 
+@pytest.mark.parametrize(
+    "words, remedy",
+    [
+        ('preload not found "/hidden/_preload.js"', 'set extra_env={"BUN_INSPECT_PRELOAD": ""}'),
+        ("invalid JSC environment variable BUN_JSC_x=1", "does not know BUN_JSC_x: set lean=False"),
+    ],
+    ids=["a wrapper that hides our files", "a Bun without an option of ours"],
+)
+def test_what_bun_itself_refuses_is_told_with_what_to_set(
+    client: OpenCodeClient, words: str, remedy: str
+) -> None:
+    with pytest.raises(OpenCodeError) as caught:
+        client.run(f"fail 1 error: {words}")  # words of Bun 1.3.14
+
+    assert remedy in str(caught.value)
+
+
 @pytest.fixture
 def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """We are a user that the system does not know, as in a container, without a HOME."""

@@ -56,12 +56,12 @@ def test_after_the_script_s_end_no_tool_lives(
 
 
 @pytest.mark.parametrize(
-    "pure, words",
-    [(False, "429 slow down (retry-after: 3600)"), (True, "slow down")],
-    ids=["with our plugin", "without plugins"],
+    "env, words",
+    [({}, "429 slow down (retry-after: 3600)"), ({"BUN_INSPECT_PRELOAD": ""}, "slow down")],
+    ids=["with its status", "with nothing preloaded"],
 )
 def test_a_provider_that_says_429_is_told_of_within_seconds(
-    client: OpenCodeClient, workspace: Path, scripted: Any, pure: bool, words: str
+    client: OpenCodeClient, workspace: Path, scripted: Any, env: dict[str, str], words: str
 ) -> None:
     model: ScriptedModel = scripted(Reply.failure(429, "slow down", retry_after_s=3600))
     # Where so many compete for a core that the start alone takes 10 s, more is allowed.
@@ -69,9 +69,8 @@ def test_a_provider_that_says_429_is_told_of_within_seconds(
     started = time.monotonic()
 
     with pytest.raises(OpenCodeTimeoutError) as caught:
-        client.run(
-            "Hi", workspace, run_cfg=model.run_config(pure=pure), idle_timeout_s=idle_timeout_s
-        )
+        cfg = model.run_config(extra_env=env)
+        client.run("Hi", workspace, run_cfg=cfg, idle_timeout_s=idle_timeout_s)
 
     assert caught.value.limit == "idle_timeout_s"
     assert str(caught.value).endswith(f"the provider was being retried: {words}")
@@ -80,14 +79,13 @@ def test_a_provider_that_says_429_is_told_of_within_seconds(
     assert "retry" in [event["type"] for event in caught.value.result.events]
 
 
-@pytest.mark.parametrize("pure", [False, True], ids=["with our plugin", "without plugins"])
 def test_a_provider_that_says_401_is_not_retried(
-    client: OpenCodeClient, workspace: Path, scripted: Any, pure: bool
+    client: OpenCodeClient, workspace: Path, scripted: Any
 ) -> None:
     model: ScriptedModel = scripted(Reply.failure(401, "bad key"))
 
     with pytest.raises(OpenCodeProcessError, match="APIError 401: bad key") as caught:
-        client.run("Hi", workspace, run_cfg=model.run_config(pure=pure), timeout_s=LONG_S)
+        client.run("Hi", workspace, run_cfg=model.run_config(), timeout_s=LONG_S)
 
     assert caught.value.result is not None
     assert [event["type"] for event in caught.value.result.events] == ["error"]
