@@ -28,6 +28,7 @@ import platformdirs
 import psutil
 
 from opencode_sync import OpenCodeError, resolve_binary
+from opencode_sync._datadir import DataDirectories
 from opencode_sync.install import binary_version
 
 RIVAL = "py-opencode-wrapper"
@@ -101,14 +102,20 @@ class Contender:
 
 
 def _environment(home: Path, workspace: Path) -> dict[str, str]:
-    """Ours, without what leads opencode to the developer's files, models and keys."""
+    """Ours, without what leads opencode to the developer's files, models and keys.
+
+    In a home that OpenCode was at work in before: into an empty one it would install by npm, in
+    the background of each run until one lasts long enough.
+    """
     env = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("OPENCODE_", "XDG_")) and not name.endswith("_API_KEY")
     }
     # PWD, since one of the rivals does not set it, and would work in the directory that we are in.
-    return {**env, "HOME": str(home), "PWD": str(workspace), "PYTHONPATH": str(ROOT)}
+    ours = {"HOME": home, "XDG_CONFIG_HOME": DataDirectories(home / "used").empty_config()}
+    ours |= {"PWD": workspace, "PYTHONPATH": ROOT}
+    return env | {name: str(path) for name, path in ours.items()}
 
 
 @dataclass

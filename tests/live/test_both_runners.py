@@ -220,7 +220,8 @@ def whole(runner: Runner, cfg: RunConfig, script: Script, workspace: Path) -> Wh
     (workspace / "notes.txt").write_text("The code word is Kiebitz.\n")
     left = Tools(workspace / "left.pids")
     leave = "(setsid sh sleeper.sh left.pids 90901 >/dev/null 2>&1 &)"
-    command = f"{leave}; until [ -s left.pids ]; do sleep 0.02; done; echo made > made.txt; exit 3"
+    make = "echo made > made.txt; env > env.txt; exit 3"
+    command = f"{leave}; until [ -s left.pids ]; do sleep 0.02; done; {make}"
     usage = TokenUsage(input=1_000, output=100, cache_read=50)
     looking = Reply("Let me look.", tool_calls=[shell(command)], usage=usage)
     prompt = script.to("Make it", looking, Reply("Done.", usage=usage))
@@ -241,6 +242,15 @@ def test_a_tool_call_works_in_the_workspace_and_stands_in_the_result(whole: Whol
     assert (whole.workspace / "made.txt").read_text() == "made\n"
     assert call["part"]["tool"] == "bash"
     assert call["part"]["state"]["metadata"]["exit"] == 3
+
+
+def test_a_tool_is_given_nothing_that_is_for_opencode_alone(whole: Whole) -> None:
+    lines = (whole.workspace / "env.txt").read_text().splitlines()
+    names = [line.partition("=")[0] for line in lines]
+
+    assert "HOME" in names
+    assert [name for name in names if name.startswith("BUN_")] == []
+    assert "OPENCODE_SERVER_PASSWORD" not in names
 
 
 def test_texts_answer_usage_and_cost_are_summed_over_the_steps(whole: Whole) -> None:
