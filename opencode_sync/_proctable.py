@@ -1,7 +1,7 @@
 """The system's processes, as one look shows them: parent, session, age, and one variable.
 
-    pids() --> look_at(pid) --> Seen
-               variable(pid, NAME, token) --> its value, "" or None
+    pids() --> is_older(pid, since)? --> look_at(pid) --> Seen
+                                         variable(pid, NAME, token) --> its value, "" or None
 
 Also loaded without the package, by the watchdog's process.
 """
@@ -12,8 +12,15 @@ import errno
 import io
 import os
 import sys
+import time
 from contextlib import suppress
 from typing import NamedTuple
+
+# How long it is remembered when a process was started: a pid is not given away again so soon.
+KNOWN_S = 1.0
+_MOST_KNOWN = 10_000
+
+_known: dict[int, tuple[int, float]] = {}  # pid -> when it was started, until when that is known
 
 # A look opens files, and a program that has no descriptor left to do it with is just the one whose
 # runs must be stopped: one is set aside.
@@ -50,6 +57,12 @@ def descriptors() -> list[int]:
     return list(_reserve)
 
 
+def is_older(pid: int, since: int) -> bool:
+    """Whether it is known, without a look, that *pid* was started before the tick *since*."""
+    started, known_until = _known.get(pid, (since, 0.0))
+    return started < since and time.monotonic() < known_until
+
+
 if sys.platform.startswith("linux"):
     # psutil takes 40 microseconds for what a read takes 10, and all processes are looked at many
     # times. Pids go round, so none is given away again between a look and what follows from it.
@@ -78,8 +91,11 @@ if sys.platform.startswith("linux"):
             return None
         if len(fields) < 20:
             return None
-        is_alive = fields[0] not in (b"Z", b"X")
-        return Seen(int(fields[1]), int(fields[3]), int(fields[19]), is_alive)
+        seen = Seen(int(fields[1]), int(fields[3]), int(fields[19]), fields[0] not in (b"Z", b"X"))
+        if len(_known) > _MOST_KNOWN:
+            _known.clear()
+        _known[pid] = (seen.started, time.monotonic() + KNOWN_S)
+        return seen
 
     def variable(pid: int, name: str, part: str) -> str | None:
         """The variable *name* of its environment; "" where it has none with *part* in it.

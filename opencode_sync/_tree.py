@@ -28,7 +28,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from ._proctable import Seen, look_at, pids, set_aside, variable
+from ._proctable import Seen, is_older, look_at, pids, set_aside, variable
 
 if TYPE_CHECKING:
     import psutil
@@ -237,6 +237,8 @@ class _Tree:
         kin = {}
         # Newest first: what forks and ends again and again is caught at its latest.
         for pid in sorted(pids(), reverse=True):
+            if is_older(pid, self._since):
+                continue
             seen = look_at(pid)
             if seen is not None and seen.started < self._since:
                 continue

@@ -356,6 +356,22 @@ def test_what_is_older_than_the_run_s_child_is_not_looked_into(
     assert not {older.process.pid, os.getpid()} & set(looked_into)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ages are known on Linux")
+def test_how_old_a_process_is_is_remembered_for_a_while(
+    tool: Callable[..., Tool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_proctable, "KNOWN_S", 60.0)
+    pid = _a_child(tool)
+    seen = _proctable.look_at(pid)
+    assert seen is not None
+
+    assert _proctable.is_older(pid, seen.started + 1)
+    assert not _proctable.is_older(pid, seen.started)
+    later = time.monotonic() + 61
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert not _proctable.is_older(pid, seen.started + 1)
+
+
 def _a_child(tool: Callable[..., Tool]) -> int:
     return tool("echo $$; exec sleep 933", 1, mark="").process.pid
 
