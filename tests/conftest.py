@@ -1,7 +1,7 @@
 """What every test stands on: a home of its own, the real binary, and nothing left behind.
 
 Before the first test, with the developer's own environment, the real opencode is looked for, and
-installed once per machine, if a test needs it. From then on the tests see an empty home, an
+installed once per machine, if a test needs it. From then on the tests see a new home, an
 empty temporary directory, and no configuration or credentials of the developer.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from opencode_sync._command import TESTED_VERSION, managed_binary
+from opencode_sync._datadir import DataDirectories
 from opencode_sync.errors import OpenCodeBinaryNotFoundError, OpenCodeError
 from opencode_sync.install import binary_version, install
 from tests import leaks
@@ -100,6 +101,9 @@ def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     root = tmp_path_factory.mktemp("machine")
     home, temporary = root / "home", root / "tmp"
     home.mkdir()
+    # OpenCode was at work in it before: into an empty one it would install by npm, which a server
+    # waits for.
+    DataDirectories(root / "used").empty_config().rename(home / ".config")
     temporary.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         # What npm and pip are told in the developer's home (a mirror, a proxy) still holds.

@@ -76,8 +76,9 @@ ENVIRONMENT = """
 import os, tempfile
 from pathlib import Path
 
-def test_the_home_is_empty():
-    assert list(Path.home().iterdir()) == []
+def test_the_home_has_nothing_but_what_opencode_installs():
+    names = [path.name for path in Path.home().rglob("*")]
+    assert sorted(names) == [".config", "node_modules", "opencode", "package-lock.json"]
 
 def test_temporary_files_go_where_no_others_are():
     assert os.listdir(tempfile.gettempdir()) == []

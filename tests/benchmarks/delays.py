@@ -19,7 +19,8 @@ def measure(setting: Setting) -> list[Row]:
         seen = workers[name].ask("delays", binary=binary, count=n).answer
         return {which: 1000 * median(times) for which, times in seen.items()}
 
-    found = interleave({name: (lambda name=name: once(name)) for name in workers}, 5)
+    measured = {name: (lambda name=name: once(name)) for name in workers}
+    found = interleave(measured, setting.rounds(5, 3))
     rows = []
     for which in ("first", "last"):
         times = {name: [sample[which] for sample in samples] for name, samples in found.items()}

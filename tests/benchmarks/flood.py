@@ -26,7 +26,8 @@ def measure(setting: Setting) -> list[Row]:
     ways = {"bare": ("bare", "loop")}
     for name in ("ours", *setting.rivals):
         ways |= {f"{name}, {how}": (name, how) for how in ("run", "stream")}
-    found = interleave({way: (lambda way=way: once(*ways[way])) for way in ways}, 5)
+    measured = {way: (lambda way=way: once(*ways[way])) for way in ways}
+    found = interleave(measured, setting.rounds(5, 3))
     rows = []
     for how in ("run", "stream"):
         ours = found[f"ours, {how}"]

@@ -6,14 +6,16 @@ from . import standins
 from .measuring import Row, Spread, at_most, compare, interleave
 from .setting import Setting
 
-FEW, MANY = 25_000, 100_000
+MANY = 100_000
 # A stream reads some megabytes ahead; beyond that it is to stay flat.
 STREAMED = {"full": (200_000, 800_000), "quick": (100_000, 300_000)}
 
 
 def measure(setting: Setting) -> list[Row]:
     """MiB for 100,000 events kept; and the growth of a stream's peak."""
-    few = str(standins.flood(setting.root, FEW))
+    # For the time of a rival's run grows with the square of the count.
+    few_events = setting.rounds(25_000, 10_000)
+    few = str(standins.flood(setting.root, few_events))
     short, long = STREAMED["quick" if setting.is_quick else "full"]
     # Text stays in any case: of it final_text is made.
     short_flood, long_flood = (
@@ -27,14 +29,14 @@ def measure(setting: Setting) -> list[Row]:
         finally:
             setting.end_contenders()
 
-    # With few, for the time of a rival's run grows with the square of the count.
     keeping = {"ours": ("ours", "run"), "ours, keep_raw=False": ("ours", "run without raw lines")}
     keeping |= {name: (name, "run") for name in setting.rivals}
     ways = {way: (*what, few, "held") for way, what in keeping.items()}
     ways["short"] = ("ours", "stream", short_flood, "peak")
     ways["long"] = ("ours", "stream", long_flood, "peak")
-    found = interleave({way: (lambda way=way: once(*ways[way])) for way in ways}, 5)
-    per_many = {way: [MANY / FEW * value for value in found[way]] for way in keeping}
+    measured = {way: (lambda way=way: once(*ways[way])) for way in ways}
+    found = interleave(measured, setting.rounds(5, 3))
+    per_many = {way: [MANY / few_events * value for value in found[way]] for way in keeping}
     rows = []
     for way in ("ours", "ours, keep_raw=False"):
         for name in setting.rivals:
@@ -47,7 +49,7 @@ def measure(setting: Setting) -> list[Row]:
                 "MiB",
                 "time",
                 at_most(0.5),
-                f"measured with {FEW:,}",
+                f"measured with {few_events:,}",
             )
             rows.append(row)
     pairs = zip(found["long"], found["short"], strict=True)

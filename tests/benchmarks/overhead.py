@@ -27,7 +27,7 @@ def measure(setting: Setting) -> list[Row]:
         n = {"ours": setting.rounds(*counts), "bare": setting.rounds(*counts)}
         n |= dict.fromkeys(setting.rivals, 2) if threads == 1 else {}
         ways = {name: (lambda name=name: once(name, n[name], threads)) for name in n}  # noqa: B023
-        found = interleave(ways, 5)
+        found = interleave(ways, setting.rounds(5, 3))
         wall = {way: [1000 * one.wall_s / n[way] for one in found[way]] for way in ways}
         cpu = {way: median(1000 * one.cpu_s / n[way] for one in found[way]) for way in ways}
         what = f"a run that ends at once, {threads} at a time"

@@ -36,8 +36,8 @@ def one_run(setting: Setting) -> list[Row]:
             name: (lambda name=name: once(name)) for name in workers
         }
         ways["lean"] = lambda: once("ours", changes={"lean": True})
-        interleave(ways, 1)  # the first run of a home downloads, and makes its database
-        found = interleave(ways, setting.rounds(7, 3))
+        ways["bare"]()  # the first run of a home makes its database
+        found = interleave(ways, setting.rounds(7, 2))
     rows = []
     for way, aim in (("ours", at_most(1.0)), ("lean", at_most(0.85))):
         what = "one run" + (", lean=True" if way == "lean" else "")

@@ -229,7 +229,8 @@ def setting(is_quick: bool) -> Iterator[Setting]:
         binary: str | None = resolve_binary()
     except OpenCodeError:
         binary = None
-    rivals = {f"rival {version}": _rival_python(version) for version in RIVAL_VERSIONS}
+    versions = RIVAL_VERSIONS[-1:] if is_quick else RIVAL_VERSIONS
+    rivals = {f"rival {version}": _rival_python(version) for version in versions}
     with tempfile.TemporaryDirectory(prefix="opencode-sync-benchmarks-") as directory:
         root = Path(directory).resolve()
         (root / "workspace").mkdir()

@@ -97,7 +97,7 @@ def measure(setting: Setting) -> list[Row]:
                 sessions.append(name)
                 ways[name] = lambda name=name: by_session(name)  # type: ignore[misc]
         on_server(), by_http()
-        found = interleave(ways, setting.rounds(5, 3))
+        found = interleave(ways, setting.rounds(5, 2))
         workers["ours"].ask("stop_server")
     found = {way: [1000 * seconds for seconds in times] for way, times in found.items()}
     per_s = 1000 / median(found["server.map"])

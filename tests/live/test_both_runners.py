@@ -54,6 +54,7 @@ from opencode_sync import (
     RunStream,
     TokenUsage,
 )
+from opencode_sync._datadir import DataDirectories
 from opencode_sync.runner import Runner
 from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
 from tests.live.warm import config, conversation, open_connections, shell
@@ -752,13 +753,14 @@ def test_within_5_s_of_a_signal_that_ends_the_script_no_tool_lives(
 def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A workspace; words stand in each source of configuration."""
     workspace = tmp_path / "project"
-    for name, directory in (("user", tmp_path / "config/opencode"), ("project", workspace)):
-        directory.mkdir(parents=True)
+    home = DataDirectories(tmp_path).empty_config()  # but for what OpenCode installs
+    for name, directory in (("user", home / "opencode"), ("project", workspace)):
+        directory.mkdir(exist_ok=True)
         words = directory / f"{name}.md"
         words.write_text(f"word-of-{name}")
         settings = {"instructions": [str(words)]}
         (directory / "opencode.json").write_text(json.dumps(settings))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home))
     ours = {"agent": {"build": {"prompt": "word-of-parent"}}}
     monkeypatch.setenv("OPENCODE_CONFIG_CONTENT", json.dumps(ours))
     return workspace
