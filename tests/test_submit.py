@@ -76,6 +76,7 @@ def test_as_completed_gives_them_as_they_end(runner: ScriptedRunner) -> None:
     ended = as_completed([late, early], timeout=10)
 
     assert next(ended) is early
+    runner.wait_for(2)
     runner.release()
     assert next(ended) is late
 
