@@ -39,7 +39,11 @@ Stopped = Literal["timed_out", "cancelled", "over_budget"]
 
 
 class Course:
-    """The steps of a stream, and what they are about."""
+    """The steps of a stream, and the state that they share with it.
+
+    Its methods are for who holds the stream's turn; of the state, ``_cancelled`` may be set by any
+    thread, and ``_ended`` is set last, when the source, its tools and the log file are gone.
+    """
 
     def __init__(
         self,

@@ -1,9 +1,10 @@
 """The system's processes, as one look shows them: parent, session, age, and one variable.
 
     pids() --> is_older(pid, since)? --> look_at(pid) --> Seen
-                                         variable(pid, NAME, token) --> its value, "" or None
+                                         variable(pid, name, part) --> its value, "" or None
 
-Also loaded without the package, by the watchdog's process.
+Knows processes; nothing of runs, their marks, or signals. Also loaded without the package, by the
+watchdog's process.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ def descriptors() -> list[int]:
 
 
 def is_older(pid: int, since: int) -> bool:
-    """Whether it is known, without a look, that *pid* was started before the tick *since*."""
+    """Whether it is known, without a look, that *pid* was started before the tick *since*.
+
+    False says nothing: it was not looked at, or longer than ``KNOWN_S`` seconds ago.
+    """
     started, known_until = _known.get(pid, (since, 0.0))
     return started < since and time.monotonic() < known_until
 

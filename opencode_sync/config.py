@@ -60,7 +60,7 @@ class RunConfig:
             ``.claude`` and ``.agents`` directories are left out, the user's too: OpenCode has one
             switch for both.
         keep_background: Leave processes alone that tools left running at the run's normal end.
-        lean: Switch off what a single run rarely needs, for some 5 % less time and 10 % less CPU:
+        lean: Switch off what a single run rarely needs, for some 2 % less time and 10 % less CPU:
             snapshots (and so OpenCode's undo), sharing, language servers, plugins that come with
             OpenCode, newer lists of models, pruning, watching files; JavaScript that is hot for
             minutes is optimised later. *extra_env* and *config_overrides* can take each back.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import queue
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from opencode_sync import (
 from opencode_sync._output import LineSplitter
 from opencode_sync._run import ProcessRun
 from tests.faults import write_standin
+from tests.interrupting import interrupt_once
 
 Start = Callable[..., ProcessRun]
 
@@ -84,14 +84,8 @@ def test_a_ctrl_c_while_a_block_is_read_loses_nothing_of_it(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = start("echo all is well")
-    feed = LineSplitter.feed
+    interrupt_once(monkeypatch, LineSplitter, "feed")
 
-    def interrupted(self: LineSplitter, block: bytes) -> list[bytes]:
-        monkeypatch.undo()
-        signal.raise_signal(signal.SIGINT)
-        return feed(self, block)
-
-    monkeypatch.setattr(LineSplitter, "feed", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.receive(LONG_S)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,10 +12,11 @@ import pytest
 from opencode_sync import OpenCodeIncompleteError, OpenCodeServerError, RunResult, _turn
 from opencode_sync._http import Connection
 from opencode_sync._replies import Replies
-from opencode_sync._sse import EventStream, Message
+from opencode_sync._sse import EventStream
 from opencode_sync._translate import Translator
 from opencode_sync._turn import Turn
 from opencode_sync.events import Event
+from tests.interrupting import interrupt_once
 from tests.webserver import WITHIN_S, Answer, Feed, WebServer
 
 ROOT = "ses_root"
@@ -123,14 +123,7 @@ def test_a_ctrl_c_while_messages_are_read_loses_none_of_them(
     begin: Begin, feed: Feed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turn = begin()
-    read = Translator.read
-
-    def interrupted(self: Translator, message: Message) -> list[Event]:
-        monkeypatch.undo()
-        signal.raise_signal(signal.SIGINT)
-        return read(self, message)
-
-    monkeypatch.setattr(Translator, "read", interrupted)
+    interrupt_once(monkeypatch, Translator, "read")
     say(feed, *STORED)
     feed.say(ROOT, "session.status", status={"type": "idle"})
 
