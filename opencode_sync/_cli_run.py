@@ -73,6 +73,9 @@ def _show(result: RunResult, options: argparse.Namespace) -> None:
         # As in live(): a terminal is told nothing that it would obey.
         print(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+    if not options.stream:  # live() has shown them as they came
+        for message in result.warnings:
+            tell(f"warning: {message}")
     session = f", session {result.session_id}" if result.session_id else ""
     print(f"{outcome(result)}{session}", file=sys.stderr)
 

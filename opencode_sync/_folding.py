@@ -4,6 +4,7 @@
     tool_use, ...        --> tool_calls  denied_tools
     step_start, _finish  --> steps       turns, token_usage, total_cost, finish_reason
     error                --> error
+    warning              --> warnings
 
 A rule never raises, whatever an event holds: missing or odd values count as nothing.
 """
@@ -65,6 +66,12 @@ def _fold_error(result: RunResult, event: Mapping[str, Any]) -> None:
         result.error = error_info(event.get("error"))
 
 
+def _fold_warning(result: RunResult, event: Mapping[str, Any]) -> None:
+    message = event.get("message")
+    if isinstance(message, str) and message and message not in result.warnings:
+        result.warnings.append(message)
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(TEXT_TYPES, _fold_text),
     "step_start": _fold_step_start,
@@ -74,9 +81,11 @@ RULES: dict[str, Rule] = {
     "tool_result": _fold_tool,
     "tool": _fold_tool,
     "error": _fold_error,
+    "warning": _fold_warning,
 }
 # What a sub-agent says is said to its parent, which tells of its failures too.
 RULES_FOR_SUB_AGENTS: dict[str, Rule] = {
     "step_finish": _fold_sub_agents_step,
     "tool_use": _fold_tool,
+    "warning": _fold_warning,
 }

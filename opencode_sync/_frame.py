@@ -19,8 +19,8 @@ def results_to_records(results: Iterable[RunResult | OpenCodeError]) -> list[dic
     """One flat row for each result, or each error that stands in a result's place.
 
     All rows have the same keys: those of RunResult that are plain values, ``error`` as one str or
-    None, ``tools`` and ``denied_tools`` as one str each, and the tokens as ``tokens_input`` and so
-    on.
+    None, ``tools``, ``denied_tools`` and ``warnings`` as one str each, and the tokens as
+    ``tokens_input`` and so on.
     """
     return [_record(result) for result in results]
 
@@ -55,6 +55,7 @@ def _record(end: RunResult | OpenCodeError) -> dict[str, Any]:
         "answer": result.answer,
         "tools": ", ".join(tools_used(result)),
         "denied_tools": ", ".join(result.denied_tools),
+        "warnings": "; ".join(result.warnings),
         "total_cost": result.total_cost,
         **{f"tokens_{name}": value for name, value in asdict(result.token_usage).items()},
         "turns": result.turns,

@@ -154,6 +154,7 @@ def result_markdown(result: RunResult) -> str:
         notes.append(one_line(str(result.error), 500))
     if result.denied_tools:
         notes.append(f"denied: {', '.join(result.denied_tools)}")
+    notes += [f"warning: {one_line(message, 500)}" for message in result.warnings]
     return "\n\n".join([markdown(text), *(f"*{verbatim(note)}*" for note in notes)])
 
 

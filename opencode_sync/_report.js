@@ -387,7 +387,8 @@
     if (!detail) return [make("p", { class: "hint" }, "The page is still being read: open this once more in a moment.")];
     const facts = [...(job.kind ? [["Error", job.kind]] : []), ...(job.key ? [["Key", job.key]] : []),
       ...(job.from === undefined ? [] : [["Began after", span(job.from)]]),
-      ...(detail.denied ? [["Denied", detail.denied.join(", ")]] : []), ...detail.facts || []];
+      ...(detail.denied ? [["Denied", detail.denied.join(", ")]] : []),
+      ...(detail.warnings || []).map((text) => ["Warning", text]), ...detail.facts || []];
     const tools = detail.tools || [];
     const events = detail.events || [];
     return [

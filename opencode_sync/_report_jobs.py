@@ -148,6 +148,7 @@ def short_of(record: Record) -> Record:
         "prompt": _cut(_text(record, "prompt"), _SHORT_CHARS),
         "answer": _cut(_text(record, "answer"), _SHORT_CHARS),
         "denied_tools": _items(record, "denied_tools")[:_MAX_ITEMS],
+        "warnings": _warnings(record),
         "tool_calls": [
             {"part": {"tool": part["tool"]}} for part in _tool_parts(record)[:_MAX_TOOLS]
         ],
@@ -187,6 +188,7 @@ def detail_of(record: Record, *, brief: bool = False) -> dict[str, Any]:
         "stderr": "" if (stderr := printable(stderr).strip()) in printable(message) else stderr,
         "parsed": None if parsed is None else _cut(_pretty(parsed), most),
         "denied": [one_line(str(name), 40) for name in _items(record, "denied_tools")[:_MAX_ITEMS]],
+        "warnings": _warnings(record),
         "facts": _facts(record),
         "left_out": left_out,
     }
@@ -198,6 +200,13 @@ def detail_of(record: Record, *, brief: bool = False) -> dict[str, Any]:
         detail["more_tools"] = max(0, len(tools) - _MAX_TOOLS)
         detail["more_events"] = max(0, len(events) - _MAX_EVENTS)
     return {name: value for name, value in detail.items() if value}
+
+
+def _warnings(record: Record) -> list[str]:
+    return [
+        one_line(str(text)[:_SHORT_CHARS], _SHORT_CHARS)
+        for text in _items(record, "warnings")[:_MAX_ITEMS]
+    ]
 
 
 def _facts(record: Record) -> list[tuple[str, str]]:

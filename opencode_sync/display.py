@@ -79,7 +79,7 @@ def live(
 
     Args:
         file: Gets the model's text, standing as in ``result.final_text``; None for stdout.
-        notes: Gets a line for each tool and each retry; None for *file*.
+        notes: Gets a line for each tool, retry and warning; None for *file*.
 
     Raises:
         OpenCodeError: As iterating does, when all that came is on the screen.
@@ -139,6 +139,9 @@ class _Pieces:
         elif kind == "retry":
             self._open_part = None
             yield "line", f"[retry] {one_line(str(event.get('message')), LINE_WIDTH - 8)}"
+        elif kind == "warning":
+            self._open_part = None
+            yield "line", f"[warning] {printable(' '.join(str(event.get('message')).split()))}"
         elif kind in ("permission", "question"):
             self._open_part = None
             yield "pause", ""

@@ -152,6 +152,13 @@ class RetryEvent(_Stamped, total=False):
     statusCode: int
 
 
+class WarningEvent(_Stamped, total=False):
+    """Something did not take effect as it was asked for; the run goes on."""
+
+    type: Literal["warning"]
+    message: str  # a full sentence
+
+
 class PermissionEvent(_Stamped):
     """A tool waits for permission (server only)."""
 
@@ -209,6 +216,7 @@ Event = Union[  # noqa: UP007 - evaluated at run time, where Python 3.10's Typed
     TextDeltaEvent,
     ReasoningDeltaEvent,
     RetryEvent,
+    WarningEvent,
     PermissionEvent,
     QuestionEvent,
     DiagnosticEvent,

@@ -76,6 +76,8 @@ class RunResult:
         session_id: To continue the conversation with.
         error: What went wrong, from the first ``error`` event.
         denied_tools: Names of tools whose use was refused, in order.
+        warnings: Full sentences on what did not take effect as it was asked for, each once, such
+            as an MCP server that did not start. They do not change the status.
         finish_reason: Of the last step: ``"stop"``, ``"length"``, ``"tool-calls"``, ...; None
             while a step is under way.
         truncated: The output ended in the middle of a line.
@@ -106,6 +108,7 @@ class RunResult:
     session_id: str | None = None
     error: ErrorInfo | None = None
     denied_tools: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     finish_reason: str | None = None
     truncated: bool = False
     prompt: str = ""
@@ -203,6 +206,7 @@ class RunResult:
             "final_text": text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}...",
             "error": self.error and str(self.error),
             "denied_tools": self.denied_tools,
+            "warnings": self.warnings,
             "turns": self.turns,
             "total_cost": self.total_cost,
             "session_id": self.session_id,
@@ -222,7 +226,7 @@ class RunResult:
     __hash__ = None  # type: ignore[assignment] # it changes while its run goes on
 
 
-_LISTS = ("events", "tool_calls", "raw_stdout_lines", "denied_tools")
+_LISTS = ("events", "tool_calls", "raw_stdout_lines", "denied_tools", "warnings")
 
 
 def _public_fields(cls: type[RunResult | TokenUsage | ErrorInfo]) -> list[str]:

@@ -216,6 +216,16 @@ def test_a_reader_that_has_enough_ends_the_program_quietly(program: Program) -> 
     assert "Exception ignored" not in err
 
 
+@pytest.mark.parametrize("options", [[], ["--stream"], ["--json"]], ids=["text", "stream", "json"])
+def test_a_warning_is_told_once_on_stderr(shell: Shell, options: list[str]) -> None:
+    prompt = "show(type='warning', message='The server f is down.'); step(text='Hello.')"
+
+    status, out, err = shell("run", *options, prompt)
+
+    assert (status, err.count("The server f is down.")) == (0, 1)
+    assert ("The server f is down." in out) == (options == ["--json"])
+
+
 # --- run: what it is asked for -------------------------------------------------------------------
 
 SHOW_ARGV = "step(text=json.dumps(sys.argv[1:]))"

@@ -173,6 +173,14 @@ def test_a_retry_is_told() -> None:
     assert shown({"type": "retry", "message": "429: slow\ndown"}) == "[retry] 429: slow down\n"
 
 
+def test_a_warning_has_a_line_of_its_own() -> None:
+    warning = {"type": "warning", "message": "The MCP server 'f'\n\x1b[31mdid not start."}
+
+    assert shown(delta("He"), warning, delta("llo")) == (
+        "He\n[warning] The MCP server 'f' did not start.\n\nllo\n"
+    )
+
+
 def test_a_terminal_is_not_obeyed_a_file_gets_the_text_as_it_is() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -33,6 +33,12 @@ def test_a_failed_result_has_its_reason() -> None:
     assert (row["status"], row["error"]) == ("error", "APIError 401: no")
 
 
+def test_warnings_are_one_text_in_a_row() -> None:
+    (row,) = results_to_records([RunResult(warnings=["One.", "Two."])])
+
+    assert row["warnings"] == "One.; Two."
+
+
 def test_an_error_has_a_row_with_what_had_been_got() -> None:
     error = OpenCodeTimeoutError("too long\nby far", result=RunResult(prompt="p", total_cost=0.5))
 

@@ -164,6 +164,12 @@ def test_a_failed_result_shows_its_reason() -> None:
     assert "<" not in page
 
 
+def test_a_result_shows_its_warnings() -> None:
+    result = RunResult(warnings=["The MCP server <f> did not start."])
+
+    assert verbatim("warning: The MCP server <f> did not start.") in result_markdown(result)
+
+
 def test_of_a_huge_answer_only_the_beginning_is_shown() -> None:
     result = RunResult()
     result.append_event({"type": "text", "part": {"text": "x" * 1_000_000}})

@@ -342,6 +342,13 @@ def test_of_a_long_text_the_beginning_is_shown_and_how_much_is_not() -> None:
     assert detail["prompt"] == "x" * 20_000 + "\n… 10,000 characters more"
 
 
+def test_warnings_are_shown_also_where_texts_are_kept_in_short() -> None:
+    warned = record(warnings=["The MCP server 'f' did not start."])
+
+    assert detail_of(warned)["warnings"] == ["The MCP server 'f' did not start."]
+    assert detail_of(short_of(warned))["warnings"] == ["The MCP server 'f' did not start."]
+
+
 def test_of_many_events_the_first_are_shown_and_how_many_are_not() -> None:
     detail = detail_of(record(events=[{"type": "text"}] * 205))
 

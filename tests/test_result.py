@@ -185,6 +185,31 @@ def test_refused_tools_are_named_in_order() -> None:
     assert result.denied_tools == ["edit", "bash", "edit"]
 
 
+def test_warnings_of_any_session_are_kept_in_order_each_once() -> None:
+    result = result_of(
+        {"type": "warning", "message": "The MCP server 'f' did not start."},
+        STEP,
+        {"type": "warning", "sessionID": "ses_child", "message": "The variant was ignored."},
+        {"type": "warning", "sessionID": "ses_1", "message": "The variant was ignored."},
+    )
+
+    assert result.warnings == ["The MCP server 'f' did not start.", "The variant was ignored."]
+    assert (result.session_id, result.status) == ("ses_1", "incomplete")
+
+
+def test_a_warning_does_not_change_the_status() -> None:
+    result = result_of(STEP, {"type": "warning", "message": "Look."}, finish("stop"))
+
+    assert result.status == "ok"
+
+
+def test_warnings_stand_in_the_dict_and_the_repr() -> None:
+    result = result_of({"type": "warning", "message": "Look."})
+
+    assert RunResult.from_dict(result.to_dict()) == result
+    assert "warnings=['Look.']" in repr(result)
+
+
 def test_the_first_error_is_the_one_that_counts() -> None:
     result = result_of(failure("bad key"), failure("aborted"))
 
