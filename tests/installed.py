@@ -21,7 +21,7 @@ EXTRAS = ("pydantic", "jsonschema", "referencing", "jinja2", "distributed", "pyt
 
 def shipped() -> set[str]:
     """Files of the wheel, as paths from where it is installed; what pip itself wrote left out."""
-    files = distribution("opencode-sync").files or []
+    files = distribution("opencode-sync-sdk").files or []
     return {
         file.as_posix()
         for file in files
@@ -74,11 +74,11 @@ def check_what_needs_an_extra_says_which() -> None:
     except package.OpenCodeConfigError as error:
         said = str(error)
 
-    assert "opencode-sync[report]" in said
+    assert "opencode-sync-sdk[report]" in said
 
 
 def check_the_command_tells_its_version_and_its_use() -> None:
-    assert printed("--version") == f"opencode-sync {distribution('opencode-sync').version}\n"
+    assert printed("--version") == f"opencode-sync {distribution('opencode-sync-sdk').version}\n"
     assert "opencode-sync" in printed("--help")
 
 

@@ -8,7 +8,9 @@ named for it, and inside of functions, so that `import opencode_sync` stays ligh
 from __future__ import annotations
 
 import ast
+import configparser
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -228,6 +230,28 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     )
 
     assert not HEAVY.intersection(json.loads(done.stdout))
+
+
+def test_who_names_an_extra_names_it_of_this_distribution() -> None:
+    root = HOUSE.parent
+    paths = [root / "setup.cfg", root / "README.rst", *HOUSE.glob("*.py")]
+
+    named = {
+        name
+        for path in paths
+        for name in re.findall(
+            r"[\w-]+(?=\[(?:schema|report|dask|opencode|test|tools|otel)\b)",
+            path.read_text(encoding="utf-8"),
+        )
+    }
+
+    assert named == {_distribution()}
+
+
+def _distribution() -> str:
+    setup = configparser.ConfigParser()
+    setup.read(HOUSE.parent / "setup.cfg", encoding="utf-8")
+    return setup["metadata"]["name"]
 
 
 def test_no_module_warns_when_it_is_compiled_and_imported(tmp_path: Path) -> None:

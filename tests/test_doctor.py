@@ -119,7 +119,7 @@ def test_a_missing_npm_is_no_fault_by_itself(monkeypatch: pytest.MonkeyPatch) ->
     found = finding("npm")
 
     assert found.state == "note"
-    assert "opencode-sync[opencode]" in found.advice
+    assert "opencode-sync-sdk[opencode]" in found.advice
 
 
 def test_providers_are_named_without_their_keys(

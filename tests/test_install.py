@@ -299,7 +299,7 @@ def test_without_npm_the_error_says_how_to_get_one(no_npm: None) -> None:
         install()
 
     assert str(caught.value) == (
-        "no npm to install OpenCode with: run 'pip install \"opencode-sync[opencode]\"', "
+        "no npm to install OpenCode with: run 'pip install \"opencode-sync-sdk[opencode]\"', "
         "or install Node.js"
     )
 

@@ -496,7 +496,7 @@ def test_without_jinja_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
 
-    with pytest.raises(OpenCodeConfigError, match=r'pip install "opencode-sync\[report\]"'):
+    with pytest.raises(OpenCodeConfigError, match=r'pip install "opencode-sync-sdk\[report\]"'):
         write_html([record()], path)
 
 

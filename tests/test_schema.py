@@ -131,7 +131,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
 
-    with pytest.raises(OpenCodeConfigError, match=r"opencode-sync\[schema\]"):
+    with pytest.raises(OpenCodeConfigError, match=r"opencode-sync-sdk\[schema\]"):
         OutputSchema(schema)
 
 

@@ -264,7 +264,7 @@ def _rival_python(version: str) -> str:
 
 def _own_version() -> str:
     try:
-        return metadata.version("opencode-sync")
+        return metadata.version("opencode-sync-sdk")
     except metadata.PackageNotFoundError:
         from opencode_sync import __version__
 
