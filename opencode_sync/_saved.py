@@ -5,16 +5,20 @@
     {"key": ..., "fingerprint": ..., "settings": ..., "failure": null, <RunResult.to_dict()>}
     {"key": ..., "fingerprint": ..., "settings": ..., "failure": {"type", "message", ...}, ...}
 
-All lines have the same keys, so that ``pandas.read_json(path, lines=True)`` reads them.
+All lines have the same keys, so that ``pandas.read_json(path, lines=True)`` reads them. A file that
+takes the place of another one, theirs or the page's, is written beside it: :func:`replacing`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 from . import errors
 from .errors import OpenCodeError
@@ -121,3 +125,33 @@ def _plain(value: Any) -> Any:
     if callable(dump := getattr(value, "model_dump", None)):
         return dump(mode="json")
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+
+
+@contextmanager
+def replacing(target: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
+    """Write a new file, which takes the place of *target* once the block has ended well.
+
+    Until then it is ``NAME.new`` beside it; where the block fails, it is removed.
+
+    Args:
+        mode: Its permissions, within the umask.
+    """
+    new = target.with_name(f"{target.name}.new")
+    # One of a killed process, or a link that somebody else has put there to have a file of ours
+    # overwritten: neither is opened.
+    with suppress(FileNotFoundError):
+        os.unlink(new)
+    file = open(new, "xb", opener=lambda path, flags: os.open(path, flags | _NO_LINK, mode))
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, target)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(new)
+        raise
+
+
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # beside O_EXCL, which says the same on most systems

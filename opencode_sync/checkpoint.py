@@ -4,8 +4,8 @@
     find(key) -------> Saved --load()--> the result or error as it was
 
 In memory are the keys and where their lines begin. A line is complete and synced, or it is cut off
-by the next to open the file. One batch writes, by a lock on ``PATH.lock``, which stays behind.
-Knows results; nothing of how they came about.
+by the next to open the file. One batch writes: it locks ``PATH.lock``, which stays behind, and the
+file itself, which may have other names. Knows results; nothing of how they came about.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import json
 import logging
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
-from ._saved import Entry, end_of, line_of, may_be_torn, parsed
+from ._saved import Entry, end_of, line_of, may_be_torn, parsed, replacing
 from ._schema import OutputSchema, SchemaMismatch
 from .errors import OpenCodeConfigError, OpenCodeError
 from .result import RunResult
@@ -32,6 +33,13 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "Entry", "Saved"]
 
 _log = logging.getLogger("opencode_sync")
+
+# What a system says of a directory that it cannot sync: a network file system, or a directory that
+# may be written and not read. Its entry is as safe there as that system makes it.
+_NOT_SYNCED = {
+    *(errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF),
+    *(errno.EACCES, errno.EPERM),
+}
 
 
 class Saved(NamedTuple):
@@ -62,6 +70,7 @@ class Checkpoint:
         """
         # What a link leads to, so that two names of one file have one lock.
         self._path = Path(os.path.realpath(os.path.expanduser(path)))
+        self._named = os.path.abspath(os.path.expanduser(path))
         self._settings = settings
         self._output = output
         self._index: dict[str, Saved] = {}
@@ -73,9 +82,11 @@ class Checkpoint:
         try:
             self._descriptor = self._open()
             try:
+                self._identity = os.fstat(self._descriptor)
+                self._begin()
                 self._size = self._scan()
             except BaseException:
-                os.close(self._descriptor)
+                _unlock_and_close(self._descriptor)
                 raise
         except BaseException:
             self._lock.release()
@@ -131,12 +142,16 @@ class Checkpoint:
             OpenCodeConfigError: If the line is damaged, or its value does not fit the schema any
                 more.
         """
-        with open(self._path, "rb") as file:
-            file.seek(saved.offset)
-            try:
-                end = end_of(json.loads(file.readline()))
-            except (TypeError, ValueError, AttributeError, KeyError) as error:  # edited by hand
-                raise self._refusal(f"byte {saved.offset} begins a damaged line: {error}") from None
+        try:
+            with self._reading() as file:
+                file.seek(saved.offset)
+                line = file.readline()
+        except OSError as error:
+            raise self._refusal(error.strerror or str(error)) from error
+        try:
+            end = end_of(json.loads(line))
+        except (TypeError, ValueError, AttributeError, KeyError) as error:  # edited by hand
+            raise self._refusal(f"byte {saved.offset} begins a damaged line: {error}") from None
         if self._output is not None and isinstance(end, RunResult):
             try:
                 end._json, end.parsed = end.parsed, self._output.validate(end.parsed)
@@ -148,7 +163,8 @@ class Checkpoint:
         """Append *entries*; returns when they are on the disk.
 
         Raises:
-            OpenCodeError: If the system does not take them; none of them is in the file then.
+            OpenCodeError: If the system does not take them, or the file was removed or replaced;
+                none of them is in the file then.
         """
         lines = [line_of(entry, self._settings) for entry in entries]
         with self._writing:
@@ -170,7 +186,7 @@ class Checkpoint:
             if not self._is_open:
                 return
             self._is_open = False
-            os.close(self._descriptor)
+            _unlock_and_close(self._descriptor)
         try:
             if self._superseded:
                 self._drop_superseded()
@@ -190,20 +206,35 @@ class Checkpoint:
         try:
             lock.acquire()
         except Timeout:
-            raise OpenCodeConfigError(
-                f"checkpoint {str(self._path)!r} is being written by another batch"
-            ) from None
+            raise self._in_use() from None
         except OSError as error:
             raise self._refusal(error.strerror or str(error)) from error
         return lock
 
     def _open(self) -> int:
         try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise self._refusal(error.strerror or str(error)) from error
+
+    def _begin(self) -> None:
+        """Hold the file against other batches, and see that it will be found again."""
+        if not _locked(self._descriptor):
+            raise self._in_use()
+        try:
+            self._check_in_place()
             self._sync_directory()
         except OSError as error:
             raise self._refusal(error.strerror or str(error)) from error
-        return descriptor
+
+    def _check_in_place(self) -> None:
+        """Raise OSError unless the path leads to the file that is written here."""
+        try:
+            there = os.stat(self._named)
+        except (FileNotFoundError, NotADirectoryError):
+            raise _not_in_place() from None
+        if not os.path.samestat(there, self._identity):
+            raise _not_in_place()
 
     def _scan(self) -> int:
         """Index all lines, and repair the last one; returns the file's size."""
@@ -231,8 +262,16 @@ class Checkpoint:
         return offset
 
     def _lines(self) -> Iterator[bytes]:
-        with open(self._path, "rb") as file:
+        with self._reading() as file:
             yield from file
+
+    def _reading(self) -> IO[bytes]:
+        """The file from its beginning, and not another one that has its name by now."""
+        file = open(self._path, "rb")
+        if os.path.samestat(os.fstat(file.fileno()), self._identity):
+            return file
+        file.close()
+        raise _not_in_place()
 
     def _append(self, data: bytes) -> None:
         if not self._is_open:
@@ -240,6 +279,7 @@ class Checkpoint:
         try:
             _write_all(self._descriptor, data)
             os.fsync(self._descriptor)
+            self._check_in_place()
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, self._size)
@@ -251,26 +291,33 @@ class Checkpoint:
 
     def _drop_superseded(self) -> None:
         """Keep the last line of each key: a failure gives way to what a later run made of it."""
+        if os.stat(self._path).st_nlink > 1:  # under its other names it would stay as it is
+            return
         current = {saved.offset for saved in self._index.values()}
-        new = self._path.with_name(f"{self._path.name}.new")  # one of a killed batch is overwritten
         offset = 0
-        with open(new, "wb") as file:
+        with replacing(self._path, 0o600) as file:
             for line in self._lines():
                 if offset in current:
                     file.write(line)
                 offset += len(line)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.copymode(self._path, new)
-        os.replace(new, self._path)
+            shutil.copymode(self._path, file.name)
         self._sync_directory()
 
     def _sync_directory(self) -> None:
-        descriptor = os.open(self._path.parent, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(self._path.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno not in _NOT_SYNCED:
+                raise
+
+    def _in_use(self) -> OpenCodeConfigError:
+        return OpenCodeConfigError(
+            f"checkpoint {str(self._path)!r} is being written by another batch"
+        )
 
     def _refusal(self, why: str) -> OpenCodeConfigError:
         return OpenCodeConfigError(f"checkpoint {str(self._path)!r}: {why}")
@@ -280,3 +327,31 @@ def _write_all(descriptor: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
+
+
+def _not_in_place() -> OSError:
+    return OSError(errno.ESTALE, "the file was removed or replaced while it was in use")
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock the file itself; False where somebody else has."""
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError:  # a file system without locks: that of the name has to do
+            pass
+    return True
+
+
+def _unlock_and_close(descriptor: int) -> None:
+    if sys.platform != "win32":
+        import fcntl
+
+        # Said, since a forked child may have the descriptor too, and would hold the lock with it.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)

@@ -22,6 +22,7 @@ from ._report_charts import span
 from ._report_jobs import Row, detail_of, row_of
 from ._report_page import page_of, script_json, short
 from ._report_records import Record, records_in, records_of
+from ._saved import replacing
 from .errors import OpenCodeConfigError, OpenCodeError
 from .result import RunResult
 
@@ -105,12 +106,12 @@ def _drawn(records: Iterable[Record], aside: TextIO) -> Iterator[Row]:
 
 
 def _write(target: Path, pieces: Iterable[str]) -> None:
-    is_special = target.exists() and not target.is_file()  # /dev/stdout, a pipe
-    new = target if is_special else target.with_name(f"{target.name}.new")
-    with open(new, "w", encoding="utf-8", errors="replace") as file:
-        file.writelines(pieces)
-    if new != target:
-        os.replace(new, target)
+    if target.exists() and not target.is_file():  # /dev/stdout, a pipe
+        with open(target, "w", encoding="utf-8", errors="replace") as file:
+            file.writelines(pieces)
+        return
+    with replacing(target) as new:
+        new.writelines(piece.encode("utf-8", "replace") for piece in pieces)
 
 
 def _template() -> Template:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections import Counter
@@ -274,6 +276,42 @@ def test_two_writers_are_refused(runner: ScriptedRunner, path: Path) -> None:
             next(runner.map(["c"], checkpoint=path))
 
 
+def test_two_writers_are_refused_under_two_names_of_the_file(
+    runner: ScriptedRunner, path: Path
+) -> None:
+    with runner.map(["a", "b"], checkpoint=path) as first:
+        next(first)
+        link = path.with_name("link.jsonl")
+        link.hardlink_to(path)
+
+        with pytest.raises(OpenCodeConfigError, match="is being written by another batch"):
+            next(runner.map(["c"], checkpoint=link))
+
+
+def test_two_writers_are_refused_where_the_lock_s_file_was_removed(
+    runner: ScriptedRunner, path: Path
+) -> None:
+    with runner.map(["a", "b"], checkpoint=path) as first:
+        next(first)
+        Path(f"{path}.lock").unlink()
+
+        with pytest.raises(OpenCodeConfigError, match="is being written by another batch"):
+            next(runner.map(["c"], checkpoint=path))
+
+
+def test_a_file_with_two_names_stays_one_file(runner: ScriptedRunner, path: Path) -> None:
+    list(runner.map([Job("fail", key="k")], checkpoint=path, on_error="return"))
+    link = path.with_name("link.jsonl")
+    link.hardlink_to(path)
+
+    list(runner.map([Job("better", key="k")], checkpoint=path))
+
+    assert link.samefile(path)
+    assert [end.answer for end in runner.map([Job("better", key="k")], checkpoint=link)] == [
+        "BETTER"
+    ]
+
+
 def test_the_file_is_free_after_the_batch(runner: ScriptedRunner, path: Path) -> None:
     with runner.map(["a", "b"], checkpoint=path) as batch:
         next(batch)
@@ -297,6 +335,119 @@ def test_a_full_disk_ends_the_batch_and_leaves_the_file_whole(
 def _no_space(descriptor: int) -> None:
     if os.path.isfile(f"/proc/self/fd/{descriptor}"):
         raise OSError(28, "No space left on device")
+
+
+def _removed(path: Path) -> None:
+    path.unlink()
+
+
+def _replaced(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_text("")
+    other.replace(path)
+
+
+def _moved_with_its_directory(path: Path) -> None:
+    path.parent.rename(path.parent.with_name("moved"))
+
+
+@pytest.mark.parametrize("gone", [_removed, _replaced, _moved_with_its_directory])
+def test_a_file_that_is_removed_or_replaced_ends_the_batch(
+    runner: ScriptedRunner, tmp_path: Path, gone: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "directory" / "batch.jsonl"
+    path.parent.mkdir()
+    with runner.map(["a", "hold b", "c"], checkpoint=path, max_workers=1) as batch:
+        next(batch)
+        runner.wait_for(2)
+
+        gone(path)
+        runner.release()
+
+        with pytest.raises(OpenCodeError, match=r"removed or replaced .*1 finished jobs were not"):
+            list(batch)
+    assert runner.prompts == ["a", "hold b"]
+
+
+def test_a_file_that_was_replaced_is_not_taken_for_the_own_one(
+    runner: ScriptedRunner, path: Path
+) -> None:
+    list(runner.map(["a", "b"], checkpoint=path))
+    stranger = "a file of somebody else\n"
+
+    with (
+        runner.map(["a", "b"], checkpoint=path) as batch,
+        pytest.raises(OpenCodeConfigError, match="removed or replaced"),
+    ):
+        next(batch)
+        path.unlink()
+        path.write_text(stranger)
+        next(batch)
+
+    assert path.read_text() == stranger
+
+
+def test_a_failure_is_not_dropped_from_a_file_that_was_replaced(
+    runner: ScriptedRunner, path: Path
+) -> None:
+    list(runner.map([Job("fail", key="k")], checkpoint=path, on_error="return"))
+    stranger = "a file of somebody else\n"
+
+    with runner.map([Job("better", key="k")], checkpoint=path) as batch:
+        next(batch)
+        path.unlink()
+        path.write_text(stranger)
+
+    assert path.read_text() == stranger
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOTSUP, errno.EACCES])
+def test_a_directory_that_cannot_be_synced_is_no_reason_to_refuse(
+    runner: ScriptedRunner, path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    def no_directories(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("os.fsync", no_directories)
+
+    assert len(list(runner.map(["a"], checkpoint=path))) == 1
+
+
+def test_a_disk_that_fails_to_keep_the_directory_is_a_reason(
+    runner: ScriptedRunner, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("os.fsync", broken)
+
+    with pytest.raises(OpenCodeConfigError, match="Input/output error"):
+        next(runner.map(["a"], checkpoint=path))
+
+
+def test_a_link_beside_the_file_is_not_written_through(
+    runner: ScriptedRunner, path: Path, tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    path.with_name(f"{path.name}.new").symlink_to(victim)
+    list(runner.map([Job("fail", key="k")], checkpoint=path, on_error="return"))
+
+    list(runner.map([Job("better", key="k")], checkpoint=path))
+
+    assert victim.read_text() == "precious"
+    assert [line["prompt"] for line in lines_of(path)] == ["better"]
+    assert not path.is_symlink()
+
+
+def test_the_permissions_of_the_file_stay(runner: ScriptedRunner, path: Path) -> None:
+    list(runner.map([Job("fail", key="k")], checkpoint=path, on_error="return"))
+    path.chmod(0o640)
+
+    list(runner.map([Job("better", key="k")], checkpoint=path))
+
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
 # --- settings and secrets ------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -484,6 +485,30 @@ def test_a_page_that_cannot_be_completed_leaves_the_old_one(path: Path) -> None:
 
     assert path.read_text() == "old"
     assert [entry.name for entry in path.parent.iterdir()] == ["report.html"]
+
+
+def test_a_link_beside_the_page_is_not_written_through(path: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    path.with_name(f"{path.name}.new").symlink_to(victim)
+
+    write_html([record()], path)
+
+    assert victim.read_text() == "precious"
+    assert len(Reading(path.read_text()).jobs) == 1
+
+
+def test_a_page_for_which_there_is_no_space_leaves_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.write_text("old")
+    monkeypatch.setattr("os.fsync", Mock(side_effect=OSError(28, "No space left on device")))
+
+    with pytest.raises(OpenCodeConfigError, match="No space left on device"):
+        write_html([record()], path)
+
+    assert [entry.name for entry in path.parent.iterdir()] == ["report.html"]
+    assert path.read_text() == "old"
 
 
 def test_a_path_that_cannot_be_written_is_told(tmp_path: Path) -> None:
