@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -89,7 +90,7 @@ def _turn(session: Session, prompt: str, idle_timeout_s: float | None, *, goes_o
 
 def _tell_end(session: Session) -> None:
     if session.session_id is not None:
-        command = f"opencode-sync chat --session {session.session_id}"
+        command = f"opencode-sync chat --session {shlex.quote(session.session_id)}"
         tell(f"{money(session.total_cost)}; to go on: {command}")
 
 

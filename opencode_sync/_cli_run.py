@@ -77,7 +77,7 @@ def _show(result: RunResult, options: argparse.Namespace) -> None:
         for message in result.warnings:
             tell(f"warning: {message}")
     session = f", session {result.session_id}" if result.session_id else ""
-    print(f"{outcome(result)}{session}", file=sys.stderr)
+    print(printable(f"{outcome(result)}{session}"), file=sys.stderr)
 
 
 def _text(result: RunResult, schema: str | None) -> str:

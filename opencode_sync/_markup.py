@@ -22,8 +22,18 @@ SHOWN_CHARS = 100_000  # of an answer in a notebook; a browser shows no megabyte
 
 # ECMA-48: control sequences (colours, cursor), strings up to their end (titles, links), the rest.
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)|[ -/]*[0-~])")
-# All but tab and newline; and the marks that let text run backwards over what stands before it.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# Controls but for tab and newline; and what Unicode has to show nothing by itself
+# (Default_Ignorable_Code_Point): marks that change the order of the text around them, tags and
+# fillers that hide a text in another one, further ends of lines.
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f"
+    "\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufe00-\ufe0d\ufeff\uffa0\ufff0-\ufffb"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+# Joiners and emoji styles: Persian and emoji need them, and between Latin letters they only hide.
+_JOINERS = "[\u200c\u200d\ufe0e\ufe0f]"
+_LONE_JOINERS = re.compile(rf"(?<![^\x00-\x7f]){_JOINERS}+")
+_HIDDEN = re.compile(f"{_CONTROLS.pattern}|{_JOINERS}")
 _FENCE = re.compile(r" {0,3}(?P<marks>`{3,}(?=[^`]*$)|~{3,})\s*(?P<language>[\w+#.-]*)")
 _CODE = re.compile(r"(?<![\\`])(`+)(?!`)(.+?)(?<!`)\1(?!`)")
 _CODE_CHARS = 10_000  # of a line in which code is looked for: it takes time in the square of them
@@ -37,16 +47,19 @@ def strip_ansi(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """*text* without what a terminal would obey; newlines and tabs stay."""
-    return _CONTROLS.sub("", strip_ansi(text).replace("\r\n", "\n"))
+    """*text* without what a terminal would obey or not show; newlines and tabs stay."""
+    text = _CONTROLS.sub("", strip_ansi(text).replace("\r\n", "\n"))
+    return _LONE_JOINERS.sub("", text)
 
 
 def spelled_out(text: str) -> str:
-    """*text* with what a terminal would obey written out, as ``\\x1b``; newlines and tabs stay.
+    """*text* with what a terminal would obey or not show written out, as ``\\x1b``.
 
-    For what somebody is to judge: nothing in it is hidden, which :func:`printable` may do.
+    For what somebody is to judge: nothing in it is hidden, which :func:`printable` may do. Newlines
+    and tabs stay.
     """
-    return _CONTROLS.sub(lambda match: repr(match[0])[1:-1], text.replace("\r\n", "\n"))
+    text = text.replace("\r\n", "\n")
+    return _HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(text: str, width: int) -> str:

@@ -25,6 +25,7 @@ from . import _cli_chat, _cli_map, _cli_run
 from ._cli_options import DONE, FAILED, INTERRUPTED, REFUSED, TIMED_OUT
 from ._cli_options import tell as _tell
 from ._command import TESTED_VERSION
+from ._markup import printable
 from ._version import __version__
 from .errors import (
     OpenCodeCancelledError,
@@ -80,6 +81,13 @@ def _in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {error} (--debug shows where)"
 
 
+class _PrintableFormatter(logging.Formatter):
+    """Leaves out what a terminal would obey: a line may name a session, or quote OpenCode."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 @contextmanager
 def _log_lines(is_wanted: bool) -> Iterator[None]:
     """Show the package's log lines on stderr inside the block."""
@@ -88,6 +96,7 @@ def _log_lines(is_wanted: bool) -> Iterator[None]:
         yield
         return
     shown, level = logging.StreamHandler(), log.level
+    shown.setFormatter(_PrintableFormatter())
     log.addHandler(shown)
     log.setLevel(logging.DEBUG)
     try:
@@ -151,7 +160,7 @@ def _doctor(options: argparse.Namespace) -> int:
     for finding in examine():
         findings.append(finding)
         if not options.json:
-            print(finding, flush=True)
+            print(printable(str(finding)), flush=True)
     if options.json:
         print(json.dumps({"findings": [vars(each) for each in findings], "removed": removed}))
     elif removed:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ._markup import error_html, error_lines
+from ._markup import error_html, error_lines, printable
 from ._markup import strip_ansi as strip_ansi
 
 if TYPE_CHECKING:
@@ -37,13 +37,16 @@ _E = TypeVar("_E", bound="OpenCodeError")
 class OpenCodeError(Exception):
     """The base of every error of this package.
 
+    Its text may quote a provider or a tool, and a traceback is printed as it is: what a terminal
+    would obey is left out of it.
+
     Attributes:
         result: What the run had produced, or None where no run had begun.
         prompt, index, key: Which job of a batch this was; None outside of one.
     """
 
     def __init__(self, message: str, *, result: RunResult | None = None) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.result = result
         self.prompt: str | None = None
         self.index: int | None = None

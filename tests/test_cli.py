@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -126,6 +127,24 @@ def test_the_text_alone_goes_to_stdout(shell: Shell) -> None:
     assert (status, out) == (0, "Hello.\n")
     assert err.startswith("ok, 1 step, 120 tokens, $0.0100, ")
     assert err.endswith("s, session ses_1\n")
+
+
+def test_the_session_s_id_is_told_without_what_a_terminal_would_obey(shell: Shell) -> None:
+    end = r'show(sessionID="ses\x1b[2J\u202e_2", type="step_finish", part={"reason": "stop"})'
+
+    status, _, err = shell("run", end)
+
+    assert status == 0
+    assert err.endswith("s, session ses_2\n")
+
+
+def test_log_lines_are_shown_without_what_a_terminal_would_obey(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with cli._log_lines(True):
+        logging.getLogger("opencode_sync").info("turn in %s", "ses\x1b[2J_1")
+
+    assert capsys.readouterr().err == "turn in ses_1\n"
 
 
 def test_a_terminal_is_told_nothing_that_it_would_obey(

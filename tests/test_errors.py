@@ -57,6 +57,14 @@ def every_error() -> list[OpenCodeError]:
     ]
 
 
+def test_the_text_of_an_error_is_safe_in_a_terminal() -> None:
+    odd = "a\x1b]0;title\x07\x9b2Jb\u202e\n\tc"
+
+    for error in (OpenCodeServerError(odd), OpenCodeProcessError(None, odd, reason=odd)):
+        assert str(error).endswith("a2Jb\n\tc")
+        assert not set(str(error)) & {"\x1b", "\x07", "\x9b", "\u202e"}
+
+
 def name_of(value: object) -> str:
     return type(value).__name__
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from opencode_sync._markup import (
     outcome,
     printable,
     result_markdown,
+    spelled_out,
     table,
     tools_used,
     verbatim,
@@ -29,6 +31,34 @@ def test_a_terminal_gets_nothing_to_obey() -> None:
     text = "a\x1b[31mred\x1b[0m\x1b]0;title\x07\x9b2J\rb\u202ec\td\n"
 
     assert printable(text) == "ared2Jbc\td\n"
+
+
+_SHOWN_FORMATS = {  # signs that stand above or below numbers: they are seen
+    *(0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD),
+    *range(0x600, 0x606),
+    *range(0x13430, 0x13440),
+}
+
+
+def test_a_terminal_gets_nothing_that_it_does_not_show() -> None:
+    codes = [code for code in range(0x110000) if unicodedata.category(chr(code)) in ("Cf", "Zl")]
+    hidden = "".join(chr(code) for code in codes if code not in _SHOWN_FORMATS)
+
+    assert {"\u200e", "\u200f", "\u061c", "\U000e0041"} <= set(hidden)
+    assert [each for each in hidden if printable(f"a{each}b") != "ab"] == []
+
+
+@pytest.mark.parametrize(
+    "text", ["\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\u2764\ufe0f\u200d\U0001f525"]
+)
+def test_joiners_stay_where_a_script_needs_them(text: str) -> None:
+    assert printable(text) == text
+
+
+def test_for_who_judges_it_everything_is_spelled_out() -> None:
+    text = "\x1b[1m\u200e\u200d\U000e0041\u3164\ud800 \t\n"
+
+    assert spelled_out(text) == r"\x1b[1m\u200e\u200d\U000e0041\u3164" + "\ud800 \t\n"
 
 
 def test_one_line_is_one_line_of_the_width() -> None:
