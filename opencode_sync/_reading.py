@@ -20,6 +20,13 @@ _BUILT_IN_TOOLS = frozenset(
 TEXT_TYPES = ("text", "message", "assistant", "model")
 _REPEATED = ("type", "sessionID", "messageID")
 _NAMELESS = "UnknownError"
+# Follows a step that ends for "content-filter", the one reason that is an error to OpenCode.
+FILTERED = "ContentFilterError"
+_WHY_CUT = {
+    "length": "the answer was cut off at the model's output limit",
+    "content-filter": "the answer was cut off by the provider's content filter",
+    "error": "the provider ended the answer with an error",
+}
 _TEXT_KEYS = ("text", "delta", "output", "message", "result", "value")  # beside "content"
 
 
@@ -88,6 +95,28 @@ class Texts:
     def joined(self, first: int = 0) -> str:
         last = ["".join(self.pieces)] if self.pieces else []
         return "\n\n".join(self.paragraphs[first:] + last)
+
+
+def ended_well(reason: str | None, *, was_denied: bool) -> bool:
+    """Whether a last step with this *reason* closes a whole answer.
+
+    Args:
+        was_denied: A tool's use was refused, at which OpenCode ends a run with the step closed.
+    """
+    # The others say that the answer is cut, or that nobody knows ("unknown", "other", none at all).
+    return reason == "stop" or (reason == "tool-calls" and was_denied)
+
+
+def why_cut(reason: str | None) -> str | None:
+    """What is wrong with an answer whose last step ended for *reason*.
+
+    None where the reason is that of a whole answer, or the step is not the last: then what follows
+    is missing.
+    """
+    if reason in (None, "stop", "tool-calls"):
+        return None
+    why = _WHY_CUT.get(reason, "the answer may be cut off: the provider gave no known reason")
+    return f"{why} (finish reason: {reason})"
 
 
 def text_of(event: Mapping[str, Any]) -> tuple[str, bool]:

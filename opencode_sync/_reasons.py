@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from ._checks import unencodable
 from ._logs import refused_by_bun, unwritable_home
+from ._reading import why_cut
 from .errors import (
     OpenCodeBinaryNotFoundError,
     OpenCodeConfigError,
@@ -73,6 +74,8 @@ def what_is_missing(result: RunResult, n_lines: int) -> str:
         what = f"the output broke off in the middle of its line {n_lines}"
     elif not n_lines:
         what = "opencode exited with status 0, but printed nothing"
+    elif (cut := why_cut(result.finish_reason)) is not None:
+        return cut
     else:
         last = result.finish_reason or "none"
         what = f"opencode exited with status 0, but without a closing step (last reason: {last})"

@@ -47,6 +47,7 @@ class Row:
     Attributes:
         kind: What its error is counted under, or None.
         gist: The answer's beginning, or the error's.
+        is_empty: It ended well, without an answer and without a tool call.
         tools: Names of the tools, in order, once for each use.
         started_at, ended_at: Unix times in seconds; None where nothing tells of them.
     """
@@ -57,6 +58,7 @@ class Row:
     kind: str | None
     prompt: str
     gist: str
+    is_empty: bool
     tools: tuple[str, ...]
     cost: float
     tokens: TokenUsage
@@ -76,15 +78,18 @@ def row_of(record: Record, place: int) -> Row:
     failure, error = _mapping(record, "failure"), _mapping(record, "error")
     index = record.get("index")
     key = record.get("key")
-    gist = _message(record) if failure or error else _text(record, "answer")
+    status, tools = _status(record, failure), _tool_parts(record)
+    answer = _text(record, "answer")
+    gist = _message(record) if failure or error else answer
     return Row(
         index=index if isinstance(index, int) else place,
         key=one_line(key[: 2 * _ROW_CHARS], _ROW_CHARS) if isinstance(key, str) else None,
-        status=_status(record, failure),
+        status=status,
         kind=_kind(failure, error),
         prompt=_beginning(_text(record, "prompt")),
         gist=_beginning(gist or _text(record, "final_text")),
-        tools=tuple(one_line(str(part.get("tool"))[:100], 40) for part in _tool_parts(record)),
+        is_empty=status == "ok" and not tools and not answer.strip(),
+        tools=tuple(one_line(str(part.get("tool"))[:100], 40) for part in tools),
         cost=number_of(record.get("total_cost")),
         tokens=_tokens(_mapping(record, "token_usage")),
         seconds=number_of(record.get("duration_s")),

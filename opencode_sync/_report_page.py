@@ -133,11 +133,13 @@ def _figures(rows: Sequence[Row], total_s: float, lanes: int) -> list[Figure]:
     out = sum(row.tokens.output + row.tokens.reasoning for row in rows)
     busy_s = sum(row.seconds for row in rows)
     bad = sum(row.status != "ok" for row in rows)
+    empty = sum(row.is_empty for row in rows)
+    well = f"{len(rows) - bad:,} ok" + (f", {empty:,} of them empty" if empty else "")
     took = sorted(row.seconds for row in rows if row.seconds) or [0.0]
     p95 = quantiles(took, n=20)[-1] if len(took) > 1 else took[0]
     each = cost / len(rows) if rows else 0.0
     return [
-        Figure("Jobs", f"{len(rows):,}", f"{len(rows) - bad:,} ok"),
+        Figure("Jobs", f"{len(rows):,}", well),
         Figure("Not ok", f"{bad:,}", f"{100 * bad / max(1, len(rows)):.1f} %"),
         Figure("Cost", money(cost), f"{money(each)} a job"),
         Figure("Tokens", short(tokens), f"{short(out)} of them out"),

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ._saved import failure_of
+from ._saved import failure_of, judged
 from .errors import OpenCodeConfigError, OpenCodeError
 from .result import RunResult
 
@@ -84,4 +84,4 @@ def _parsed(line: bytes) -> Record | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and "failure" in record else None
+    return judged(record) if isinstance(record, dict) and "failure" in record else None

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from . import errors
+from ._reading import why_cut
 from .errors import OpenCodeError
 from .result import RunResult
 
@@ -59,6 +60,16 @@ def line_of(entry: Entry, settings: str) -> bytes:
     return dumped(line) + b"\n"
 
 
+def judged(entry: dict[str, Any]) -> dict[str, Any]:
+    """*entry*, as a failure where an earlier version took a cut answer for a whole one."""
+    reason = entry.get("finish_reason")
+    cut = why_cut(reason) if isinstance(reason, str) and entry.get("failure") is None else None
+    if cut is None or entry.get("status") not in ("ok", "denied"):
+        return entry
+    failure = {"type": "OpenCodeIncompleteError", "message": cut}
+    return {**entry, "status": "incomplete", "failure": failure}
+
+
 def parsed(line: bytes) -> dict[str, Any] | None:
     """The line's object, if it is one of ours."""
     try:
@@ -68,7 +79,8 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     if not isinstance(entry, dict) or "failure" not in entry:
         return None
     is_ours = all(isinstance(entry.get(name), str) for name in ("key", "fingerprint", "settings"))
-    return entry if is_ours and isinstance(entry["failure"], (dict, type(None))) else None
+    is_ours = is_ours and isinstance(entry["failure"], (dict, type(None)))
+    return judged(entry) if is_ours else None
 
 
 def may_be_torn(line: bytes) -> bool:

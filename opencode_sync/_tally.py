@@ -41,6 +41,7 @@ class BatchReport:
     Attributes:
         done: Jobs that ended well, those from the checkpoint not among them.
         failed: Jobs that ended with an error.
+        empty: Of those done, the ones without an answer and without a tool call.
         cached: Jobs whose result or error came from the checkpoint.
         retried: Jobs that were begun again: after a start-up failure, a refusal for too many
             requests, or since the checkpoint has them as failed.
@@ -61,6 +62,7 @@ class BatchReport:
 
     done: int = 0
     failed: int = 0
+    empty: int = 0
     cached: int = 0
     retried: int = 0
     not_run: int = 0
@@ -108,6 +110,7 @@ class BatchReport:
     def __str__(self) -> str:
         counts = [f"{self.done} done", f"{self.failed} failed"]
         for n, word in (
+            (self.empty, "with an empty answer"),
             (self.cached, "from the checkpoint"),
             (self.retried, "retried"),
             (self.not_run, "not run"),
@@ -198,6 +201,8 @@ class Tally:
             self._counts["failed" if isinstance(end, OpenCodeError) else "done"] += 1
             if isinstance(end, OpenCodeError):
                 self._count_error(kind_of(end))
+            else:
+                self._counts["empty"] += end._is_empty
             self._spend(result)
             self._busy_s += busy_s
             beginning = " ".join(prompt[: 2 * _PROMPT_CHARS].split())[:_PROMPT_CHARS]
@@ -215,6 +220,7 @@ class Tally:
             return BatchReport(
                 done=self._counts["done"],
                 failed=self._counts["failed"],
+                empty=self._counts["empty"],
                 cached=self._counts["cached"],
                 retried=self._counts["retried"],
                 not_run=self._counts["not_run"],

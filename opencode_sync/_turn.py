@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 from . import _interrupt, _tree
 from ._http import REQUEST_S, Connection
+from ._reading import why_cut
 from ._replies import Replies
 from ._sessions import is_prompt_with_format, stored_messages
 from ._sse import GAP, Mailbox, Message, mapping
@@ -169,10 +170,9 @@ class Turn:
             reason = str(result.error)
             return OpenCodeProcessError(None, events=result.events, reason=reason, result=result)
         if result.status == "incomplete":
-            reason = result.finish_reason or "none"
-            return OpenCodeIncompleteError(
-                f"the turn ended without a closing step (last reason: {reason})", result=result
-            )
+            last = result.finish_reason or "none"
+            message = f"the turn ended without a closing step (last reason: {last})"
+            return OpenCodeIncompleteError(why_cut(last) or message, result=result)
         return None
 
     def may_repeat(self, result: RunResult) -> bool:

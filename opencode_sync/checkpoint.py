@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
-from ._saved import Entry, end_of, line_of, may_be_torn, parsed, replacing
+from ._saved import Entry, end_of, judged, line_of, may_be_torn, parsed, replacing
 from ._schema import OutputSchema, SchemaMismatch
 from .errors import OpenCodeConfigError, OpenCodeError
 from .result import RunResult
@@ -149,7 +149,7 @@ class Checkpoint:
         except OSError as error:
             raise self._refusal(error.strerror or str(error)) from error
         try:
-            end = end_of(json.loads(line))
+            end = end_of(judged(json.loads(line)))
         except (TypeError, ValueError, AttributeError, KeyError) as error:  # edited by hand
             raise self._refusal(f"byte {saved.offset} begins a damaged line: {error}") from None
         if self._output is not None and isinstance(end, RunResult):

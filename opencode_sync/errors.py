@@ -4,7 +4,7 @@ OpenCodeError
  +- OpenCodeBinaryNotFoundError   also FileNotFoundError: no such program, or none that runs
  +- OpenCodeConfigError           also ValueError: refused before anything was started
  +- OpenCodeProcessError          the run ended badly: exit status, stderr, events, the reason
- +- OpenCodeIncompleteError       the stream broke off: a cut line, or no closing step
+ +- OpenCodeIncompleteError       the answer is not whole: the output broke off, or the model's did
  +- OpenCodeTimeoutError          also TimeoutError: total or idle, it says which
  +- OpenCodeCancelledError        also concurrent.futures.CancelledError
  +- OpenCodeBudgetError           max_cost or max_total_cost was passed
@@ -143,7 +143,11 @@ def _ending(exit_code: int | None) -> str:
 
 
 class OpenCodeIncompleteError(OpenCodeError):
-    """The run's output broke off, though it exited with status 0; ``.result`` has what came."""
+    """The answer is not whole; ``.result`` has what came of it.
+
+    The output broke off, though OpenCode exited with status 0; or the model's answer did: at its
+    output limit, by a content filter, or for a reason that the provider did not give.
+    """
 
 
 class OpenCodeTimeoutError(OpenCodeError, TimeoutError):

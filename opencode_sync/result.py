@@ -14,7 +14,15 @@ from typing import Any, Literal
 
 from ._folding import RULES, RULES_FOR_SUB_AGENTS
 from ._markup import result_markdown
-from ._reading import ErrorInfo, Texts, TokenUsage, share_words, strings_in
+from ._reading import (
+    FILTERED,
+    ErrorInfo,
+    Texts,
+    TokenUsage,
+    ended_well,
+    share_words,
+    strings_in,
+)
 from .events import Event
 
 __all__ = [
@@ -127,18 +135,25 @@ class RunResult:
 
     @property
     def status(self) -> Status:
-        """How the run ended, so far as is known: ``"incomplete"`` until the closing step."""
+        """How the run ended, so far as is known: ``"incomplete"`` until the closing step.
+
+        ``"incomplete"`` too where the closing step says that the answer is cut (``"length"``,
+        ``"content-filter"``), or does not say why it ended (``"unknown"``, ``"other"``).
+        """
         if self._stopped is not None:
             return self._stopped
+        if self.error is not None and self.error.name == FILTERED:
+            return "incomplete"
         if self.error is not None or self.exit_code:
             return "error"
-        if self.truncated or self.finish_reason is None:
+        if self.truncated or not ended_well(self.finish_reason, was_denied=bool(self.denied_tools)):
             return "incomplete"
-        if self.denied_tools:
-            # Also where the last reason is "tool-calls": OpenCode ends a run at a refused
-            # permission, with its step closed.
-            return "denied"
-        return "incomplete" if self.finish_reason == "tool-calls" else "ok"
+        return "denied" if self.denied_tools else "ok"
+
+    @property
+    def _is_empty(self) -> bool:
+        """Whether the model neither said nor did anything."""
+        return not self.tool_calls and not self.answer.strip()
 
     def mark_stopped(self, status: Literal["timed_out", "cancelled", "over_budget"]) -> None:
         """Record that the run was ended from outside, which then is its status."""

@@ -1,6 +1,7 @@
 """A runner without processes: what a prompt says is what happens, at once.
 
 "hello"        answers "HELLO", for 0.01 dollars and 10 tokens
+"mute ..."     answers nothing
 "fail ..."     ends with an APIError 401, after a step that was paid for
 "hold ..."     says a word, then nothing until release() or the end of its run
 "refused ..."  is refused with a 429 once, then answers
@@ -107,7 +108,8 @@ class _Source:
         self._blocks.put([event])
 
     def answer(self) -> None:
-        self._say({"type": "text", "part": {"text": self._prompt.upper()}})
+        text = "" if self._prompt.startswith("mute") else self._prompt.upper()
+        self._say({"type": "text", "part": {"text": text}})
         tokens = {"total": 10, "input": 7, "output": 3}
         step: Any = {"reason": "stop", "cost": STEP_COST, "tokens": tokens}
         self._say({"type": "step_finish", "part": step})

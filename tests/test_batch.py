@@ -408,6 +408,15 @@ def test_the_report_adds_up(runner: ScriptedRunner) -> None:
     assert "1 x OpenCodeProcessError (APIError 401)" in str(report)
 
 
+def test_a_job_without_an_answer_is_counted_and_named(runner: ScriptedRunner) -> None:
+    with runner.map(["a", "mute", "b"]) as batch:
+        statuses = [result.status for result in batch]
+
+    assert statuses == ["ok", "ok", "ok"]
+    assert (batch.report.done, batch.report.empty) == (3, 1)
+    assert str(batch.report).startswith("3 done, 0 failed, 1 with an empty answer\n")
+
+
 def test_the_report_can_be_had_half_way_and_before(runner: ScriptedRunner) -> None:
     with runner.map(["a", "hold b", "c"]) as batch:
         before = batch.report

@@ -20,6 +20,7 @@ from opencode_sync import (
     Job,
     OpenCodeConfigError,
     OpenCodeError,
+    OpenCodeIncompleteError,
     OpenCodeProcessError,
     OpenCodeTimeoutError,
     RunConfig,
@@ -131,6 +132,39 @@ def test_a_kept_failure_is_raised_in_its_place(runner: ScriptedRunner, path: Pat
     assert next(batch).answer == "A"
     with pytest.raises(OpenCodeProcessError, match="bad key"):
         next(batch)
+
+
+def cut_in(path: Path) -> None:
+    """Write the first line as an earlier version did, which took a cut answer for a whole one."""
+    first, *rest = lines_of(path)
+    lines = [{**first, "finish_reason": "length", "status": "ok"}, *rest]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_cut_answer_that_is_there_as_ok_is_asked_for_again(
+    runner: ScriptedRunner, path: Path
+) -> None:
+    list(runner.map(["a", "b"], checkpoint=path, max_workers=1))
+    cut_in(path)
+
+    again = list(runner.map(["a", "b"], checkpoint=path))
+
+    assert [result.status for result in again] == ["ok", "ok"]
+    assert runner.prompts == ["a", "b", "a"]
+
+
+def test_a_cut_answer_that_is_there_as_ok_is_an_error_where_failures_are_kept(
+    runner: ScriptedRunner, path: Path
+) -> None:
+    list(runner.map(["a"], checkpoint=path))
+    cut_in(path)
+
+    (end,) = runner.map(["a"], checkpoint=path, retry_failed=False, on_error="return")
+
+    assert isinstance(end, OpenCodeIncompleteError)
+    assert "cut off at the model's output limit" in str(end)
+    assert end.result is not None
+    assert (end.result.status, end.result.answer) == ("incomplete", "A")
 
 
 def test_what_was_ended_from_outside_is_not_in_the_file(runner: ScriptedRunner, path: Path) -> None:

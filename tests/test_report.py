@@ -306,6 +306,19 @@ def test_a_batch_without_times_has_a_table_and_no_timeline(path: Path) -> None:
     assert "timeline" not in [attributes.get("id") for attributes in page.all("svg")]
 
 
+def test_the_page_tells_of_cut_and_of_empty_answers(runner: ScriptedRunner, path: Path) -> None:
+    checkpoint = path.with_name("jobs.jsonl")
+    list(runner.map(["a", "b", "mute"], checkpoint=checkpoint, max_workers=1))
+    lines = [json.loads(line) for line in checkpoint.read_text().splitlines()]
+    lines[0]["finish_reason"] = "length"  # as an earlier version wrote it: with the status "ok"
+    checkpoint.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    page = page_of(path, records_in(checkpoint))
+
+    assert [job["status"] for job in page.jobs] == ["incomplete", "ok", "ok"]
+    assert "2 ok, 1 of them empty" in page.text
+
+
 def test_a_batch_of_nothing_is_a_page_too(path: Path) -> None:
     page = page_of(path, [])
 

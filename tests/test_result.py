@@ -47,8 +47,8 @@ def rejected(name: str) -> Any:
     return tool(name, status="error", error=REJECTION)
 
 
-def failure(message: str) -> Event:
-    return {"type": "error", "error": {"name": "APIError", "data": {"message": message}}}
+def failure(message: str, name: str = "APIError") -> Event:
+    return {"type": "error", "error": {"name": name, "data": {"message": message}}}
 
 
 def result_of(*events: Event, exit_code: int | None = 0) -> RunResult:
@@ -229,8 +229,11 @@ def test_an_event_can_be_counted_without_being_kept() -> None:
 
 OUTCOMES: dict[str, tuple[Status, RunResult]] = {
     "finished": ("ok", result_of(STEP, text("Hi"), finish("stop"))),
-    "cut at the model's limit": ("ok", result_of(STEP, finish("length"))),
-    "finished for no known reason": ("ok", result_of(STEP, {"type": "step_finish", "part": {}})),
+    "cut at the model's limit": ("incomplete", result_of(STEP, finish("length"))),
+    "finished for no known reason": (
+        "incomplete",
+        result_of(STEP, {"type": "step_finish", "part": {}}),
+    ),
     "finished on a server": ("ok", result_of(STEP, finish("stop"), exit_code=None)),
     "error event": ("error", result_of(STEP, failure("bad key"), exit_code=0)),
     "exit status": ("error", result_of(STEP, finish("stop"), exit_code=1)),
@@ -241,6 +244,15 @@ OUTCOMES: dict[str, tuple[Status, RunResult]] = {
     "refused, and went on": (
         "denied",
         result_of(STEP, rejected("bash"), finish("tool-calls"), STEP, finish("stop")),
+    ),
+    "cut, and gone on with": (
+        "ok",
+        result_of(STEP, tool("bash"), finish("length"), STEP, finish("stop")),
+    ),
+    "refused, and cut": ("incomplete", result_of(STEP, rejected("bash"), finish("length"))),
+    "filtered": (
+        "incomplete",
+        result_of(STEP, finish("content-filter"), failure("x", "ContentFilterError"), exit_code=1),
     ),
     "nothing": ("incomplete", result_of()),
     "no process": ("incomplete", RunResult()),
@@ -254,6 +266,15 @@ OUTCOMES: dict[str, tuple[Status, RunResult]] = {
 @pytest.mark.parametrize("status, result", OUTCOMES.values(), ids=OUTCOMES.keys())
 def test_the_status_tells_how_the_run_ended(status: Status, result: RunResult) -> None:
     assert result.status == status
+
+
+@pytest.mark.parametrize(
+    "reason", ["length", "content-filter", "error", "other", "unknown", "weird", "", None]
+)
+def test_an_answer_that_ends_for_any_other_reason_than_its_end_is_incomplete(reason: Any) -> None:
+    result = result_of(STEP, text("cut in the mid"), finish(reason))
+
+    assert result.status == "incomplete"
 
 
 @pytest.mark.parametrize(
