@@ -17,11 +17,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from ._asking import ask_in_terminal
 from ._cli_options import DONE, add_run_options, run_config, tell
 from ._command import managed_root
+from ._limits import Limits
 from ._markup import count, money, outcome
 from .display import live
 from .errors import OpenCodeConfigError, OpenCodeError
@@ -33,6 +34,8 @@ _HISTORY_LINES = 1_000
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_run_options(parser)
     add = parser.add_argument
+    add("--max-cost", metavar="USD", type=float, help="stop an answer that has cost more")
+    add("--max-tokens", metavar="N", type=int, help="stop an answer that has used more")
     add("-s", "--session", metavar="ID", help="go on with this session of an earlier chat")
 
 
@@ -48,6 +51,13 @@ def run(options: argparse.Namespace) -> int:
 
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     ask = ask_in_terminal if is_terminal else None
+    limits = {
+        "idle_timeout_s": options.idle_timeout,
+        "max_cost": options.max_cost,
+        "max_steps": options.max_steps,
+        "max_tokens": options.max_tokens,
+    }
+    Limits(**limits)  # refused before a server is started
     with (
         OpenCodeServer(run_cfg=run_config(options), data_dir=_kept("chat")) as server,
         server.session(
@@ -63,20 +73,21 @@ def run(options: argparse.Namespace) -> int:
         try:
             with _prompts(is_terminal) as prompts:
                 for prompt in prompts:
-                    _turn(session, prompt, options.idle_timeout, goes_on=is_terminal)
+                    _turn(session, prompt, limits, goes_on=is_terminal)
         finally:
             _tell_end(session)
     return DONE
 
 
-def _turn(session: Session, prompt: str, idle_timeout_s: float | None, *, goes_on: bool) -> None:
+def _turn(session: Session, prompt: str, limits: dict[str, Any], *, goes_on: bool) -> None:
     """One prompt and its answer.
 
     Args:
+        limits: Arguments of ``stream``.
         goes_on: Whether the conversation outlives what goes wrong with this turn.
     """
     try:
-        result = live(session.stream(prompt, idle_timeout_s=idle_timeout_s), notes=sys.stderr)
+        result = live(session.stream(prompt, **limits), notes=sys.stderr)
         print(outcome(result), file=sys.stderr)
     except KeyboardInterrupt:
         if not goes_on:

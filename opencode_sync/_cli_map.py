@@ -75,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
             options.workspace,
             timeout_s=options.timeout,
             idle_timeout_s=options.idle_timeout,
+            max_steps=options.max_steps,
             max_total_cost=options.max_cost,
             max_workers=options.workers,
             ordered=False,

@@ -31,6 +31,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--permission", metavar="JSON", help="""such as '{"edit": "deny"}', or allow""")
     add("--timeout", metavar="S", type=float, help="seconds for a run")
     add("--idle-timeout", metavar="S", type=float, help="seconds without a sign of life")
+    add("--max-steps", metavar="N", type=int, help="stop a run that takes more steps")
 
 
 def add_file_option(parser: argparse.ArgumentParser) -> None:

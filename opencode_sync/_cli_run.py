@@ -30,6 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_file_option(parser)
     add = parser.add_argument
     add("--max-cost", metavar="USD", type=float, help="stop when it has cost more")
+    add("--max-tokens", metavar="N", type=int, help="stop when it has used more")
     add("--schema", metavar="FILE", help="JSON Schema; prints the answer as JSON that fits it")
     add("-s", "--session", metavar="ID", help="continue this session of your own opencode")
     shape = parser.add_mutually_exclusive_group()
@@ -53,6 +54,8 @@ def run(options: argparse.Namespace) -> int:
                 timeout_s=options.timeout,
                 idle_timeout_s=options.idle_timeout,
                 max_cost=options.max_cost,
+                max_steps=options.max_steps,
+                max_tokens=options.max_tokens,
                 schema=options.schema and json_object("--schema", options.schema),
                 keep_raw=False,
             )

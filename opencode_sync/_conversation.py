@@ -121,6 +121,8 @@ class Conversation(Pinned):
         timeout_s: float | None = None,
         idle_timeout_s: float | None = None,
         max_cost: float | None = None,
+        max_steps: int | None = None,
+        max_tokens: int | None = None,
         log_file: StrPath | None = None,
         max_retries: int = 2,
         retry_delay_s: float = 1.0,
@@ -133,7 +135,8 @@ class Conversation(Pinned):
             run_cfg: Settings for this turn, in place of the conversation's as a whole.
             timeout_s: Seconds for this turn, from its start; None for the conversation's own. The
                 time that a function takes to answer a request counts.
-            max_cost: For this turn; all that is not explained here is as for ``run``.
+            max_cost, max_steps, max_tokens: For this turn; all that is not explained here is as
+                for ``run``.
 
         Raises:
             OpenCodeError: As ``run`` does. The conversation can go on.
@@ -144,6 +147,8 @@ class Conversation(Pinned):
             timeout_s=timeout_s,
             idle_timeout_s=idle_timeout_s,
             max_cost=max_cost,
+            max_steps=max_steps,
+            max_tokens=max_tokens,
             log_file=log_file,
             max_retries=max_retries,
             retry_delay_s=retry_delay_s,
@@ -160,6 +165,8 @@ class Conversation(Pinned):
         timeout_s: float | None = None,
         idle_timeout_s: float | None = None,
         max_cost: float | None = None,
+        max_steps: int | None = None,
+        max_tokens: int | None = None,
         log_file: StrPath | None = None,
         max_retries: int = 2,
         retry_delay_s: float = 1.0,
@@ -174,7 +181,14 @@ class Conversation(Pinned):
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         limits = Limits(
-            timeout_s, idle_timeout_s, max_cost, max_retries, retry_delay_s, max_repairs
+            timeout_s=timeout_s,
+            idle_timeout_s=idle_timeout_s,
+            max_cost=max_cost,
+            max_steps=max_steps,
+            max_tokens=max_tokens,
+            max_retries=max_retries,
+            retry_delay_s=retry_delay_s,
+            max_repairs=max_repairs,
         )
         output = output_schema(schema)
         release = self._turn.take()

@@ -35,7 +35,7 @@ _log = logging.getLogger("opencode_sync")
 
 DRAIN_S = 2.0  # bound on reading what a stopped source had still written
 
-Stopped = Literal["timed_out", "cancelled", "over_budget"]
+Stopped = Literal["timed_out", "cancelled", "over_budget", "incomplete"]
 
 
 class Course:
@@ -81,6 +81,8 @@ class Course:
         self._take(events)
         if (overspent := self._meter.overspent(self._result)) is not None:
             self._finish("over_budget", overspent)
+        elif (endless := self._meter.endless()) is not None:
+            self._finish("incomplete", endless)
         else:
             self._check_time(self._source)
 
@@ -193,7 +195,8 @@ class Course:
         # Of the error no text: it quotes the child.
         limit = getattr(error, "limit", None) if status == "timed_out" else None
         outcome = f"{self._result.status} ({limit})" if limit else self._result.status
-        level = logging.WARNING if status in ("timed_out", "over_budget") else logging.INFO
+        is_loud = status in ("timed_out", "over_budget", "incomplete")
+        level = logging.WARNING if is_loud else logging.INFO
         _log.log(level, "%s ended after %.1f s: %s", label, elapsed, outcome)
         self._release()
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ._limits import Limits
+from ._limits import LIMITS_OF_A_JOB, Limits
 from ._request import Request, StrPath, directory
 from ._validation import validate_config_for_run
 from .config import Job, RunConfig
@@ -25,7 +25,7 @@ from .errors import OpenCodeConfigError
 
 STDIN = "-"
 
-_OF_A_JOB = ("prompt", "workspace", "key", "timeout_s")
+_OF_A_JOB = ("prompt", "workspace", "key", *LIMITS_OF_A_JOB)
 # Fields of RunConfig that may differ within a batch, also on one server.
 _OF_ITS_RUN = ("model", "agent", "variant", "title", "command", "files", "permission", "thinking")
 FIELDS = (*_OF_A_JOB, *_OF_ITS_RUN)
@@ -152,10 +152,10 @@ def _cell(name: str, text: str) -> Any:
     """The value of a cell; an empty one is left out."""
     if not text.strip():
         return "" if name == "prompt" else None
-    if name != "timeout_s":
+    if name not in LIMITS_OF_A_JOB:
         return text
     try:
-        return float(text)
+        return int(text) if name in ("max_steps", "max_tokens") else float(text)
     except ValueError:
         return text  # refused with the others
 
@@ -207,14 +207,15 @@ def _job(fields: Fields, workspace: Path, cfg: RunConfig) -> Job:
     run_cfg = cfg.replace(**changes) if changes else None
     if run_cfg is not None:
         validate_config_for_run(run_cfg)
-    Limits(timeout_s=own.get("timeout_s"))
+    limits = {name: own[name] for name in LIMITS_OF_A_JOB if name in own}
+    Limits(**limits)
     Request(own["prompt"], where, run_cfg or cfg)  # which refuses what cannot be run
     return Job(
         own["prompt"],
         str(where) if "workspace" in own else None,
         run_cfg,
-        own.get("timeout_s"),
-        key,
+        key=key,
+        **limits,
     )
 
 

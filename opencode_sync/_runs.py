@@ -61,6 +61,8 @@ class Runs(abc.ABC):
         timeout_s: float | None = None,
         idle_timeout_s: float | None = None,
         max_cost: float | None = None,
+        max_steps: int | None = None,
+        max_tokens: int | None = None,
         log_file: StrPath | None = None,
         max_retries: int = 2,
         retry_delay_s: float = 1.0,
@@ -76,6 +78,10 @@ class Runs(abc.ABC):
             timeout_s: Seconds from the start of the process, over all attempts.
             idle_timeout_s: Seconds without an event or a log line.
             max_cost: US dollars; a run that passes it in mid-work is stopped at that step.
+            max_steps: Steps of the model, those of sub-agents not among them. A run that has
+                taken them and is not done is stopped; nobody tells the model beforehand.
+            max_tokens: Tokens of all kinds: input, output, reasoning, and what the cache read and
+                wrote. As for *max_cost*, and where no prices are known the one that binds.
             log_file: Gets each event as a line of JSON as it comes, and a line for each attempt.
                 Truncated at the start of the run.
             max_retries: Further attempts after a start-up failure that is safe to repeat.
@@ -100,6 +106,8 @@ class Runs(abc.ABC):
             timeout_s=timeout_s,
             idle_timeout_s=idle_timeout_s,
             max_cost=max_cost,
+            max_steps=max_steps,
+            max_tokens=max_tokens,
             log_file=log_file,
             max_retries=max_retries,
             retry_delay_s=retry_delay_s,
@@ -117,6 +125,8 @@ class Runs(abc.ABC):
         timeout_s: float | None = None,
         idle_timeout_s: float | None = None,
         max_cost: float | None = None,
+        max_steps: int | None = None,
+        max_tokens: int | None = None,
         log_file: StrPath | None = None,
         max_retries: int = 2,
         retry_delay_s: float = 1.0,
@@ -137,7 +147,14 @@ class Runs(abc.ABC):
         """
         self._check_open()
         limits = Limits(
-            timeout_s, idle_timeout_s, max_cost, max_retries, retry_delay_s, max_repairs
+            timeout_s=timeout_s,
+            idle_timeout_s=idle_timeout_s,
+            max_cost=max_cost,
+            max_steps=max_steps,
+            max_tokens=max_tokens,
+            max_retries=max_retries,
+            retry_delay_s=retry_delay_s,
+            max_repairs=max_repairs,
         )
         return self._begin(
             prompt,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor, CancelledError, Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ._schema import OutputSchema
@@ -52,7 +52,7 @@ class Task:
     workspace: str
     key: str | None = None
     run_cfg: RunConfig | None = None
-    timeout_s: float | None = None
+    limits: Mapping[str, Any] = field(default_factory=dict)  # its own, over those of the batch
     fingerprint: str = ""
     tries: int = 1
 
@@ -117,7 +117,7 @@ def carry_out(
     refusals, is_waiting = 0, False
     end: RunResult | OpenCodeError
     try:
-        limits = replace(settings.limits, timeout_s=task.timeout_s)
+        limits = replace(settings.limits, **task.limits)
         with runner._begin(
             task.prompt,
             task.workspace,

@@ -23,6 +23,7 @@ from typing import Any, Generic, TypeVar, cast
 from ._dispatch import Dispatch
 from ._exits import REASON, UnderWay
 from ._fingerprint import job_fingerprint, settings_fingerprint
+from ._limits import LIMITS_OF_A_JOB
 from ._options import Options, fault_of
 from ._pinned import Pinned
 from ._progress import Progress
@@ -204,13 +205,14 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         options = self._options
         cfg = options.run_cfg if job.run_cfg is None else job.run_cfg
         workspace = absolute(options.workspace if job.workspace is None else job.workspace)
-        timeout_s = options.limits.timeout_s if job.timeout_s is None else job.timeout_s
+        own = {name: getattr(job, name) for name in LIMITS_OF_A_JOB}
+        limits = {name: limit for name, limit in own.items() if limit is not None}
         key, fingerprint = job.key, ""
         if self._checkpoint is not None:
-            own = self._settings if job.run_cfg is None else self._fingerprint(cfg)
-            fingerprint = job_fingerprint(job.prompt, workspace, own)
+            settings = self._settings if job.run_cfg is None else self._fingerprint(cfg)
+            fingerprint = job_fingerprint(job.prompt, workspace, settings)
             key = self._checkpoint.take_key(key, fingerprint)
-        return Task(index, job.prompt, workspace, key, cfg, timeout_s, fingerprint)
+        return Task(index, job.prompt, workspace, key, cfg, limits, fingerprint)
 
     def _load(self, index: int, saved: Saved) -> End:
         assert self._checkpoint is not None

@@ -156,6 +156,7 @@ class Job:
         run_cfg: Settings, in place of the batch's as a whole.
         timeout_s: Seconds from the start of the run's process.
         key: Name of the job in a checkpoint and in its result.
+        max_cost, max_steps, max_tokens: As for ``run``.
     """
 
     prompt: str
@@ -163,6 +164,9 @@ class Job:
     run_cfg: RunConfig | None = None
     timeout_s: float | None = None
     key: str | None = None
+    max_cost: float | None = None
+    max_steps: int | None = None
+    max_tokens: int | None = None
 
 
 def _plain_copy(value: Any) -> Any:

@@ -7,7 +7,7 @@ OpenCodeError
  +- OpenCodeIncompleteError       the answer is not whole: the output broke off, or the model's did
  +- OpenCodeTimeoutError          also TimeoutError: total or idle, it says which
  +- OpenCodeCancelledError        also concurrent.futures.CancelledError
- +- OpenCodeBudgetError           max_cost or max_total_cost was passed
+ +- OpenCodeBudgetError           max_cost, max_steps or another budget was spent
  +- OpenCodeOutputError           structured output that does not fit its schema
  +- OpenCodeServerError           the server did not start, died, or refused
 
@@ -146,7 +146,8 @@ class OpenCodeIncompleteError(OpenCodeError):
     """The answer is not whole; ``.result`` has what came of it.
 
     The output broke off, though OpenCode exited with status 0; or the model's answer did: at its
-    output limit, by a content filter, or for a reason that the provider did not give.
+    output limit, by a content filter, or for a reason that the provider did not give. Or
+    such answers came one after another, and the run was stopped: OpenCode would go on asking.
     """
 
 
@@ -179,22 +180,26 @@ class OpenCodeCancelledError(OpenCodeError, CancelledError):
 
 
 class OpenCodeBudgetError(OpenCodeError):
-    """More was spent than allowed.
+    """A budget was spent before the run was done; the run and its tools are gone.
 
     Attributes:
-        limit: The budget in US dollars.
-        spent: What had been spent when it was noticed, in US dollars.
+        limit_name: ``"max_cost"``, ``"max_tokens"`` or ``"max_steps"`` of a run;
+            ``"max_total_cost"`` or ``"max_total_tokens"`` of a batch.
+        limit: The budget: US dollars, tokens, or steps of the model.
+        spent: What had been spent when it was noticed, in the same unit.
     """
 
     def __init__(
         self,
         message: str,
         *,
+        limit_name: str = "max_cost",
         limit: float | None = None,
         spent: float | None = None,
         result: RunResult | None = None,
     ) -> None:
         super().__init__(message, result=result)
+        self.limit_name = limit_name
         self.limit = limit
         self.spent = spent
 

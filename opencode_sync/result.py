@@ -155,7 +155,9 @@ class RunResult:
         """Whether the model neither said nor did anything."""
         return not self.tool_calls and not self.answer.strip()
 
-    def mark_stopped(self, status: Literal["timed_out", "cancelled", "over_budget"]) -> None:
+    def mark_stopped(
+        self, status: Literal["timed_out", "cancelled", "over_budget", "incomplete"]
+    ) -> None:
         """Record that the run was ended from outside, which then is its status."""
         self._stopped = status
 
@@ -210,7 +212,7 @@ class RunResult:
         before = text.removesuffix(answer).removesuffix("\n\n" if answer else "")
         result._texts = Texts([part for part in (before, answer) if part])
         result._texts.step_from = len(result._texts.paragraphs) - bool(answer)
-        if data.get("status") in ("timed_out", "cancelled", "over_budget"):
+        if data.get("status") in ("timed_out", "cancelled", "over_budget", "incomplete"):
             result._stopped = data["status"]
         return result
 

@@ -60,6 +60,8 @@ class Runner(Runs):
         timeout_s: float | None = None,
         idle_timeout_s: float | None = None,
         max_cost: float | None = None,
+        max_steps: int | None = None,
+        max_tokens: int | None = None,
         log_file: StrPath | None = None,
         max_retries: int = 2,
         retry_delay_s: float = 1.0,
@@ -77,7 +79,14 @@ class Runner(Runs):
         """
         self._check_open()
         limits = Limits(
-            timeout_s, idle_timeout_s, max_cost, max_retries, retry_delay_s, max_repairs
+            timeout_s=timeout_s,
+            idle_timeout_s=idle_timeout_s,
+            max_cost=max_cost,
+            max_steps=max_steps,
+            max_tokens=max_tokens,
+            max_retries=max_retries,
+            retry_delay_s=retry_delay_s,
+            max_repairs=max_repairs,
         )
         begin = functools.partial(
             self._begin,
@@ -113,6 +122,8 @@ class Runner(Runs):
         timeout_s: float | None = None,
         idle_timeout_s: float | None = None,
         max_cost: float | None = None,
+        max_steps: int | None = None,
+        max_tokens: int | None = None,
         max_total_cost: float | None = None,
         max_workers: int | None = None,
         buffersize: int | None = None,
@@ -141,6 +152,8 @@ class Runner(Runs):
         timeout_s: float | None = None,
         idle_timeout_s: float | None = None,
         max_cost: float | None = None,
+        max_steps: int | None = None,
+        max_tokens: int | None = None,
         max_total_cost: float | None = None,
         max_workers: int | None = None,
         buffersize: int | None = None,
@@ -168,6 +181,8 @@ class Runner(Runs):
         timeout_s: float | None = None,
         idle_timeout_s: float | None = None,
         max_cost: float | None = None,
+        max_steps: int | None = None,
+        max_tokens: int | None = None,
         max_total_cost: float | None = None,
         max_workers: int | None = None,
         buffersize: int | None = None,
@@ -194,7 +209,7 @@ class Runner(Runs):
         Args:
             jobs: Prompts, or a Job for each that has settings of its own.
             timeout_s: For each job, from its own start.
-            max_cost: For each job.
+            max_cost, max_steps, max_tokens: For each job.
             max_total_cost: US dollars for this batch. Once they are spent no job is started any
                 more; those under way go on. The place of the first job that was not run has an
                 OpenCodeBudgetError.
@@ -228,7 +243,14 @@ class Runner(Runs):
             workspace=workspace,
             run_cfg=self._checked(run_cfg),
             limits=Limits(
-                timeout_s, idle_timeout_s, max_cost, max_retries, retry_delay_s, max_repairs
+                timeout_s=timeout_s,
+                idle_timeout_s=idle_timeout_s,
+                max_cost=max_cost,
+                max_steps=max_steps,
+                max_tokens=max_tokens,
+                max_retries=max_retries,
+                retry_delay_s=retry_delay_s,
+                max_repairs=max_repairs,
             ),
             output=output_schema(schema),
             keep_events=keep_events,

@@ -420,6 +420,15 @@ def test_a_map_that_stops_at_a_run_over_its_time_exits_with_124(map_file: MapFil
     assert map_file("time.sleep(60)", *options)[0] == 124
 
 
+def test_a_map_stops_jobs_that_take_more_steps_than_allowed(map_file: MapFile) -> None:
+    lines = "step(text='one')\nstep(reason='tool-calls'); time.sleep(60)\n"
+
+    status, _, _ = map_file(lines, "--max-steps", "1")
+
+    assert status == 1
+    assert sorted(line["status"] for line in saved()) == ["ok", "over_budget"]
+
+
 def test_a_job_that_ended_at_a_refused_tool_counts_as_not_done(map_file: MapFile) -> None:
     state = "{'status': 'error', 'error': 'The user rejected permission to use this tool.'}"
 
@@ -510,6 +519,13 @@ def test_a_chat_takes_the_lines_of_stdin_as_prompts(chat: Shell) -> None:
     assert (status, out) == (0, "say one\nsay two\n")
     assert [line.partition(",")[0] for line in err.splitlines()[:2]] == ["ok", "ok"]
     assert "opencode-sync: $1.00; to go on: opencode-sync chat --session ses_" in err
+
+
+def test_a_chat_refuses_a_budget_that_makes_no_sense(chat: Shell) -> None:
+    status, _, err = chat("say say one\n", "--max-tokens", "0")
+
+    assert status == 2
+    assert "max_tokens is 0" in err
 
 
 def test_a_chat_goes_on_with_an_earlier_one(chat: Shell) -> None:
@@ -634,6 +650,16 @@ def test_a_run_over_its_budget_exits_with_1(shell: Shell) -> None:
 
     assert status == 1
     assert "max_cost of $2 passed" in err
+
+
+@pytest.mark.parametrize("option", ["max-steps", "max-tokens"])
+def test_a_run_over_its_steps_or_tokens_exits_with_1(shell: Shell, option: str) -> None:
+    prompt = "step(reason='tool-calls'); time.sleep(60)"
+
+    status, _, err = shell("run", f"--{option}", "1", prompt)
+
+    assert status == 1
+    assert f"{option.replace('-', '_')} of 1 " in err
 
 
 def test_no_opencode_exits_with_1_and_says_how_to_get_one(

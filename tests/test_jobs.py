@@ -61,12 +61,14 @@ def test_an_object_has_settings_of_its_own_over_the_common_ones(read: Read, tmp_
     (tmp_path / "repo").mkdir()
     (tmp_path / "a.txt").touch()
     line = {"prompt": "one\ntwo", "workspace": "repo", "key": "k", "timeout_s": 5}
+    line |= {"max_cost": 0.5, "max_steps": 7, "max_tokens": 9_000}
     line |= {"model": "p/own", "files": "a.txt", "variant": "high"}
 
     (job,) = read(json.dumps(line), "jobs.jsonl")
 
     cfg = BASE.replace(model="p/own", files=(str(tmp_path / "a.txt"),), variant="high")
-    assert job == Job("one\ntwo", str(tmp_path / "repo"), cfg, 5, "k")
+    limits = {"timeout_s": 5, "max_cost": 0.5, "max_steps": 7, "max_tokens": 9_000}
+    assert job == Job("one\ntwo", str(tmp_path / "repo"), cfg, key="k", **limits)
 
 
 def test_an_object_with_a_prompt_alone_takes_the_common_settings(read: Read) -> None:
@@ -78,13 +80,14 @@ def test_an_object_with_a_prompt_alone_takes_the_common_settings(read: Read) -> 
 
 def test_a_table_has_a_job_per_row_and_empty_cells_say_nothing(read: Read) -> None:
     table = (
-        'key,prompt,model,timeout_s\r\na,"one,\ntwo ""2""",p/own,1.5\r\n,three,,\r\n\r\nb,four\r\n'
+        "key,prompt,model,timeout_s,max_steps\r\n"
+        'a,"one,\ntwo ""2""",p/own,1.5,3\r\n,three,,\r\n\r\nb,four\r\n'
     )
 
     jobs = read(table, "jobs.csv")
 
     assert jobs == [
-        Job('one,\ntwo "2"', None, BASE.replace(model="p/own"), 1.5, "a"),
+        Job('one,\ntwo "2"', None, BASE.replace(model="p/own"), 1.5, "a", max_steps=3),
         Job("three"),
         Job("four", key="b"),
     ]
@@ -164,6 +167,7 @@ def test_a_text_file_is_plain_whatever_it_begins_with(read: Read) -> None:
         ("a.csv", 'prompt\nx\n"y\n', "a.csv, line 3: no CSV: unexpected end of data"),
         ("a.csv", "prompt,key\n,k\n", "a.csv, line 2: the prompt is blank"),
         ("a.csv", "prompt,timeout_s\nx,soon\n", "a.csv, line 2: timeout_s is 'soon'"),
+        ("a.csv", "prompt,max_steps\nx,1.5\n", "a.csv, line 2: max_steps is '1.5'"),
         ("a.csv", "prompt,key\nx,k\ny,k\n", "line 3: the key 'k' stands in line 2 too"),
         ("-", '{"prompt": "x"}\n{', "stdin, line 2: no JSON"),
     ],

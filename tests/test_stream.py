@@ -22,6 +22,7 @@ from opencode_sync import (
     OpenCodeCancelledError,
     OpenCodeConfigError,
     OpenCodeError,
+    OpenCodeIncompleteError,
     OpenCodeProcessError,
     OpenCodeTimeoutError,
     RunResult,
@@ -294,6 +295,109 @@ def test_the_budget_is_checked_at_each_step() -> None:
     assert stream.result.status == "over_budget"
 
 
+def asked_again(n: int, reason: str = "unknown", session: str = "ses_1") -> list[Any]:
+    """Steps that OpenCode 1.18.33 begins again at once, each as a block of its own."""
+    tokens = {"total": 120, "input": 100, "output": 20}
+    finish = {"reason": reason, "cost": 0.0003, "tokens": tokens}
+    return [
+        [
+            {"type": "step_start", "sessionID": session, "part": {}},
+            {"type": "text", "sessionID": session, "part": {"text": "hi"}},
+            {"type": "step_finish", "sessionID": session, "part": finish},
+        ]
+        for _ in range(n)
+    ]
+
+
+TOOL_USE: dict[str, Any] = {
+    "type": "tool_use",
+    "sessionID": "ses_1",
+    "part": {"tool": "bash", "state": {"status": "completed", "input": {}, "output": "x"}},
+}
+
+
+@pytest.mark.parametrize("reason", ["unknown", "tool-calls", "other"])
+def test_a_run_whose_model_is_asked_again_and_again_is_stopped_after_three_steps(
+    reason: str,
+) -> None:
+    source = Script(*asked_again(3, reason), forever())
+    stream = stream_of(source)
+
+    with pytest.raises(OpenCodeIncompleteError, match=f"3 times in a row.*{reason}") as caught:
+        stream.wait()
+
+    assert source.stops == 1
+    assert caught.value.result is stream.result
+    assert (stream.result.status, stream.result.turns) == ("incomplete", 3)
+    assert stream.result.finish_reason == reason
+
+
+def test_a_sub_agent_that_is_asked_again_and_again_ends_the_run() -> None:
+    root: dict[str, Any] = {"type": "step_start", "sessionID": "ses_1", "part": {}}
+    stream = stream_of(Script([root], *asked_again(3, session="ses_2"), forever()))
+
+    with pytest.raises(OpenCodeIncompleteError):
+        stream.wait()
+
+
+def test_two_steps_that_lead_to_nothing_are_forgiven() -> None:
+    stream = stream_of(
+        Script(*asked_again(2), [TOOL_USE, *asked_again(1)[0]], *asked_again(2, "stop"))
+    )
+
+    assert stream.wait().status == "ok"
+
+
+def test_steps_that_call_tools_may_end_for_whatever_reason() -> None:
+    steps = [[*block[:2], TOOL_USE, block[2]] for block in asked_again(9)]
+
+    assert stream_of(Script(*steps, [step()])).wait().turns == 10
+
+
+def test_a_step_that_ends_for_no_known_reason_is_not_the_end_to_a_budget() -> None:
+    stream = stream_of(Script(*asked_again(1), forever()), max_cost=0.0002)
+
+    with pytest.raises(OpenCodeBudgetError) as caught:
+        stream.wait()
+
+    assert (caught.value.limit_name, caught.value.limit) == ("max_cost", 0.0002)
+
+
+def test_a_run_at_its_last_step_that_is_not_done_is_stopped() -> None:
+    steps = [[TOOL_USE, step("tool-calls") | {"sessionID": "ses_1"}] for _ in range(9)]
+    stream = stream_of(Script(*steps, forever()), max_steps=4)
+
+    with pytest.raises(OpenCodeBudgetError, match="max_steps of 4 reached") as caught:
+        stream.wait()
+
+    error = caught.value
+    assert (error.limit_name, error.limit, error.spent) == ("max_steps", 4, 4)
+    assert (stream.result.status, stream.result.turns) == ("over_budget", 4)
+
+
+def test_a_run_that_is_done_with_its_last_step_is_ok() -> None:
+    source = Script([step("tool-calls")], [step()])
+
+    assert stream_of(source, max_steps=2).wait().status == "ok"
+
+
+def test_max_tokens_counts_tokens_of_all_kinds() -> None:
+    tokens = {"input": 1, "output": 2, "reasoning": 4, "cache": {"read": 8, "write": 16}}
+    block = [{"type": "step_finish", "part": {"reason": "tool-calls", "tokens": tokens}}]
+
+    def error_of(limit: int) -> OpenCodeError | None:
+        try:
+            stream_of(Script(block, [step()]), max_tokens=limit).wait()
+        except OpenCodeBudgetError as error:
+            return error
+        return None
+
+    error = error_of(30)
+    assert isinstance(error, OpenCodeBudgetError)
+    assert (error.limit_name, error.limit, error.spent) == ("max_tokens", 30, 31)
+    assert error_of(31) is None
+
+
 def test_a_run_that_is_done_is_not_taken_away_for_its_price() -> None:
     assert stream_of(Script([step("stop", 5.0)]), max_cost=1.0).wait().total_cost == 5.0
 
@@ -309,6 +413,9 @@ def test_a_run_that_is_done_is_not_taken_away_for_its_price() -> None:
         {"timeout_s": True},
         {"idle_timeout_s": float("inf")},
         {"max_cost": -0.01},
+        {"max_steps": 0},
+        {"max_steps": 1.5},
+        {"max_tokens": True},
         {"max_retries": 1.5},
         {"max_retries": None},
         {"retry_delay_s": -1},

@@ -29,7 +29,7 @@ from opencode_sync.testing import ScriptedModel
 def one_run(workspace: Path) -> str:
     with OpenCodeClient() as client:
         assert_type(client, OpenCodeClient)
-        result = client.run("Explain this", workspace, timeout_s=60, max_cost=0.5)
+        result = client.run("Explain this", workspace, timeout_s=60, max_cost=0.5, max_steps=9)
     assert_type(result, RunResult)
     assert_type(result.total_cost, float)
     assert_type(result.token_usage, TokenUsage)
