@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ._command import UNTITLED
 from ._schema import OutputSchema
 from .config import RunConfig
 from .errors import OpenCodeConfigError
@@ -63,7 +64,7 @@ def check_server_wide(cfg: RunConfig, server: RunConfig) -> None:
 def session_body(prompt: str, cfg: RunConfig, **allowed: bool) -> dict[str, Any]:
     """A new session for *prompt*; *allowed* is for :func:`permission_rules`."""
     # Without a title the model is asked for one, with each prompt.
-    title = cfg.title or _head(prompt) or "opencode-sync"
+    title = cfg.title or _head(prompt) or UNTITLED
     rules = permission_rules(cfg, **allowed)
     return {"title": title, "permission": [*_NOBODY_TO_ASK, *rules]}
 

@@ -21,6 +21,9 @@ TESTED_VERSION = "1.18.33"
 """The version of OpenCode that this package is tested with, and installs by default."""
 
 DEFAULT_BINARY = "opencode"
+UNTITLED = "opencode-sync"
+"""The title of a session whose prompt has no text to take one from."""
+
 PLUGIN = Path(__file__).with_name("_plugin.js")
 PRELOAD = "BUN_INSPECT_PRELOAD"
 _PRELOAD_FILE = Path(__file__).with_name("_preload.js")
@@ -175,6 +178,18 @@ def build_argv(binary_resolved: str, prompt: str | None, run_cfg: RunConfig) -> 
     argv += _switch("--pure", cfg.pure)
     # "--" also ends the list of -f, which would take the prompt for a file name.
     return [*argv, "--", prompt] if prompt else argv
+
+
+def with_title(run_cfg: RunConfig, prompt: str) -> RunConfig:
+    """Give *run_cfg* a title, since without one OpenCode asks the model for it.
+
+    An empty title has OpenCode take the prompt's beginning, of up to 50 characters, by itself. So
+    the prompt does not stand on the command line, which other users of the machine can read. A
+    session that is continued or forked keeps its own title.
+    """
+    if run_cfg.title:
+        return run_cfg
+    return run_cfg.replace(title="" if prompt.strip() else UNTITLED)
 
 
 def _switch(flag: str, value: bool | None) -> list[str]:

@@ -23,6 +23,7 @@ from ._command import (
     build_argv,
     build_env,
     resolve_binary,
+    with_title,
     without_database,
     without_user_config,
 )
@@ -205,7 +206,7 @@ class OpenCodeClient(Runner):
                 if not isolated:
                     starting.enter_context(self._gate.slot(cancelled))
                 run = ProcessRun(
-                    build_argv(binary, None, _with_logs(cfg)),
+                    build_argv(binary, None, with_title(_with_logs(cfg), request.instructed)),
                     env,
                     request.instructed,
                     request.workspace,

@@ -32,7 +32,7 @@ class RunConfig:
         model: ``"provider/model"``. With none configured anywhere, the prompt goes to the
             vendor's free models.
         files: Paths attached to the prompt; relative ones count from the workspace.
-        title: Title of the session.
+        title: Title of the session; None for the beginning of its prompt.
         command: Name of an OpenCode command; the prompt becomes its arguments.
         continue_session: Continue this client's last session in the workspace.
         session_id: Continue this session.

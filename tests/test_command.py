@@ -25,6 +25,7 @@ from opencode_sync._command import (
     add_plugin,
     add_preload,
     managed_path,
+    with_title,
     without_user_config,
 )
 
@@ -424,6 +425,24 @@ def test_our_plugin_is_added_to_those_that_are_there() -> None:
 
     assert content_of(add_plugin(env)) == {"plugin": ["theirs", PLUGIN.as_uri()], "a": 1}
     assert content_of(add_plugin({})) == {"plugin": [PLUGIN.as_uri()]}
+
+
+@pytest.mark.parametrize(
+    "given, prompt, title",
+    [
+        (None, "Fix it", ""),  # OpenCode takes the prompt's beginning
+        ("", "Fix it", ""),
+        ("T", "Fix it", "T"),
+        (None, " \n", "opencode-sync"),
+    ],
+    ids=["none", "empty", "own", "blank prompt"],
+)
+def test_a_run_has_a_title_and_no_prompt_on_its_command_line(
+    given: str | None, prompt: str, title: str
+) -> None:
+    cfg = with_title(RunConfig(title=given), prompt)
+
+    assert build_argv("oc", None, cfg) == [*RUN, "--title", title]
 
 
 def test_what_is_preloaded_is_a_file_of_ours() -> None:
