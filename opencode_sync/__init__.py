@@ -32,6 +32,7 @@ from .events import Event, iter_parse_lines, parse_event_line
 from .result import (
     ErrorInfo,
     RunResult,
+    SubAgent,
     TokenUsage,
     aggregate_run_result,
     run_result_fuzzy_text,
@@ -81,6 +82,7 @@ __all__ = [
     "RunStream",
     "Session",
     "SessionInfo",
+    "SubAgent",
     "TokenUsage",
     "__version__",
     "aggregate_run_result",

@@ -5,6 +5,7 @@
     step_start, _finish  --> steps       turns, token_usage, total_cost, finish_reason
     error                --> error
     warning              --> warnings
+    sub_agent            --> sub_agents
 
 A rule never raises, whatever an event holds: missing or odd values count as nothing.
 """
@@ -12,9 +13,18 @@ A rule never raises, whatever an event holds: missing or odd values count as not
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from ._reading import TEXT_TYPES, denied_tool, error_info, number_of, text_of, usage_of
+from ._reading import (
+    TEXT_TYPES,
+    SubAgent,
+    denied_tool,
+    error_info,
+    number_of,
+    text_of,
+    usage_of,
+)
 from .events import Event, OtherEvent
 
 if TYPE_CHECKING:
@@ -50,9 +60,28 @@ def _count_spending(result: RunResult, step: Mapping[str, Any]) -> None:
     result.token_usage += usage_of(step.get("tokens"))
 
 
+def _fold_sub_agent(result: RunResult, event: Mapping[str, Any]) -> None:
+    names = ("childID", "agent", "title", "parentID")
+    session, agent, title, parent = (
+        value if isinstance(value := event.get(name), str) else "" for name in names
+    )
+    if session and all(known.session_id != session for known in result.sub_agents):
+        result.sub_agents.append(SubAgent(session, agent, title, parent))
+
+
 def _fold_sub_agents_step(result: RunResult, event: Mapping[str, Any]) -> None:
     step = event.get("part")
-    _count_spending(result, step if isinstance(step, Mapping) else event)
+    step = step if isinstance(step, Mapping) else event
+    _count_spending(result, step)
+    session = str(event.get("sessionID"))
+    _fold_sub_agent(result, {"childID": session})  # an event may be all that was kept of it
+    for number, known in enumerate(result.sub_agents):
+        if known.session_id == session:
+            result.sub_agents[number] = replace(
+                known,
+                token_usage=known.token_usage + usage_of(step.get("tokens")),
+                total_cost=known.total_cost + number_of(step.get("cost")),
+            )
 
 
 def _fold_tool(result: RunResult, event: Mapping[str, Any]) -> None:
@@ -82,6 +111,7 @@ RULES: dict[str, Rule] = {
     "tool": _fold_tool,
     "error": _fold_error,
     "warning": _fold_warning,
+    "sub_agent": _fold_sub_agent,
 }
 # What a sub-agent says is said to its parent, which tells of its failures too.
 RULES_FOR_SUB_AGENTS: dict[str, Rule] = {

@@ -58,6 +58,7 @@ def _record(end: RunResult | OpenCodeError) -> dict[str, Any]:
         "warnings": "; ".join(result.warnings),
         "total_cost": result.total_cost,
         **{f"tokens_{name}": value for name, value in asdict(result.token_usage).items()},
+        "sub_agents": len(result.sub_agents),
         "turns": result.turns,
         "duration_s": result.duration_s,
         "attempts": result.attempts,

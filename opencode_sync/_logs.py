@@ -2,6 +2,7 @@
 
     timestamp=... level=ERROR message="stream error" ... error.error="AI_APICallError: slow down"
     opencode-sync: {"status":429,"retry_after":"3600"}
+    opencode-sync: {"type":"step_finish","timestamp":...,"sessionID":"ses_...","part":...}
     ! agent "nope" not found. Falling back to default agent
 
 OpenCode retries a provider's refusals silently and for long; its log has the message, and what we
@@ -14,6 +15,7 @@ import json
 import re
 import time
 from dataclasses import dataclass, field
+from typing import cast
 
 from .errors import strip_ansi
 from .events import Event, RetryEvent
@@ -63,11 +65,8 @@ class LogReader:
     _status: dict[str, object] = field(default_factory=dict)
 
     def read(self, line: str) -> tuple[bool, list[Event]]:
-        """Whether *line* is a log line (or one of ours), and the events that it amounts to."""
+        """Whether *line* is a log line, and the events that it amounts to."""
         line = line[:_LONGEST]
-        if line.startswith(PRELOAD_PREFIX):
-            self._note_status(line[len(PRELOAD_PREFIX) :])
-            return True, []
         fields = log_fields(line)
         if fields is None:
             if (match := _NO_AGENT.search(strip_ansi(line))) is not None:
@@ -88,12 +87,18 @@ class LogReader:
         event, self.pending = self.pending, None
         return [] if event is None else [event]
 
-    def _note_status(self, text: str) -> None:
+    def read_told(self, line: str) -> list[Event]:
+        """Read *line*, which begins with PRELOAD_PREFIX: an event, or a refusal's HTTP status."""
         try:
-            value = json.loads(text)
-        except ValueError:
-            return
-        self._status = value if isinstance(value, dict) else {}
+            value = json.loads(line[len(PRELOAD_PREFIX) :])
+        except (ValueError, RecursionError):
+            return []
+        if not isinstance(value, dict):
+            return []
+        if "type" in value:
+            return [cast(Event, value)]
+        self._status = value
+        return []
 
     def _refusal(self, fields: dict[str, str]) -> list[Event]:
         seen, self._status = self._status, {}
@@ -122,6 +127,16 @@ class LogReader:
 def no_agent(name: str) -> Event:
     message = f"agent {name!r} not found; the run was stopped before the default agent took over"
     return {"type": "error", "error": {"name": "AgentNotFoundError", "data": {"message": message}}}
+
+
+def not_counted(n_sub_agents: int) -> Event:
+    """The warning of a run in which sub-agents worked and OpenCode told nothing of them."""
+    message = (
+        f"What {n_sub_agents} sub-agent(s) used and did is not counted, and max_cost did not hold "
+        "for them, since this opencode told nothing of their sessions: leave BUN_INSPECT_PRELOAD "
+        "unset, install opencode_sync as plain files, or use the version that it is tested with."
+    )
+    return {"type": "warning", "timestamp": time.time_ns() // 1_000_000, "message": message}
 
 
 def unwritable_home(stderr: str) -> str | None:

@@ -21,3 +21,70 @@ const observed = async (input, init) => {
   return response
 }
 globalThis.fetch = Object.assign(observed, fetch)
+
+// `opencode run` prints nothing of sub-agents: print on stderr what it would print if their sessions
+// were the run's own. OpenCode's server is in this process, and its messages to `run` are read on
+// their way; a provider's answer takes the same way, and goes by unread.
+const EVENTS = { tool: "tool_use", text: "text", reasoning: "reasoning", "step-start": "step_start", "step-finish": "step_finish" }
+const isThinking = process.argv.includes("--thinking")
+const runs = new Map() // a sub-agent's session -> the session of the run
+const told = new Set() // ids of parts
+
+const tell = (type, sessionID, more) =>
+  process.stderr.write("opencode-sync: " + JSON.stringify({ type, timestamp: Date.now(), sessionID, ...more }) + "\n")
+
+const follow = (childID, parentID, agent, title) => {
+  if (!childID || runs.has(childID)) return
+  runs.set(childID, runs.get(parentID) ?? parentID)
+  tell("sub_agent", runs.get(childID), { childID, parentID, agent, title })
+}
+
+const isWhole = ({ type, state, time }) => {
+  if (type === "tool") return state.status === "completed" || state.status === "error"
+  if (type === "text" || type === "reasoning") return Boolean(time?.end) && (type === "text" || isThinking)
+  return type in EVENTS
+}
+
+const read = ({ type, properties: { info, part } = {} }) => {
+  if (type === "session.created" && info.parentID) follow(info.id, info.parentID, info.agent, info.title)
+  if (type !== "message.part.updated") return
+  if (part.tool === "task") {
+    const { input, metadata } = part.state // a session that is taken up again is not created
+    follow(metadata?.sessionId, part.sessionID, input?.subagent_type, input?.description)
+  }
+  if (!runs.has(part.sessionID) || told.has(part.id) || !isWhole(part)) return
+  told.add(part.id)
+  tell(EVENTS[part.type], part.sessionID, { part })
+}
+
+const reader = () => {
+  let isServers, rest = ""
+  return (text) => {
+    isServers ??= text.startsWith("data: ") && text.includes('"server.connected"') // its first message
+    if (!isServers) return
+    const lines = (rest + text).split("\n")
+    rest = lines.pop()
+    for (const line of lines) {
+      try {
+        if (line.startsWith("data: ")) read(JSON.parse(line.slice("data: ".length)))
+      } catch {} // not of a shape that is known here; opencode_sync sees what is missing
+    }
+  }
+}
+
+if (process.argv.includes("run")) {
+  globalThis.TextDecoderStream = class TextDecoderStream extends globalThis.TextDecoderStream {
+    #copied
+    get readable() {
+      const copy = reader()
+      return (this.#copied ??= super.readable.pipeThrough(
+        new TransformStream({
+          transform(text, passed) {
+            passed.enqueue(text)
+            copy(text)
+          },
+        }),
+      ))
+    }
+  }
+}

@@ -67,6 +67,27 @@ class ErrorInfo:
         return f"{self.name}{status}{message}"
 
 
+@dataclass(frozen=True)
+class SubAgent:
+    """What one sub-agent used in a run; the run's totals include it.
+
+    Attributes:
+        session_id: The sub-agent's session.
+        agent: Its name, such as ``"general"``; ``""`` where OpenCode did not tell.
+        title: What it was called for; ``""`` where OpenCode did not tell.
+        parent_id: The session that called it: the run's, or another sub-agent's.
+        token_usage: Tokens, summed over its steps in this run, without its own sub-agents'.
+        total_cost: US dollars, summed in the same way.
+    """
+
+    session_id: str
+    agent: str = ""
+    title: str = ""
+    parent_id: str = ""
+    token_usage: TokenUsage = TokenUsage()
+    total_cost: float = 0.0
+
+
 @dataclass
 class Texts:
     """The model's texts in order; joined only when they are read, and so cheap to add to."""
@@ -189,6 +210,17 @@ def denied_tool(event: Mapping[str, Any]) -> str | None:
     asked = state.get("input")
     wanted = asked.get("tool") if tool == "invalid" and isinstance(asked, Mapping) else None
     return wanted if isinstance(wanted, str) and wanted in _BUILT_IN_TOOLS else None
+
+
+def called_session(event: Mapping[str, Any]) -> str | None:
+    """The session of the sub-agent that *event* tells was called, or None."""
+    part = event.get("part")
+    if not isinstance(part, Mapping) or part.get("tool") != "task":
+        return None
+    state = part.get("state")
+    metadata = state.get("metadata") if isinstance(state, Mapping) else None
+    session = metadata.get("sessionId") if isinstance(metadata, Mapping) else None
+    return session if isinstance(session, str) and session else None
 
 
 _REFUSALS = ("rejected permission", "a rule which prevents you", "user dismissed this question")

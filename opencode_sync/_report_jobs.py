@@ -154,6 +154,7 @@ def short_of(record: Record) -> Record:
         "answer": _cut(_text(record, "answer"), _SHORT_CHARS),
         "denied_tools": _items(record, "denied_tools")[:_MAX_ITEMS],
         "warnings": _warnings(record),
+        "sub_agents": _mappings(record, "sub_agents")[:_MAX_ITEMS],
         "tool_calls": [
             {"part": {"tool": part["tool"]}} for part in _tool_parts(record)[:_MAX_TOOLS]
         ],
@@ -225,8 +226,16 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         "Finish": record.get("finish_reason"),
         "Exit status": record.get("exit_code"),
         "Tokens": ", ".join(shown).replace("_", " "),
+        "Sub-agents": "; ".join(map(_sub_agent, _mappings(record, "sub_agents")[:_MAX_ITEMS])),
     }
     return [(name, one_line(str(value)[:500], 300)) for name, value in facts.items() if value]
+
+
+def _sub_agent(used: Record) -> str:
+    usage = _tokens(_mapping(used, "token_usage"))
+    tokens = sum(getattr(usage, f.name) for f in fields(usage)[1:])
+    name = f"{_text(used, 'agent')[:100]} {_text(used, 'title')[:100]}".strip()
+    return f"{name} ({tokens:,} tokens, ${number_of(used.get('total_cost')):.4f})"
 
 
 def _tool(part: Record) -> dict[str, Any]:

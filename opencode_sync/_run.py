@@ -17,9 +17,10 @@ from pathlib import Path
 
 from . import _interrupt, _tree, _watchdog
 from ._datadir import Lease
-from ._logs import LogReader, no_agent
+from ._logs import PRELOAD_PREFIX, LogReader, no_agent, not_counted
 from ._output import LineSplitter
 from ._process import Process
+from ._reading import called_session
 from ._reasons import may_be_repeated, reason, start_error, what_is_missing
 from .errors import OpenCodeError, OpenCodeIncompleteError, OpenCodeProcessError
 from .events import Event, parse_block
@@ -68,6 +69,8 @@ class ProcessRun:
         self._raw_blocks: list[bytes] = []
         self._stderr_lines: list[bytes] = []
         self._session: str | None = None
+        self._delegated: set[str] = set()  # sessions of sub-agents, by the calls of them
+        self._followed: set[str] = set()  # those of which OpenCode tells
         self._ready: list[Event] = []
         self._n_lines = 0  # of stdout
         self._is_done = self._is_cut = False
@@ -189,6 +192,7 @@ class ProcessRun:
         self._n_lines += len(events)
         if self._session is None:
             self._note_session(events)
+        self._delegated.update(filter(None, map(called_session, events)))
         return events
 
     def _note_session(self, events: Sequence[Event]) -> None:
@@ -207,15 +211,25 @@ class ProcessRun:
             last = self._events(rest)
             self._is_cut = last[0].get("kind") == "json_decode_error"
             events += last
+        if unseen := self._delegated - self._followed:
+            events.append(not_counted(len(unseen)))
         return events
 
     def _read_stderr(self, lines: bytes) -> list[Event]:
         events: list[Event] = []
         for line in lines.split(b"\n"):
-            is_log, found = self._logs.read(line.decode("utf-8", "replace"))
+            text = line.decode("utf-8", "replace")
+            if text.startswith(PRELOAD_PREFIX):
+                told = self._logs.read_told(text)
+                self._followed.update(str(event.get("childID")) for event in told)
+                events += told
+                continue
+            is_log, found = self._logs.read(text)
             if self._keep_logs or not is_log:
                 self._stderr_lines.append(line)
             events += found
+        if self._session is None:
+            self._note_session(events)
         if self._logs.missing_agent is not None and not self._was_stopped:
             events.append(no_agent(self._logs.missing_agent))
             # The default agent has taken over, and may be allowed more than the one asked for.

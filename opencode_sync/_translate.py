@@ -3,6 +3,7 @@
     message.updated ------> which messages belong to the turn, and whether they are complete
     message.part.updated -> step_start, text, reasoning, tool_use, step_finish   (each part once)
     message.part.delta ---> text_delta, reasoning_delta
+    session.created, a task's part --> sub_agent
     session.status -------> retry; busy or idle
     session.error --------> error
     permission.asked, question.asked --> permission, question
@@ -59,6 +60,7 @@ class Translator:
         self._is_stopped = self._has_ended = False
         self._refusal: str | None = None
         self._told: set[str] = set()  # parts
+        self._sub_agents: set[str] = set()  # sessions
         self._writing: dict[str, str] = {}  # parts under way: text or reasoning
         self._errors: set[tuple[str, str]] = set()
         self._refusals: dict[str, int] = {}
@@ -134,6 +136,8 @@ class Translator:
         is_root = session_id == self._session_id
         if part_id in self._told or (is_root and part.get("messageID") not in self._ours):
             return []
+        if part.get("tool") == "task" and (begun := self._task(session_id, part)):
+            return [*begun, *self._part(session_id, properties)]
         if kind in ("text", "reasoning"):
             if not mapping(part.get("time")).get("end"):
                 self._writing[part_id] = kind
@@ -158,6 +162,27 @@ class Translator:
             return []
         self._told.add(part_id)
         return [_event(kind, session_id, part=dict(part))]
+
+    def _new_session(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        info = mapping(properties.get("info"))
+        parent_id = info.get("parentID")
+        if not parent_id:
+            return []
+        return self._sub_agent(session_id, parent_id, info.get("agent"), info.get("title"))
+
+    def _task(self, session_id: str, part: Mapping[str, Any]) -> list[Event]:
+        # A session that is taken up again is not created.
+        state = mapping(part.get("state"))
+        asked, metadata = mapping(state.get("input")), mapping(state.get("metadata"))
+        agent, title = asked.get("subagent_type"), asked.get("description")
+        return self._sub_agent(metadata.get("sessionId"), session_id, agent, title)
+
+    def _sub_agent(self, child_id: Any, parent_id: str, agent: Any, title: Any) -> list[Event]:
+        if not child_id or child_id in self._sub_agents:
+            return []
+        self._sub_agents.add(child_id)
+        more = {"childID": child_id, "parentID": parent_id, "agent": agent, "title": title}
+        return [_event("sub_agent", self._session_id, **more)]
 
     def _delta(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
         part_id = str(properties.get("partID"))
@@ -233,6 +258,7 @@ _RULES = {
     "message.updated": Translator._message,
     "message.part.updated": Translator._part,
     "message.part.delta": Translator._delta,
+    "session.created": Translator._new_session,
     "session.status": Translator._status,
     "session.error": Translator._error,
     "permission.asked": Translator._permission,

@@ -126,10 +126,15 @@ class _Pieces:
     def __init__(self) -> None:
         self._shown: dict[object, str] = {}  # by part, while its deltas come
         self._open_part: object = None
+        self._sub_agents: set[object] = set()  # sessions
 
     def of(self, event: Mapping[str, Any]) -> Iterator[tuple[Kind, str]]:
         kind = event.get("type")
-        if kind == "text_delta":
+        if kind == "sub_agent":
+            self._sub_agents.add(event.get("childID"))
+        elif kind in ("text", "text_delta") and event.get("sessionID") in self._sub_agents:
+            pass  # said to the agent that called it
+        elif kind == "text_delta":
             yield from self._delta(event.get("partID"), str(event.get("delta", "")))
         elif kind == "text":
             yield from self._whole(event.get("part"))

@@ -159,6 +159,19 @@ class WarningEvent(_Stamped, total=False):
     message: str  # a full sentence
 
 
+class SubAgentEvent(_Stamped, total=False):
+    """A sub-agent begins to work, or to work again; the events of its session follow.
+
+    They are like those of the run, with ``childID`` as their ``sessionID``.
+    """
+
+    type: Literal["sub_agent"]
+    childID: str  # the sub-agent's session
+    parentID: str  # the session that called it: the run's, or another sub-agent's
+    agent: str
+    title: str
+
+
 class PermissionEvent(_Stamped):
     """A tool waits for permission (server only)."""
 
@@ -217,6 +230,7 @@ Event = Union[  # noqa: UP007 - evaluated at run time, where Python 3.10's Typed
     ReasoningDeltaEvent,
     RetryEvent,
     WarningEvent,
+    SubAgentEvent,
     PermissionEvent,
     QuestionEvent,
     DiagnosticEvent,

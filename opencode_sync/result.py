@@ -17,6 +17,7 @@ from ._markup import result_markdown
 from ._reading import (
     FILTERED,
     ErrorInfo,
+    SubAgent,
     Texts,
     TokenUsage,
     ended_well,
@@ -29,6 +30,7 @@ __all__ = [
     "ErrorInfo",
     "RunResult",
     "Status",
+    "SubAgent",
     "TokenUsage",
     "aggregate_run_result",
     "run_result_fuzzy_text",
@@ -74,13 +76,18 @@ class RunResult:
     Attributes:
         events: The events in order, plain dicts.
         final_text: The model's text of all steps; whole parts stand apart by a blank line.
-        tool_calls: The events of tools, whole.
+        tool_calls: The events of tools, whole; those of sub-agents too.
         exit_code: The exit status; None where there was no process, or it has not ended.
         stderr: All of it, with its colours.
         raw_stdout_lines: The lines as they came, without newlines.
-        token_usage: Tokens, summed over the steps.
-        total_cost: US dollars, summed over the steps; 0.0 where the provider reports none.
-        turns: How many steps the model took.
+        token_usage: Tokens, summed over the steps; those of sub-agents at any depth too.
+        total_cost: US dollars, summed over the steps; those of sub-agents at any depth, and of a
+            compaction, too. 0.0 where the provider reports none. A step that was broken off is not
+            in it, nor are requests that the provider refused, since OpenCode has no figures of
+            them, nor is the title that OpenCode asks the model for in a session that was begun
+            elsewhere without one.
+        sub_agents: What each sub-agent used, in the order of their first calls.
+        turns: How many steps the model took, without those of sub-agents.
         session_id: To continue the conversation with.
         error: What went wrong, from the first ``error`` event.
         denied_tools: Names of tools whose use was refused, in order.
@@ -117,6 +124,7 @@ class RunResult:
     error: ErrorInfo | None = None
     denied_tools: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    sub_agents: list[SubAgent] = field(default_factory=list)
     finish_reason: str | None = None
     truncated: bool = False
     prompt: str = ""
@@ -195,6 +203,7 @@ class RunResult:
         for name in _LISTS:
             data[name] = list(data[name])
         data["token_usage"] = asdict(self.token_usage)
+        data["sub_agents"] = [asdict(each) for each in self.sub_agents]
         data["error"] = None if self.error is None else asdict(self.error)
         return {"status": self.status, **data, "answer": self.answer}
 
@@ -204,7 +213,11 @@ class RunResult:
         result = cls(**_known(RunResult, data))
         for name in _LISTS:
             setattr(result, name, list(data.get(name) or ()))
-        result.token_usage = TokenUsage(**_known(TokenUsage, data.get("token_usage") or {}))
+        result.token_usage = _usage_in(data)
+        result.sub_agents = [
+            SubAgent(**{**_known(SubAgent, each), "token_usage": _usage_in(each)})
+            for each in data.get("sub_agents") or ()
+        ]
         if error := data.get("error"):
             result.error = ErrorInfo(**_known(ErrorInfo, error))
         text = data.get("final_text") or ""
@@ -246,11 +259,15 @@ class RunResult:
 _LISTS = ("events", "tool_calls", "raw_stdout_lines", "denied_tools", "warnings")
 
 
-def _public_fields(cls: type[RunResult | TokenUsage | ErrorInfo]) -> list[str]:
+def _usage_in(data: Mapping[str, Any]) -> TokenUsage:
+    return TokenUsage(**_known(TokenUsage, data.get("token_usage") or {}))
+
+
+def _public_fields(cls: type[RunResult | TokenUsage | ErrorInfo | SubAgent]) -> list[str]:
     return [f.name for f in fields(cls) if not f.name.startswith("_")]
 
 
-def _known(cls: type[RunResult | TokenUsage | ErrorInfo], data: Any) -> dict[str, Any]:
+def _known(cls: type[RunResult | TokenUsage | ErrorInfo | SubAgent], data: Any) -> dict[str, Any]:
     return {name: data[name] for name in _public_fields(cls) if name in data}
 
 

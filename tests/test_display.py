@@ -278,3 +278,17 @@ def test_a_terminal_of_ipython_has_no_cell(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "IPython", ipython)
 
     assert not display.in_notebook()
+
+
+def test_what_a_sub_agent_says_is_not_shown_and_its_tools_are() -> None:
+    of_child = {"sessionID": "ses_child"}
+    announced = {"type": "sub_agent", "sessionID": "ses_1", "childID": "ses_child"}
+
+    assert shown(
+        delta("I ask."),
+        announced,
+        delta("To you", "b") | of_child,
+        text("To you.", "b") | of_child,
+        LS | of_child,
+        text("I ask."),
+    ) == ("I ask.\n[bash] ls\n")

@@ -10,7 +10,7 @@ import pytest
 
 from opencode_sync._frame import results_to_frame, results_to_records
 from opencode_sync.errors import OpenCodeConfigError, OpenCodeTimeoutError
-from opencode_sync.result import ErrorInfo, RunResult, TokenUsage
+from opencode_sync.result import ErrorInfo, RunResult, SubAgent, TokenUsage
 
 
 def test_a_result_is_one_flat_row() -> None:
@@ -37,6 +37,12 @@ def test_warnings_are_one_text_in_a_row() -> None:
     (row,) = results_to_records([RunResult(warnings=["One.", "Two."])])
 
     assert row["warnings"] == "One.; Two."
+
+
+def test_sub_agents_are_a_number_in_a_row() -> None:
+    (row,) = results_to_records([RunResult(sub_agents=[SubAgent("ses_a"), SubAgent("ses_b")])])
+
+    assert row["sub_agents"] == 2
 
 
 def test_an_error_has_a_row_with_what_had_been_got() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -44,7 +45,7 @@ def test_another_line_is_no_log_line(reader: LogReader) -> None:
 
 
 def test_a_refusal_becomes_a_retry_event_with_its_status(reader: LogReader) -> None:
-    reader.read(STATUS_429)
+    reader.read_told(STATUS_429)
 
     is_log, events = reader.read(REFUSED)
 
@@ -57,7 +58,7 @@ def test_a_refusal_becomes_a_retry_event_with_its_status(reader: LogReader) -> N
 
 
 def test_a_refusal_that_names_no_session_is_an_event_without_one(reader: LogReader) -> None:
-    reader.read(STATUS_429)
+    reader.read_told(STATUS_429)
 
     _, [event] = reader.read(REFUSED.replace("session.id=ses_1", ""))
 
@@ -66,7 +67,7 @@ def test_a_refusal_that_names_no_session_is_an_event_without_one(reader: LogRead
 
 
 def test_a_refusal_that_is_not_retried_is_no_event(reader: LogReader) -> None:
-    reader.read(STATUS_401)
+    reader.read_told(STATUS_401)
 
     assert reader.read(REFUSED) == (True, [])
     assert reader.take_pending() == []
@@ -100,7 +101,7 @@ def test_a_refusal_that_was_held_back_is_told_with_the_next_one(reader: LogReade
 
 
 def test_a_status_belongs_to_one_refusal_alone(reader: LogReader) -> None:
-    reader.read(STATUS_429)
+    reader.read_told(STATUS_429)
     reader.read(REFUSED)
 
     reader.read(REFUSED)
@@ -110,7 +111,7 @@ def test_a_status_belongs_to_one_refusal_alone(reader: LogReader) -> None:
 
 
 def test_a_refusal_of_a_title_is_nobody_s_business(reader: LogReader) -> None:
-    reader.read(STATUS_429)
+    reader.read_told(STATUS_429)
 
     assert reader.read(REFUSED.replace("small=false", "small=true")) == (True, [])
     assert reader.pending is None
@@ -142,8 +143,8 @@ def test_a_missing_agent_is_noticed_under_its_colours(reader: LogReader) -> None
 
 
 def test_a_broken_word_of_the_preloaded_file_is_no_status(reader: LogReader) -> None:
-    reader.read('opencode-sync: {"status":')
-    reader.read("opencode-sync: [1]")
+    reader.read_told('opencode-sync: {"status":')
+    reader.read_told("opencode-sync: [1]")
 
     reader.read(REFUSED)
 
@@ -172,3 +173,9 @@ def test_a_line_of_10_mb_takes_no_time(reader: LogReader, line: str) -> None:
 @given(st.one_of(st.text(), st.text().map("timestamp=1 level=ERROR ".__add__), st.just(REFUSED)))
 def test_no_line_raises(line: str) -> None:
     LogReader().read(line)
+
+
+def test_an_event_of_the_preloaded_file_is_whole_however_long_it_is(reader: LogReader) -> None:
+    event = {"type": "text", "sessionID": "ses_child", "part": {"text": "x" * 200_000}}
+
+    assert reader.read_told(f"opencode-sync: {json.dumps(event)}") == [event]

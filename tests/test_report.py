@@ -363,6 +363,14 @@ def test_warnings_are_shown_also_where_texts_are_kept_in_short() -> None:
     assert detail_of(short_of(warned))["warnings"] == ["The MCP server 'f' did not start."]
 
 
+def test_a_job_tells_what_its_sub_agents_used() -> None:
+    used = {"input": 1_000, "output": 20, "total": 1_020}
+    agent = {"agent": "general", "title": "look", "token_usage": used, "total_cost": 0.0012}
+
+    for kept in (record(sub_agents=[agent]), short_of(record(sub_agents=[agent]))):
+        assert ("Sub-agents", "general look (1,020 tokens, $0.0012)") in detail_of(kept)["facts"]
+
+
 def test_of_many_events_the_first_are_shown_and_how_many_are_not() -> None:
     detail = detail_of(record(events=[{"type": "text"}] * 205))
 

@@ -21,7 +21,7 @@ from opencode_sync import (
     aggregate_run_result,
     run_result_fuzzy_text,
 )
-from opencode_sync.result import Status
+from opencode_sync.result import Status, SubAgent
 
 STEP: Event = {"type": "step_start", "sessionID": "ses_1", "part": {}}
 REJECTION = "The user rejected permission to use this specific tool call."
@@ -553,3 +553,61 @@ def test_of_a_sub_agent_spending_and_tools_count_and_its_words_do_not() -> None:
     assert (result.session_id, result.final_text) == ("ses_parent", "To you.")
     assert (result.status, result.turns, len(result.tool_calls)) == ("ok", 1, 1)
     assert (result.total_cost, result.token_usage.input) == (0.5, 20)
+
+
+def announced(child: str, parent: str = "ses_parent") -> Any:
+    names = {"agent": "general", "title": f"to {child}"}
+    return {
+        "type": "sub_agent",
+        "sessionID": "ses_parent",
+        "childID": child,
+        "parentID": parent,
+        **names,
+    }
+
+
+def spent(session: str, cost: float, tokens: int) -> Any:
+    part = {"reason": "stop", "cost": cost, "tokens": {"input": tokens}}
+    return {"type": "step_finish", "sessionID": session, "part": part}
+
+
+def test_each_sub_agent_s_steps_are_summed_once_however_often_it_is_announced() -> None:
+    result = aggregate_run_result(
+        events=[
+            announced("ses_a"),
+            spent("ses_a", 0.25, 10),
+            announced("ses_b", parent="ses_a"),
+            spent("ses_b", 0.5, 20),
+            announced("ses_a"),
+            spent("ses_a", 0.25, 10),
+            spent("ses_parent", 1.0, 40),
+        ]
+    )
+
+    assert result.session_id == "ses_parent"
+    assert result.sub_agents == [
+        SubAgent("ses_a", "general", "to ses_a", "ses_parent", TokenUsage(input=20), 0.5),
+        SubAgent("ses_b", "general", "to ses_b", "ses_a", TokenUsage(input=20), 0.5),
+    ]
+    assert (result.total_cost, result.token_usage.input, result.turns) == (2.0, 80, 1)
+
+
+def test_a_sub_agent_that_nothing_announced_is_counted_without_a_name() -> None:
+    result = aggregate_run_result(events=[spent("ses_parent", 1.0, 1), spent("ses_a", 0.5, 2)])
+
+    assert result.sub_agents == [SubAgent("ses_a", token_usage=TokenUsage(input=2), total_cost=0.5)]
+
+
+@pytest.mark.parametrize("child", [None, "", 7, [], {}], ids=repr)
+def test_an_odd_announcement_is_no_sub_agent(child: Any) -> None:
+    assert aggregate_run_result(events=[announced(child)]).sub_agents == []
+
+
+def test_sub_agents_come_back_equal_from_a_dict_and_from_a_pickle() -> None:
+    result = aggregate_run_result(events=[announced("ses_a"), spent("ses_a", 0.25, 10)])
+
+    from_json = RunResult.from_dict(json.loads(json.dumps(result.to_dict())))
+
+    assert from_json.sub_agents == result.sub_agents
+    assert pickle.loads(pickle.dumps(result)).sub_agents == result.sub_agents
+    assert RunResult.from_dict({"total_cost": 1.0}).sub_agents == []  # of an earlier version

@@ -302,6 +302,52 @@ def test_a_sub_agent_s_parts_are_told_and_its_errors_and_end_are_not(begun: Sess
     assert not begun.translator.is_doubtful
 
 
+def task(status: str, child: str | None) -> dict[str, Any]:
+    asked = {"subagent_type": "general", "description": "look"}
+    metadata = {"sessionId": child} if child else {}
+    return {"tool": "task", "state": {"status": status, "input": asked, "metadata": metadata}}
+
+
+def test_a_sub_agent_is_announced_when_its_session_is_created(begun: Session) -> None:
+    info = {"id": CHILD, "parentID": ROOT, "agent": "general", "title": "look (@general subagent)"}
+
+    (event,) = begun.say("session.created", CHILD, info=info)
+    again = begun.part("tool", **task("running", CHILD))
+
+    assert event.pop("timestamp")  # type: ignore[misc]
+    assert event == {
+        "type": "sub_agent",
+        "sessionID": ROOT,
+        "childID": CHILD,
+        "parentID": ROOT,
+        "agent": "general",
+        "title": "look (@general subagent)",
+    }
+    assert again == []
+
+
+def test_a_sub_agent_that_is_taken_up_again_is_announced_by_the_call_of_it(begun: Session) -> None:
+    begun.answer()
+
+    pending = begun.part("tool", "prt_1", **task("running", None))
+    running = begun.part("tool", "prt_1", **task("running", CHILD))
+    completed = begun.part("tool", "prt_1", **task("completed", CHILD))
+
+    assert pending == []
+    assert [(e["type"], e["childID"], e["title"]) for e in running] == [  # type: ignore[typeddict-item]
+        ("sub_agent", CHILD, "look")
+    ]
+    assert [event["type"] for event in completed] == ["tool_use"]
+
+
+def test_a_sub_agent_of_an_earlier_turn_is_not_announced(begun: Session) -> None:
+    assert begun.part("tool", **task("completed", CHILD) | {"messageID": "msg_earlier"}) == []
+
+
+def test_another_session_that_is_created_is_no_sub_agent(begun: Session) -> None:
+    assert begun.say("session.created", "ses_x", info={"id": "ses_x"}) == []
+
+
 def test_messages_of_other_kinds_are_passed_over(begun: Session) -> None:
     before = list(begun.events)
 
@@ -393,6 +439,7 @@ def test_structured_output_is_kept(begun: Session) -> None:
         "message.updated",
         "message.part.updated",
         "message.part.delta",
+        "session.created",
         "session.status",
         "session.error",
         "permission.asked",

@@ -144,16 +144,6 @@ def test_files_reach_the_model_as_what_they_are(
     assert f"data:image/png;base64,{base64.b64encode(PNG).decode()}" in content
 
 
-def test_a_prompt_asks_the_model_once(
-    server: OpenCodeServer, workspace: Path, script: Script, model: ScriptedModel
-) -> None:
-    before = len(model.requests) + len(model.side_requests)
-
-    server.run(script.to("Once", "ok"), workspace)
-
-    assert len(model.requests) + len(model.side_requests) == before + 1
-
-
 def test_a_command_is_run_with_the_prompt_as_its_arguments(
     server: OpenCodeServer, workspace: Path, script: Script
 ) -> None:

@@ -1,0 +1,262 @@
+"""What a run cost, with sub-agents and what OpenCode asks for by itself, on both runners.
+
+One run with two sub-agents side by side, one of which calls another, answers most tests; its
+session is then continued and forked.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from opencode_sync import (
+    OpenCodeBudgetError,
+    OpenCodeClient,
+    OpenCodeServer,
+    RunConfig,
+    RunResult,
+    SubAgent,
+    TokenUsage,
+)
+from opencode_sync.config import merged
+from opencode_sync.runner import Runner
+from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, ToolCall, tool_call
+from tests.live.warm import config, open_connections, shell
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell"),
+    pytest.mark.timeout(240),
+]
+
+# Of one answer of the model.
+STEP = TokenUsage(total=120, input=100, output=20)
+STEP_COST = (100 * 1 + 20 * 10) / 1e6
+MOST_STEPS = 100  # of a sub-agent that nobody stops
+
+# Sub-agents may call sub-agents, and OpenCode may ask for titles.
+AGENTS = {"general": {"permission": {"task": "allow"}}, "title": {"disable": False}}
+
+
+def task(prompt: str, **more: str) -> ToolCall:
+    return tool_call(
+        "task", description=f"to {prompt}", prompt=prompt, subagent_type="general", **more
+    )
+
+
+def steps(n: int) -> tuple[TokenUsage, object]:
+    return TokenUsage(n * 120, n * 100, n * 20), pytest.approx(n * STEP_COST)
+
+
+class Script:
+    """Each prompt is answered with one of these, and then, when its tools are done, with words."""
+
+    def __init__(self) -> None:
+        self.taken_up = ""  # the session that is worked in once more
+        self.n_spent = 0
+
+    def __call__(self, request: ChatRequest) -> Answer:
+        prompt, is_done = request.prompt, request.messages[-1]["role"] == "tool"
+        if prompt == "spend" and self.n_spent < MOST_STEPS:
+            self.n_spent += 1
+            return shell(f"echo {self.n_spent}")
+        if is_done:
+            return f"{prompt} is done"
+        if prompt == "delegate":
+            return Reply("I ask two.", tool_calls=[task("ask on"), task("look")])
+        if prompt == "ask on":
+            return task("dig")
+        if prompt == "look":
+            return shell("echo seen")
+        if prompt == "delegate again":
+            return task("touch", task_id=self.taken_up)
+        if prompt == "touch":
+            return shell("touch made")
+        if prompt == "delegate spending":
+            return task("spend")
+        return f"re {prompt}"
+
+
+@pytest.fixture(scope="module")
+def script() -> Script:
+    return Script()
+
+
+@pytest.fixture(scope="module")
+def model(script: Script) -> Iterator[ScriptedModel]:
+    with ScriptedModel(script) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def cfg(model: ScriptedModel) -> RunConfig:
+    base = config(model)
+    overrides = merged(base.config_overrides or {}, {"agent": AGENTS, "subagent_depth": 2})
+    return base.replace(config_overrides=overrides)
+
+
+@pytest.fixture(scope="module", params=[OpenCodeClient, OpenCodeServer], ids=["process", "server"])
+def runner(
+    request: pytest.FixtureRequest, opencode_binary: str, cfg: RunConfig
+) -> Iterator[Runner]:
+    with request.param(opencode_binary, run_cfg=cfg) as runner:
+        if isinstance(runner, OpenCodeServer):
+            open_connections(runner)
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def workspace(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("workspace")
+
+
+@dataclass
+class Family:
+    """A run with sub-agents, and what the model was asked meanwhile."""
+
+    result: RunResult
+    n_requests: int
+    n_side_requests: int
+
+    def called(self, title: str) -> SubAgent:
+        [found] = [each for each in self.result.sub_agents if title in each.title]
+        return found
+
+
+@pytest.fixture(scope="module")
+def family(runner: Runner, workspace: Path, model: ScriptedModel) -> Family:
+    before = len(model.requests), len(model.side_requests)
+
+    result = runner.run("delegate", workspace)
+
+    after = len(model.requests), len(model.side_requests)
+    return Family(result, after[0] - before[0], after[1] - before[1])
+
+
+def test_tokens_and_dollars_of_all_requests_are_in_the_totals(family: Family) -> None:
+    result = family.result
+
+    assert (result.status, result.turns, result.warnings) == ("ok", 2, [])
+    assert result.final_text == "I ask two.\n\ndelegate is done"
+    assert family.n_requests == 7
+    assert (result.token_usage, result.total_cost) == steps(7)
+
+
+def test_opencode_asks_the_model_for_nothing_by_itself(family: Family) -> None:
+    assert family.n_side_requests == 0
+
+
+def test_each_sub_agent_stands_in_the_result_with_what_it_used(family: Family) -> None:
+    ask_on, look, dig = map(family.called, ("ask on", "look", "dig"))
+
+    assert {each.agent for each in family.result.sub_agents} == {"general"}
+    assert [each.parent_id for each in (ask_on, look)] == [family.result.session_id] * 2
+    assert dig.parent_id == ask_on.session_id
+    for each, n in ((ask_on, 2), (look, 2), (dig, 1)):
+        assert (each.token_usage, each.total_cost) == steps(n)
+
+
+def test_tool_calls_of_sub_agents_are_told(family: Family) -> None:
+    calls = {(call["sessionID"], call["part"]["tool"]) for call in family.result.tool_calls}
+
+    assert calls == {
+        (family.result.session_id, "task"),
+        (family.called("ask on").session_id, "task"),
+        (family.called("look").session_id, "bash"),
+    }
+    assert len(family.result.tool_calls) == 4
+
+
+def test_a_sub_agent_is_announced_before_its_events(family: Family) -> None:
+    known = {family.result.session_id}
+
+    for event in family.result.events:
+        assert event["sessionID"] in known
+        if event["type"] == "sub_agent":
+            known.add(event["childID"])
+
+    assert len(known) == 4
+
+
+def test_a_sub_agent_that_is_taken_up_again_is_counted_from_there(
+    runner: Runner, family: Family, cfg: RunConfig, script: Script, workspace: Path
+) -> None:
+    script.taken_up = family.called("look").session_id
+    going_on = cfg.replace(
+        session_id=family.result.session_id, permission={"bash": {"*": "allow", "touch *": "deny"}}
+    )
+
+    result = runner.run("delegate again", workspace, run_cfg=going_on)
+
+    [again] = result.sub_agents
+    assert (again.session_id, again.agent) == (script.taken_up, "general")
+    assert (again.token_usage, again.total_cost) == steps(2)
+    assert (result.token_usage, result.total_cost) == steps(4)
+    assert (result.status, result.denied_tools) == ("denied", ["bash"])
+    assert not (workspace / "made").exists()
+
+
+def test_in_a_fork_only_its_own_sub_agents_are_counted(
+    runner: Runner,
+    family: Family,
+    cfg: RunConfig,
+    script: Script,
+    workspace: Path,
+    model: ScriptedModel,
+) -> None:
+    script.taken_up = family.called("look").session_id
+    before = len(model.side_requests)
+    forking = cfg.replace(session_id=family.result.session_id, fork=True)
+
+    result = runner.run("delegate again", workspace, run_cfg=forking)
+
+    assert result.session_id != family.result.session_id
+    assert [each.session_id for each in result.sub_agents] == [script.taken_up]
+    assert (result.token_usage, result.total_cost) == steps(4)
+    assert len(model.side_requests) == before
+
+
+def test_max_cost_ends_a_sub_agent_in_the_midst_of_its_work(
+    runner: Runner, script: Script, workspace: Path
+) -> None:
+    script.n_spent = 0
+
+    with pytest.raises(OpenCodeBudgetError) as caught:
+        runner.run("delegate spending", workspace, max_cost=2.5 * STEP_COST)
+
+    result = caught.value.result
+    assert result is not None
+    [spender] = result.sub_agents
+    assert result.total_cost == spender.total_cost > 2.5 * STEP_COST
+    assert script.n_spent < MOST_STEPS
+
+
+def test_a_process_that_tells_nothing_of_its_sub_agents_is_warned_of(
+    opencode_binary: str, cfg: RunConfig, tmp_path: Path
+) -> None:
+    untold = cfg.replace(extra_env={**(cfg.extra_env or {}), "BUN_INSPECT_PRELOAD": ""})
+
+    with OpenCodeClient(opencode_binary, run_cfg=untold) as client:
+        result = client.run("delegate", tmp_path)
+
+    [warning] = result.warnings
+    assert warning.startswith("What 2 sub-agent(s) used and did is not counted")
+    assert (result.token_usage, result.total_cost) == steps(2)
+
+
+def test_a_title_is_made_of_any_prompt(
+    opencode_binary: str, cfg: RunConfig, model: ScriptedModel, tmp_path: Path
+) -> None:
+    # The emoji stands where OpenCode cuts the title off, in the midst of it.
+    prompt = f"--help\x01\ttwo\n{'x' * 37}\N{GRINNING FACE} and more"
+    before = len(model.requests), len(model.side_requests)
+
+    with OpenCodeClient(opencode_binary, run_cfg=cfg) as client:
+        result = client.run(prompt, tmp_path)
+
+    assert prompt.index("\N{GRINNING FACE}") == 49
+    assert result.answer == f"re {prompt}"
+    assert (len(model.requests), len(model.side_requests)) == (before[0] + 1, before[1])
