@@ -225,8 +225,10 @@ class RunResult:
         before = text.removesuffix(answer).removesuffix("\n\n" if answer else "")
         result._texts = Texts([part for part in (before, answer) if part])
         result._texts.step_from = len(result._texts.paragraphs) - bool(answer)
-        if data.get("status") in ("timed_out", "cancelled", "over_budget", "incomplete"):
-            result._stopped = data["status"]
+        stopped = ("timed_out", "cancelled", "over_budget", "incomplete")
+        # A result that is incomplete by its events may still go on.
+        if (status := data.get("status")) in stopped and status != result.status:
+            result._stopped = status
         return result
 
     def __repr__(self) -> str:
