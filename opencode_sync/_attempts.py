@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ._repair import is_cut_off
 from ._source import OpenSource, Review, Source
-from .errors import OpenCodeError
+from .errors import OpenCodeError, OpenCodeIncompleteError
 from .result import RunResult
 
 
@@ -50,8 +51,19 @@ class Attempts:
         result.stderr = self._stderr + result.stderr
         return error
 
+    def may_be_reviewed(self, error: OpenCodeError | None) -> bool:
+        """Whether the turn has an answer: it ended well, or was cut, and a schema tells how much is
+        missing.
+
+        Args:
+            error: What went wrong with it.
+        """
+        is_cut = is_cut_off(self._result) and not self._result.truncated
+        is_only_cut = is_cut and isinstance(error, OpenCodeIncompleteError)
+        return error is None or (is_only_cut and self._review is not None)
+
     def has_further(self) -> bool:
-        """Whether a turn that ended well is to be followed by another, which is up then.
+        """Whether a turn that has an answer is to be followed by another, which is up then.
 
         Raises:
             OpenCodeError: What the run is to end with.

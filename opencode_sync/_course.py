@@ -117,7 +117,7 @@ class Course:
         if self._cancelled.is_set():
             self._end(self._cancelled_error(), "cancelled")
             return
-        if error is None:
+        if self._attempts.may_be_reviewed(error):
             self._end_turn(source)
             return
         if self._attempts.tries > limits.max_retries or not source.may_repeat(result):
@@ -134,7 +134,7 @@ class Course:
         self._begin_another(source, delay_s)
 
     def _end_turn(self, source: Source) -> None:
-        """It ended well, which is the end of the run, unless there is to be a further turn."""
+        """It has an answer, which is the end of the run, unless there is to be a further turn."""
         try:
             has_further = self._attempts.has_further()
         except OpenCodeError as error:

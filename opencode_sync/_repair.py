@@ -36,19 +36,26 @@ class SchemaReview:
         schema = self._request.output
         if schema is None:
             return None
+        is_cut = is_cut_off(result)
         try:
             # What a server took down, if it did; a model may have put it into words all the same.
-            has_arguments = result._json is not None
-            fit = schema.take(result._json) if has_arguments else schema.find(result.answer)
+            # The tool is called with whole JSON, or not at all.
+            fit = (
+                schema.find(result.answer, is_cut=is_cut)
+                if result._json is None
+                else schema.take(result._json)
+            )
         except SchemaMismatch as mismatch:
-            return self._sent_back(result, mismatch.faults)
+            return self._sent_back(result, mismatch, is_cut)
         result.parsed, result._json = fit
+        if is_cut:
+            result.finish_reason = "stop"  # the value is whole, whatever was to follow it
         return None
 
-    def _sent_back(self, result: RunResult, faults: list[str]) -> Request:
+    def _sent_back(self, result: RunResult, mismatch: SchemaMismatch, is_cut: bool) -> Request:
         schema = self._request.output
         if schema is None or self._left <= 0 or result.session_id is None:
-            raise self._misfit(result, faults)
+            raise self._misfit(result, mismatch, is_cut) from mismatch.__cause__
         self._left -= 1
         cfg = self._request.cfg.replace(
             session_id=result.session_id,
@@ -60,15 +67,23 @@ class SchemaReview:
             share=None,
         )
         result._json = None
-        return dataclasses.replace(
-            self._request, prompt=schema.repair(faults), cfg=cfg, is_repair=True
-        )
+        prompt = schema.repair(mismatch.faults, is_cut=is_cut)
+        return dataclasses.replace(self._request, prompt=prompt, cfg=cfg, is_repair=True)
 
-    def _misfit(self, result: RunResult, faults: list[str]) -> OpenCodeOutputError:
+    def _misfit(
+        self, result: RunResult, mismatch: SchemaMismatch, is_cut: bool
+    ) -> OpenCodeOutputError:
         arguments, result._json = result._json, None
         text = result.answer if arguments is None else json.dumps(arguments, ensure_ascii=False)
         repairs = self._max_repairs - self._left
         after = f" after {repairs} repair{'s' * (repairs > 1)}" if repairs else ""
-        message = f"the answer does not fit its schema{after}: {faults[0]}"
+        cut = ", and was cut off at the model's output limit" if is_cut else ""
+        faults = mismatch.faults
+        message = f"the answer does not fit its schema{after}{cut}: {faults[0]}"
         result.error = ErrorInfo(_NAME, message)
         return OpenCodeOutputError(message, errors=faults, text=text, result=result)
+
+
+def is_cut_off(result: RunResult) -> bool:
+    """Whether the model was stopped at its output limit, in what it said last."""
+    return result.finish_reason == "length"

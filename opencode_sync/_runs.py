@@ -218,7 +218,7 @@ class Runs(abc.ABC):
             limits,
             log_file=log_file,
             keep_events=keep_events,
-            review=review,
+            review=None if output is None else review,
             on_begin=remember,
             on_end=forget,
         )

@@ -2,8 +2,8 @@
 
     schema (a class, a type, a JSON Schema) --> OutputSchema --+--> instruction   for a prompt
                                                                +--> tool_schema   for a server
-    answer text --> JSON values in it --+--> Fit: the value, validated
-    what the tool was given ------------+--> SchemaMismatch: the validator's words, for a repair
+    answer text --_extract--> JSON value --+--> Fit: the value, validated
+    what the tool was given ---------------+--> SchemaMismatch: the validator's words, for a repair
 
 pydantic validates classes and types, jsonschema validates mappings; both are imported when used.
 """
@@ -11,20 +11,21 @@ pydantic validates classes and types, jsonschema validates mappings; both are im
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ._extract import NoValueError, find_values
 from .errors import OpenCodeConfigError
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-_FENCED = re.compile(r"```[\w-]*[ \t]*\n(.*?)```", re.DOTALL)
-_OPENING = re.compile(r"[\[{]")
-_MOST_STARTS = 200  # where a value may begin in prose; a text of braces alone would take for ever
 _MOST_WORDS = 20  # faults told to the model at a time
 _WRAPPED = "value"
+_MOST_KEYS = 5  # told in an error
+_WRAPPERS = ("schema", "json_schema", "input_schema", "parameters", "function")
+_WRAPPER_KEYS = {*_WRAPPERS, "type", "name", "title", "description", "strict"}
+_SAYS_NOTHING = {"format"}  # an annotation, unless asked for
 _SHARED = ("$defs", "definitions")  # where a schema keeps what it refers to
 
 
@@ -83,31 +84,56 @@ class OutputSchema:
         )
 
     @staticmethod
-    def repair(faults: list[str]) -> str:
-        """What to say to an answer that did not fit."""
+    def repair(faults: list[str], *, is_cut: bool = False) -> str:
+        """What to say to an answer that did not fit.
+
+        Args:
+            is_cut: It was cut off at the limit of the model's output.
+        """
         words = "\n".join(f"- {fault}" for fault in faults[:_MOST_WORDS])
+        again = "Answer again, shorter" if is_cut else "Answer again"
         return (
             f"That answer does not fit the JSON Schema:\n{words}\n"
-            "Answer again, with the corrected JSON value and nothing else."
+            f"{again}, with the corrected JSON value and nothing else."
         )
 
     def parse(self, text: str) -> Any:
         """The validated value of the JSON in *text*; see :meth:`find`."""
         return self.find(text).value
 
-    def find(self, text: str) -> Fit:
-        """The JSON in *text* that fits: bare, in a fenced block, or amid prose.
+    def find(self, text: str, *, is_cut: bool = False) -> Fit:
+        """The JSON value that *text* means: in the last fenced block, bare, or amid prose.
+
+        Amid prose, exactly one value must fit.
+
+        Args:
+            is_cut: The text was cut off, so that it means only a value that it ends with.
 
         Raises:
             SchemaMismatch: With what is wrong with the likeliest value.
         """
+        try:
+            values, is_stated = find_values(text, is_cut=is_cut)
+        except NoValueError as error:
+            raise SchemaMismatch([str(error)]) from None
+        if is_stated:
+            return Fit(self.validate(values[0]), values[0])
+        fits: dict[str, Fit] = {}
         first: SchemaMismatch | None = None
-        for value in _json_values(text):
+        for value in values:
             try:
-                return Fit(self.validate(value), value)
+                fits[json.dumps(value, sort_keys=True)] = Fit(self.validate(value), value)
             except SchemaMismatch as mismatch:
                 first = first or mismatch
-        raise first or SchemaMismatch(["the answer holds no JSON value"])
+        if first is not None and not fits:
+            raise first
+        if len(fits) > 1:
+            raise SchemaMismatch([f"the answer holds {len(fits)} different values that fit"])
+        (fit,) = fits.values()
+        # Brackets with nothing in them are mostly no value: a check box, a call of a function.
+        if fit.json in ([], {}):
+            raise SchemaMismatch(["the answer holds an empty value amid other text"])
+        return fit
 
     def take(self, arguments: Any) -> Fit:
         """What a tool of *tool_schema* was called with, if it fits; raises SchemaMismatch."""
@@ -119,7 +145,20 @@ class OutputSchema:
         return Fit(self.validate(value), value)
 
     def validate(self, value: Any) -> Any:
-        """The validated form of a JSON value; raises SchemaMismatch."""
+        """The validated form of a JSON value.
+
+        Raises:
+            SchemaMismatch: Also for whatever a validator of the user's own raises.
+        """
+        try:
+            return self._validated(value)
+        except (SchemaMismatch, OpenCodeConfigError):
+            raise
+        except Exception as error:
+            fault = f"$: the validator raised {type(error).__name__}: {error}"
+            raise SchemaMismatch([fault]) from error
+
+    def _validated(self, value: Any) -> Any:
         if self._adapter is None:
             return _validate_mapping(self.json_schema, value)
         from pydantic import ValidationError
@@ -164,12 +203,35 @@ def _checked_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
         raise _missing("jsonschema") from None
     try:
         plain: dict[str, Any] = json.loads(json.dumps(schema, allow_nan=False))
+        plain = _unwrapped(plain)
         validator_for(plain).check_schema(plain)
     except SchemaError as error:
         raise OpenCodeConfigError(f"schema is no JSON Schema: {error.message}") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise OpenCodeConfigError(f"schema is no JSON: {error}") from None
+    if not plain.keys() & (validator_for(plain).VALIDATORS.keys() - _SAYS_NOTHING):
+        raise OpenCodeConfigError(_accepts_everything(plain))
     return plain
+
+
+def _unwrapped(schema: dict[str, Any]) -> dict[str, Any]:
+    """The JSON Schema itself, where *schema* is what another SDK takes: the schema with a name."""
+    while not schema.keys() - _WRAPPER_KEYS:
+        inner = [schema[key] for key in _WRAPPERS if isinstance(schema.get(key), dict)]
+        if len(inner) != 1:
+            break
+        schema = inner[0]
+    return schema
+
+
+def _accepts_everything(schema: Mapping[str, Any]) -> str:
+    if not schema:
+        return "schema is {}, which accepts every value: say what the answer has to look like"
+    keys = ", ".join(map(repr, list(schema)[:_MOST_KEYS]))
+    return (
+        f"schema is no JSON Schema: with none of its keywords (there are {keys}) it would accept "
+        'every value; use {"type": "object", "properties": {...}}, not an example of an answer'
+    )
 
 
 def _wrapped(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,27 +287,3 @@ def _missing(package: str) -> OpenCodeConfigError:
 
 def _path(location: tuple[int | str, ...]) -> str:
     return "$" + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in location)
-
-
-def _no_json(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no JSON")
-
-
-def _json_values(text: str) -> Iterator[Any]:
-    """The JSON values in *text*, the likeliest first."""
-    for candidate in (text, *_FENCED.findall(text)):
-        try:
-            yield json.loads(candidate, parse_constant=_no_json)
-        except (ValueError, RecursionError):
-            continue
-    decoder, position = json.JSONDecoder(parse_constant=_no_json), 0
-    for _ in range(_MOST_STARTS):
-        match = _OPENING.search(text, position)
-        if match is None:
-            return
-        try:
-            value, position = decoder.raw_decode(text, match.start())
-        except (ValueError, RecursionError):
-            position = match.start() + 1
-        else:
-            yield value

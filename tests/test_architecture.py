@@ -26,7 +26,11 @@ ROWS = (
     # Text that is safe to show; Ctrl-C held back; what ends with the interpreter; processes.
     ("_version", "_markup", "_interrupt", "_exits", "_proctable"),
     ("errors",),  # everything raised on purpose
-    ("_checks", "_pinned"),  # what an argument has to be; what cannot be pickled
+    (
+        "_checks",
+        "_pinned",
+        "_extract",
+    ),  # what an argument has to be; what cannot be pickled; JSON in text
     ("config", "events", "_schema"),  # values: what is asked for; a line becomes an event
     ("_validation",),  # settings looked at
     # What an event says; argv and env; the credentials that a run is given.

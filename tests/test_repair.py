@@ -21,6 +21,7 @@ from opencode_sync import (
     OpenCodeCancelledError,
     OpenCodeConfigError,
     OpenCodeError,
+    OpenCodeIncompleteError,
     OpenCodeOutputError,
     OpenCodeProcessError,
     OpenCodeTimeoutError,
@@ -31,6 +32,7 @@ from opencode_sync.events import Event
 from opencode_sync.runner import Request, Runner
 
 GOOD, BAD, WORDS = '{"legs": 2}', '{"legs": "two"}', "I would rather not."
+CUT, WHOLE_BUT_CUT = '{"legs": 2, "wi', '```json\n{"legs": 2}\n```'  # at the output limit
 COST = 0.25
 
 
@@ -74,7 +76,8 @@ class _Source:
         self._blocks: list[Event] = [{"type": "step_start", "sessionID": "ses_1"}]
         if isinstance(answer, str):
             self._blocks.append({"type": "text", "part": {"text": answer}})
-        self._blocks.append({"type": "step_finish", "part": {"reason": "stop", "cost": COST}})
+        reason = "length" if answer in (CUT, WHOLE_BUT_CUT) else "stop"
+        self._blocks.append({"type": "step_finish", "part": {"reason": reason, "cost": COST}})
 
     @property
     def is_over(self) -> bool:
@@ -95,6 +98,8 @@ class _Source:
         result.stderr = f"stderr of {self._answer}\n"
         result.add_raw([b"line"])
         result._json = self._answer if isinstance(self._answer, dict) else None
+        if result.finish_reason == "length":  # as both real sources have it
+            return OpenCodeIncompleteError("cut off at the output limit", result=result)
         if self._answer == "lock":
             return OpenCodeProcessError(1, "database is locked", result=result)
         return None
@@ -210,6 +215,73 @@ def test_a_repair_that_cannot_be_begun_is_an_error_of_its_kind() -> None:
 
     assert caught.value.result is not None
     assert caught.value.result.status == "incomplete"
+
+
+# --- cut answers ---------------------------------------------------------------------------------
+
+
+def test_a_cut_answer_is_sent_back_for_a_shorter_one() -> None:
+    runner = Answering(CUT, GOOD)
+
+    result = runner.run("Describe it", schema=Bird)
+
+    assert (result.parsed, result.status, result.total_cost) == (Bird(2), "ok", 2 * COST)
+    assert "cut off" in runner.prompts[1]
+    assert "shorter" in runner.prompts[1]
+
+
+@pytest.mark.parametrize("repairs", [0, 1])
+def test_an_answer_that_is_cut_each_time_is_an_error_that_says_so(repairs: int) -> None:
+    runner = Answering(*[CUT] * (repairs + 1))
+
+    with pytest.raises(OpenCodeOutputError, match="cut off at the model's output limit") as caught:
+        runner.run("Describe it", schema=Bird, max_repairs=repairs)
+
+    assert caught.value.result is not None
+    assert caught.value.result.total_cost == (repairs + 1) * COST
+    assert caught.value.text.endswith(CUT)
+
+
+def test_a_whole_value_is_taken_though_the_answer_was_cut_behind_it(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "birds.jsonl"
+    with Answering(WHOLE_BUT_CUT) as runner:
+        (first,) = runner.map(["Describe it"], schema=Bird, checkpoint=checkpoint)
+        (again,) = runner.map(["Describe it"], schema=Bird, checkpoint=checkpoint)
+
+    assert (first.parsed, first.status) == (Bird(2), "ok")
+    assert again == first
+
+
+def test_a_cut_answer_without_a_schema_is_incomplete() -> None:
+    with pytest.raises(OpenCodeIncompleteError, match="cut off"):
+        Answering(CUT).run("Describe it")
+
+
+# --- validators of the user's own ----------------------------------------------------------------
+
+
+@dataclass
+class Crashing:
+    legs: int
+
+    def __post_init__(self) -> None:
+        _ = {4: "a dog"}[self.legs]
+
+
+def test_what_a_validator_raises_is_sent_back_as_a_misfit_is() -> None:
+    runner = Answering(GOOD, '{"legs": 4}')
+
+    assert runner.run("Describe it", schema=Crashing).parsed == Crashing(4)
+    assert "- $: the validator raised KeyError: 2" in runner.prompts[1]
+
+
+def test_what_a_validator_raises_each_time_ends_the_run_with_its_cost_and_cause() -> None:
+    with pytest.raises(OpenCodeOutputError, match="raised KeyError: 2") as caught:
+        Answering(GOOD, GOOD).run("Describe it", schema=Crashing)
+
+    assert caught.value.result is not None
+    assert caught.value.result.total_cost == 2 * COST
+    assert isinstance(caught.value.__cause__, KeyError)
 
 
 # --- limits --------------------------------------------------------------------------------------

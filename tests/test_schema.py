@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 from typing_extensions import TypedDict
 
 from opencode_sync._schema import OutputSchema, SchemaMismatch
@@ -84,8 +84,21 @@ def test_the_value_is_found_wherever_it_stands(text: str) -> None:
         (CITY, "I would rather not.", "no JSON value"),
         (CITY, "{" * 5_000, "no JSON value"),
         ({"type": "number"}, "NaN", "no JSON value"),
+        ({"type": "array"}, "[1e400]", "the number 1e400 is too large"),
+        ({"type": "array"}, "[-Infinity]", "-Infinity is not valid JSON"),
+        (CITY, '{"name": "Jena", "people": 1, "people": 2}', "'people' stands twice"),
     ],
-    ids=["missing field", "nested", "wrong type", "no JSON", "braces alone", "Python's own"],
+    ids=[
+        "missing field",
+        "nested",
+        "wrong type",
+        "no JSON",
+        "braces alone",
+        "Python's own",
+        "too large a number",
+        "infinity",
+        "a key twice",
+    ],
 )
 def test_what_does_not_fit_is_told_in_the_validators_words(
     schema: Any, text: str, words: str
@@ -101,6 +114,13 @@ def test_what_does_not_fit_is_told_in_the_validators_words(
         (None, "use a class"),
         ({"type": "no such type"}, "no JSON Schema"),
         ({"default": object()}, "no JSON"),
+        ({}, "accepts every value"),
+        (
+            {"name": "Kiebitz", "legs": 2},
+            "none of its keywords .there are 'name', 'legs'. .*example",
+        ),
+        ({"title": "Bird", "format": "date"}, "none of its keywords"),
+        ({"name": "Bird", "schema": {"legs": 2}}, "none of its keywords"),
         (Iterator[type("Socket", (), {})], "cannot be used"),
         (Bird(name="Kiebitz", legs=2), "cannot be used"),
     ],
@@ -109,6 +129,10 @@ def test_what_does_not_fit_is_told_in_the_validators_words(
         "None",
         "bad JSON Schema",
         "not JSON",
+        "an empty schema",
+        "an example",
+        "annotations alone",
+        "an example with a name",
         "a type that pydantic refuses",
         "a value",
     ],
@@ -116,6 +140,28 @@ def test_what_does_not_fit_is_told_in_the_validators_words(
 def test_what_is_no_schema_is_refused(schema: Any, words: str) -> None:
     with pytest.raises(OpenCodeConfigError, match=words):
         OutputSchema(schema)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        {"name": "city", "strict": True, "schema": CITY},
+        {"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": CITY}},
+        {"type": "json_schema", "name": "city", "schema": CITY},
+        {"type": "json_schema", "schema": CITY},
+        {"name": "city", "description": "A city", "input_schema": CITY},
+        {"type": "function", "function": {"name": "city", "parameters": CITY}},
+    ],
+    ids=["named", "chat format", "response format", "OpenCode's format", "a tool", "a function"],
+)
+def test_a_json_schema_is_taken_out_of_what_other_libraries_wrap_it_in(wrapped: Any) -> None:
+    assert OutputSchema(wrapped).json_schema == CITY
+
+
+def test_a_json_schema_for_an_object_that_has_a_schema_stays_as_it_is() -> None:
+    schema = {"type": "object", "properties": {"schema": CITY}}
+
+    assert OutputSchema(schema).json_schema == schema
 
 
 def test_a_reference_to_elsewhere_is_refused_and_not_fetched() -> None:
@@ -133,6 +179,41 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
 
     with pytest.raises(OpenCodeConfigError, match=r"opencode-sync-sdk\[schema\]"):
         OutputSchema(schema)
+
+
+class Choosy(BaseModel):
+    colour: str
+
+    @field_validator("colour")
+    @classmethod
+    def known(cls, colour: str) -> int:
+        return {"red": 1}[colour]
+
+
+@dataclass
+class Crashing:
+    name: str
+
+    def __post_init__(self) -> None:
+        raise TypeError("half a bug")
+
+
+@pytest.mark.parametrize(
+    "schema, answer, words",
+    [
+        (Choosy, '{"colour": "blue"}', "the validator raised KeyError: 'blue'"),
+        (Crashing, '{"name": "Jena"}', "the validator raised TypeError: half a bug"),
+        ({"$ref": "#"}, "1", "the validator raised RecursionError"),
+    ],
+    ids=["field_validator", "dataclass", "a schema that refers to itself"],
+)
+def test_what_a_validator_raises_is_a_misfit_with_its_cause(
+    schema: Any, answer: str, words: str
+) -> None:
+    with pytest.raises(SchemaMismatch, match=words) as caught:
+        OutputSchema(schema).parse(answer)
+
+    assert type(caught.value.__cause__).__name__ in words
 
 
 class Strict(BaseModel, strict=True):

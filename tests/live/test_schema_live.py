@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 
 from opencode_sync import (
     OpenCodeClient,
@@ -19,7 +19,7 @@ from opencode_sync import (
     RunConfig,
     RunResult,
 )
-from opencode_sync.testing import Answer, ChatRequest, ScriptedModel, tool_call
+from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, ToolCall, tool_call
 
 from .warm import Script, config, conversation, model, script, server, workspace
 
@@ -46,6 +46,7 @@ LEGGED = {
 }
 GOOD = {"name": "Kiebitz", "legs": 2}
 BAD = {"name": "Kiebitz", "legs": "two"}
+COST = (100 * 1 + 20 * 10) / 1e6  # of a request, at the scripted model's prices
 REPAIR = "That answer does not fit the JSON Schema:"
 
 
@@ -95,7 +96,7 @@ def test_an_answer_that_does_not_fit_is_repaired_in_the_same_session(
 
     assert result.parsed == Bird(name="Kiebitz", legs=2)
     assert (result.status, result.turns, result.attempts) == ("ok", 2, 1)
-    assert result.total_cost == pytest.approx(2 * (100 * 1 + 20 * 10) / 1e6)
+    assert result.total_cost == pytest.approx(2 * COST)
     assert conversation(script.last)[0].startswith("Describe it")
     assert "- $.legs: " in script.last.prompt
 
@@ -113,6 +114,65 @@ def test_an_answer_that_never_fits_is_an_error_with_all_of_it(
     assert json.dumps(BAD) in error.text
     assert error.result is not None
     assert (error.result.status, error.result.turns) == ("error", 2)
+
+
+class Node(BaseModel):
+    name: str
+    kids: list[Node] = []
+
+
+CUT = '{"name": "root", "kids": [{"name": "leaf"}, {"na'
+WHOLE = {"name": "root", "kids": [{"name": "leaf", "kids": []}]}
+
+
+def test_a_cut_answer_is_sent_back_and_no_part_of_it_or_of_a_thought_is_taken(
+    runner: OpenCodeServer | OpenCodeClient, workspace: Path, script: Script
+) -> None:
+    script.to("Draw it", Reply(CUT, finish_reason="length"))
+    script.to(REPAIR, f'<think>{{"name": "no"}}</think>\n```json\n{json.dumps(WHOLE)}\n```')
+
+    result = runner.run("Draw it", workspace, schema=Node)
+
+    assert result.parsed == Node(name="root", kids=[Node(name="leaf")])
+    assert (result.status, result.turns) == ("ok", 2)
+    assert "cut off" in script.last.prompt
+
+
+def test_an_answer_that_stays_cut_is_an_error_that_says_so(
+    runner: OpenCodeServer | OpenCodeClient, workspace: Path, script: Script
+) -> None:
+    script.to("Draw it", Reply(CUT, finish_reason="length"))
+    script.to(REPAIR, Reply(CUT, finish_reason="length"))
+
+    with pytest.raises(OpenCodeOutputError, match="cut off") as caught:
+        runner.run("Draw it", workspace, schema=Node)
+
+    assert caught.value.result is not None
+    assert caught.value.result.parsed is None
+    assert caught.value.result.total_cost == pytest.approx(2 * COST)
+
+
+class Choosy(BaseModel):
+    name: str
+
+    @field_validator("name")
+    @classmethod
+    def known(cls, name: str) -> str:
+        return {"Rotkehlchen": "robin"}[name]
+
+
+def test_what_a_users_validator_raises_is_an_error_of_ours_with_what_was_spent(
+    runner: OpenCodeServer | OpenCodeClient, workspace: Path, script: Script
+) -> None:
+    script.answers["Describe it"] = script.answers[REPAIR] = saying({"name": "Kiebitz"})
+
+    batch = runner.map(["Describe it"], workspace, schema=Choosy, on_error="return")
+    (error,) = batch
+
+    assert isinstance(error, OpenCodeOutputError)
+    assert "the validator raised KeyError: 'Kiebitz'" in error.errors[0]
+    assert error.result is not None
+    assert error.result.total_cost == batch.report.cost == pytest.approx(2 * COST)
 
 
 # --- on a server ---------------------------------------------------------------------------------
@@ -154,6 +214,23 @@ def test_a_model_that_answers_in_words_is_sent_back_to_the_tool(
     result = server.run("Describe it", workspace, schema=Bird)
 
     assert result.parsed == Bird(name="Kiebitz", legs=2)
+
+
+@pytest.mark.parametrize(
+    "arguments, parsed, turns",
+    [(GOOD, GOOD, 1), ('{"name": "Kiebitz", "legs": 2, "al', {**GOOD, "legs": 3}, 2)],
+    ids=["whole", "cut"],
+)
+def test_of_a_cut_answer_the_tool_s_arguments_count_if_they_are_whole(
+    server: OpenCodeServer, workspace: Path, script: Script, arguments: Any, parsed: Any, turns: int
+) -> None:
+    call = ToolCall("StructuredOutput", arguments)
+    script.to("Describe it", Reply(tool_calls=[call], finish_reason="length"))
+    script.answers[REPAIR] = saying({**GOOD, "legs": 3})
+
+    result = server.run("Describe it", workspace, schema=LEGGED)
+
+    assert (result.parsed, result.status, result.turns) == (parsed, "ok", turns)
 
 
 def test_words_that_fit_will_do(server: OpenCodeServer, workspace: Path, script: Script) -> None:
