@@ -24,6 +24,7 @@ from ._cli_options import (
 )
 from ._jobs import STDIN, read_jobs
 from ._markup import count, one_line, printable
+from ._versions import check_program_version
 from .batch import BatchRun
 from .client import OpenCodeClient
 from .config import Job, RunConfig
@@ -112,7 +113,8 @@ def _runner(cfg: RunConfig, *, on_server: bool) -> Runner:
 
         return OpenCodeServer(run_cfg=cfg)
     client = OpenCodeClient(run_cfg=cfg)
-    client.resolved_binary()  # or every job would fail, and stand in the checkpoint as failed
+    # Refused here, or every job would fail, and stand in the checkpoint as failed.
+    check_program_version(client.resolved_binary())
     return client
 
 

@@ -20,11 +20,12 @@ from tempfile import TemporaryDirectory
 
 from ._command import TESTED_VERSION, resolve_binary
 from ._markup import table
+from ._versions import binary_version, check_program_version, fault_of, is_older
 from .client import OpenCodeClient
 from .config import RunConfig
 from .display import event_line, tool_line, tool_name
 from .errors import OpenCodeBinaryNotFoundError, OpenCodeError
-from .install import binary_version, install
+from .install import install
 from .result import RunResult
 from .testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
 
@@ -67,10 +68,13 @@ def demo(say: Say = print) -> list[str]:
 
 
 def find_program(say: Say) -> str:
-    """Path of an opencode that runs and is not older than the tested version.
+    """Path of an opencode that runs, of a known version that is not older than the tested one.
 
-    Where there is none, the managed copy is installed. What ``OPENCODE_BINARY`` names is taken
-    as it is.
+    Where there is none, the managed copy is installed. What ``OPENCODE_BINARY`` names is taken as
+    it is.
+
+    Raises:
+        OpenCodeConfigError: If ``OPENCODE_BINARY`` names a version that is not known.
     """
     is_chosen = bool(os.environ.get("OPENCODE_BINARY"))
     try:
@@ -81,15 +85,14 @@ def find_program(say: Say) -> str:
             raise
         say(str(error).splitlines()[0].partition(": run ")[0])  # which is what happens now
         return str(install(report=say))
-    if is_chosen or _numbers(version) >= _numbers(TESTED_VERSION):
+    if is_chosen:
+        check_program_version(program)
+    fault = fault_of(version)
+    if is_chosen or not (fault or is_older(version, TESTED_VERSION)):
         say(f"opencode {version}: {program}")
         return program
-    say(f"{program} is version {version}, and older than {TESTED_VERSION}")
+    say(f"{program}: {fault or f'version {version} is older than {TESTED_VERSION}'}")
     return str(install(report=say))
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in version.split(".") if number.isdigit()]
 
 
 class _Script:

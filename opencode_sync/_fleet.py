@@ -168,7 +168,12 @@ def _has_died(server: InUse) -> bool:
 class Attached:
     """The servers that ``RunConfig(attach=...)`` names, each reached once. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, any_version: bool = False) -> None:
+        """
+        Args:
+            any_version: Use them whatever their version is.
+        """
+        self._any_version = any_version
         self._fleets: dict[tuple[str, str | None, str | None], Fleet] = {}
 
     def of(self, cfg: RunConfig) -> Fleet:
@@ -176,7 +181,8 @@ class Attached:
         assert cfg.attach is not None
         key = (cfg.attach, cfg.username, cfg.password)
         # One operation, so that two threads get the same.
-        return self._fleets.setdefault(key, Fleet(Elsewhere(*key)))
+        origin = Elsewhere(*key, any_version=self._any_version)
+        return self._fleets.setdefault(key, Fleet(origin))
 
     def close(self) -> None:
         """Let go of them. Idempotent."""

@@ -21,6 +21,7 @@ from ._sessions import Sessions, stored_messages
 from ._sse import EventStream, Message, mapping
 from ._translate import REFUSED
 from ._turn import Turn
+from ._versions import check_server_version
 from .errors import OpenCodeConfigError, OpenCodeServerError
 
 DISPOSE_S = 3.0  # bound on asking a server to end what it runs; it takes 0.3 s
@@ -42,13 +43,17 @@ class Link:
         username: str | None = None,
         password: str | None = None,
         has_marks: bool = False,
+        name: str | None = None,
+        any_version: bool = False,
     ) -> None:
         """
         Args:
             has_marks: The processes of its tools bear the session's id.
+            name: What it is called in a message; None for its URL.
+            any_version: Use it whatever its version is.
 
         Raises:
-            OpenCodeConfigError: If *url* is none.
+            OpenCodeConfigError: If *url* is none, or the version is not known.
             OpenCodeServerError: If the server refuses or does not answer.
         """
         self.connection = Connection(url, username=username, password=password)
@@ -59,6 +64,7 @@ class Link:
         self._lock = threading.RLock()
         try:
             self.version = str(mapping(self.connection.get("/global/health")).get("version"))
+            self._warnings = [] if any_version else check_server_version(name or url, self.version)
             self._stream.open()
         except BaseException:
             self.close()
@@ -137,6 +143,7 @@ class Link:
             keep_background=cfg.keep_background,
             has_marks=self._has_marks,
             replies=Replies(self.connection, directory, permission, question),
+            warnings=self._warnings,
         )
         turn.on_close(lambda: self._busy.discard(session_id))
         return turn

@@ -9,14 +9,13 @@ Knows what OpenCode 1.18.33 and earlier ones say at their end; nothing of proces
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import subprocess
 from collections.abc import Sequence
 
 from ._checks import unencodable
 from ._logs import refused_by_bun, unwritable_home
 from ._reading import why_cut
+from ._versions import ask_version
 from .errors import (
     OpenCodeBinaryNotFoundError,
     OpenCodeConfigError,
@@ -26,7 +25,6 @@ from .errors import (
 )
 from .result import RunResult
 
-VERSION_TIMEOUT_S = 10.0
 _LONGEST_USAGE = 50_000
 
 # What a start-up says that lost a race for a database; it has done nothing by then.
@@ -124,12 +122,5 @@ def _unknown_flag(argv: Sequence[str], stderr: str) -> str | None:
 
 
 def _version(binary: str) -> str:
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            [binary, "--version"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=VERSION_TIMEOUT_S,
-        )
-        return done.stdout.decode("utf-8", "replace").strip() or "of unknown version"
-    return "of unknown version"
+    version, _ = ask_version(binary)
+    return version or "of unknown version"

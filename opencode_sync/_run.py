@@ -23,7 +23,7 @@ from ._process import Process
 from ._reading import called_session
 from ._reasons import may_be_repeated, reason, start_error, what_is_missing
 from .errors import OpenCodeError, OpenCodeIncompleteError, OpenCodeProcessError
-from .events import Event, parse_block
+from .events import Event, parse_block, warning_events
 from .result import RunResult
 
 _log = logging.getLogger("opencode_sync")
@@ -46,6 +46,7 @@ class ProcessRun:
         keep_background: bool = False,
         keep_raw: bool = True,
         keep_logs: bool = False,
+        warnings: Sequence[str] = (),
     ) -> None:
         """Start *argv* in *workspace*, with *prompt* on stdin.
 
@@ -54,6 +55,7 @@ class ProcessRun:
             keep_background: Leave alone what tools left running at the run's own end.
             keep_raw: Keep stdout's lines for the result.
             keep_logs: Keep OpenCode's log lines in the result's stderr.
+            warnings: What is known before the start; given first, as events.
 
         Raises:
             OpenCodeError: If it cannot be started; nothing is left behind.
@@ -71,7 +73,7 @@ class ProcessRun:
         self._session: str | None = None
         self._delegated: set[str] = set()  # sessions of sub-agents, by the calls of them
         self._followed: set[str] = set()  # those of which OpenCode tells
-        self._ready: list[Event] = []
+        self._ready = warning_events(warnings)
         self._n_lines = 0  # of stdout
         self._is_done = self._is_cut = False
         self._was_stopped = self._is_gone = False

@@ -19,6 +19,7 @@ from ._command import PLUGIN, build_env, resolve_binary, without_user_config
 from ._datadir import DataDirectories, Lease
 from ._link import Link, dispose
 from ._serve import Server
+from ._versions import check_program_version
 from .config import RunConfig
 from .errors import OpenCodeConfigError, OpenCodeServerError
 
@@ -69,12 +70,26 @@ class Origin(Protocol):
 class Elsewhere:
     """A server that somebody else started."""
 
-    def __init__(self, url: str, username: str | None = None, password: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        username: str | None = None,
+        password: str | None = None,
+        *,
+        any_version: bool = False,
+    ) -> None:
         self._url, self._username, self._password = url, username, password
+        self._any_version = any_version
 
     def start(self) -> InUse:
         """Reach it; see :class:`Origin`."""
-        return InUse(Link(self._url, username=self._username, password=self._password))
+        link = Link(
+            self._url,
+            username=self._username,
+            password=self._password,
+            any_version=self._any_version,
+        )
+        return InUse(link)
 
     def give_up(self) -> None:
         """Nothing: what it does not answer to, it is asked with a bound."""
@@ -97,12 +112,15 @@ class Own:
         data_dir: str | os.PathLike[str] | None,
         timeout_s: float,
         watchdog: bool,
+        any_version: bool = False,
     ) -> None:
         """
         Args:
             data_dir: None for a temporary one.
             timeout_s: How long a start may take.
+            any_version: Start whatever OpenCode there is.
         """
+        self._any_version = any_version
         self._binary = binary
         self._cfg = cfg
         self._timeout_s = timeout_s
@@ -120,6 +138,8 @@ class Own:
     def start(self) -> InUse:
         """Start one; see :class:`Origin`."""
         binary = resolve_binary(self._binary)
+        if not self._any_version:
+            check_program_version(binary, lambda: self._is_given_up)
         env = build_env(self._cfg)
         _check_plugin(env)
         if self._watchdog:
@@ -154,7 +174,14 @@ class Own:
             on_refusal=on_refusal,
         )
         try:
-            links.append(Link(process.url, password=process.password, has_marks=True))
+            link = Link(
+                process.url,
+                password=process.password,
+                has_marks=True,
+                name=binary,
+                any_version=self._any_version,
+            )
+            links.append(link)
             if process.has_exited:
                 raise OpenCodeServerError(f"the server (pid {process.pid}) ended at once")
         except BaseException:

@@ -14,7 +14,7 @@ import contextlib
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -31,7 +31,7 @@ from .errors import (
     OpenCodeProcessError,
     OpenCodeServerError,
 )
-from .events import Event
+from .events import Event, warning_events
 from .result import RunResult
 
 DOUBT_S = 0.5  # silence after which the server is asked whether the turn is over, if it may be
@@ -63,6 +63,7 @@ class Turn:
         keep_background: bool = False,
         has_marks: bool = False,
         replies: Replies | None = None,
+        warnings: Sequence[str] = (),
     ) -> None:
         """
         Args:
@@ -70,6 +71,7 @@ class Turn:
             since: When the session's last message was made, in the server's milliseconds.
             has_marks: The tools' processes bear the session's id, and can be stopped by it.
             replies: To permission requests and questions; None refuses them all.
+            warnings: What is known before the prompt is sent; given first, as events.
         """
         self.session_id = session_id
         self.started_at = time.monotonic()
@@ -84,7 +86,7 @@ class Turn:
         self._look_s, self._idle_looks = LOOK_S, 0
         self._loss: OpenCodeServerError | None = None
         self._messages: deque[Message] = deque()  # taken, not read yet
-        self._ready: list[Event] = []
+        self._ready = warning_events(warnings)
         self._is_done = self._was_stopped = False
 
     @property

@@ -32,6 +32,7 @@ from ._gate import Gate
 from ._run import ProcessRun
 from ._runs import NEEDS_SERVER
 from ._userdata import in_words, link_credentials
+from ._versions import check_program_version
 from .config import RunConfig
 from .errors import OpenCodeConfigError
 from .runner import Request, Runner, StrPath
@@ -60,6 +61,7 @@ class OpenCodeClient(Runner):
         run_cfg: RunConfig | None = None,
         max_workers: int | None = None,
         watchdog: bool = True,
+        any_version: bool = False,
     ) -> None:
         """
         Args:
@@ -74,12 +76,17 @@ class OpenCodeClient(Runner):
             run_cfg: Settings of runs that bring none of their own.
             max_workers: Threads for ``submit`` and ``map``; None for what the machine carries.
             watchdog: Keep a small process that stops the runs if this process is killed outright.
+            any_version: Use whatever OpenCode there is, at your own risk. Without it, a program or
+                an attached server of a version that is not known (from 1.17 up to, not including,
+                2) is refused with OpenCodeConfigError before anything is started; of an older
+                one there is a warning in the result.
         """
         super().__init__(run_cfg, max_workers)
         check_program("binary", binary)
         check_count("startup_concurrency", startup_concurrency, 0)
         check_number("startup_delay_s", startup_delay_s)
         check_flag("isolate_db", isolate_db)
+        check_flag("any_version", any_version)
         self._settings: dict[str, Any] = {
             "binary": binary,
             "startup_concurrency": startup_concurrency,
@@ -89,6 +96,7 @@ class OpenCodeClient(Runner):
             "run_cfg": run_cfg,
             "max_workers": max_workers,
             "watchdog": watchdog,
+            "any_version": any_version,
         }
         self._resolved: str | None = None
         self._gate = Gate(startup_concurrency)
@@ -166,7 +174,8 @@ class OpenCodeClient(Runner):
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self._streams)} running"
-        return f"<OpenCodeClient binary={os.fspath(self._settings['binary'])!r}, {state}>"
+        risk = "any_version, " if self._settings["any_version"] else ""
+        return f"<OpenCodeClient binary={os.fspath(self._settings['binary'])!r}, {risk}{state}>"
 
     def __getstate__(self) -> dict[str, Any]:
         return self._settings
@@ -185,6 +194,9 @@ class OpenCodeClient(Runner):
         if request.cfg.attach is not None:
             return self._attach(request, cancelled)
         binary = self.resolved_binary()
+        warnings: list[str] = []
+        if not self._settings["any_version"]:
+            warnings = check_program_version(binary, cancelled)
         if os.getpid() != self._owner_pid:  # forked: the directories are the parent's
             self._streams.clear()
             self._gate = Gate(self._settings["startup_concurrency"])
@@ -214,6 +226,7 @@ class OpenCodeClient(Runner):
                     keep_background=cfg.keep_background,
                     keep_raw=keep_raw,
                     keep_logs=bool(cfg.print_logs),
+                    warnings=warnings,
                 )
                 undo.callback(run.close)  # a Ctrl-C's traceback would keep it alive
                 if not isolated and self._gate.is_limited:
@@ -227,7 +240,7 @@ class OpenCodeClient(Runner):
             if self._attached is None:
                 from ._fleet import Attached  # takes as long to load as all the rest
 
-                self._attached = Attached()
+                self._attached = Attached(any_version=self._settings["any_version"])
         return self._attached.of(request.cfg).begin(request, cancelled)
 
     def _own_session(self, cfg: RunConfig, workspace: Path) -> RunConfig:

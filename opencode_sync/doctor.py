@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import socket
 import tempfile
@@ -25,8 +24,8 @@ from ._leftovers import Leftovers
 from ._machine import available_cores, available_memory, workers_for_processes
 from ._markup import count, one_line
 from ._userdata import user_data
+from ._versions import binary_version, doubt_of, fault_of, how_to_replace, is_older, numbers_in
 from .errors import OpenCodeBinaryNotFoundError
-from .install import binary_version
 
 RUN_DISK_BYTES = 100 * 2**20  # a fresh data directory is small; snapshots and tool output grow
 
@@ -71,17 +70,16 @@ def _opencode() -> Finding:
     if os.environ.get("OPENCODE_BINARY"):
         where = "from OPENCODE_BINARY"
     text = f"{version}, {where}: {program}"
-    tested, found = _numbers(TESTED_VERSION), _numbers(version)
-    if found[:2] > tested[:2]:
+    if fault := fault_of(version):
+        return Finding("opencode", "bad", text, f"{fault}; {how_to_replace()}")
+    upgrade = f"run 'opencode upgrade {TESTED_VERSION}'"
+    if doubt := doubt_of(version):
+        return Finding("opencode", "bad", text, f"{doubt}; {upgrade}")
+    if is_older(version, TESTED_VERSION):
+        return Finding("opencode", "note", text, f"{TESTED_VERSION} is the tested one; {upgrade}")
+    if (numbers_in(version) or ())[:2] > (numbers_in(TESTED_VERSION) or ())[:2]:
         return Finding("opencode", "note", text, f"newer than {TESTED_VERSION}, the tested one")
-    if found < tested:
-        advice = f"older than {TESTED_VERSION}, the tested one; run 'opencode upgrade'"
-        return Finding("opencode", "bad", text, advice)
     return Finding("opencode", "good", text)
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version)]
 
 
 def _npm() -> Finding:

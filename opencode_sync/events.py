@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any, Literal, NoReturn, TypedDict, Union
@@ -290,6 +291,12 @@ def _diagnostic(line: str, error: Exception) -> Event:
     if not raw.strip():
         return {"type": "diagnostic", "kind": "empty_line", "raw": raw}
     return {"type": "diagnostic", "kind": "json_decode_error", "raw": raw, "error": str(error)}
+
+
+def warning_events(messages: Iterable[str]) -> list[Event]:
+    """One ``warning`` event for each of *messages*, which are full sentences."""
+    now = time.time_ns() // 1_000_000
+    return [{"type": "warning", "timestamp": now, "message": message} for message in messages]
 
 
 def iter_parse_lines(lines: Iterable[str | bytes]) -> Iterator[Event]:

@@ -25,15 +25,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ._command import TESTED_VERSION, managed_path, managed_root
+from ._versions import ask_version, fault_of
 from .errors import (
     OpenCodeBinaryNotFoundError,
     OpenCodeConfigError,
     OpenCodeError,
-    OpenCodeProcessError,
 )
 
 NPM_TIMEOUT_S = 1_800.0  # 130 MB to load, over a slow line as well
-VERSION_TIMEOUT_S = 60.0  # 0.6 s on a machine that has nothing else to do
 
 _PACKAGE = "opencode-ai"
 _SCRATCH = ".installing-"
@@ -68,7 +67,7 @@ def install(version: str | None = None, *, report: Callable[[str], None] = print
         report: Called with a sentence for each thing done.
 
     Raises:
-        OpenCodeConfigError: If there is no such version.
+        OpenCodeConfigError: If there is no such version, or this package does not know it.
         OpenCodeBinaryNotFoundError: If there is no npm, it ended with an error, none of its
             programs runs here, or the data directory cannot be written. Other versions, and what
             was installed before, are left as they were.
@@ -78,6 +77,8 @@ def install(version: str | None = None, *, report: Callable[[str], None] = print
         raise OpenCodeConfigError(
             f"{version!r} is no version of OpenCode: give three numbers, such as {TESTED_VERSION!r}"
         )
+    if fault := fault_of(version):
+        raise OpenCodeConfigError(f"nothing was installed: {fault}")
     target = managed_path(version)
     if not _answers(target, version):
         with _alone(managed_root(), report):
@@ -90,47 +91,9 @@ def install(version: str | None = None, *, report: Callable[[str], None] = print
     return target
 
 
-def binary_version(binary: str | os.PathLike[str]) -> str:
-    """What ``BINARY --version`` answers, such as ``"1.18.33"``. Takes 0.6 s.
-
-    Raises:
-        OpenCodeBinaryNotFoundError: If it does not run, or gives no answer within
-            ``VERSION_TIMEOUT_S``.
-    """
-    answer, fault = _ask_version(binary)
-    if fault:
-        raise OpenCodeBinaryNotFoundError(
-            f"{os.fspath(binary)} does not run: {fault}\n"
-            "Run 'opencode-sync install', or name another with binary= or OPENCODE_BINARY."
-        )
-    return answer
-
-
 def _answers(program: Path, version: str) -> bool:
     # Not Path.is_file: that raises where a directory above may not be searched.
-    return os.path.isfile(program) and _ask_version(program) == (version, "")
-
-
-def _ask_version(program: str | os.PathLike[str]) -> tuple[str, str]:
-    """The answer to ``--version``, and why there is none: one of the two is empty."""
-    try:
-        done = subprocess.run(
-            [program, "--version"],
-            check=False,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=VERSION_TIMEOUT_S,
-        )
-    except subprocess.TimeoutExpired:
-        return "", f"no answer to --version within {VERSION_TIMEOUT_S:g} s"
-    except OSError as error:
-        return "", error.strerror or str(error)
-    if done.returncode:
-        return "", str(OpenCodeProcessError(done.returncode, done.stderr))
-    answer = done.stdout.strip()
-    return answer, "" if answer else "an empty answer to --version"
+    return os.path.isfile(program) and ask_version(program) == (version, "")
 
 
 @contextmanager
@@ -258,7 +221,7 @@ def _pick(tree: Path, version: str, report: Callable[[str], None]) -> Path:
     programs = list(tree.glob(f"opencode-*-*/bin/{name}"))
     faults = []
     for program in sorted(programs, key=lambda program: len(program.parts[-3])):
-        answer, fault = _ask_version(program)
+        answer, fault = ask_version(program)
         if answer == version:
             return program
         faults.append(f"{program.parts[-3]}: {fault or f'it says that it is {answer}'}")

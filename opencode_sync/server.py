@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ._bodies import check_server_wide
-from ._checks import check_count, check_number, check_program, checked_path
+from ._checks import check_count, check_flag, check_number, check_program, checked_path
 from ._command import DEFAULT_BINARY
 from ._fleet import Attached, Fleet
 from ._request import directory
@@ -56,6 +56,7 @@ class OpenCodeServer(Runner):
         startup_timeout_s: float = 30.0,
         max_memory_mb: int | None = MAX_MEMORY_MB,
         watchdog: bool = True,
+        any_version: bool = False,
     ) -> None:
         """
         Args:
@@ -69,11 +70,16 @@ class OpenCodeServer(Runner):
             max_memory_mb: A server that takes more is followed by a fresh one, while the runs on
                 it go on to their end; None for no limit.
             watchdog: Keep a small process that stops the server if this process is killed outright.
+            any_version: Use whatever OpenCode there is, at your own risk. Without it, a program or
+                an attached server of a version that is not known (from 1.17 up to, not including,
+                2) is refused with OpenCodeConfigError before anything is started; of an older
+                one there is a warning in each result.
         """
         super().__init__(run_cfg, max_workers)
         check_program("binary", binary)
         check_number("startup_timeout_s", startup_timeout_s, positive=True)
         check_count("max_memory_mb", max_memory_mb, 1)
+        check_flag("any_version", any_version)
         if data_dir is not None:
             data_dir = checked_path("data_dir", data_dir, "a directory")
         self._settings: dict[str, Any] = {
@@ -84,6 +90,7 @@ class OpenCodeServer(Runner):
             "startup_timeout_s": startup_timeout_s,
             "max_memory_mb": max_memory_mb,
             "watchdog": watchdog,
+            "any_version": any_version,
         }
         if self._run_cfg.pure:
             raise OpenCodeConfigError(
@@ -102,6 +109,7 @@ class OpenCodeServer(Runner):
         username: str | None = None,
         run_cfg: RunConfig | None = None,
         max_workers: int | None = None,
+        any_version: bool = False,
     ) -> OpenCodeServer:
         """Use a server that runs elsewhere; it is never stopped.
 
@@ -110,8 +118,11 @@ class OpenCodeServer(Runner):
 
         Args:
             url: Where it is, such as ``"http://127.0.0.1:4096"``.
+            any_version: Use it also where it says that it is of a version that is not known.
         """
-        server = cls(run_cfg=run_cfg, max_workers=max_workers, watchdog=False)
+        server = cls(
+            run_cfg=run_cfg, max_workers=max_workers, watchdog=False, any_version=any_version
+        )
         server._elsewhere = (url, username, password)
         server._begin_anew()
         return server
@@ -120,7 +131,8 @@ class OpenCodeServer(Runner):
         self._owner_pid = os.getpid()
         settings = self._settings
         if self._elsewhere is not None:
-            self._fleet = Fleet(Elsewhere(*self._elsewhere))
+            elsewhere = Elsewhere(*self._elsewhere, any_version=settings["any_version"])
+            self._fleet = Fleet(elsewhere)
         else:
             origin = Own(
                 settings["binary"],
@@ -128,9 +140,10 @@ class OpenCodeServer(Runner):
                 data_dir=settings["data_dir"],
                 timeout_s=settings["startup_timeout_s"],
                 watchdog=settings["watchdog"],
+                any_version=settings["any_version"],
             )
             self._fleet = Fleet(origin, settings["max_memory_mb"])
-        self._attached = Attached()
+        self._attached = Attached(any_version=settings["any_version"])
         weakref.finalize(self, _close_in, self._owner_pid, self._fleet, self._attached)
 
     @property
@@ -168,7 +181,8 @@ class OpenCodeServer(Runner):
     def __repr__(self) -> str:
         where = self._fleet.url or "not started"
         state = "closed" if self._closed else f"{len(self._streams)} running"
-        return f"<OpenCodeServer {where}, {state}>"
+        risk = "any_version, " if self._settings["any_version"] else ""
+        return f"<OpenCodeServer {where}, {risk}{state}>"
 
     def __getstate__(self) -> dict[str, Any]:
         return {"settings": self._settings, "elsewhere": self._elsewhere}

@@ -18,8 +18,9 @@ import pytest
 
 from opencode_sync._command import TESTED_VERSION, managed_binary
 from opencode_sync._datadir import DataDirectories
+from opencode_sync._versions import binary_version
 from opencode_sync.errors import OpenCodeBinaryNotFoundError, OpenCodeError
-from opencode_sync.install import binary_version, install
+from opencode_sync.install import install
 from tests import leaks
 
 _BINARY = pytest.StashKey["str | OpenCodeError"]()  # its path, or why there is none

@@ -12,8 +12,8 @@ The first word of a prompt says what its turn does:
     vanish       ends the server before it has answered that it took the prompt; noted in a file
                  "vanished" beside the sessions
 
-Sessions are kept in the data directory. Environment: SERVING_START=silent|crash|slow, and
-SERVING_TELLS, a file that is written when it was started.
+Sessions are kept in the data directory. Environment: SERVING_START=silent|crash|slow,
+SERVING_VERSION, and SERVING_TELLS, a file that is written when it was started.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
     def route(self, method: str, path: list[str], data: Any, query: dict[str, str]) -> Any:
         match path:
             case ["global", "health"]:
-                return {"healthy": True, "version": "0.0.0"}
+                return {"healthy": True, "version": os.environ.get("SERVING_VERSION", "1.18.33")}
             case ["session"] if method == "POST":
                 session_id = f"ses_{next(numbers)}"
                 directory = query["directory"]

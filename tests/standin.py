@@ -9,6 +9,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from opencode_sync import TESTED_VERSION
+
+# How a program begins that is a shell script: it has the version that the tests are of.
+VERSION = f'#!/bin/sh\n[ "$1" = --version ] && {{ echo {TESTED_VERSION}; exit; }}\n'
+
 _PROGRAM = """\
 import json, os, signal, sys, time
 

@@ -39,7 +39,7 @@ ROWS = (
     ("result",),  # events folded
     # I/O: processes, files, bytes and messages; knows nothing of prompts.
     ("_tree", "_gate", "_datadir", "_http", "_eventlog", "_machine", "_output"),
-    ("_process", "_serve", "_watchdog", "_sse"),
+    ("_process", "_serve", "_watchdog", "_sse", "_versions"),
     # One prompt: what it asks for, its bounds, where its events come from; how it looks.
     ("_request", "_bodies", "_limits", "_source", "_chat"),
     # A server's messages and requests; what is answered to it; an answer held against its schema.
@@ -87,7 +87,7 @@ GUESTS = {
     "psutil": {"_proctable", "_tree", "_watchdog", "_machine", "_remote", "_serve", "_leftovers"}
     | {"doctor"},
     "filelock": {"_datadir", "checkpoint", "install", "_leftovers"},
-    "platformdirs": {"_command"},
+    "platformdirs": {"_command", "_versions"},
     "httpx2": {"_http"},
     "tqdm": {"_progress"},
     "pydantic": {"_schema"},

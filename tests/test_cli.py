@@ -21,7 +21,7 @@ import pytest
 from opencode_sync import __version__, _demo, cli, install
 from opencode_sync._command import TESTED_VERSION
 from tests import serving
-from tests.standin import write_standin
+from tests.standin import VERSION, write_standin
 
 Shell = Callable[..., tuple[int, str, str]]
 Program = Callable[..., "subprocess.Popen[bytes]"]
@@ -454,7 +454,7 @@ def test_a_map_over_its_budget_starts_nothing_more_and_says_how_to_go_on(
 def with_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the place of opencode, a program that serves; see serving.py."""
     program = tmp_path / "bin" / "serving"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{serving.__file__}" "$@"\n')
+    program.write_text(f'{VERSION}exec "{sys.executable}" "{serving.__file__}" "$@"\n')
     program.chmod(0o755)
     monkeypatch.setenv("OPENCODE_BINARY", str(program))
 
@@ -775,3 +775,37 @@ def test_the_demo_takes_no_opencode_that_is_older_than_the_tested(
 
 def test_the_demo_takes_an_opencode_that_was_chosen_as_it_is(standin: Path) -> None:
     assert _demo.find_program(lambda line: None) == str(standin)
+
+
+def test_the_demo_installs_a_known_opencode_beside_one_that_is_not(
+    monkeypatch: pytest.MonkeyPatch, standin: Path, tmp_path: Path
+) -> None:
+    new = write_standin(tmp_path / "new" / "opencode")
+    new.write_text(new.read_text().replace(TESTED_VERSION, "opencode v2.0.10"))
+    monkeypatch.delenv("OPENCODE_BINARY")
+    monkeypatch.setenv("PATH", str(new.parent))
+    monkeypatch.setattr(_demo, "install", lambda report: standin)
+    said: list[str] = []
+
+    program = _demo.find_program(said.append)
+
+    assert program == str(standin)
+    assert "OpenCode 2.0.10 is newer than the known versions" in said[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["run", HELLO], ["map", "jobs.txt", "-o", "out.jsonl"], ["demo"]],
+    ids=lambda words: words[0],
+)
+def test_an_opencode_that_is_not_known_is_refused(
+    shell: Shell, standin: Path, tmp_path: Path, words: list[str]
+) -> None:
+    standin.write_text(standin.read_text().replace(TESTED_VERSION, "opencode v2.0.10"))
+    (tmp_path / "jobs.txt").write_text(HELLO)
+
+    status, out, err = shell(*words)
+
+    assert (status, out) == (2, "")
+    assert "OpenCode 2.0.10 is newer than the known versions (1.17 up to, not including, 2)" in err
+    assert not (tmp_path / "out.jsonl").exists()

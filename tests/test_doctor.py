@@ -80,8 +80,17 @@ def test_a_program_that_was_chosen_is_named_as_such(
 
 @pytest.mark.parametrize(
     "version, state, advice",
-    [("1.2.9", "bad", "opencode upgrade"), ("2.0.0", "note", "newer than")],
-    ids=["old", "of a later series"],
+    [
+        ("1.15.13", "bad", "older than 1.17, and may lose events; run 'opencode upgrade 1.18.33'"),
+        ("1.17.0", "note", "1.18.33 is the tested one; run 'opencode upgrade 1.18.33'"),
+        ("1.19.0", "note", "newer than 1.18.33"),
+        (
+            "2.0.10",
+            "bad",
+            "newer than the known versions (1.17 up to, not including, 2); run 'open",
+        ),
+    ],
+    ids=["not known any more", "older", "of a later series", "not known yet"],
 )
 def test_another_version_is_held_against_the_tested_one(
     machine: Path, version: str, state: str, advice: str
@@ -92,6 +101,7 @@ def test_another_version_is_held_against_the_tested_one(
 
     assert (found.state, found.text.partition(",")[0]) == (state, version)
     assert advice in found.advice
+    assert "'opencode upgrade'" not in found.advice  # which would bring OpenCode 2
 
 
 def test_a_broken_program_is_told_with_its_fault(machine: Path) -> None:

@@ -17,8 +17,9 @@ import pytest
 
 from opencode_sync import install as install_module
 from opencode_sync._command import TESTED_VERSION, managed_binary, managed_path, managed_root
+from opencode_sync._versions import binary_version
 from opencode_sync.errors import OpenCodeBinaryNotFoundError, OpenCodeConfigError
-from opencode_sync.install import binary_version, install
+from opencode_sync.install import install
 
 WITHIN_S = 30
 PLAIN = "opencode-linux-x64"
@@ -247,14 +248,24 @@ def test_what_is_no_version_is_refused_before_npm_is_asked(npm: Npm, version: st
     assert npm.calls == []
 
 
+@pytest.mark.parametrize("version", ["2.0.10", "0.0.0-dev-1"], ids=["a later one", "a build"])
+def test_a_version_that_is_not_known_is_refused_before_npm_is_asked(npm: Npm, version: str) -> None:
+    with pytest.raises(OpenCodeConfigError) as caught:
+        install(version)
+
+    assert version in str(caught.value)
+    assert "1.17 up to, not including, 2" in str(caught.value)
+    assert npm.calls == []
+
+
 def test_a_version_that_npm_does_not_have_is_refused_with_npms_words(npm: Npm) -> None:
     npm.does("echo npm error code ETARGET >&2; echo npm error notarget No match >&2; exit 1")
 
     with pytest.raises(OpenCodeConfigError) as caught:
-        install("99.0.0")
+        install("1.99.0")
 
     assert str(caught.value) == (
-        "npm has no opencode-ai 99.0.0: 'npm view opencode-ai versions' lists what there is, "
+        "npm has no opencode-ai 1.99.0: 'npm view opencode-ai versions' lists what there is, "
         f"{TESTED_VERSION} is what this package is tested with\n"
         "npm error code ETARGET\nnpm error notarget No match"
     )
@@ -400,43 +411,3 @@ def test_what_a_killed_install_left_is_removed_by_the_next(
 
     assert files(managed_root()) == [str(installed.relative_to(managed_root()))]
     assert said[0] == f"removing what an install that was cut off left behind: {leftover}"
-
-
-# --- binary_version ------------------------------------------------------------------------------
-
-
-def test_a_version_is_given_without_the_space_around_it(tmp_path: Path) -> None:
-    program = executable(tmp_path / "opencode", "echo; echo '  1.2.3 '")
-
-    assert binary_version(str(program)) == "1.2.3"
-
-
-@pytest.mark.parametrize(
-    "command, fault",
-    [
-        ("echo 'bad \033[31mCPU\033[0m' >&2; exit 4", "opencode exited with status 4\nbad CPU"),
-        ("kill -SEGV $$", "opencode was ended by signal 11 (SIGSEGV)"),
-        ("exit 0", "an empty answer to --version"),
-        ("exec sleep 600", "no answer to --version within 0.2 s"),
-    ],
-    ids=["fails", "dies", "is silent", "hangs"],
-)
-def test_a_program_without_a_version_is_named_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, fault: str
-) -> None:
-    if "sleep" in command:
-        monkeypatch.setattr(install_module, "VERSION_TIMEOUT_S", 0.2)
-    program = executable(tmp_path / "opencode", command)
-
-    with pytest.raises(OpenCodeBinaryNotFoundError) as caught:
-        binary_version(program)
-
-    assert str(caught.value) == (
-        f"{program} does not run: {fault}\n"
-        "Run 'opencode-sync install', or name another with binary= or OPENCODE_BINARY."
-    )
-
-
-def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OpenCodeBinaryNotFoundError, match="nowhere does not run: No such file"):
-        binary_version(tmp_path / "nowhere")

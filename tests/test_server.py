@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from opencode_sync import (
+    TESTED_VERSION,
     OpenCodeBinaryNotFoundError,
     OpenCodeCancelledError,
     OpenCodeConfigError,
@@ -34,6 +35,7 @@ from opencode_sync._request import Request
 from opencode_sync._servers import Elsewhere, InUse
 from opencode_sync.server import OpenCodeServer
 from tests import serving
+from tests.standin import VERSION
 
 WITHIN_S = 30
 
@@ -44,7 +46,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="the stand-in is a PO
 def binary(tmp_path: Path) -> str:
     """A program that takes the place of opencode."""
     program = tmp_path / "opencode"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{serving.__file__}" "$@"\n')
+    program.write_text(f'{VERSION}exec "{sys.executable}" "{serving.__file__}" "$@"\n')
     program.chmod(0o755)
     return str(program)
 
@@ -369,7 +371,7 @@ def test_it_says_where_it_is_and_never_its_password(server: OpenCodeServer) -> N
     password = server.password
 
     assert server.url.startswith("http://127.0.0.1:")
-    assert server.version == "0.0.0"
+    assert server.version == TESTED_VERSION
     assert password is not None
     assert len(password) > 30
     assert password not in repr(server)

@@ -35,6 +35,7 @@ from opencode_sync._bodies import OUTPUT_TOOL, missing_rules
 from opencode_sync._sessions import stored_messages
 from tests import serving
 from tests.scripted import STEP_COST, ScriptedRunner
+from tests.standin import VERSION
 
 WITHIN_S = 30
 
@@ -56,7 +57,7 @@ def server(tmp_path: Path) -> Iterator[OpenCodeServer]:
     if os.name != "posix":
         pytest.skip("the stand-in is a POSIX script")
     program = tmp_path / "opencode"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{serving.__file__}" "$@"\n')
+    program.write_text(f'{VERSION}exec "{sys.executable}" "{serving.__file__}" "$@"\n')
     program.chmod(0o755)
     with OpenCodeServer(program) as server:
         yield server

@@ -29,7 +29,7 @@ import psutil
 
 from opencode_sync import OpenCodeError, resolve_binary
 from opencode_sync._datadir import DataDirectories
-from opencode_sync.install import binary_version
+from opencode_sync._versions import binary_version
 
 RIVAL = "py-opencode-wrapper"
 RIVAL_VERSIONS = ("0.1.2", "0.3.8")

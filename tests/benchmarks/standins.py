@@ -1,6 +1,6 @@
 """Programs in the place of opencode, for what is our own cost and not the binary's.
 
-All are started as `opencode run` is, and look at neither arguments nor prompt.
+All are started as `opencode run` is, and look at no argument but --version, nor at the prompt.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+
+from opencode_sync import TESTED_VERSION
+from tests.standin import VERSION
 
 _IDS = {"sessionID": "ses_0123456789abcdefghijklmnop", "messageID": "msg_0123456789abcdefghijklmn"}
 
@@ -58,6 +61,12 @@ time.sleep(0.05)
 write(FINISH)
 """
 
+_PYTHON_VERSION = f"""\
+import sys
+if sys.argv[1:] == ["--version"]:
+    sys.exit(print("{TESTED_VERSION}"))
+"""
+
 # As OpenCode does: tools in sessions of their own, which no signal to it reaches.
 _TOOLS = """\
 printf '%s\\n' '{start}'
@@ -69,7 +78,7 @@ exec sleep 600
 
 def ends_at_once(directory: Path) -> Path:
     """Prints three events, and ends."""
-    return _write(directory / "ends-at-once", f"#!/bin/sh\nprintf '%s\\n' {_quoted()}\n")
+    return _write(directory / "ends-at-once", f"{VERSION}printf '%s\\n' {_quoted()}\n")
 
 
 def flood(directory: Path, count: int, kind: str = "text") -> Path:
@@ -85,7 +94,7 @@ def stamped(directory: Path) -> Path:
 
 def with_tools(directory: Path) -> Path:
     """Runs three tools that obey SIGTERM, for ever."""
-    return _write(directory / "with-tools", "#!/bin/sh\n" + _TOOLS.format(start=_START))
+    return _write(directory / "with-tools", VERSION + _TOOLS.format(start=_START))
 
 
 def _quoted() -> str:
@@ -94,7 +103,7 @@ def _quoted() -> str:
 
 def _python(path: Path, program: str) -> Path:
     lines = f"START, TEXT, FINISH = {_START!r}, {_TEXT!r}, {_FINISH!r}\n"
-    return _write(path, f"#!{sys.executable} -IS\n{lines}{program}")
+    return _write(path, f"#!{sys.executable} -IS\n{_PYTHON_VERSION}{lines}{program}")
 
 
 def _write(path: Path, program: str) -> Path:

@@ -6,14 +6,15 @@ import sys
 from pathlib import Path
 
 from opencode_sync import OpenCodeClient
+from tests.standin import VERSION
 
 STANDIN = Path(__file__).with_name("standin.py")
 
 
 def write_standin(directory: Path) -> str:
-    """An executable that behaves as its prompt says; starts within 20 ms."""
+    """An executable that behaves as its prompt says; starts within 20 ms. Its version is known."""
     path = directory / "opencode-standin"
-    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{STANDIN}" "$@"\n')
+    path.write_text(f'{VERSION}exec "{sys.executable}" -S -E "{STANDIN}" "$@"\n')
     path.chmod(0o755)
     return str(path)
 

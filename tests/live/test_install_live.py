@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from opencode_sync._command import TESTED_VERSION, managed_root
+from opencode_sync._versions import binary_version
 from opencode_sync.errors import OpenCodeBinaryNotFoundError, OpenCodeConfigError
-from opencode_sync.install import binary_version, install
+from opencode_sync.install import install
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(900)]  # some 10 s on a fast line
 

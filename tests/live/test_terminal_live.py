@@ -15,7 +15,7 @@ import pytest
 
 from tests import serving
 from tests.screen import CTRL_C, CTRL_D, UP, Screen
-from tests.standin import write_standin
+from tests.standin import VERSION, write_standin
 
 Terminal = Callable[..., Screen]
 
@@ -33,7 +33,7 @@ def server(tmp_path: Path) -> Path:
     """The same for ``opencode serve``; see serving.py for what its prompts do."""
     path = tmp_path / "bin" / "serving"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{serving.__file__}" "$@"\n')
+    path.write_text(f'{VERSION}exec "{sys.executable}" "{serving.__file__}" "$@"\n')
     path.chmod(0o755)
     return path
 

@@ -1,0 +1,310 @@
+"""Which version of OpenCode a program or a server is, and whether this package uses it.
+
+    a program --> remembered in this process --> on the disk --> ``PROGRAM --version`` --+
+    a server ---> what it says of itself ------------------------------------------------+--> check
+
+Asked once per program: as long as the file is the same, a run pays a look at it. OpenCode 2 takes
+the arguments of a run, but hands the prompt to a background service of the user's, which knows
+nothing of the run's permissions and configuration: so what is not known is not started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+
+from ._command import TESTED_VERSION, managed_path
+from ._datadir import TEMPORARY_PREFIX
+from .errors import (
+    OpenCodeBinaryNotFoundError,
+    OpenCodeCancelledError,
+    OpenCodeConfigError,
+    OpenCodeProcessError,
+)
+
+OLDEST_KNOWN = "1.17"
+KNOWN_VERSIONS = f"{OLDEST_KNOWN} up to, not including, 2"
+
+VERSION_TIMEOUT_S = 60.0  # 0.6 s on a machine that has nothing else to do
+SCRIPT_MARK = b"#!"
+SLICE_S = 0.05  # how soon a question that is waited for notices that it was cancelled
+
+_ANSWER = re.compile(r"(?:opencode )?v?(?P<version>(?P<numbers>\d+(?:\.\d+)+)(?:[-+][\w.+-]+)?)")
+
+_CANCELLED = "the run was cancelled before it had started"
+
+_log = logging.getLogger("opencode_sync")
+_asking = threading.RLock()  # so that threads that start at once ask once
+_known: dict[str, tuple[list[int], str]] = {}  # path -> which file it was, and its version
+_logged: set[str] = set()
+
+
+def numbers_in(version: str) -> tuple[int, ...] | None:
+    """The numbers of a version, or None where it has none: ``"local"``, ``"0.0.0-dev-2026"``."""
+    match = _ANSWER.fullmatch(version)
+    numbers = tuple(map(int, match["numbers"].split("."))) if match else ()
+    return numbers if any(numbers) else None
+
+
+def fault_of(version: str) -> str:
+    """Why OpenCode *version* is not used, naming it and the known ones; "" where it is used."""
+    numbers = numbers_in(version)
+    if numbers is None:
+        return f"{version[:100]!r} is not a version of OpenCode (known: {KNOWN_VERSIONS})"
+    if numbers >= (2,):
+        return f"OpenCode {version} is newer than the known versions ({KNOWN_VERSIONS})"
+    return ""
+
+
+def doubt_of(version: str) -> str:
+    """What is to be said of a *version* that is used nevertheless; "" where nothing is."""
+    if not is_older(version, OLDEST_KNOWN):
+        return ""
+    return f"older than {OLDEST_KNOWN}, and may lose events"
+
+
+def is_older(version: str, than: str) -> bool:
+    """Whether *version* comes before another one; False where one of them cannot be read."""
+    one, other = numbers_in(version), numbers_in(than)
+    return one is not None and other is not None and one < other
+
+
+def check_program_version(program: str, cancelled: Callable[[], bool] = lambda: False) -> list[str]:
+    """Refuse a program whose version is not known, before a run of it.
+
+    A file is asked once, which takes 0.6 s; its answer is kept in the user's cache directory. A
+    script may start something else tomorrow, so that its answer is kept for this process alone.
+
+    Args:
+        cancelled: Asked while the program is waited for.
+
+    Returns:
+        Sentences for ``RunResult.warnings``; the log has them once per program.
+
+    Raises:
+        OpenCodeConfigError: If it is OpenCode 2 or later, or its answer is not a version.
+        OpenCodeBinaryNotFoundError: If it cannot be run, or does not answer.
+        OpenCodeCancelledError: If *cancelled* comes true.
+    """
+    try:
+        file = _identity(program)
+    except OSError:
+        return []  # it has gone, as whoever starts it will tell
+    version = _version_of(program, file, cancelled)
+    if fault := fault_of(version):
+        raise OpenCodeConfigError(
+            f"{program!r} was not started: {fault}: {how_to_replace()}, or use any_version=True at "
+            "your own risk"
+        )
+    return _warnings(program, version)
+
+
+def check_server_version(server: str, version: str) -> list[str]:
+    """The same of a *server*, a URL or the program of our own, by what it says of itself."""
+    if fault := fault_of(version):
+        raise OpenCodeConfigError(
+            f"nothing was sent to the server {server}: {fault}: use another one, or "
+            "any_version=True at your own risk"
+        )
+    return _warnings(server, version)
+
+
+def how_to_replace() -> str:
+    """What to do about a program that is not used, beside which the managed copy can be."""
+    try:
+        variable = f"OPENCODE_BINARY={managed_path(TESTED_VERSION)}"
+    except OpenCodeConfigError:  # there is no home
+        variable = "OPENCODE_BINARY"
+    return f"run 'opencode-sync install' and set {variable}"
+
+
+def _warnings(whose: str, version: str) -> list[str]:
+    if not (doubt := doubt_of(version)):
+        return []
+    upgrade = f"run 'opencode upgrade {TESTED_VERSION}'"
+    warning = f"{whose} is OpenCode {version}, {doubt}: {upgrade}."
+    if warning not in _logged:
+        _logged.add(warning)
+        _log.warning("%s", warning)
+    return [warning]
+
+
+# --- asking --------------------------------------------------------------------------------------
+
+
+def binary_version(binary: str | os.PathLike[str]) -> str:
+    """What ``BINARY --version`` answers, such as ``"1.18.33"``. Takes 0.6 s.
+
+    Raises:
+        OpenCodeBinaryNotFoundError: If it does not run, or gives no answer within
+            ``VERSION_TIMEOUT_S``.
+    """
+    answer, fault = ask_version(binary)
+    if fault:
+        raise OpenCodeBinaryNotFoundError(_does_not_run(binary, fault))
+    return answer
+
+
+def _does_not_run(program: str | os.PathLike[str], fault: str) -> str:
+    return (
+        f"{os.fspath(program)} does not run: {fault}\n"
+        "Run 'opencode-sync install', or name another with binary= or OPENCODE_BINARY."
+    )
+
+
+def ask_version(
+    program: str | os.PathLike[str], cancelled: Callable[[], bool] = lambda: False
+) -> tuple[str, str]:
+    """The answer to ``--version``, and why there is none: one of the two is empty.
+
+    Raises:
+        OpenCodeCancelledError: If *cancelled* comes true before there is one.
+    """
+    deadline = time.monotonic() + VERSION_TIMEOUT_S
+    path = os.fspath(program)
+    with _environment() as env:
+        try:
+            process = subprocess.Popen(
+                [path, "--version"],
+                # OpenCode does not start where the current directory has vanished.
+                cwd=os.path.dirname(path) if os.path.isabs(path) else None,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+                errors="replace",
+                env=env,
+            )
+        except OSError as error:
+            return "", error.strerror or str(error)
+        with process:
+            try:
+                while True:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        out, err = process.communicate(timeout=SLICE_S)
+                        break
+                    if cancelled():
+                        raise OpenCodeCancelledError(_CANCELLED)
+                    if time.monotonic() >= deadline:
+                        return "", f"no answer to --version within {VERSION_TIMEOUT_S:g} s"
+            finally:
+                process.kill()  # without effect on one that has ended
+    if process.returncode:
+        return "", str(OpenCodeProcessError(process.returncode, err))
+    answer = out.strip()
+    if match := _ANSWER.fullmatch(answer):
+        answer = match["version"]
+    return answer, "" if answer else "an empty answer to --version"
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[dict[str, str]]:
+    """One in which OpenCode, which makes its directories even for this, makes them elsewhere."""
+    with contextlib.ExitStack() as stack:
+        names = ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME")
+        ours: dict[str, str] = {}
+        with contextlib.suppress(OSError):  # no temporary directory: the run itself will tell
+            scratch = tempfile.TemporaryDirectory(
+                prefix=f"{TEMPORARY_PREFIX}{os.getpid()}-version-", ignore_cleanup_errors=True
+            )
+            ours = dict.fromkeys(names, stack.enter_context(scratch))
+        yield {**os.environ, **ours}
+
+
+# --- remembering ---------------------------------------------------------------------------------
+
+
+def _version_of(program: str, file: list[int], cancelled: Callable[[], bool]) -> str:
+    known_file, version = _known.get(program, (None, ""))
+    if known_file == file:
+        return version
+    while not _asking.acquire(timeout=SLICE_S):
+        if cancelled():
+            raise OpenCodeCancelledError(_CANCELLED)
+    try:
+        known_file, version = _known.get(program, (None, ""))
+        if known_file != file:
+            version = _asked(program, file, cancelled)
+            _known[program] = file, version
+        return version
+    finally:
+        _asking.release()
+
+
+def _asked(program: str, file: list[int], cancelled: Callable[[], bool]) -> str:
+    record = None if _is_script(program) else _record_of(program)
+    if record is not None and (version := _read(record, file)):
+        return version
+    version, fault = ask_version(program, cancelled)
+    if fault:
+        raise OpenCodeBinaryNotFoundError(_does_not_run(program, fault))
+    with contextlib.suppress(OSError):  # another look, or the run itself, tells what has changed
+        if record is not None and _identity(program) == file:
+            _write(record, file, version)
+    return version
+
+
+def _identity(program: str) -> list[int]:
+    """Figures that change when there is another file in the program's place."""
+    status = os.stat(program)
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def _is_script(program: str) -> bool:
+    with contextlib.suppress(OSError), open(program, "rb") as file:
+        return file.read(len(SCRIPT_MARK)) == SCRIPT_MARK
+    return True
+
+
+def _record_of(program: str) -> Path | None:
+    """Where the answer of *program* is kept between processes."""
+    import platformdirs
+
+    with contextlib.suppress(RuntimeError):  # there is no home
+        cache = platformdirs.user_cache_path("opencode-sync", appauthor=False)
+        if cache.is_absolute():
+            return cache / "versions" / sha256(os.fsencode(program)).hexdigest()[:32]
+    return None
+
+
+def _read(record: Path, file: list[int]) -> str:
+    """The version that *record* has of *file*; "" where it has none, or is damaged."""
+    try:
+        kept = json.loads(record.read_bytes())
+        return str(kept["version"]) if kept["file"] == file else ""
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return ""
+
+
+def _write(record: Path, file: list[int], version: str) -> None:
+    """Keep it as a whole, whoever else does so at the same time.
+
+    Raises:
+        OSError: If the directory cannot be written.
+    """
+    record.parent.mkdir(parents=True, exist_ok=True)
+    new = record.with_name(f".{record.name}-{os.getpid()}")
+    try:
+        new.write_text(json.dumps({"file": file, "version": version}), encoding="utf-8")
+        os.replace(new, record)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _renew() -> None:
+    global _asking
+    _asking = threading.RLock()  # a forked child has no thread that would release the old one
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
