@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from ._checks import unencodable
 from ._logs import refused_by_bun, unwritable_home
 from ._reading import why_cut
-from ._versions import ask_version
+from ._versions import ask_version, is_of_the_machine, no_process
 from .errors import (
     OpenCodeBinaryNotFoundError,
     OpenCodeConfigError,
@@ -92,14 +92,9 @@ def start_error(error: OSError | ValueError, binary: str, workspace: str) -> Ope
         vanished = error.errno == errno.ENOENT
         what = "has vanished" if vanished else f"cannot be worked in: {error.strerror}"
         return OpenCodeConfigError(f"workspace {workspace!r} {what}")
-    if error.errno == errno.E2BIG:
-        return OpenCodeConfigError(
-            "title or environment is too large for a process: make title, extra_env, "
-            "config_overrides or the environment of this program smaller"
-        )
-    if error.filename == binary and error.errno != errno.ETXTBSY:
+    if error.filename == binary and not is_of_the_machine(error):
         return OpenCodeBinaryNotFoundError(f"{binary!r} cannot be run: {error.strerror}")
-    return OpenCodeError(f"opencode cannot be started: {error.strerror}")
+    return no_process(error)
 
 
 def _likely_cause(argv: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ nothing of the run's permissions and configuration: so what is not known is not 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ from .errors import (
     OpenCodeBinaryNotFoundError,
     OpenCodeCancelledError,
     OpenCodeConfigError,
+    OpenCodeError,
     OpenCodeProcessError,
 )
 
@@ -41,6 +43,9 @@ SLICE_S = 0.05  # how soon a question that is waited for notices that it was can
 
 _ANSWER = re.compile(r"(?:opencode )?v?(?P<version>(?P<numbers>\d+(?:\.\d+)+)(?:[-+][\w.+-]+)?)")
 
+_OF_THE_MACHINE = {
+    errno.E2BIG, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETXTBSY
+}  # fmt: skip
 _CANCELLED = "the run was cancelled before it had started"
 
 _log = logging.getLogger("opencode_sync")
@@ -169,6 +174,7 @@ def ask_version(
 
     Raises:
         OpenCodeCancelledError: If *cancelled* comes true before there is one.
+        OpenCodeError: If the system starts no process, whatever its program.
     """
     deadline = time.monotonic() + VERSION_TIMEOUT_S
     path = os.fspath(program)
@@ -186,6 +192,8 @@ def ask_version(
                 env=env,
             )
         except OSError as error:
+            if is_of_the_machine(error):
+                raise no_process(error) from error
             return "", error.strerror or str(error)
         with process:
             try:
@@ -205,6 +213,21 @@ def ask_version(
     if match := _ANSWER.fullmatch(answer):
         answer = match["version"]
     return answer, "" if answer else "an empty answer to --version"
+
+
+def is_of_the_machine(error: OSError) -> bool:
+    """Whether a program could not be started for a reason that has nothing to do with it."""
+    return error.errno in _OF_THE_MACHINE
+
+
+def no_process(error: OSError) -> OpenCodeError:
+    """The error for a process that the system would not start, whatever its program."""
+    if error.errno == errno.E2BIG:
+        return OpenCodeConfigError(
+            "title or environment is too large for a process: make title, extra_env, "
+            "config_overrides or the environment of this program smaller"
+        )
+    return OpenCodeError(f"opencode cannot be started: {error.strerror}")
 
 
 @contextlib.contextmanager
