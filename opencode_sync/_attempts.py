@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ._repair import is_cut_off
+from ._secrets import Secrets
 from ._source import OpenSource, Review, Source
-from .errors import OpenCodeError, OpenCodeIncompleteError
+from .errors import OpenCodeError, OpenCodeIncompleteError, OpenCodeProcessError
 from .result import RunResult
 
 
@@ -22,16 +23,22 @@ class Attempts:
     Attributes:
         tries: How many sources were opened for the turn under way.
         is_further: It is not the run's first turn.
+        has_quoted: Secrets stood in an event, and so in its raw line.
     """
 
     def __init__(
-        self, open_source: OpenSource, result: RunResult, review: Review | None = None
+        self,
+        open_source: OpenSource,
+        result: RunResult,
+        review: Review | None,
+        secrets: Secrets,
     ) -> None:
         self.tries = 0
-        self.is_further = False
+        self.is_further = self.has_quoted = False
         self._open_source = open_source
         self._result = result
         self._review = review
+        self._secrets = secrets
         self._stderr = ""  # of turns before
         self._lines: list[str] = []
 
@@ -40,7 +47,11 @@ class Attempts:
         self.tries += 1
         if not self.is_further:
             self._result.attempts += 1
-        return self._open_source(cancelled)
+        try:
+            return self._open_source(cancelled)
+        except OpenCodeError as error:
+            self._secrets.clean_error(error)
+            raise
 
     def settle(self, source: Source) -> OpenCodeError | None:
         """Complete the result after the end of *source*, and say what went wrong."""
@@ -48,6 +59,13 @@ class Attempts:
         # Of attempts before, at this turn, nothing stays.
         result.stderr, result.raw_stdout_lines = "", self._lines
         error = source.settle(result)
+        if error is not None:
+            self._secrets.clean_error(error)
+        if self.has_quoted:
+            lines = self._secrets.clean_lines(result.raw_stdout_lines)
+            result.raw_stdout_lines = lines
+            if isinstance(error, OpenCodeProcessError):
+                error.raw_stdout_lines = list(lines)
         result.stderr = self._stderr + result.stderr
         return error
 

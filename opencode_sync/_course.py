@@ -26,6 +26,7 @@ from ._attempts import Attempts
 from ._eventlog import EventLog
 from ._interrupt import Flag
 from ._limits import Limits, Meter
+from ._secrets import Secrets
 from ._source import OpenSource, Review, Source
 from .errors import OpenCodeCancelledError, OpenCodeError
 from .events import Event
@@ -54,10 +55,12 @@ class Course:
         log_file: str | os.PathLike[str] | None,
         keep_events: bool,
         review: Review | None,
+        secrets: Secrets | None,
     ) -> None:
         self._ended, self._cancelled = Flag(), Flag()
         self._cancel_reason = ""
-        self._attempts = Attempts(open_source, result, review)
+        self._secrets = secrets or Secrets()
+        self._attempts = Attempts(open_source, result, review, self._secrets)
         self._source: Source | None = None
         self._result = result
         self._meter = Meter(limits)
@@ -93,6 +96,9 @@ class Course:
             self._finish("timed_out", timeout)
 
     def _take(self, events: Sequence[Event]) -> None:
+        cleaned = self._secrets.clean_events(events)
+        self._attempts.has_quoted |= cleaned is not events
+        events = cleaned
         self._meter.heard(events)
         for event in events:
             self._keep(event)

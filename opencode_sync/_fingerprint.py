@@ -13,12 +13,10 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from ._secrets import VALUES_ARE_SECRET, is_secret
 from .config import RunConfig
 
 _DIGITS = 32  # 128 bits: no two of any number of jobs are alike by chance
-_SECRET = re.compile(r"key|token|secret|passw|credential|auth|cookie", re.IGNORECASE)
-_VALUES_ARE_SECRET = ("headers", "env", "environment")
-_WORDS = (None, True, False, "allow", "ask", "deny")  # of switches and permissions
 _USER_IN_URL = re.compile(r"://[^/@\s]*@")
 
 
@@ -44,19 +42,13 @@ def _without_secrets(value: Any, *, names_only: bool = False) -> Any:
     if isinstance(value, Mapping):
         return {
             str(key): None
-            if names_only or _is_secret(str(key), each)
-            else _without_secrets(each, names_only=str(key) in _VALUES_ARE_SECRET)
+            if names_only or is_secret(str(key), each)
+            else _without_secrets(each, names_only=str(key) in VALUES_ARE_SECRET)
             for key, each in value.items()
         }
     if isinstance(value, (list, tuple)):
         return [_without_secrets(each) for each in value]
     return _USER_IN_URL.sub("://", value) if isinstance(value, str) else value
-
-
-def _is_secret(name: str, value: Any) -> bool:
-    if value in _WORDS or (name.lower().endswith("tokens") and isinstance(value, (int, float))):
-        return False  # "*token*": "deny", and maxTokens
-    return _SECRET.search(name) is not None
 
 
 def _hashed(value: Any) -> str:

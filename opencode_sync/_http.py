@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
+from ._secrets import config_refusal
 from .errors import OpenCodeConfigError, OpenCodeServerError
 
 if TYPE_CHECKING:  # imported where it is used: it takes 0.1 s
@@ -289,6 +290,8 @@ def _refusal(response: httpx2.Response) -> str:
     """The server's own words for a refusal; OpenCode has several shapes of them."""
     with suppress(ValueError):
         body = response.json()
+        if (fault := config_refusal(body)) is not None:
+            return fault
         if isinstance(body, dict):
             data = body.get("data")
             words = data.get("message") if isinstance(data, dict) else body.get("message")

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from ._checks import NO_CURRENT_DIRECTORY, unencodable
 from ._schema import OutputSchema
+from ._secrets import Secrets
 from .config import RunConfig
 from .errors import OpenCodeConfigError
 
@@ -40,6 +41,7 @@ class Request:
         output: What the answer has to look like.
         answers: What to answer to requests in the meantime.
         is_repair: It sends back an answer that did not; the session has been told the schema.
+        secrets: What no error of it may tell; None for those of its settings alone.
 
     Raises:
         OpenCodeConfigError: When made, of a prompt or a file that cannot be passed on.
@@ -51,6 +53,7 @@ class Request:
     output: OutputSchema | None = None
     answers: Answers = NO_ANSWERS
     is_repair: bool = False
+    secrets: Secrets | None = None
 
     @property
     def instructed(self) -> str:

@@ -22,6 +22,7 @@ from ._output import LineSplitter
 from ._process import Process
 from ._reading import called_session
 from ._reasons import may_be_repeated, reason, start_error, what_is_missing
+from ._secrets import Secrets
 from .errors import OpenCodeError, OpenCodeIncompleteError, OpenCodeProcessError
 from .events import Event, parse_block, warning_events
 from .result import RunResult
@@ -47,6 +48,7 @@ class ProcessRun:
         keep_raw: bool = True,
         keep_logs: bool = False,
         warnings: Sequence[str] = (),
+        secrets: Secrets | None = None,
     ) -> None:
         """Start *argv* in *workspace*, with *prompt* on stdin.
 
@@ -56,6 +58,7 @@ class ProcessRun:
             keep_raw: Keep stdout's lines for the result.
             keep_logs: Keep OpenCode's log lines in the result's stderr.
             warnings: What is known before the start; given first, as events.
+            secrets: What stderr may not tell; None for those of the environment.
 
         Raises:
             OpenCodeError: If it cannot be started; nothing is left behind.
@@ -66,6 +69,7 @@ class ProcessRun:
         self._keep_background = keep_background
         self._keep_raw = keep_raw
         self._keep_logs = keep_logs
+        self._secrets = secrets or Secrets()
         self._logs = LogReader()
         self._stdout, self._stderr = LineSplitter(), LineSplitter()
         self._raw_blocks: list[bytes] = []
@@ -151,7 +155,8 @@ class ProcessRun:
         self._is_gone = True
         result.exit_code = self._process.returncode
         stderr = b"".join(line + b"\n" for line in self._stderr_lines)
-        result.stderr = stderr.decode("utf-8", "replace")
+        # Before an error is made of its end: a half of what is quoted would not be recognised.
+        result.stderr = self._secrets.cleaned(stderr.decode("utf-8", "replace"))
         result.add_raw(self._raw_blocks)
         result.truncated = self._is_cut
         if result.status == "error":

@@ -21,6 +21,7 @@ from ._futures import cancel_together
 from ._repair import SchemaReview
 from ._request import NO_ANSWERS, Answers, Request, StrPath, checked_config, directory
 from ._schema import OutputSchema, output_schema
+from ._secrets import Secrets
 from ._validation import validate_config_for_run
 from .config import RunConfig
 from .errors import OpenCodeCancelledError, OpenCodeConfigError
@@ -190,7 +191,8 @@ class Runs(abc.ABC):
             on_end: Gets it when it has ended, in whichever thread.
         """
         cfg = self._checked(run_cfg, may_ask=answers is not NO_ANSWERS)
-        request = Request(prompt, directory(workspace), cfg, output, answers)
+        secrets = Secrets(self._run_cfg, cfg)
+        request = Request(prompt, directory(workspace), cfg, output, answers, secrets=secrets)
         held_against_schema = SchemaReview(request, limits.max_repairs)
 
         def opening(request: Request) -> OpenSource:
@@ -219,6 +221,7 @@ class Runs(abc.ABC):
             log_file=log_file,
             keep_events=keep_events,
             review=None if output is None else review,
+            secrets=secrets,
             on_begin=remember,
             on_end=forget,
         )

@@ -24,11 +24,13 @@ from pathlib import Path
 from . import _interrupt, _tree
 from ._command import add_plugin, add_preload
 from ._logs import PRELOAD_PREFIX, refused_by_bun, unwritable_home
+from ._secrets import without_quotes
 from .errors import OpenCodeBinaryNotFoundError, OpenCodeServerError, strip_ansi
 
 _log = logging.getLogger("opencode_sync")
 
-LINES_KEPT = 20
+LINES_KEPT = 1_000  # so that a quoted configuration is seen whole, and can be cut out
+LINES_TOLD = 20
 JOIN_S = 2.0  # bound on waiting for our own threads, once the child is gone
 
 _LISTENING = "listening on http"
@@ -184,7 +186,8 @@ class Server:
             self._settled.set()
 
     def _why_not(self, timeout_s: float) -> str:
-        words = "\n".join(self._lines).strip()
+        said = without_quotes("\n".join(self._lines)).strip()
+        words = "\n".join(said.split("\n")[-LINES_TOLD:])
         if self.has_exited:
             what = f"opencode serve {_ending(self._popen.returncode)} before it listened"
             words = "\n".join(filter(None, (unwritable_home(words), refused_by_bun(words), words)))

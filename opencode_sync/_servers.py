@@ -18,10 +18,11 @@ from . import _interrupt, _watchdog
 from ._command import PLUGIN, build_env, resolve_binary, without_user_config
 from ._datadir import DataDirectories, Lease
 from ._link import Link, dispose
+from ._secrets import Secrets
 from ._serve import Server
 from ._versions import check_program_version
 from .config import RunConfig
-from .errors import OpenCodeConfigError, OpenCodeServerError
+from .errors import OpenCodeConfigError, OpenCodeError, OpenCodeServerError
 
 
 @dataclass(eq=False)
@@ -137,6 +138,13 @@ class Own:
 
     def start(self) -> InUse:
         """Start one; see :class:`Origin`."""
+        try:
+            return self._start()
+        except OpenCodeError as error:
+            Secrets(self._cfg).clean_error(error)
+            raise
+
+    def _start(self) -> InUse:
         binary = resolve_binary(self._binary)
         if not self._any_version:
             check_program_version(binary, lambda: self._is_given_up)

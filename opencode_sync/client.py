@@ -227,6 +227,7 @@ class OpenCodeClient(Runner):
                     keep_raw=keep_raw,
                     keep_logs=bool(cfg.print_logs),
                     warnings=warnings,
+                    secrets=request.secrets,
                 )
                 undo.callback(run.close)  # a Ctrl-C's traceback would keep it alive
                 if not isolated and self._gate.is_limited:

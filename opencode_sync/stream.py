@@ -21,6 +21,7 @@ from ._course import Course
 from ._exits import REASON, UnderWay
 from ._limits import Limits
 from ._pinned import Pinned
+from ._secrets import Secrets
 from ._source import OpenSource, Review, Source
 from .errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
 from .events import Event
@@ -54,6 +55,7 @@ class RunStream(Course, Pinned, Iterator[Event]):
         log_file: str | os.PathLike[str] | None = None,
         keep_events: bool = True,
         review: Review | None = None,
+        secrets: Secrets | None = None,
         on_begin: Callable[[RunStream], None] | None = None,
         on_end: Callable[[RunStream], None] | None = None,
     ) -> None:
@@ -61,11 +63,18 @@ class RunStream(Course, Pinned, Iterator[Event]):
 
         Args:
             review: Asked whether there is to be a further turn, with each that ended well.
+            secrets: What no error may tell; None for those of the environment.
             on_begin: Called before anything is started; from then on the stream can be cancelled.
             on_end: Called once, in whichever thread ends the stream.
         """
         super().__init__(
-            open_source, result, limits, log_file=log_file, keep_events=keep_events, review=review
+            open_source,
+            result,
+            limits,
+            log_file=log_file,
+            keep_events=keep_events,
+            review=review,
+            secrets=secrets,
         )
         # Reentrant, since a signal's handler may cancel the stream that it interrupted.
         self._turn = threading.RLock()

@@ -23,6 +23,9 @@ from opencode_sync import (
     RunConfig,
     build_argv,
 )
+from opencode_sync._secrets import Secrets, config_refusal, without_quotes
+from opencode_sync.events import Event
+from opencode_sync.result import ErrorInfo
 from tests.faults import standin_client
 
 SECRET = "s3cr3t-in-no-text"
@@ -158,3 +161,196 @@ def test_threads_and_processes_bear_no_secret_names(
 ) -> None:
     with client.stream("silent", workspace):
         assert not any(SECRET in thread.name for thread in threading.enumerate())
+
+
+# --- what is quoted by others --------------------------------------------------------------------
+
+QUOTED = "hunter22hunter22"
+
+
+def secrets_of(**settings: Any) -> Secrets:
+    return Secrets(RunConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"password": QUOTED},
+        {"extra_env": {"ANYTHING": QUOTED}},
+        {"extra_env": {"OPENCODE_CONFIG_CONTENT": json.dumps({"x": {"apiKey": QUOTED}})}},
+        {"extra_env": {"OPENCODE_AUTH_CONTENT": json.dumps({"p": {"access": QUOTED}})}},
+        {"mcp": {"x": {"environment": {"ANYTHING": QUOTED}}}},
+        {"mcp": {"x": {"headers": {"Authorization": f"Bearer {QUOTED}"}}}},
+        {"mcp": {"x": {"command": ["server", "--api-key", QUOTED]}}},
+        {"mcp": {"x": {"command": ["server", f"--token={QUOTED}"]}}},
+        {"mcp": {"x": {"url": f"https://me:{QUOTED}@host/"}}},
+        {"config_overrides": {"provider": {"p": {"options": {"apiKey": QUOTED}}}}},
+        {"attach": f"http://me:{QUOTED}@127.0.0.1:1"},
+    ],
+)
+def test_a_secret_of_the_settings_is_masked(settings: dict[str, Any]) -> None:
+    assert secrets_of(**settings).cleaned(f"no: {QUOTED}!") == "no: ***!"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ACME_API_KEY", "GITHUB_TOKEN", "CLIENT_SECRET", "DB_PASSWORD", "AWS_SECRET_ACCESS_KEY"],
+)
+def test_a_secret_of_the_environment_is_masked(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, QUOTED)
+
+    assert Secrets().cleaned(f"no: {QUOTED}!") == "no: ***!"
+
+
+@pytest.mark.parametrize("value", ['quo"ted\\value', "two\nlines"])
+def test_a_secret_is_masked_as_it_is_and_as_it_stands_in_json(value: str) -> None:
+    secrets = secrets_of(password=value)
+
+    assert secrets.cleaned(f"{value} and {json.dumps([value])}") == '*** and ["***"]'
+
+
+def test_a_secret_that_is_a_part_of_another_one_leaves_nothing_of_it() -> None:
+    secrets = secrets_of(extra_env={"A_KEY": QUOTED, "B_KEY": f"{QUOTED}-long"})
+
+    assert secrets.cleaned(f"{QUOTED}-long") == "***"
+
+
+def test_a_short_value_is_masked_where_its_name_says_that_it_is_secret() -> None:
+    secrets = secrets_of(extra_env={"A_KEY": "abcd", "LEVEL": "debug", "B_TOKEN": "1"})
+
+    assert secrets.cleaned("abcd, abcdef, debug, 1") == "***, abcdef, debug, 1"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": "anthropic/claude"},
+        {"config_overrides": {"model": "anthropic/claude"}},
+        {"mcp": {"x": {"command": ["anthropic/claude"]}}},
+        {"extra_env": {"HOME": "/home/anthropic/claude"}},
+        {"extra_env": {"BASE_URL": "http://anthropic/claude"}},
+    ],
+)
+def test_what_is_no_secret_stays(settings: dict[str, Any]) -> None:
+    text = "no anthropic/claude in /home/anthropic/claude, http://anthropic/claude"
+
+    assert secrets_of(**settings).cleaned(text) == text
+
+
+WITHOUT_COMMA = """\
+Error: Config file at /w/opencode.json is not valid JSON(C):
+--- JSONC Input ---
+{"apiKey": "unknown"
+ "a": "--- Errors ---", "b": "--- End ---"}
+--- Errors ---
+CommaExpected at line 2, column 2
+   Line 2:  "apiKey": "unknown"
+            ^
+ValueExpected at line 2, column 9
+   Line 2:  "apiKey": "unknown"
+                   ^
+--- End ---
+"""
+
+
+def test_a_file_that_is_quoted_is_cut_out_and_what_is_wrong_with_it_stays() -> None:
+    assert without_quotes(WITHOUT_COMMA) == (
+        "Error: Config file at /w/opencode.json is not valid JSON(C):\n"
+        "CommaExpected at line 2, column 2, ValueExpected at line 2, column 9\n"
+    )
+
+
+@pytest.mark.parametrize("kept", range(1, 13))
+def test_also_where_only_an_end_of_it_is_there(kept: int) -> None:
+    lines = WITHOUT_COMMA.splitlines()
+
+    assert "unknown" not in without_quotes("\n".join(lines[-kept:]))
+
+
+@pytest.mark.parametrize("kept", range(1, 13))
+def test_also_where_only_its_beginning_is_there(kept: int) -> None:
+    lines = WITHOUT_COMMA.splitlines()
+
+    assert "unknown" not in without_quotes("\n".join(lines[:kept]))
+
+
+@pytest.mark.parametrize(
+    "found, rest",
+    [
+        ('"unknown"', " mcp.x.headers"),
+        ('["Bearer unknown", {"a": "b c"}]', " mcp.x.headers"),
+        ("unknown unknown", ""),
+        (r"[\"unknown\"]", ""),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_cut_out(found: str, rest: str) -> None:
+    text = f"\u21b3 Expected string | undefined, got {found}{rest}\n\u21b3 Missing key mcp.x"
+
+    assert without_quotes(text) == (
+        f"\u21b3 Expected string | undefined{rest}\n\u21b3 Missing key mcp.x"
+    )
+
+
+def test_a_server_s_refusal_of_a_configuration_names_file_and_setting() -> None:
+    issues = [
+        {"path": ["mcp", "x"], "message": 'Expected string, got "unknown"'},
+        {"path": ["mcp", "y"], "message": "Missing key"},
+    ]
+    body = {"name": "ConfigInvalidError", "data": {"path": "/w/opencode.json", "issues": issues}}
+
+    assert config_refusal(body) == (
+        "ConfigInvalidError at /w/opencode.json: mcp.x: Expected string; mcp.y: Missing key"
+    )
+
+
+def test_diagnostics_are_cleaned_in_events_and_raw_lines_and_nothing_else_is() -> None:
+    events: list[Event] = [
+        {"type": "error", "error": {"name": "E", "data": {"message": QUOTED}}},
+        {"type": "retry", "message": QUOTED},
+        {"type": "diagnostic", "kind": "json_decode_error", "raw": QUOTED},
+        {"type": "text", "part": {"text": QUOTED}},
+        {"type": "tool_use", "part": {"state": {"output": QUOTED}}},
+    ]
+    secrets = secrets_of(password=QUOTED)
+
+    cleaned = secrets.clean_events(events)
+    lines = secrets.clean_lines([*(json.dumps(event) for event in events), f"odd {QUOTED}"])
+
+    assert [QUOTED in json.dumps(event) for event in cleaned] == [False, False, False, True, True]
+    assert [QUOTED in line for line in lines] == [False, False, False, True, True, False]
+    assert lines[3:5] == [json.dumps(event) for event in events[3:]]
+
+
+def test_events_without_a_secret_are_given_as_they_are() -> None:
+    events: list[Event] = [{"type": "error", "error": {}}, {"type": "text"}]
+
+    assert secrets_of(password=QUOTED).clean_events(events) is events
+
+
+@pytest.mark.parametrize("prompt", [f"fail 1 {SECRET}", f"complain_long {SECRET}"])
+def test_what_a_child_repeats_on_stderr_is_masked(
+    client: OpenCodeClient, workspace: Path, prompt: str, tmp_path: Path
+) -> None:
+    with pytest.raises(OpenCodeError) as caught:
+        client.run(prompt, workspace, log_file=tmp_path / "log")
+
+    error = caught.value
+    assert error.result is not None
+    assert "***" in str(error)
+    assert SECRET[:9] not in str(error)
+    assert SECRET not in error.result.stderr
+
+
+def test_what_a_child_repeats_on_stdout_is_masked(
+    client: OpenCodeClient, workspace: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(OpenCodeProcessError) as caught:
+        client.run(f"refused_for {SECRET}", workspace, log_file=tmp_path / "log")
+
+    error = caught.value
+    assert error.result is not None
+    assert error.result.error == ErrorInfo("APIError", "no: ***", 401)
+    for told in (str(error), str(error.raw_stdout_lines), str(error.result.to_dict()["events"])):
+        assert SECRET not in told
+    assert SECRET not in (tmp_path / "log").read_text()
+    assert "***" in str(error.result.raw_stdout_lines)

@@ -89,6 +89,18 @@ def complain_and_end_well():
     complain("\x1b[91mError: \x1b[0mno such model")
 
 
+def complain_long(words):
+    """So that the end of it that an error tells begins in the middle of *words*."""
+    complain(words + "x" * (1_999 - len(words) // 2))
+    sys.exit(1)
+
+
+def refused_for(words):
+    error = {"name": "APIError", "data": {"message": f"no: {words}", "statusCode": 401}}
+    say(event("error", error=error))
+    sys.exit(1)
+
+
 def nothing():
     pass
 
