@@ -21,6 +21,7 @@ from ._markup import outcome, printable
 from .client import OpenCodeClient
 from .display import live
 from .errors import OpenCodeConfigError
+from .events import to_json
 from .result import RunResult
 
 
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
 def _show(result: RunResult, options: argparse.Namespace) -> None:
     """Print what the run came to, in so far as it has not been shown."""
     if options.json:
-        print(json.dumps(result.to_dict()))
+        print(to_json(result.to_dict()))
     elif not options.stream and (text := _text(result, options.schema)):
         # As in live(): a terminal is told nothing that it would obey.
         print(printable(text) if sys.stdout.isatty() else text)

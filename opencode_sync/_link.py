@@ -9,7 +9,7 @@ which order; nothing of processes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -43,12 +43,14 @@ class Link:
         username: str | None = None,
         password: str | None = None,
         has_marks: bool = False,
+        env: Mapping[str, str] | None = None,
         name: str | None = None,
         any_version: bool = False,
     ) -> None:
         """
         Args:
             has_marks: The processes of its tools bear the session's id.
+            env: What it was started with, where it is one of ours.
             name: What it is called in a message; None for its URL.
             any_version: Use it whatever its version is.
 
@@ -59,7 +61,7 @@ class Link:
         self.connection = Connection(url, username=username, password=password)
         self.sessions = Sessions(self.connection)
         self._stream = EventStream(self.connection)
-        self._has_marks = has_marks
+        self._has_marks, self._env = has_marks, env
         self._busy: set[str] = set()  # sessions with a turn under way
         self._lock = threading.RLock()
         try:
@@ -142,6 +144,7 @@ class Link:
             with_reasoning=bool(cfg.thinking),
             keep_background=cfg.keep_background,
             has_marks=self._has_marks,
+            env=self._env,
             replies=Replies(self.connection, directory, permission, question),
             warnings=self._warnings,
         )

@@ -13,7 +13,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import tempfile
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -22,6 +26,7 @@ from .events import Event, RetryEvent
 
 PRELOAD_PREFIX = "opencode-sync: "
 
+NEEDED_BYTES = 8_000_000  # where a start writes: Bun unpacks 5.6 MB, and a database takes 0.9
 _LONGEST = 65_536  # characters of a line that are looked at
 _LOG_LINE = re.compile(r"timestamp=\S+ level=[A-Z]+ ")
 _LOG_FIELD = re.compile(r'(?<=\s)([\w.]+)=("(?:[^"\\]|\\.)*"|\S*)')
@@ -160,6 +165,28 @@ def refused_by_bun(stderr: str) -> str | None:
         )
     if (found := _NOT_TAKEN.search(said)) is not None:
         return f"opencode's Bun does not know {found[1]}: set lean=False"
+    return None
+
+
+def no_space(env: Mapping[str, str]) -> str | None:
+    """Where what failed had no space to write: how much is left, and what to do.
+
+    OpenCode itself does not tell: what it would say goes into a file that is full too.
+
+    Args:
+        env: What it was started with; says where it writes.
+    """
+    home = env.get("XDG_DATA_HOME") or env.get("HOME")
+    places = (tempfile.gettempdir(), env.get("TMPDIR"), env.get("BUN_TMPDIR"), home)
+    for place in filter(None, places):
+        with suppress(OSError):
+            free = shutil.disk_usage(place).free
+            if free < NEEDED_BYTES:
+                return (
+                    f"only {free / 1e6:.1f} MB are left in {place!r}, and it needs about "
+                    f"{NEEDED_BYTES / 1e6:.0f}: make some space, or set TMPDIR (and data_dir) to "
+                    "where there is more"
+                )
     return None
 
 

@@ -10,10 +10,10 @@ Knows what OpenCode 1.18.33 and earlier ones say at their end; nothing of proces
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ._checks import unencodable
-from ._logs import refused_by_bun, unwritable_home
+from ._logs import no_space, refused_by_bun, unwritable_home
 from ._reading import why_cut
 from ._versions import ask_version, is_of_the_machine, no_process
 from .errors import (
@@ -35,7 +35,7 @@ _STARTUP_FAILURES = (
     "journal_mode",
     "disk i/o error",
     "locking protocol",
-    "failed query: create table",
+    "failed query: ",  # what it is goes on: "create table", "insert into", ...
 )
 
 
@@ -45,28 +45,37 @@ def may_be_repeated(stderr: str) -> bool:
     return any(words in said for words in _STARTUP_FAILURES)
 
 
-def reason(result: RunResult, argv: Sequence[str], logged_cause: str | None) -> str | None:
+def reason(
+    result: RunResult, argv: Sequence[str], env: Mapping[str, str], logged_cause: str | None
+) -> str | None:
     """What a run that failed ended of, if that is known.
 
     Args:
+        env: What it was started with.
         logged_cause: What its log tells.
     """
     if result.error is None:
         stderr = result.stderr
-        return _unknown_flag(argv, stderr) or unwritable_home(stderr) or refused_by_bun(stderr)
+        known = _unknown_flag(argv, stderr) or unwritable_home(stderr) or refused_by_bun(stderr)
+        return known or no_space(env)
     if result.error.name != "UnknownError":
         return str(result.error)
     # "Unexpected server error. Check server logs": the log has the cause, if anything.
     if logged_cause and logged_cause != "UnknownError: UnknownError":
-        return logged_cause
-    return f"{result.error}{_likely_cause(argv)}"
+        return _with_space(logged_cause, env)
+    return _with_space(f"{result.error}{_likely_cause(argv)}", env)
 
 
-def what_is_missing(result: RunResult, n_lines: int) -> str:
+def _with_space(words: str, env: Mapping[str, str]) -> str:
+    return "; ".join(filter(None, (words, no_space(env))))
+
+
+def what_is_missing(result: RunResult, n_lines: int, env: Mapping[str, str]) -> str:
     """What a run lacks that ended with success, and the end of what it said on stderr.
 
     Args:
         n_lines: How many it printed.
+        env: What it was started with.
     """
     if result.truncated:
         what = f"the output broke off in the middle of its line {n_lines}"
@@ -77,6 +86,7 @@ def what_is_missing(result: RunResult, n_lines: int) -> str:
     else:
         last = result.finish_reason or "none"
         what = f"opencode exited with status 0, but without a closing step (last reason: {last})"
+    what = _with_space(what, env)
     # Versions up to 1.2 exit with status 0 after an error, which only stands there.
     tail = stderr_tail(result.stderr)
     return f"{what}\n{tail}" if tail else what

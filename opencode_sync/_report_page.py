@@ -7,7 +7,6 @@ Knows what is shown; how it looks is the template's.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from ._report_charts import (
     value_ticks,
 )
 from ._report_jobs import STATUSES, Row
+from .events import to_json
 
 _MAX_KINDS = 12
 
@@ -211,5 +211,5 @@ def _dollars(value: float) -> str:
 def script_json(value: Any) -> str:
     """JSON that can stand in a script element: no text in it ends the element, or opens one."""
     # ASCII: neither U+2028 nor half of a surrogate pair is there to be misread.
-    text = json.dumps(value, separators=(",", ":"))
+    text = to_json(value, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -63,7 +63,7 @@ class ProcessRun:
         Raises:
             OpenCodeError: If it cannot be started; nothing is left behind.
         """
-        self._argv = argv
+        self._argv, self._env = argv, env
         self._workspace = str(workspace)
         self._lease = lease
         self._keep_background = keep_background
@@ -165,11 +165,12 @@ class ProcessRun:
                 result.stderr,
                 result.events,
                 result.raw_stdout_lines,
-                reason=reason(result, self._argv, self._logs.cause),
+                reason=reason(result, self._argv, self._env, self._logs.cause),
                 result=result,
             )
         if result.status == "incomplete":
-            return OpenCodeIncompleteError(what_is_missing(result, self._n_lines), result=result)
+            missing = what_is_missing(result, self._n_lines, self._env)
+            return OpenCodeIncompleteError(missing, result=result)
         return None
 
     def may_repeat(self, result: RunResult) -> bool:

@@ -12,7 +12,6 @@ takes the place of another one, theirs or the page's, is written beside it: :fun
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from typing import IO, Any, NamedTuple
 from . import errors
 from ._reading import why_cut
 from .errors import OpenCodeError
+from .events import to_json
 from .result import RunResult
 
 _BEGINNING = b'{"key": "'  # of each line; what begins otherwise is none of ours
@@ -116,20 +116,10 @@ def end_of(entry: Mapping[str, Any]) -> RunResult | OpenCodeError:
 def dumped(line: Mapping[str, Any]) -> bytes:
     """JSON that every parser reads: no NaN, and no half of a surrogate pair."""
     try:
-        text = json.dumps(line, ensure_ascii=False, allow_nan=False, default=_plain)
+        text = to_json(line, ensure_ascii=False, default=_plain)
     except RecursionError:  # nested deeper than JSON can be written
         return dumped({**line, "events": [], "tool_calls": [], "parsed": None})
-    except ValueError:
-        return dumped(_finite(line))
     return text.encode("utf-8", "replace")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> Any:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from . import _interrupt, _tree
 from ._command import add_plugin, add_preload
-from ._logs import PRELOAD_PREFIX, refused_by_bun, unwritable_home
+from ._logs import PRELOAD_PREFIX, no_space, refused_by_bun, unwritable_home
 from ._secrets import without_quotes
 from .errors import OpenCodeBinaryNotFoundError, OpenCodeServerError, strip_ansi
 
@@ -75,6 +75,7 @@ class Server:
         self._on_refusal = on_refusal
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
         self._settled = settled
+        self._env = env
         self._exited = _interrupt.Flag()
         self._is_stopping = False
         self._output, childs_end = socket.socketpair()
@@ -190,7 +191,8 @@ class Server:
         words = "\n".join(said.split("\n")[-LINES_TOLD:])
         if self.has_exited:
             what = f"opencode serve {_ending(self._popen.returncode)} before it listened"
-            words = "\n".join(filter(None, (unwritable_home(words), refused_by_bun(words), words)))
+            known = unwritable_home(words) or refused_by_bun(words) or no_space(self._env)
+            words = "\n".join(filter(None, (known, words)))
         else:
             what = f"opencode serve did not listen within {timeout_s:g} s (startup_timeout_s)"
         return f"{what}: {words}" if words else what

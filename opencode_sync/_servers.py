@@ -186,6 +186,7 @@ class Own:
                 process.url,
                 password=process.password,
                 has_marks=True,
+                env=env,
                 name=binary,
                 any_version=self._any_version,
             )

@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 from . import _interrupt, _tree
 from ._http import REQUEST_S, Connection
+from ._logs import no_space
 from ._reading import why_cut
 from ._replies import Replies
 from ._sessions import is_prompt_with_format, stored_messages
@@ -62,6 +63,7 @@ class Turn:
         with_reasoning: bool = False,
         keep_background: bool = False,
         has_marks: bool = False,
+        env: Mapping[str, str] | None = None,
         replies: Replies | None = None,
         warnings: Sequence[str] = (),
     ) -> None:
@@ -70,6 +72,7 @@ class Turn:
             mailbox: Of the session; closed with the turn.
             since: When the session's last message was made, in the server's milliseconds.
             has_marks: The tools' processes bear the session's id, and can be stopped by it.
+            env: What the server was started with, where it is one of ours.
             replies: To permission requests and questions; None refuses them all.
             warnings: What is known before the prompt is sent; given first, as events.
         """
@@ -80,6 +83,7 @@ class Turn:
         self._mailbox = mailbox
         self._translator = Translator(session_id, since=since, with_reasoning=with_reasoning)
         self._keep_background, self._has_marks = keep_background, has_marks
+        self._env = env
         self._replies = replies or Replies(connection, directory)
         self._sent: Mapping[str, Any] = {}
         self._on_close: list[Callable[[], None]] = []
@@ -170,6 +174,9 @@ class Turn:
             return self._loss
         if result.status == "error":
             reason = str(result.error)
+            is_unexplained = result.error is not None and result.error.name == "UnknownError"
+            if is_unexplained and self._env is not None and (full := no_space(self._env)):
+                reason = f"{reason}; {full}"
             return OpenCodeProcessError(None, events=result.events, reason=reason, result=result)
         if result.status == "incomplete":
             last = result.finish_reason or "none"

@@ -8,9 +8,10 @@ newer versions of OpenCode add both.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Literal, NoReturn, TypedDict, Union
 
@@ -307,6 +308,27 @@ def iter_parse_lines(lines: Iterable[str | bytes]) -> Iterator[Event]:
 def dump_event(event: Event) -> bytes:
     """*event* as one line of JSON with its newline, readable by every JSON parser."""
     try:
-        return json.dumps(event, ensure_ascii=False).encode() + b"\n"
+        return to_json(event, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:  # a lone surrogate, which JSON can carry and UTF-8 can not
-        return json.dumps(event).encode() + b"\n"
+        return to_json(event).encode() + b"\n"
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """*value* as JSON that every parser reads; *options* as for ``json.dumps``.
+
+    A number that is not finite becomes null: Python reads 1e999 as one, and writes "Infinity".
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        plain = json.loads(json.dumps(value, **options))
+        return json.dumps(finite(plain), allow_nan=False, **options)
+
+
+def finite(value: Any) -> Any:
+    """*value* with None for each number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

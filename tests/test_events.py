@@ -151,6 +151,17 @@ def test_an_event_survives_the_log_file(line: bytes) -> None:
     assert repr(json.loads(written)) == repr(event)
 
 
+@pytest.mark.parametrize("number", ["1e999", "-1e999"])
+def test_a_number_too_large_for_python_is_null_in_the_log_file(number: str) -> None:
+    event = parse_event_line(f'{{"type": "x", "n": [{number}, 1], "\\ud800": {number}}}')
+
+    assert json.loads(dump_event(event), parse_constant=pytest.fail) == {
+        "type": "x",
+        "n": [None, 1],
+        "\ud800": None,
+    }
+
+
 # --- a result ------------------------------------------------------------------------------------
 
 

@@ -38,6 +38,7 @@ from opencode_sync._report_charts import (
 )
 from opencode_sync._report_jobs import detail_of, row_of, short_of
 from opencode_sync._report_kept import Kept
+from opencode_sync._report_page import script_json
 from opencode_sync._report_records import records_in, records_of
 from opencode_sync._tally import kind_of
 from opencode_sync.report import checkpoint_to_html, results_to_html, write_html
@@ -489,6 +490,10 @@ def test_a_job_that_no_checkpoint_takes_is_on_the_page_too(
     batch.report.to_html(tmp_path / "report.html")
 
     assert len(Reading((tmp_path / "report.html").read_text()).jobs) == 2
+
+
+def test_a_number_that_is_not_finite_leaves_the_page_readable() -> None:
+    assert script_json({"n": float("inf")}) == '{"n":null}'
 
 
 # --- the file ------------------------------------------------------------------------------------

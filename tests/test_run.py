@@ -201,6 +201,7 @@ def test_silence_is_told(start: Start) -> None:
             "disk I/O error",
         ),
         *("locking protocol", "Failed query: CREATE TABLE `x`"),
+        'Failed query: insert into "project"',
     ],
 )
 def test_a_lost_race_for_the_database_may_be_repeated(start: Start, words: str) -> None:

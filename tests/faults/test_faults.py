@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -304,6 +306,28 @@ def test_a_disk_that_fills_up_under_the_child_leaves_what_was_written(
     result = result_of(caught.value)
     assert result.events[0]["type"] == "step_start"
     assert result.truncated
+
+
+@pytest.mark.parametrize("prompt", ["fail_silently 1", "nothing", "full_disk"])
+def test_what_fails_where_no_space_is_left_says_so(
+    client: OpenCodeClient, workspace: Path, monkeypatch: pytest.MonkeyPatch, prompt: str
+) -> None:
+    monkeypatch.setattr("opencode_sync._logs.NEEDED_BYTES", 10**18)
+    where = re.escape(repr(tempfile.gettempdir()))
+
+    with pytest.raises(OpenCodeError, match=rf"only \d+\.\d MB are left in {where}"):
+        client.run(prompt, workspace)
+
+
+def test_what_fails_for_a_known_reason_says_nothing_of_space(
+    client: OpenCodeClient, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opencode_sync._logs.NEEDED_BYTES", 10**18)
+
+    with pytest.raises(OpenCodeProcessError) as caught:
+        client.run("refused_for nothing", workspace)
+
+    assert "MB are left" not in str(caught.value)
 
 
 def test_a_full_disk_before_the_start_is_told(client: OpenCodeClient, workspace: Path) -> None:
