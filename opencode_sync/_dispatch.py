@@ -171,6 +171,8 @@ class Dispatch:
         except BaseException as error:  # noqa: BLE001 - raised where the consumer waits
             self._is_over = True
             self._fail(unforeseen(error))
+        finally:
+            self._count_unended()
 
     def _await_work(self) -> bool:
         """Wait until there is something to do; False when all is done for good."""
@@ -263,16 +265,25 @@ class Dispatch:
         is_saved = True
         try:
             self._ledger.save((task, outcome) for _, task, outcome in ended)
-        except OpenCodeError as error:
+        except Exception as error:  # noqa: BLE001 - the batch ends with it
             is_saved = False
-            self._fail(error)
+            self._fail(error if isinstance(error, OpenCodeError) else unforeseen(error))
         with self._lock:
             for future, task, outcome in ended:
                 del self._in_flight[future]
                 if is_saved:
                     was_stopped = self._stop_by is not None
                     self._ledger.enter(task, outcome, was_stopped=was_stopped)
+                else:
+                    self._tally.spend(outcome.result)
             self._tell()
+
+    def _count_unended(self) -> None:
+        """Count what those tasks have spent whose ends are waited for no longer."""
+        with self._lock:
+            for future, task in self._in_flight.items():
+                result = outcome_of(future).result if future.done() else None
+                self._tally.spend(result or self._work.result_of(task.index))
 
     def _is_to_repeat(self, task: Task, outcome: Outcome) -> bool:
         may_run = self._stop_by is None and self._fatal is None

@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from ._task import Outcome, Settings, Streams, Task, carry_out
-from .errors import OpenCodeCancelledError
+from ._task import End, Outcome, Settings, Streams, Task, carry_out
+from .errors import OpenCodeCancelledError, OpenCodeOutputError
+from .result import ErrorInfo, RunResult
 from .stream import RunStream
 
 POLL_S = 0.2  # how soon a worker process notices that its batch is closed
@@ -53,9 +54,31 @@ class RemoteWork:
         try:
             with _runner_of(self.runner) as runner:
                 outcome = carry_out(runner, task, self.settings, on_begin, _Nobody())
-            return replace(outcome, is_remote=True)
+            return replace(outcome, end=_sendable(outcome.end), is_remote=True)
         finally:
             done.set()
+
+
+def _sendable(end: End) -> End:
+    """*end*, or an error in its place where the user's value in it cannot be pickled.
+
+    What the executor cannot bring back would be lost with all that it has cost.
+    """
+    if not isinstance(end, RunResult) or end.parsed is None:
+        return end
+    # Dask and its like send more than pickle can: what these pickle by value.
+    dumps = getattr(sys.modules.get("cloudpickle"), "dumps", pickle.dumps)
+    try:
+        pickle.loads(dumps(end.parsed))
+        return end
+    except Exception as error:  # noqa: BLE001 - a class of the user's may raise anything
+        message = (
+            f"the parsed value cannot be brought back from its worker process: "
+            f"{type(error).__name__}: {error}; use threads, or a class that can be pickled"
+        )
+    end.parsed = end._json = None
+    end.error = ErrorInfo("PicklingError", message)
+    return OpenCodeOutputError(message, text=end.answer, result=end)
 
 
 def _cancel_when(is_cut: Callable[[], bool], stream: RunStream, done: threading.Event) -> None:

@@ -194,8 +194,6 @@ class Tally:
         is_saved: bool = False,
     ) -> None:
         """Count a job that has ended; one that is in no checkpoint is kept in short."""
-        if not is_saved:
-            self._kept.add(end)
         result = end.result if isinstance(end, OpenCodeError) else end
         with self._lock:
             self._counts["failed" if isinstance(end, OpenCodeError) else "done"] += 1
@@ -210,6 +208,8 @@ class Tally:
             heapq.heappush(self._slowest, (busy_s, -index, job))
             if len(self._slowest) > SLOWEST:
                 heapq.heappop(self._slowest)
+        if not is_saved:
+            self._kept.add(end)
 
     def report(
         self, *, running: int, rate_limits: int, max_workers: int, lowest: int

@@ -112,8 +112,14 @@ def carry_out(
     on_begin: Callable[[RunStream], None],
     listener: Listener,
 ) -> Outcome:
-    """Run *task* to its end. Exceptions of all kinds become its end."""
+    """Run *task* to its end. Whatever is raised becomes its end, with what the run has spent."""
     began = time.monotonic()
+    begun: list[RunStream] = []
+
+    def remember(stream: RunStream) -> None:
+        begun.append(stream)
+        on_begin(stream)
+
     refusals, is_waiting = 0, False
     end: RunResult | OpenCodeError
     try:
@@ -126,7 +132,7 @@ def carry_out(
             output=settings.output,
             keep_events=settings.keep_events,
             keep_raw=settings.keep_raw,
-            on_begin=on_begin,
+            on_begin=remember,
         ) as stream:
             for event in stream:
                 if _is_refusal(event):
@@ -142,6 +148,10 @@ def carry_out(
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's and no other's
         end = OpenCodeError(f"{type(error).__name__}: {error}")
         end.__cause__ = error
+    except (KeyboardInterrupt, SystemExit) as error:  # a callback that exits; Ctrl-C in a worker
+        end = interrupted(error)
+    if isinstance(end, OpenCodeError) and end.result is None and begun:
+        end.result = begun[0].result
     return Outcome(end, refusals, time.monotonic() - began)
 
 
@@ -162,11 +172,15 @@ def outcome_of(future: Future[Outcome]) -> Outcome:
     if error is None:
         return future.result()
     if isinstance(error, (CancelledError, KeyboardInterrupt, SystemExit)):
-        return Outcome(OpenCodeCancelledError(f"the job's worker was interrupted: {error!r}"))
+        return Outcome(interrupted(error))
     what = "worker was lost" if isinstance(error, BrokenExecutor) else "executor gave it up"
     lost = OpenCodeError(f"the job's {what}: {type(error).__name__}: {error}")
     lost.__cause__ = error
     return Outcome(lost, is_final=False)
+
+
+def interrupted(error: BaseException) -> OpenCodeCancelledError:
+    return OpenCodeCancelledError(f"the job's worker was interrupted: {error!r}")
 
 
 def of_task(end: End, task: Task) -> End:

@@ -13,6 +13,7 @@ from typing import Any
 from ._futures import cancel_together
 from ._remote import Lifeline, RemoteWork
 from ._task import Listener, Outcome, Settings, Streams, Task, carry_out
+from .result import RunResult
 from .stream import RunStream
 
 
@@ -56,6 +57,11 @@ class Work:
         """US dollars that tasks under way in this process have cost so far, by index."""
         streams = list(self._streams.items())
         return {index: stream.result.total_cost for index, stream in streams}
+
+    def result_of(self, index: int) -> RunResult | None:
+        """What the task has produced by now that is under way in this process."""
+        stream = self._streams.get(index)
+        return None if stream is None else stream.result
 
     def stop(self, reason: str) -> None:
         """End what is under way, wherever it is; what begins later is ended too."""
