@@ -72,6 +72,7 @@ class Process:
             with _interrupt.deferred():
                 self._popen = self._start(argv, cwd, env, stdin)
                 self.pid = self._popen.pid
+                _tree.mark(self.pid, self._token)
                 self._born = _tree.born(self.pid)
                 self._exit_fd = _exit_fd(self.pid)
                 self.started_at = time.monotonic()

@@ -2,6 +2,7 @@
 
     pids() --> is_older(pid, since)? --> look_at(pid) --> Seen
                                          variable(pid, name, part) --> its value, "" or None
+                                         limit_of(pid) --> a number that it was given, or 0
 
 Knows processes; nothing of runs, their marks, or signals. Also loaded without the package, by the
 watchdog's process.
@@ -68,6 +69,8 @@ def is_older(pid: int, since: int) -> bool:
 
 
 if sys.platform.startswith("linux"):
+    import resource
+
     # psutil takes 40 microseconds for what a read takes 10, and all processes are looked at many
     # times. Pids go round, so none is given away again between a look and what follows from it.
 
@@ -118,6 +121,19 @@ if sys.platform.startswith("linux"):
                     return value.decode(errors="replace")
         return "" if environ else None
 
+    def limit_of(pid: int) -> int:
+        """The hard limit that :func:`set_limit` sets; 0 where it cannot be seen."""
+        try:
+            return resource.prlimit(pid, resource.RLIMIT_RTTIME)[1]
+        except (OSError, ValueError):  # it has ended, or is another user's
+            return 0
+
+    def set_limit(pid: int, value: int) -> None:
+        """Give *pid* a limit of *value*, if it has none."""
+        with suppress(OSError, ValueError):  # it has ended, or the system refuses
+            if resource.prlimit(pid, resource.RLIMIT_RTTIME)[1] == resource.RLIM_INFINITY:
+                resource.prlimit(pid, resource.RLIMIT_RTTIME, (value, value))
+
     def _read(path: str) -> bytes:
         """All of it; empty for a process that has ended."""
         # "Too many open files", say, does not mean that there is none. A file object, since a bare
@@ -154,3 +170,9 @@ else:
         with suppress(psutil.Error):  # ended, or another user's
             return psutil.Process(pid).environ().get(name, "")
         return None
+
+    def limit_of(pid: int) -> int:
+        return 0
+
+    def set_limit(pid: int, value: int) -> None:
+        pass

@@ -88,6 +88,7 @@ class Server:
         finally:
             childs_end.close()
         self.pid = self._popen.pid
+        _tree.mark(self.pid, self.token)
         self._threads = [self._thread("output", self._read), self._thread("exit", self._wait)]
         try:
             self._settled.wait(min(timeout_s, threading.TIMEOUT_MAX))

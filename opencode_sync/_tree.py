@@ -3,16 +3,17 @@
     opencode        OPENCODE_SYNC_RUN=A       set by us: chain()
       tool          OPENCODE_SYNC_RUN=A       inherited, through setsid and double forks too
         opencode    OPENCODE_SYNC_RUN=A/B     a tool that uses opencode_sync itself
-      tool                                    env -i: found through its parent or its session
+      tool          a resource limit of A's   env -i: Linux has it inherited all the same, see mark()
 
 OpenCode's end is not its tools' end: they have sessions of their own and go on under pid 1, where a
 walk over parents does not find them; the mark does. What bears A is stopped with A, so an outer run
 takes its inner ones along. A token has the form PROCESS.N; PROCESS alone stands for all runs of one
 Python process.
 
-Out of reach is a tool that cleans its environment (or writes over it, as some daemons do to set
-their title), begins a session of its own and outlives its parent, all three; one that was handed to
-a service or a container; and one of another user, if we are not root.
+Out of reach is a tool that was handed to a service or a container, and one of another user, if we
+are not root. Where there are no such limits (all but Linux), also a tool that cleans its environment
+(or writes over it, as some daemons do to set their title) and outlives both its parent and the
+leader of its session.
 
 Also loaded without the package, by the watchdog's process: imports nothing else of ours.
 """
@@ -28,7 +29,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from ._proctable import Seen, is_older, look_at, pids, set_aside, variable
+from ._proctable import Seen, is_older, limit_of, look_at, pids, set_aside, set_limit, variable
 
 if TYPE_CHECKING:
     import psutil
@@ -68,6 +69,32 @@ def belongs(mark: str, token: str) -> bool:
     return any(part == token or part.startswith(f"{token}.") for part in mark.split("/"))
 
 
+def mark(pid: int, token: str) -> None:
+    """Have our child *pid*, just started, and all that it will start, bear *token* in a second way.
+
+    Linux hands resource limits down through every fork and exec, whatever becomes of environment,
+    parent and session. The one for real-time processes that do not sleep is unlimited nearly
+    everywhere, is touched by next to nobody, and a limit of 100,000 years changes nothing. One that
+    is set already stays: it is an outer run's, or somebody's for a reason.
+    """
+    set_limit(pid, _limits(token)[0])
+
+
+def _limits(token: str) -> range:
+    """The limits that processes of *token* may bear; none where it has not the form of a token."""
+    process, _, number = token.partition(".")
+    with suppress(ValueError):
+        first = _LEAST_LIMIT + (int(process.partition("-")[2][:10], 16) << _RUN_BITS)
+        if not number:
+            return range(first, first + (1 << _RUN_BITS))
+        return range(limit := first + int(number) % (1 << _RUN_BITS), limit + 1)
+    return range(0)
+
+
+_LEAST_LIMIT = 1 << 62  # microseconds
+_RUN_BITS = 20
+
+
 def _renew() -> None:
     global _process_token, _run_numbers
     _process_token = f"{os.getpid()}-{os.urandom(8).hex()}"
@@ -83,7 +110,12 @@ if hasattr(os, "register_at_fork"):
 
 def find(token: str) -> list[psutil.Process]:
     """All living processes that bear *token*, except this one. 1 ms where there are 100."""
-    bearing = (pid for pid in pids() if belongs(variable(pid, MARKER, token) or "", token))
+    limits = _limits(token)
+    bearing = (
+        pid
+        for pid in pids()
+        if limit_of(pid) in limits or belongs(variable(pid, MARKER, token) or "", token)
+    )
     return [process for pid in bearing if pid != os.getpid() and (process := _process(pid))]
 
 
@@ -161,6 +193,7 @@ class _Tree:
         self, token: str, roots: Collection[int], since: int, spare: Collection[str]
     ) -> None:
         self._token = token
+        self._limits = _limits(token)
         self._roots = roots
         self._since = since
         self._spare = spare
@@ -177,14 +210,18 @@ class _Tree:
     ) -> list[psutil.Process]:
         """Signal each once, those that appear meanwhile too; return what lives at *end*."""
         signalled: set[psutil.Process] = set()
+
+        def signal(process: psutil.Process) -> None:
+            if process not in signalled:
+                signalled.add(process)
+                self._signal(send, process)
+
         pause_s = FIRST_PAUSE_S
         quiet_looks = 0
         while True:
-            living = self._look()
+            living = self._look(on_sight=signal)
             for process in living:
-                if process not in signalled:
-                    self._signal(send, process)
-                    signalled.add(process)
+                signal(process)
             quiet_looks = 0 if living else quiet_looks + 1
             if quiet_looks == QUIET_LOOKS or (quiet_looks and self._is_clear):
                 return []
@@ -197,8 +234,8 @@ class _Tree:
         import psutil
 
         try:
-            name = process.name()  # a command line could tell a secret
             send(process)
+            name = process.name()  # a command line could tell a secret
             _log.debug("run %s: %s %d (%s)", self._token, send.__name__, process.pid, name)
             if process.status() == psutil.STATUS_STOPPED:
                 process.resume()  # it does not see the signal before
@@ -207,16 +244,21 @@ class _Tree:
         except psutil.AccessDenied:
             self._denied.add(process)
 
-    def _look(self) -> list[psutil.Process]:
-        """All that live now: by mark, by root, by memory, and what hangs below these."""
+    def _look(self, on_sight: Callable[[psutil.Process], None]) -> list[psutil.Process]:
+        """All that live now: by mark, by root, by memory, and what hangs below these.
+
+        Args:
+            on_sight: Called with each that bears the mark, at once: what forks and ends again and
+                again would be gone by the end of the look.
+        """
         self._is_clear = True
-        kin = self._kin()
+        kin, marked = self._kin(on_sight)
         us = os.getpid()
         # A root that is alive and not our child has been reaped, and its pid given away.
         heads = {root for root in self._roots if root not in kin or kin[root].parent == us}
         kin.pop(us, None)
         heads |= {pid for pid in self._known if pid not in kin}
-        ours = (heads & kin.keys()) | {pid for pid in kin if self._is_marked(pid)}
+        ours = (heads & kin.keys()) | (marked & kin.keys())
         ours |= {pid for pid, process in self._known.items() if pid in kin and process.is_running()}
         # The members of a session are taken for its leader's children, after its end too: what is
         # ours began it, and what was forked behind our back may have lost all other signs.
@@ -232,9 +274,12 @@ class _Tree:
                     unvisited.append(pid)
         return [process for pid in sorted(ours) if (process := self._remember(pid))]
 
-    def _kin(self) -> dict[int, Seen]:
-        """All that live and are young enough to be ours."""
-        kin = {}
+    def _kin(
+        self, on_sight: Callable[[psutil.Process], None]
+    ) -> tuple[dict[int, Seen], set[int]]:
+        """All that live and are young enough to be ours, and those of them that bear the mark."""
+        kin, marked = {}, set()
+        us = os.getpid()
         # Newest first: what forks and ends again and again is caught at its latest.
         for pid in sorted(pids(), reverse=True):
             if is_older(pid, self._since):
@@ -244,11 +289,17 @@ class _Tree:
                 continue
             if seen is not None and seen.is_alive:
                 kin[pid] = seen
+                if pid != us and self._is_marked(pid):
+                    marked.add(pid)
+                    if process := self._remember(pid):
+                        on_sight(process)
             else:
                 self._is_clear = False
-        return kin
+        return kin, marked
 
     def _is_marked(self, pid: int) -> bool:
+        if (limit := limit_of(pid)) in self._limits:
+            return not any(limit in _limits(run) for run in self._spare)
         mark = variable(pid, MARKER, self._token)
         if mark is None:
             self._is_clear = False

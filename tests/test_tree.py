@@ -284,6 +284,53 @@ def test_what_a_root_left_in_its_session_is_stopped(tool: Callable[..., Tool], t
     assert unmarked.living() == []
 
 
+@pytest.fixture
+def limited(token: str) -> Iterator[int]:
+    """A process with an empty environment, whose parent and session's leader have ended."""
+    shell = subprocess.Popen(
+        ["sh", "-c", "read go; env -i setsid sleep 933 >/dev/null & echo $!"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    _tree.mark(shell.pid, token)
+    pid = int(shell.communicate(b"go\n")[0].split()[0])
+    yield pid
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's resource limits")
+class TestOfWhatHasNoOtherMarkThanItsLimit:
+    def test_it_is_found_and_stopped(self, limited: int, token: str) -> None:
+        found = [process.pid for process in _tree.find(token)]
+
+        _tree.stop(token)
+
+        assert found == [limited]
+        assert not is_alive(limited)
+
+    def test_all_runs_of_a_process_take_it_along(self, limited: int) -> None:
+        _tree.stop(_tree.process_token())
+
+        assert not is_alive(limited)
+
+    def test_another_run_leaves_it_alone(self, limited: int) -> None:
+        _tree.stop(_tree.run_token())
+
+        assert is_alive(limited)
+
+    def test_it_can_be_spared(self, limited: int, token: str) -> None:
+        _tree.stop(_tree.process_token(), spare=[token])
+
+        assert is_alive(limited)
+
+    def test_a_limit_that_is_there_already_stays(self, limited: int, token: str) -> None:
+        _tree.mark(limited, _tree.run_token())
+
+        assert [process.pid for process in _tree.find(token)] == [limited]
+
+
 def test_a_root_that_is_not_our_child_is_another_process_by_now(
     tool: Callable[..., Tool], token: str
 ) -> None:
