@@ -1,6 +1,7 @@
 """Data directories: one for each run in flight, reused by later runs.
 
     root/0, root/1, ...     XDG_DATA_HOME of a run; leased to one run at a time, lowest first
+    root/N/opencode-sync-unpacked   libraries that OpenCode unpacks; emptied after each run
     root/config             an empty XDG_CONFIG_HOME for runs that leave the user's out
     root/sessions.jsonl     which directory holds which session (kept roots only)
     root/N.lock             held while leased (kept roots only: other processes may share them)
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from . import _interrupt
 from ._checks import checked_path
-from ._sessionindex import SessionHome, SessionIndex
+from ._sessionindex import SessionHome, SessionIndex, check_directory
 from ._userdata import in_words, link_credentials
 from .errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("opencode_sync")
 
 TEMPORARY_PREFIX = "opencode-sync-"
+UNPACKED = "opencode-sync-unpacked"  # in a data directory; _preload.js knows the name
 
 
 class Lease:
@@ -43,10 +45,21 @@ class Lease:
 
     Attributes:
         path: The ``XDG_DATA_HOME`` of the run.
+        unpacked: An empty directory for what OpenCode unpacks.
     """
 
-    def __init__(self, owner: DataDirectories, slot: int, path: Path, session: str | None) -> None:
+    def __init__(
+        self,
+        owner: DataDirectories,
+        slot: int,
+        path: Path,
+        session: str | None,
+        *,
+        holds_sessions: bool = True,
+    ) -> None:
         self.path = path
+        self.unpacked = path / UNPACKED
+        self._holds_sessions = holds_sessions
         self._owner = owner
         self._slot = slot
         self._session = session
@@ -57,7 +70,8 @@ class Lease:
 
     def remember(self, session_id: str, workspace: str) -> None:
         """Record that *session_id* is here, and is the last one in *workspace*."""
-        self._owner._remember(session_id, self._slot, workspace)
+        if self._holds_sessions:
+            self._owner._remember(session_id, self._slot, workspace)
 
     def release(self) -> None:
         """Give the directory to the next run; idempotent."""
@@ -95,33 +109,55 @@ class DataDirectories:
         self._pid = os.getpid()
 
     def lease(
-        self, env: Mapping[str, str], *, session_id: str | None = None, fork: bool = False
+        self,
+        env: Mapping[str, str],
+        *,
+        session_id: str | None = None,
+        workspace: str | None = None,
+        fork: bool = False,
+        holds_sessions: bool = True,
     ) -> Lease:
         """A directory for one run: the one of *session_id*, else one that is free.
 
         Args:
             env: The run's environment; says where the user's credentials are.
+            workspace: The directory that the run works in; None for any.
             fork: The run branches the session. Several may at a time, as it stays as it is.
+            holds_sessions: The run keeps its session here; if not, it only needs ``unpacked``.
 
         Raises:
-            OpenCodeConfigError: If the session is unknown here, or has a run on it now.
+            OpenCodeConfigError: If the session is unknown here, works in another directory, or has
+                a run on it now.
             OpenCodeCancelledError: If this was closed in the meantime.
             OpenCodeError: If there is no place for a directory.
         """
         with in_words(self._kept), _interrupt.deferred():
-            return self._lease(env, session_id, fork)
+            return self._lease(env, session_id, workspace, fork, holds_sessions)
 
-    def _lease(self, env: Mapping[str, str], session_id: str | None, fork: bool) -> Lease:
+    def _lease(
+        self,
+        env: Mapping[str, str],
+        session_id: str | None,
+        workspace: str | None,
+        fork: bool,
+        holds_sessions: bool,
+    ) -> Lease:
         with self._locked():
             if self._is_closed:
                 raise OpenCodeCancelledError("the client was closed while the run was starting")
-            slot = self._free_slot() if session_id is None else self._slot_of(session_id)
+            slot = self._free_slot() if session_id is None else self._slot_of(session_id, workspace)
+            is_first = slot not in self._users
             self._users[slot] = self._users.get(slot, 0) + 1
             own = None if fork else session_id
             if own is not None:
                 self._busy.add(own)
-            lease = Lease(self, slot, self._root() / str(slot), own)
+            lease = Lease(
+                self, slot, self._root() / str(slot), own, holds_sessions=holds_sessions
+            )
         try:
+            if is_first:  # what a run has left whose Python process was killed
+                shutil.rmtree(lease.unpacked, ignore_errors=True)
+            lease.unpacked.mkdir(mode=0o700, parents=True, exist_ok=True)
             link_credentials(env, lease.path)
         except BaseException:
             lease.release()
@@ -188,7 +224,7 @@ class DataDirectories:
             slot += 1
         return slot
 
-    def _slot_of(self, session_id: str) -> int:
+    def _slot_of(self, session_id: str, workspace: str | None) -> int:
         home = self._sessions.find(session_id)
         if home is None:
             raise OpenCodeConfigError(
@@ -196,6 +232,7 @@ class DataDirectories:
                 "runs, with data_dir= also in a later process, and with isolate_db=False those "
                 "of your own opencode"
             )
+        check_directory(session_id, home.workspace, workspace)
         if session_id in self._busy:
             raise OpenCodeConfigError(f"session {session_id!r} has a run under way: wait for it")
         if home.slot not in self._users and not self._lock_file(home.slot):
@@ -241,6 +278,8 @@ class DataDirectories:
         if self._users[slot]:
             return
         del self._users[slot]
+        if (root := self._kept or self._temporary) is not None:
+            _empty(root / str(slot) / UNPACKED)
         if (lock := self._file_locks.pop(slot, None)) is not None:
             lock.release()
 
@@ -258,3 +297,9 @@ class DataDirectories:
             self._sessions.keep(session_id, home)
         except OSError as error:  # no reason to end a run that is under way
             _log.warning("session %s will not be found by later processes: %s", session_id, error)
+
+
+def _empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):  # the next lease tries again
+        for path in directory.iterdir():
+            path.unlink()

@@ -4,6 +4,7 @@
 
 // What is for OpenCode alone: a tool that is made of Bun would take it too.
 delete process.env.BUN_INSPECT_PRELOAD
+if (process.env.BUN_TMPDIR?.endsWith("opencode-sync-unpacked")) delete process.env.BUN_TMPDIR
 if (process.env.BUN_JSC_thresholdForFTLOptimizeAfterWarmUp === "1000000") {
   delete process.env.BUN_JSC_thresholdForFTLOptimizeAfterWarmUp
 }

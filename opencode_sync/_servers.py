@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from . import _interrupt, _watchdog
-from ._command import PLUGIN, build_env, resolve_binary, without_user_config
+from ._command import PLUGIN, build_env, resolve_binary, unpacking_in, without_user_config
 from ._datadir import DataDirectories, Lease
 from ._link import Link, dispose
 from ._secrets import Secrets
@@ -156,6 +156,7 @@ class Own:
             self._leases.append(self._directories.lease(env))
         data = self._leases[0].path
         env["XDG_DATA_HOME"] = str(data)
+        env = unpacking_in(self._leases[0].unpacked, env)
         if not self._cfg.inherit_user_config:
             empty = self._directories.empty_config()
             env = without_user_config(env, self._cfg, empty)

@@ -3,7 +3,8 @@
     note() --> in memory, the last used last
     keep() --> root/sessions.jsonl, a line each (kept roots only) --> found by later processes too
 
-Takes no lock: its owner has one.
+Takes no lock: its owner has one. What OpenCode's own database knows of a session is looked up here,
+too, for runs that share one.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from .errors import OpenCodeConfigError
 
 
 @dataclass
@@ -89,3 +92,28 @@ class SessionIndex:
                 entry = json.loads(line)
                 home = SessionHome(int(entry["slot"]), str(entry["workspace"]))
                 yield str(entry["session"]), home
+
+
+def check_directory(session_id: str, own: str | None, workspace: str | None) -> None:
+    """Refuse to continue a session elsewhere than in *own*, the directory that it works in.
+
+    OpenCode would carry the prompt out there all the same, print nothing, and not end (1.18.33).
+    None stands for any directory.
+    """
+    if own is not None and workspace is not None and own != workspace:
+        raise OpenCodeConfigError(
+            f"session {session_id!r} works in {own!r}, not in {workspace!r}: pass that workspace"
+        )
+
+
+def stored_directory(database: Path, session_id: str) -> str | None:
+    """The directory of a session in OpenCode's *database*; None where it does not say."""
+    import sqlite3
+
+    with suppress(sqlite3.Error):  # there is none yet, or its tables are another version's
+        uri = f"{database.absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=1.0)) as connection:
+            query = "select directory from session where id = ?"
+            row = connection.execute(query, (session_id,)).fetchone()
+            return None if row is None else str(row[0])
+    return None

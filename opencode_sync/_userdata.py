@@ -28,6 +28,12 @@ def user_data(env: Mapping[str, str]) -> Path:
     return Path(env.get("XDG_DATA_HOME") or Path(home) / ".local/share") / "opencode"
 
 
+def user_database(env: Mapping[str, str]) -> Path | None:
+    """OpenCode's database under *env*; None for one in memory."""
+    name = env.get("OPENCODE_DB") or "opencode.db"
+    return None if name == ":memory:" else user_data(env) / name  # which an absolute one replaces
+
+
 def link_credentials(env: Mapping[str, str], data: Path, *, is_ours: bool = True) -> None:
     """Make *data* an ``XDG_DATA_HOME``, with links to the credentials that *env* leads to.
 

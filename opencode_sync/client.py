@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from ._command import (
     build_argv,
     build_env,
     resolve_binary,
+    unpacking_in,
     with_title,
     without_database,
     without_user_config,
@@ -31,7 +32,8 @@ from ._datadir import DataDirectories, Lease
 from ._gate import Gate
 from ._run import ProcessRun
 from ._runs import NEEDS_SERVER
-from ._userdata import in_words, link_credentials
+from ._sessionindex import check_directory, stored_directory
+from ._userdata import in_words, link_credentials, user_database
 from ._versions import check_program_version
 from .config import RunConfig
 from .errors import OpenCodeConfigError
@@ -205,15 +207,23 @@ class OpenCodeClient(Runner):
             with _interrupt.deferred():
                 _watchdog.guard()
         cfg = request.cfg
-        env = add_preload(build_env(cfg))
+        env = build_env(cfg)
         isolated = self._isolate_db and "XDG_DATA_HOME" not in (cfg.extra_env or {})
         with ExitStack() as undo:
-            lease = None
             if isolated:
                 cfg = self._own_session(cfg, request.workspace)
-                lease = self._directories.lease(env, session_id=cfg.session_id, fork=cfg.fork)
-                undo.callback(lease.release)
-            env = self._placed(env, cfg, lease)
+            lease = self._directories.lease(
+                env,
+                session_id=cfg.session_id if isolated else None,
+                workspace=str(request.workspace),
+                fork=cfg.fork,
+                holds_sessions=isolated,
+            )
+            undo.callback(lease.release)
+            env = self._placed(env, cfg, lease if isolated else None)
+            if not isolated and cfg.session_id is not None:
+                _check_workspace(cfg.session_id, env, request.workspace)
+            env = add_preload(unpacking_in(lease.unpacked, env))
             with ExitStack() as starting:
                 if not isolated:
                     starting.enter_context(self._gate.slot(cancelled))
@@ -271,6 +281,12 @@ def _with_logs(cfg: RunConfig) -> RunConfig:
     return (
         cfg if cfg.print_logs else cfg.replace(print_logs=True, log_level=cfg.log_level or "ERROR")
     )
+
+
+def _check_workspace(session_id: str, env: Mapping[str, str], workspace: Path) -> None:
+    database = user_database(env)
+    own = None if database is None else stored_directory(database, session_id)
+    check_directory(session_id, own, str(workspace))
 
 
 def _close_in(pid: int, directories: DataDirectories) -> None:
