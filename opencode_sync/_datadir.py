@@ -151,9 +151,7 @@ class DataDirectories:
             own = None if fork else session_id
             if own is not None:
                 self._busy.add(own)
-            lease = Lease(
-                self, slot, self._root() / str(slot), own, holds_sessions=holds_sessions
-            )
+            lease = Lease(self, slot, self._root() / str(slot), own, holds_sessions=holds_sessions)
         try:
             if is_first:  # what a run has left whose Python process was killed
                 shutil.rmtree(lease.unpacked, ignore_errors=True)

@@ -3,7 +3,7 @@
     opencode        OPENCODE_SYNC_RUN=A       set by us: chain()
       tool          OPENCODE_SYNC_RUN=A       inherited, through setsid and double forks too
         opencode    OPENCODE_SYNC_RUN=A/B     a tool that uses opencode_sync itself
-      tool          a resource limit of A's   env -i: Linux has it inherited all the same, see mark()
+      tool          a resource limit of A's   env -i: Linux hands it down all the same, see mark()
 
 OpenCode's end is not its tools' end: they have sessions of their own and go on under pid 1, where a
 walk over parents does not find them; the mark does. What bears A is stopped with A, so an outer run
@@ -11,9 +11,9 @@ takes its inner ones along. A token has the form PROCESS.N; PROCESS alone stands
 Python process.
 
 Out of reach is a tool that was handed to a service or a container, and one of another user, if we
-are not root. Where there are no such limits (all but Linux), also a tool that cleans its environment
-(or writes over it, as some daemons do to set their title) and outlives both its parent and the
-leader of its session.
+are not root. Where there are no such limits (all but Linux), also a tool that cleans its
+environment (or writes over it, as some daemons do to set their title) and outlives both its parent
+and the leader of its session.
 
 Also loaded without the package, by the watchdog's process: imports nothing else of ours.
 """
@@ -114,7 +114,8 @@ def find(token: str) -> list[psutil.Process]:
     bearing = (
         pid
         for pid in pids()
-        if limit_of(pid) in limits or belongs(variable(pid, MARKER, token) or "", token)
+        if (limit_of(pid) in limits and (seen := look_at(pid)) is not None and seen.is_alive)
+        or belongs(variable(pid, MARKER, token) or "", token)
     )
     return [process for pid in bearing if pid != os.getpid() and (process := _process(pid))]
 
@@ -274,9 +275,7 @@ class _Tree:
                     unvisited.append(pid)
         return [process for pid in sorted(ours) if (process := self._remember(pid))]
 
-    def _kin(
-        self, on_sight: Callable[[psutil.Process], None]
-    ) -> tuple[dict[int, Seen], set[int]]:
+    def _kin(self, on_sight: Callable[[psutil.Process], None]) -> tuple[dict[int, Seen], set[int]]:
         """All that live and are young enough to be ours, and those of them that bear the mark."""
         kin, marked = {}, set()
         us = os.getpid()

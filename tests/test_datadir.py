@@ -210,6 +210,49 @@ def test_the_user_s_data_is_where_opencode_looks_for_it() -> None:
     assert user_data({"HOME": "/home/me"}) == Path("/home/me/.local/share/opencode")
 
 
+# --- what OpenCode unpacks -----------------------------------------------------------------------
+
+
+def test_what_a_run_unpacked_goes_with_it(pool: DataDirectories) -> None:
+    lease = pool.lease({})
+    (lease.unpacked / ".1-0.so").write_bytes(b"library")
+
+    lease.release()
+
+    assert list(lease.unpacked.iterdir()) == []
+
+
+def test_what_a_run_unpacked_stays_for_another_one_on_the_same_directory(
+    pool: DataDirectories,
+) -> None:
+    pool.lease({}).remember("ses_1", "/w")
+    first, second = (pool.lease({}, session_id="ses_1", fork=True) for _ in range(2))
+    (first.unpacked / ".1-0.so").write_bytes(b"library")
+
+    second.release()
+
+    assert [path.name for path in first.unpacked.iterdir()] == [".1-0.so"]
+
+
+def test_what_a_killed_process_left_unpacked_goes_with_the_next_run(tmp_path: Path) -> None:
+    left = tmp_path / "0" / _datadir.UNPACKED
+    left.mkdir(parents=True)
+    (left / ".1-0.so").write_bytes(b"library")
+    pool = DataDirectories(tmp_path)
+
+    unpacked = pool.lease({}).unpacked
+
+    assert unpacked == left
+    assert list(unpacked.iterdir()) == []
+
+
+def test_a_run_that_keeps_its_session_elsewhere_is_not_found_here(pool: DataDirectories) -> None:
+    pool.lease({}, holds_sessions=False).remember("ses_1", "/w")
+
+    with pytest.raises(OpenCodeConfigError, match="'ses_1' is unknown here"):
+        pool.lease({}, session_id="ses_1")
+
+
 # --- sessions ------------------------------------------------------------------------------------
 
 
@@ -225,6 +268,20 @@ def test_a_session_is_found_where_it_began(pool: DataDirectories) -> None:
 def test_an_unknown_session_is_refused_with_the_next_step(pool: DataDirectories) -> None:
     with pytest.raises(OpenCodeConfigError, match=r"'ses_9' is unknown here: .*data_dir="):
         pool.lease({}, session_id="ses_9")
+
+
+@pytest.mark.parametrize("fork", [False, True], ids=["continued", "forked"])
+def test_a_session_is_refused_in_another_directory_than_its_own(
+    pool: DataDirectories, fork: bool
+) -> None:
+    lease = pool.lease({})
+    lease.remember("ses_1", "/repo")
+    lease.release()
+
+    with pytest.raises(OpenCodeConfigError, match="'ses_1' works in '/repo', not in '/repo/sub'"):
+        pool.lease({}, session_id="ses_1", workspace="/repo/sub", fork=fork)
+
+    assert pool.lease({}, session_id="ses_1", workspace="/repo", fork=fork).path == lease.path
 
 
 def test_a_session_has_one_run_at_a_time(pool: DataDirectories) -> None:

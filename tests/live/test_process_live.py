@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from opencode_sync import OpenCodeClient, OpenCodeProcessError, OpenCodeTimeoutError, _command
+from opencode_sync import (
+    OpenCodeClient,
+    OpenCodeConfigError,
+    OpenCodeProcessError,
+    OpenCodeTimeoutError,
+    _command,
+)
 from opencode_sync.testing import Reply, ScriptedModel, tool_call
 from tests.endings import COMMAND, Tools, script
 
@@ -50,6 +58,28 @@ def test_after_the_script_s_end_no_tool_lives(
 
         assert started.process.wait(LONG_S) == 0
         assert not tools.living()
+
+
+def test_a_session_is_refused_in_another_directory_and_nothing_is_left_unpacked(
+    opencode_binary: str, workspace: Path, scripted: Any, tmp_path: Path
+) -> None:
+    model: ScriptedModel = scripted(lambda request: f"re {request.prompt}")
+    cfg = model.run_config()
+    (workspace / "sub").mkdir()
+    data = tmp_path / "data"
+    refused = f"works in '{workspace}', not in '{workspace / 'sub'}': pass that workspace"
+
+    # Sessions in a directory of ours, and those of a database that is OpenCode's alone to know.
+    for isolate_db in (True, False):
+        with OpenCodeClient(opencode_binary, isolate_db=isolate_db, data_dir=data) as client:
+            first = client.run("one", workspace, run_cfg=cfg)
+            for fork in (False, True):
+                going_on = cfg.replace(session_id=first.session_id, fork=fork)
+                with pytest.raises(OpenCodeConfigError, match=re.escape(refused)):
+                    client.run("two", workspace / "sub", run_cfg=going_on)
+
+    assert [request.prompt for request in model.requests] == ["one", "one"]
+    assert [*data.rglob("*.so"), *Path(tempfile.gettempdir()).rglob("*.so")] == []
 
 
 # --- a provider that refuses ---------------------------------------------------------------------
