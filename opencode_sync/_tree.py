@@ -249,8 +249,9 @@ class _Tree:
         """All that live now: by mark, by root, by memory, and what hangs below these.
 
         Args:
-            on_sight: Called with each that bears the mark, at once: what forks and ends again and
-                again would be gone by the end of the look.
+            on_sight: Called at once with each that bears the mark and whose parent does not: what
+                forks and ends again and again would be gone by the end of the look. Others wait
+                for their parents: a shell whose command ended before it would begin the next one.
         """
         self._is_clear = True
         kin, marked = self._kin(on_sight)
@@ -290,7 +291,8 @@ class _Tree:
                 kin[pid] = seen
                 if pid != us and self._is_marked(pid):
                     marked.add(pid)
-                    if process := self._remember(pid):
+                    process = self._remember(pid)
+                    if process is not None and not self._is_marked(seen.parent):
                         on_sight(process)
             else:
                 self._is_clear = False

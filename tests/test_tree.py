@@ -341,6 +341,16 @@ def test_a_root_that_is_not_our_child_is_another_process_by_now(
     assert stranger.living() == stranger.pids
 
 
+def test_a_shell_is_ended_before_its_command_and_begins_no_other_one(
+    tool: Callable[..., Tool], token: str, tmp_path: Path
+) -> None:
+    tool(f"echo $$; for n in 1 2 3 4; do sleep 934; touch {tmp_path}/begun; done", 1)
+
+    _tree.stop(token)
+
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_outer_run_takes_its_inner_runs_along(tool: Callable[..., Tool], token: str) -> None:
     inner = tool("echo $$; exec sleep 916", 1, mark=f"{token}/7-ab.1")
 
