@@ -36,6 +36,7 @@ pytestmark = [
 STEP = TokenUsage(total=120, input=100, output=20)
 STEP_COST = (100 * 1 + 20 * 10) / 1e6
 MOST_STEPS = 100  # of a sub-agent that nobody stops
+LONG = "x" * 1_000_000
 
 # Sub-agents may call sub-agents, and OpenCode may ask for titles.
 AGENTS = {"general": {"permission": {"task": "allow"}}, "title": {"disable": False}}
@@ -73,6 +74,10 @@ class Script:
             return shell("echo seen")
         if prompt == "delegate again":
             return task("touch", task_id=self.taken_up)
+        if prompt == "dig":
+            return LONG
+        if prompt == "fill up":
+            return Reply(tool_calls=[shell("echo full")], usage=TokenUsage(input=900, output=20))
         if prompt == "touch":
             return shell("touch made")
         if prompt == "delegate spending":
@@ -94,8 +99,15 @@ def model(script: Script) -> Iterator[ScriptedModel]:
 @pytest.fixture(scope="module")
 def cfg(model: ScriptedModel) -> RunConfig:
     base = config(model)
-    overrides = merged(base.config_overrides or {}, {"agent": AGENTS, "subagent_depth": 2})
-    return base.replace(config_overrides=overrides)
+    tight = {"scripted": {"models": {"tight": {"limit": {"context": 1_000, "output": 100}}}}}
+    ours = {
+        "agent": AGENTS,
+        "subagent_depth": 2,
+        "provider": tight,
+        "compaction": {"auto": True},
+        "command": {"inspect": {"template": "look", "subtask": True, "agent": "general"}},
+    }
+    return base.replace(config_overrides=merged(base.config_overrides or {}, ours))
 
 
 @pytest.fixture(scope="module", params=[OpenCodeClient, OpenCodeServer], ids=["process", "server"])
@@ -170,6 +182,18 @@ def test_tool_calls_of_sub_agents_are_told(family: Family) -> None:
     assert len(family.result.tool_calls) == 4
 
 
+def test_what_a_sub_agent_says_is_told_whole_and_is_not_the_answer(family: Family) -> None:
+    said = {
+        event["sessionID"]: event["part"]["text"]
+        for event in family.result.events
+        if event["type"] == "text"
+    }
+
+    assert said[family.called("dig").session_id] == LONG
+    assert LONG not in family.result.stderr
+    assert family.result.answer == "delegate is done"
+
+
 def test_a_sub_agent_is_announced_before_its_events(family: Family) -> None:
     known = {family.result.session_id}
 
@@ -232,6 +256,29 @@ def test_max_cost_ends_a_sub_agent_in_the_midst_of_its_work(
     [spender] = result.sub_agents
     assert result.total_cost == spender.total_cost > 2.5 * STEP_COST
     assert script.n_spent < MOST_STEPS
+
+
+def test_a_command_that_is_a_sub_agent_s_is_counted_for_the_session_that_ran_it(
+    runner: Runner, cfg: RunConfig, workspace: Path
+) -> None:
+    result = runner.run("", workspace, run_cfg=cfg.replace(command="inspect"))
+
+    [inspector] = result.sub_agents
+    assert inspector.parent_id == result.session_id
+    assert (inspector.token_usage, inspector.total_cost) == steps(2)
+    assert (result.token_usage, result.total_cost) == steps(3)
+
+
+def test_a_compaction_is_counted(
+    runner: Runner, cfg: RunConfig, workspace: Path, model: ScriptedModel
+) -> None:
+    before = len(model.requests), len(model.side_requests)
+
+    result = runner.run("fill up", workspace, run_cfg=cfg.replace(model="scripted/tight"))
+
+    assert len(model.side_requests) == before[1] + 1  # the summary
+    n_requests = len(model.requests) - before[0]
+    assert result.token_usage.output == 20 * (n_requests + 1)
 
 
 def test_a_process_that_tells_nothing_of_its_sub_agents_is_warned_of(
