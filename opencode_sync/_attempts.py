@@ -91,5 +91,5 @@ class Attempts:
             return False
         self._open_source, self.tries, self.is_further = further, 0, True
         self._stderr, self._lines = self._result.stderr, self._result.raw_stdout_lines
-        self._result.finish_reason = None
+        self._result._begin_turn()
         return True

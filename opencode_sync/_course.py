@@ -111,6 +111,8 @@ class Course:
             self._log_file.mark_attempt()
         self._source = source = self._attempts.open(self._cancelled.is_set)
         self._meter.start(source.started_at)
+        if source.session_id is not None:
+            self._result.session_id = source.session_id
         if self._result.started_at is None:
             self._result.started_at = time.time() - (time.monotonic() - source.started_at)
         _log.info("%s started, attempt %d", source.label, self._attempts.tries)

@@ -2,6 +2,7 @@
 
     text, message, ...   --> texts       final_text, answer
     tool_use, ...        --> tool_calls  denied_tools
+    compaction           --> texts       whose words a text is
     step_start, _finish  --> steps       turns, token_usage, total_cost, finish_reason
     error                --> error
     warning              --> warnings
@@ -21,6 +22,7 @@ from ._reading import (
     SubAgent,
     denied_tool,
     error_info,
+    message_id_of,
     number_of,
     text_of,
     usage_of,
@@ -35,11 +37,29 @@ Rule = Callable[["RunResult", Mapping[str, Any]], None]
 
 def _fold_text(result: RunResult, event: Mapping[str, Any]) -> None:
     text, is_piece = text_of(event)
-    result._texts.add(text, is_piece=is_piece)
+    if text:
+        result._texts.add(text, is_piece=is_piece, message_id=message_id_of(event))
+    elif _is_continuation(event):
+        result._texts.go_on()
+
+
+def _is_continuation(event: Mapping[str, Any]) -> bool:
+    """Whether it is OpenCode's own prompt after a summary (1.18.33)."""
+    part = event.get("part")
+    metadata = part.get("metadata") if isinstance(part, Mapping) else None
+    return isinstance(metadata, Mapping) and bool(metadata.get("compaction_continue"))
+
+
+def _fold_compaction(result: RunResult, event: Mapping[str, Any]) -> None:
+    message_id = event.get("messageID")
+    if isinstance(message_id, str):
+        result._texts.leave_out(message_id)
+        # A run does not end with a summary but with the model's step before it.
+        result.finish_reason = result._texts.steps[-1].reason
 
 
 def _fold_step_start(result: RunResult, event: Mapping[str, Any]) -> None:
-    result._texts.begin_step()
+    result._texts.begin_step(message_id_of(event))
     result.finish_reason = None
 
 
@@ -50,7 +70,8 @@ def _fold_step_finish(result: RunResult, event: Mapping[str, Any]) -> None:
     result.turns += 1
     _count_spending(result, step)
     reason = step.get("reason")
-    result.finish_reason = reason if isinstance(reason, str) else "unknown"
+    result._texts.end_step(reason if isinstance(reason, str) else "unknown")
+    result.finish_reason = result._texts.steps[-1].reason
     if "tool" in event:
         result.tool_calls.append(OtherEvent(type="step_tool", payload=event["tool"]))
 
@@ -110,6 +131,7 @@ RULES: dict[str, Rule] = {
     "tool_result": _fold_tool,
     "tool": _fold_tool,
     "error": _fold_error,
+    "compaction": _fold_compaction,
     "warning": _fold_warning,
     "sub_agent": _fold_sub_agent,
 }

@@ -48,6 +48,10 @@ const isWhole = ({ type, state, time }) => {
 
 const read = ({ type, properties: { info, part } = {} }) => {
   if (type === "session.created" && info.parentID) follow(info.id, info.parentID, info.agent, info.title)
+  if (type === "message.updated" && info.summary === true && !told.has(info.id)) {
+    told.add(info.id) // in what `run` prints, a summary for OpenCode itself is a text like any other
+    tell("compaction", info.sessionID, { messageID: info.id })
+  }
   if (type !== "message.part.updated") return
   if (part.tool === "task") {
     const { input, metadata } = part.state // a session that is taken up again is not created

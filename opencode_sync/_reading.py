@@ -89,33 +89,89 @@ class SubAgent:
 
 
 @dataclass
-class Texts:
-    """The model's texts in order; joined only when they are read, and so cheap to add to."""
+class Step:
+    """What the model said in one step.
 
+    Attributes:
+        message_id: Of OpenCode's message, or None.
+        reason: Why the step ended; None while it is under way.
+    """
+
+    message_id: str | None = None
     paragraphs: list[str] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)  # of the paragraph being written
-    step_from: int = 0  # the last step's first paragraph
+    reason: str | None = None
 
-    def add(self, text: str, *, is_piece: bool) -> None:
+
+@dataclass
+class Texts:
+    """The model's texts in order; joined only when they are read, and so cheap to add to.
+
+    Attributes:
+        steps: The model's steps; texts before the first one are a step too.
+        summaries: Ids of messages in which OpenCode had the conversation summed up, for itself.
+        answered: The step with the whole answer, where OpenCode went on by itself after it.
+    """
+
+    steps: list[Step] = field(default_factory=lambda: [Step()])
+    pieces: list[str] = field(default_factory=list)  # of the paragraph being written
+    summaries: set[str] = field(default_factory=set)
+    answered: Step | None = None
+    _latest: str | None = None  # the message of the latest step, also of a summary
+
+    def add(self, text: str, *, is_piece: bool = False, message_id: object = None) -> None:
         if is_piece:
             self.pieces.append(text)
-        elif text:
+        elif text and message_id not in self.summaries:
             if self.pieces:
                 self.end_paragraph()
-            self.paragraphs.append(text)
+            self.steps[-1].paragraphs.append(text)
 
     def end_paragraph(self) -> None:
         if self.pieces:
-            self.paragraphs.append("".join(self.pieces))
+            self.steps[-1].paragraphs.append("".join(self.pieces))
             self.pieces = []
 
-    def begin_step(self) -> None:
+    def begin_step(self, message_id: str | None = None) -> None:
         self.end_paragraph()
-        self.step_from = len(self.paragraphs)
+        self._latest = message_id
+        if message_id not in self.summaries:
+            self.steps.append(Step(message_id))
 
-    def joined(self, first: int = 0) -> str:
-        last = ["".join(self.pieces)] if self.pieces else []
-        return "\n\n".join(self.paragraphs[first:] + last)
+    def end_step(self, reason: str) -> None:
+        if self._latest not in self.summaries:
+            self.steps[-1].reason = reason
+
+    def leave_out(self, message_id: str) -> None:
+        """Leave out a message that is a summary, whether it has come or is still to come."""
+        self.summaries.add(message_id)
+        self.steps = [s for s in self.steps if s.message_id != message_id] or [Step()]
+
+    def go_on(self) -> None:
+        """Take note that OpenCode, after a summary, prompts the model by itself.
+
+        Where the model had given its whole answer before, that remains the answer, as it would be
+        without the summary.
+        """
+        if self._latest is not None:
+            self.leave_out(self._latest)
+        if self.answered is None and self.steps[-1].reason == "stop":
+            self.answered = self.steps[-1]
+
+    def begin_turn(self) -> None:
+        """Take what comes from now on as the answer to a further prompt."""
+        self.answered, self.steps[-1].reason = None, None
+
+    def joined(self) -> str:
+        return self._join([text for step in self.steps for text in step.paragraphs], self.pieces)
+
+    def answer(self) -> str:
+        if self.answered is not None:
+            return self._join(self.answered.paragraphs, [])
+        return self._join(self.steps[-1].paragraphs, self.pieces)
+
+    @staticmethod
+    def _join(paragraphs: list[str], pieces: list[str]) -> str:
+        return "\n\n".join([*paragraphs, "".join(pieces)] if pieces else paragraphs)
 
 
 def ended_well(reason: str | None, *, was_denied: bool) -> bool:
@@ -140,13 +196,18 @@ def why_cut(reason: str | None) -> str | None:
     return f"{why} (finish reason: {reason})"
 
 
+def is_unsaid(part: Mapping[str, Any]) -> bool:
+    """Whether a text part is OpenCode's own or a plugin's, not the model's."""
+    return bool(part.get("synthetic") or part.get("ignored"))
+
+
 def text_of(event: Mapping[str, Any]) -> tuple[str, bool]:
     """The text of an event of TEXT_TYPES, and whether it is a piece of a longer one."""
     if event.get("type") != "text":
         return _content_text(event.get("content")), False
     part = event.get("part")
     if isinstance(part, (dict, Mapping)) and isinstance(text := part.get("text"), str):
-        return text, False
+        return "" if is_unsaid(part) else text, False
     for key in ("content", "text", "delta"):
         value = event.get(key)
         if isinstance(value, str):
@@ -181,6 +242,13 @@ def strings_in(event: Mapping[str, Any]) -> list[str]:
     if isinstance(inner, Mapping):
         values += [inner.get("content"), inner.get("text")]
     return [text for value in values if isinstance(value, str) and (text := value.strip())]
+
+
+def message_id_of(event: Mapping[str, Any]) -> str | None:
+    """The id of the message that an event's part belongs to, or None."""
+    part = event.get("part")
+    message_id = part.get("messageID") if isinstance(part, (dict, Mapping)) else None
+    return message_id if isinstance(message_id, str) else None
 
 
 def share_words(event: Mapping[str, Any], known: dict[str, str]) -> None:

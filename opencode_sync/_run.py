@@ -24,7 +24,7 @@ from ._reading import called_session
 from ._reasons import may_be_repeated, reason, start_error, what_is_missing
 from ._secrets import Secrets
 from .errors import OpenCodeError, OpenCodeIncompleteError, OpenCodeProcessError
-from .events import Event, parse_block, warning_events
+from .events import Event, is_cut, parse_block, warning_events
 from .result import RunResult
 
 _log = logging.getLogger("opencode_sync")
@@ -102,6 +102,10 @@ class ProcessRun:
     def wait_started(self, timeout: float, cancelled: Callable[[], bool]) -> None:
         """Return at the first output or the end, when cancelled, or after *timeout* seconds."""
         self._process.wait_started(timeout, cancelled)
+
+    @property
+    def session_id(self) -> str | None:
+        return self._session
 
     @property
     def is_over(self) -> bool:
@@ -197,7 +201,7 @@ class ProcessRun:
         if self._keep_raw:
             self._raw_blocks.append(lines)
         events = parse_block(lines)
-        self._n_lines += len(events)
+        self._n_lines += lines.count(b"\n") + 1
         if self._session is None:
             self._note_session(events)
         self._delegated.update(filter(None, map(called_session, events)))
@@ -217,7 +221,7 @@ class ProcessRun:
         events = self._read_stderr(rest) if (rest := self._stderr.rest()) else []
         if rest := self._stdout.rest():
             last = self._events(rest)
-            self._is_cut = last[0].get("kind") == "json_decode_error"
+            self._is_cut = is_cut(last[-1])
             events += last
         if unseen := self._delegated - self._followed:
             events.append(not_counted(len(unseen)))

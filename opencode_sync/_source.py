@@ -25,6 +25,10 @@ class Source(Protocol):
         """When its work began, a ``time.monotonic()`` instant."""
 
     @property
+    def session_id(self) -> str | None:
+        """The run's session, if it is known: the first event may be a sub-agent's."""
+
+    @property
     def is_over(self) -> bool:
         """Whether it has ended by itself; events may still be there to be received."""
 

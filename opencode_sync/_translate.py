@@ -1,6 +1,6 @@
 """A session's messages become the events that ``opencode run`` prints, and some more.
 
-    message.updated ------> which messages belong to the turn, and whether they are complete
+    message.updated ------> compaction; which messages belong to the turn, and are complete
     message.part.updated -> step_start, text, reasoning, tool_use, step_finish   (each part once)
     message.part.delta ---> text_delta, reasoning_delta
     session.created, a task's part --> sub_agent
@@ -55,6 +55,7 @@ class Translator:
         self._began_at = since
         self._with_reasoning = with_reasoning
         self._ours: set[str] = set()  # messages of the turn
+        self._summaries: set[str] = set()  # those that sum it up for OpenCode itself
         self._open: set[str] = set()  # answers that are not complete
         self._has_answer = self._is_idle = self._is_answered = False
         self._is_stopped = self._has_ended = False
@@ -122,13 +123,17 @@ class Translator:
                 self.has_begun, self._began_at = True, _created(info)
                 self.prompt_id = message_id
             return []
+        events: list[Event] = []
+        if info.get("summary") is True and message_id not in self._summaries:
+            self._summaries.add(message_id)
+            events = [_event("compaction", session_id, messageID=message_id)]
         self._has_answer = True
         if mapping(info.get("time")).get("completed"):
             self._open.discard(message_id)
         else:
             self._open.add(message_id)
         self.structured = info.get("structured", self.structured)
-        return self._tell_error(info.get("error"))
+        return events + self._tell_error(info.get("error"))
 
     def _part(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
         part = mapping(properties.get("part"))
@@ -140,7 +145,8 @@ class Translator:
             return [*begun, *self._part(session_id, properties)]
         if kind in ("text", "reasoning"):
             if not mapping(part.get("time")).get("end"):
-                self._writing[part_id] = kind
+                if part.get("messageID") not in self._summaries:
+                    self._writing[part_id] = kind
                 return []
             self._writing.pop(part_id, None)
             if kind == "reasoning" and not self._with_reasoning:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TextIO
 
 from ._markup import markdown, one_line, outcome, printable, verbatim
+from ._reading import is_unsaid
 from .errors import OpenCodeConfigError
 from .events import Event
 from .result import RunResult
@@ -33,7 +34,7 @@ def event_line(event: Mapping[str, Any]) -> str:
     if event.get("type") == "tool_use":
         return tool_line(event)
     part = event.get("part")
-    if event.get("type") != "text" or not isinstance(part, Mapping):
+    if event.get("type") != "text" or not isinstance(part, Mapping) or is_unsaid(part):
         return ""
     return printable(str(part.get("text", "")))
 
@@ -95,6 +96,9 @@ def live(
     with stream:
         try:
             for event in _until_its_end(stream):
+                is_text = event.get("type") in ("text", "text_delta")
+                if is_text and not stream.result._is_said(event):
+                    continue
                 for kind, text in pieces.of(event):
                     screen.show(kind, text)
         finally:

@@ -1,8 +1,9 @@
 """One line of output becomes one event: a plain dict, typed by its ``type``.
 
 Whatever the line holds, an event comes out and nothing of the line is lost: what is no JSON object
-becomes a ``diagnostic``. Types and keys that are not listed here pass through as they are, since
-newer versions of OpenCode add both.
+becomes a ``diagnostic``. Where a plugin printed text without a newline, its line holds the next
+event too, and becomes several events. Types and keys that are not listed here pass through as they
+are, since newer versions of OpenCode add both.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any, Literal, NoReturn, TypedDict, Union
+from itertools import islice
+from typing import Any, Literal, NoReturn, TypedDict, Union, cast
 
 
 class _Stamped(TypedDict, total=False):
@@ -174,6 +177,13 @@ class SubAgentEvent(_Stamped, total=False):
     title: str
 
 
+class CompactionEvent(_Stamped):
+    """OpenCode has the conversation summed up: the texts of this message are not an answer."""
+
+    type: Literal["compaction"]
+    messageID: str
+
+
 class PermissionEvent(_Stamped):
     """A tool waits for permission (server only)."""
 
@@ -189,7 +199,7 @@ class QuestionEvent(_Stamped):
 
 
 class DiagnosticEvent(TypedDict, total=False):
-    """A line that is no JSON object."""
+    """A line that is no JSON object, or what stands beside the events of one."""
 
     type: Literal["diagnostic"]
     kind: Literal["empty_line", "non_object_json", "json_decode_error"]
@@ -233,6 +243,7 @@ Event = Union[  # noqa: UP007 - evaluated at run time, where Python 3.10's Typed
     RetryEvent,
     WarningEvent,
     SubAgentEvent,
+    CompactionEvent,
     PermissionEvent,
     QuestionEvent,
     DiagnosticEvent,
@@ -244,8 +255,9 @@ def parse_event_line(line: str | bytes) -> Event:
     """The event of one line of output, with or without its newline.
 
     Undecodable bytes become U+FFFD. A line that is no JSON object becomes
-    ``{"type": "diagnostic", "kind": ...}`` with the text as ``raw`` or the value as ``value``.
-    Never raises for what a line holds.
+    ``{"type": "diagnostic", "kind": ...}`` with the text as ``raw`` or the value as ``value``. So
+    does one that holds other text beside events, since one event cannot keep both:
+    :func:`iter_parse_lines` gives each of them. Never raises for what a line holds.
     """
     if isinstance(line, bytes):
         line = line.decode("utf-8", "replace")
@@ -258,8 +270,44 @@ def parse_event_line(line: str | bytes) -> Event:
     return {"type": "diagnostic", "kind": "non_object_json", "value": value}
 
 
+def iter_parse_lines(lines: Iterable[str | bytes]) -> Iterator[Event]:
+    """The events of each line, lazily: one a line, unless a plugin's text stands in it too."""
+    for line in lines:
+        yield from _events_in(line)
+
+
+def _events_in(line: str | bytes) -> list[Event]:
+    """The event of a line, or the events in it with the text around them as diagnostics."""
+    event: dict[str, Any] = parse_event_line(line)  # type: ignore[assignment]
+    if event.get("kind") != "json_decode_error" or "raw" not in event:
+        return [cast(Event, event)]
+    text = str(event["raw"])
+    pieces: list[dict[str, Any]] = []
+    end = 0
+    for match in islice(_BEGINNING.finditer(text), _MOST_IN_A_LINE):
+        begin = match.start()
+        if begin < end:  # inside of the last one
+            continue
+        with suppress(ValueError, RecursionError):
+            found, after = _decoder.raw_decode(text, begin)
+            pieces += [{**event, "raw": text[end:begin]}] if end < begin else []
+            pieces.append(found)
+            end = after
+    pieces += [{**event, "raw": text[end:]}] if end < len(text) else []
+    return cast(list[Event], pieces)
+
+
+def is_cut(event: Event) -> bool:
+    """Whether it tells of a line's end that is the beginning of an event, and no more of it."""
+    raw = event.get("raw")
+    if event.get("kind") != "json_decode_error" or not isinstance(raw, str):
+        return False
+    raw, beginning = raw.replace(" ", ""), '{"type":'
+    return beginning in raw or any(raw.endswith(beginning[:n]) for n in range(1, len(beginning)))
+
+
 def parse_block(block: bytes) -> list[Event]:
-    """One event for each line of *block*: those of :func:`parse_event_line`, in half the time.
+    """The events of all lines of *block*: those of :func:`iter_parse_lines`, in half the time.
 
     The lines are read as one array. That gives their keys one memory, too: without, those of short
     events take as much as all the rest.
@@ -273,7 +321,7 @@ def parse_block(block: bytes) -> list[Event]:
             # know what stands between them.
             if values[1::2] == [_NONCE] * (n_lines - 1) and set(map(type, values[::2])) == {dict}:
                 return values[::2]  # type: ignore[no-any-return]
-    return [parse_event_line(line) for line in block.split(b"\n")]
+    return [event for line in block.split(b"\n") for event in _events_in(line)]
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -281,7 +329,12 @@ def _no_constant(name: str) -> NoReturn:
 
 
 # Python's own reading of JSON takes NaN and Infinity for numbers.
-_decode = json.JSONDecoder(parse_constant=_no_constant).decode
+_decoder = json.JSONDecoder(parse_constant=_no_constant)
+_decode = _decoder.decode
+
+# How an event begins that OpenCode prints (1.18.33): a plugin's text may hold objects of its own.
+_BEGINNING = re.compile(r'\{"type":"\w+","timestamp":\d+,"sessionID":"')
+_MOST_IN_A_LINE = 1_000  # looked for; each that is cut is read to where it ends
 
 _NONCE = os.urandom(8).hex()
 _BETWEEN = f',"{_NONCE}",'.encode()
@@ -298,11 +351,6 @@ def warning_events(messages: Iterable[str]) -> list[Event]:
     """One ``warning`` event for each of *messages*, which are full sentences."""
     now = time.time_ns() // 1_000_000
     return [{"type": "warning", "timestamp": now, "message": message} for message in messages]
-
-
-def iter_parse_lines(lines: Iterable[str | bytes]) -> Iterator[Event]:
-    """One event per line, lazily."""
-    return map(parse_event_line, lines)
 
 
 def dump_event(event: Event) -> bytes:

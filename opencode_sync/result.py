@@ -17,10 +17,13 @@ from ._markup import result_markdown
 from ._reading import (
     FILTERED,
     ErrorInfo,
+    Step,
     SubAgent,
     Texts,
     TokenUsage,
     ended_well,
+    is_unsaid,
+    message_id_of,
     share_words,
     strings_in,
 )
@@ -49,7 +52,7 @@ class _FinalText:
 
     def __set__(self, result: RunResult, text: str) -> None:
         if text != result._texts.joined():
-            result._texts = Texts([text] if text else [])
+            result._texts = Texts([Step(paragraphs=[text] if text else [])])
 
 
 class _RawLines:
@@ -75,7 +78,8 @@ class RunResult:
 
     Attributes:
         events: The events in order, plain dicts.
-        final_text: The model's text of all steps; whole parts stand apart by a blank line.
+        final_text: The model's text of all steps; whole parts stand apart by a blank line. What
+            OpenCode adds by itself (summaries of a long conversation, "Continue ...") is not in it.
         tool_calls: The events of tools, whole; those of sub-agents too.
         exit_code: The exit status; None where there was no process, or it has not ended.
         stderr: All of it, with its colours.
@@ -138,8 +142,12 @@ class RunResult:
 
     @property
     def answer(self) -> str:
-        """The text of the last step alone."""
-        return self._texts.joined(self._texts.step_from)
+        """The text of the last step alone.
+
+        Where OpenCode sums the conversation up after a whole answer, and then goes on by itself,
+        it is that answer.
+        """
+        return self._texts.answer()
 
     @property
     def status(self) -> Status:
@@ -162,6 +170,18 @@ class RunResult:
     def _is_empty(self) -> bool:
         """Whether the model neither said nor did anything."""
         return not self.tool_calls and not self.answer.strip()
+
+    def _is_said(self, event: Event) -> bool:
+        """Whether a text event, which is folded in already, has words of the model to the user."""
+        session, part = event.get("sessionID"), event.get("part")
+        is_ours = not session or session == self.session_id
+        is_added = isinstance(part, Mapping) and is_unsaid(part)
+        return is_ours and not is_added and message_id_of(event) not in self._texts.summaries
+
+    def _begin_turn(self) -> None:
+        """Take what comes from now on as the answer to a further prompt."""
+        self.finish_reason = None
+        self._texts.begin_turn()
 
     def mark_stopped(
         self, status: Literal["timed_out", "cancelled", "over_budget", "incomplete"]
@@ -223,8 +243,10 @@ class RunResult:
         text = data.get("final_text") or ""
         answer = data.get("answer", text) or ""
         before = text.removesuffix(answer).removesuffix("\n\n" if answer else "")
-        result._texts = Texts([part for part in (before, answer) if part])
-        result._texts.step_from = len(result._texts.paragraphs) - bool(answer)
+        last = Step(paragraphs=[answer] if answer else [])
+        result._texts = Texts([Step(paragraphs=[before] if before else []), last])
+        if not text.endswith(answer):  # OpenCode had gone on after it
+            result._texts = Texts([Step(paragraphs=[text])], answered=last)
         stopped = ("timed_out", "cancelled", "over_budget", "incomplete")
         # A result that is incomplete by its events may still go on.
         if (status := data.get("status")) in stopped and status != result.status:

@@ -83,6 +83,7 @@ class ScriptedRunner(Runner):
 
 class _Source:
     is_over = False
+    session_id = None
 
     def __init__(self, prompt: str, on_close: Callable[[], None]) -> None:
         self.started_at = time.monotonic()

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from opencode_sync import RunResult, iter_parse_lines, parse_event_line, run_result_fuzzy_text
-from opencode_sync.events import dump_event, parse_block
+from opencode_sync.events import dump_event, is_cut, parse_block
 
 SCALARS = (
     st.none()
@@ -44,6 +44,14 @@ EVENTS = st.builds(
     st.dictionaries(KEYS, VALUES, max_size=8),
     TYPES | VALUES,
 )
+
+
+def printed(**event: Any) -> str:
+    """*event* as OpenCode prints it."""
+    stamped = {"type": "text", "timestamp": 1, "sessionID": "ses_1", **event}
+    return json.dumps(stamped, separators=(",", ":"))
+
+
 # A machine that has more to do is no fault, and much of the time goes into making examples.
 steady = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 LINES = (
@@ -52,6 +60,7 @@ LINES = (
     | EVENTS.map(lambda event: json.dumps(event).encode())
     | VALUES.map(lambda value: json.dumps(value).encode())
     | st.tuples(EVENTS, st.integers(0, 200)).map(lambda e: json.dumps(e[0]).encode()[: e[1]])
+    | st.tuples(st.text(max_size=20), EVENTS).map(lambda e: f"{e[0]}{printed(**e[1])}".encode())
 )
 
 
@@ -101,6 +110,63 @@ def test_lines_are_parsed_lazily() -> None:
     assert next(iter_parse_lines(lines()))["type"] == "diagnostic"
 
 
+def in_short(line: str | bytes) -> list[Any]:
+    """The types of the events in *line*, and of diagnostics the text."""
+    return [event.get("raw", event["type"]) for event in iter_parse_lines([line])]
+
+
+@pytest.mark.parametrize(
+    "noise",
+    ["loaded ", 'log {"a": 1} [', '{"type":', '{"type":"text"}', '{{"x":"\\', '"', "1, ", "ü 🙂"],
+)
+def test_an_event_is_taken_out_of_a_line_with_other_text(noise: str) -> None:
+    text, step = printed(part={"text": 'a {"type":"x"} }'}), printed(type="step_finish")
+
+    assert in_short(noise + text + "\n") == [noise, "text"]
+    assert in_short(noise + text + noise + step) == [noise, "text", noise, "step_finish"]
+    assert in_short((noise + text + noise).encode()) == [noise, "text", noise]
+
+
+def test_events_that_share_a_line_are_several() -> None:
+    assert in_short(printed() + printed(type="error")) == ["text", "error"]
+
+
+def test_an_object_in_other_text_is_no_event() -> None:
+    line = 'sent {"type":"text","part":{"text":"x"}} to {"type":"text","sessionID":"ses_1"}'
+
+    assert in_short(line) == [line]
+    assert parse_event_line(line)["type"] == "diagnostic"
+
+
+@pytest.mark.parametrize(
+    "end, cut",
+    [
+        (printed()[:-1], True),
+        (f"noise {printed()[:20]}", True),
+        (f"{printed()}noise{printed()[:5]}", True),
+        (f"{printed()}{{", True),
+        (printed(), False),
+        (f"noise {printed()}", False),
+        (f"{printed()} noise }}", False),
+        ("noise", False),
+        ("[1, 2]", False),
+        ("", False),
+    ],
+)
+def test_an_event_that_is_cut_is_told_from_other_text(end: str, cut: bool) -> None:
+    *_, last = iter_parse_lines([end])
+
+    assert is_cut(last) == cut
+
+
+def test_much_text_that_looks_like_events_is_read_in_no_time() -> None:
+    beginning = printed()[:-1]
+    lines = [beginning * 50_000, f'{beginning},"part":[' * 20_000]
+
+    for line in lines:
+        assert in_short(line) == [line]
+
+
 @steady
 @given(LINES)
 @example(b"[" * 100_000)
@@ -136,7 +202,7 @@ def test_no_line_raises_and_nothing_of_it_is_lost(line: bytes) -> None:
 def test_lines_read_together_are_what_they_are_read_alone(lines: list[bytes]) -> None:
     block = b"\n".join(lines)
 
-    assert parse_block(block) == [parse_event_line(line) for line in block.split(b"\n")]
+    assert parse_block(block) == list(iter_parse_lines(block.split(b"\n")))
 
 
 @steady

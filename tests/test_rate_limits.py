@@ -39,6 +39,7 @@ class AskingRunner(Runner):
 
 class _Asking:
     is_over = False
+    session_id = None
     label = "a request"
 
     def __init__(self, url: str, model: str, prompt: str, tries: int) -> None:

@@ -87,7 +87,7 @@ def test_pieces_before_and_after_a_step_are_not_one_text() -> None:
     texts.add("after", is_piece=True)
 
     assert texts.joined() == "before\n\nafter"
-    assert texts.joined(texts.step_from) == "after"
+    assert texts.answer() == "after"
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ class _Source:
     """One turn: words, the tool's arguments, an error at its end, or silence till it is stopped."""
 
     label = "turn"
+    session_id = None
 
     def __init__(self, answer: str | dict[str, Any] | threading.Event) -> None:
         self.started_at = time.monotonic()

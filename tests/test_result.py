@@ -100,6 +100,70 @@ def test_a_last_step_without_text_has_no_answer() -> None:
     assert result.final_text == "Let me look."
 
 
+SUMMARY_ID, CONTINUE = "msg_s", "Continue if you have next steps, or stop and ask."
+
+
+def in_message(event: Any, message_id: str) -> Any:
+    return {**event, "part": {**event["part"], "messageID": message_id}}
+
+
+def summed_up() -> list[Event]:
+    """A step in which OpenCode has the conversation summed up, and its own prompt after it."""
+    own = {"text": CONTINUE, "synthetic": True, "metadata": {"compaction_continue": True}}
+    step = [STEP, text("## Summary"), finish()]
+    return [*(in_message(e, SUMMARY_ID) for e in step), {"type": "text", "part": own}]
+
+
+def compaction() -> Any:
+    return {"type": "compaction", "messageID": SUMMARY_ID}
+
+
+def test_a_summary_and_what_opencode_says_by_itself_are_no_text() -> None:
+    looking, answering = [STEP, text("Let me look."), finish("tool-calls")], [STEP, text("Done.")]
+
+    result = result_of(*looking, *summed_up(), *answering, finish())
+
+    assert result.final_text == "Let me look.\n\nDone."
+    assert result.answer == "Done."
+    assert (result.status, result.turns) == ("ok", 3)
+
+
+@pytest.mark.parametrize("flag", ["synthetic", "ignored"])
+def test_a_text_part_that_is_not_the_model_s_is_no_text(flag: str) -> None:
+    result = result_of({"type": "text", "part": {"text": "x", flag: True}})
+
+    assert result.final_text == ""
+
+
+def test_a_whole_answer_remains_the_answer_where_opencode_goes_on_by_itself() -> None:
+    answer, afterwards = [STEP, text("42"), finish()], [STEP, text("There is no more."), finish()]
+
+    result = result_of(*answer, *summed_up(), *afterwards)
+
+    assert (result.status, result.answer) == ("ok", "42")
+    assert result.final_text == "42\n\nThere is no more."
+    assert RunResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+@pytest.mark.parametrize("place", range(5), ids=lambda n: f"after {n} events of it")
+def test_a_summary_without_a_prompt_after_it_is_known_by_its_event(place: int) -> None:
+    looking, answering = [STEP, text("Let me look."), finish("tool-calls")], [STEP, text("Done.")]
+    summary = [*summed_up()[:3], *answering, finish()]
+
+    result = result_of(*looking, *summary[:place], compaction(), *summary[place:])
+
+    assert (result.status, result.final_text) == ("ok", "Let me look.\n\nDone.")
+
+
+@pytest.mark.parametrize("place", range(4), ids=lambda n: f"after {n} events of it")
+def test_a_run_that_ends_with_a_summary_has_no_whole_answer(place: int) -> None:
+    looking, summary = [STEP, text("Let me look."), finish("tool-calls")], summed_up()[:3]
+
+    result = result_of(*looking, *summary[:place], compaction(), *summary[place:])
+
+    assert (result.status, result.answer) == ("incomplete", "Let me look.")
+
+
 def test_without_steps_the_answer_is_the_whole_text() -> None:
     assert result_of(text("one"), text("two")).answer == "one\n\ntwo"
 
@@ -530,7 +594,7 @@ def test_texts_are_not_copied_while_they_come() -> None:
     for _ in range(1_000):
         result.append_event(text(piece))
 
-    assert all(kept is piece for kept in result._texts.paragraphs)
+    assert all(kept is piece for kept in result._texts.steps[-1].paragraphs)
 
 
 def test_of_a_sub_agent_spending_and_tools_count_and_its_words_do_not() -> None:

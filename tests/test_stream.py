@@ -52,6 +52,7 @@ class Script:
     """
 
     label = "run 1 (pid 2)"
+    session_id: str | None = None
 
     def __init__(self, *parts: Any, error: OpenCodeError | None = None, repeats: bool = False):
         self.parts = list(parts)
@@ -621,6 +622,17 @@ def test_cancelling_while_nobody_waits_is_told_at_the_next_event() -> None:
     with pytest.raises(OpenCodeCancelledError):
         next(stream)
     assert stream.result.final_text == "a\n\nb"
+
+
+def test_a_session_that_is_known_from_the_start_is_the_run_s_whoever_speaks_first() -> None:
+    child: dict[str, Any] = {"type": "text", "sessionID": "ses_child", "part": {"text": "To you."}}
+    source = Script([child], [text("Hi.")])
+    source.session_id = "ses_1"
+
+    with RunStream(lambda cancelled: source, RunResult(), Limits()) as stream:
+        result = stream.wait()
+
+    assert (result.session_id, result.final_text) == ("ses_1", "Hi.")
 
 
 def test_cancelling_returns_when_all_is_over() -> None:

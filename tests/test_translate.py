@@ -92,6 +92,18 @@ def test_a_text_comes_as_deltas_and_then_whole(begun: Session) -> None:
     assert late == []
 
 
+def test_a_summary_is_told_before_its_text_and_once(begun: Session) -> None:
+    begun.part("step-finish", reason="stop")
+    begun.answer(summary=True)
+    begun.part("text", "prt_s", text="", time={"start": 1})
+    begun.delta("prt_s", "## Sum")
+    begun.part("text", "prt_s", text="## Summary", time={"start": 1, "end": 2})
+    begun.answer(completed=True, summary=True)
+
+    assert begun.types == ["step_start", "step_finish", "compaction", "text"]
+    assert begun.events[2]["messageID"] == begun.events[3]["part"]["messageID"]
+
+
 @pytest.mark.parametrize("is_wanted", [True, False], ids=["wanted", "not wanted"])
 def test_reasoning_comes_only_where_it_is_wanted(is_wanted: bool) -> None:
     session = Session(with_reasoning=is_wanted)

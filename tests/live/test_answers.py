@@ -5,6 +5,7 @@ Each runner answers many prompts, and what one run shows is looked at by several
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from opencode_sync import (
     RunConfig,
     RunResult,
 )
+from opencode_sync.config import merged
 from opencode_sync.runner import Runner
-from opencode_sync.testing import Reply, ScriptedModel
+from opencode_sync.testing import Reply, ScriptedModel, TokenUsage
 from tests.live.warm import Script, config, open_connections, shell
 
 pytestmark = [
@@ -38,8 +40,21 @@ def script() -> Script:
 
 @pytest.fixture(scope="module")
 def cfg(script: Script) -> Iterator[RunConfig]:
+    """Of a model of any length, and of one whose conversations are soon summed up."""
     with ScriptedModel(script) as model:
-        yield config(model)
+        cfg = config(model)
+        models = cfg.config_overrides["provider"]["scripted"]["models"]  # type: ignore[index]
+        small = models[model.name] | {
+            "name": "small",
+            "limit": {"context": 10_000, "output": 1_000},
+        }
+        audit = {"template": "Audit $ARGUMENTS", "description": "Audits", "subtask": True}
+        changes = {
+            "provider": {"scripted": {"models": {"small": small}}},
+            "compaction": {"auto": True},
+            "command": {"audit": audit},
+        }
+        yield cfg.replace(config_overrides=merged(cfg.config_overrides or {}, changes))
 
 
 @pytest.fixture(scope="module", params=[OpenCodeClient, OpenCodeServer], ids=["process", "server"])
@@ -55,6 +70,12 @@ def runner(
 @pytest.fixture(scope="module")
 def workspace(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("workspace")
+
+
+def write_plugin(workspace: Path, code: str) -> None:
+    path = workspace / ".opencode" / "plugin" / "plugin.js"
+    path.parent.mkdir(parents=True)
+    path.write_text(code)
 
 
 # --- cut answers ---------------------------------------------------------------------------------
@@ -133,3 +154,115 @@ def test_a_resumed_batch_asks_for_cut_answers_again(batch: Batch) -> None:
 
     assert statuses == ["ok", "ok", "ok", "ok"]
     assert [end.answer for end in batch.second[:2]] == ["whole this time"] * 2  # type: ignore[union-attr]
+
+
+# --- whose words it is ---------------------------------------------------------------------------
+
+# What OpenCode says by itself (1.18.33): after a summary, and after a command's sub-agent.
+CONTINUE = (
+    "Continue if you have next steps, or stop and ask for clarification if you are unsure how to "
+    "proceed."
+)
+SUMMARIZE = "Summarize the task tool output above and continue with your task."
+SUMMARY = "Scripted conversation"  # what the scripted model answers to what OpenCode asks by itself
+NEAR_THE_LIMIT = TokenUsage(input=9_500, output=100)
+
+
+@pytest.fixture(scope="module")
+def summed_up(runner: Runner, cfg: RunConfig, script: Script, workspace: Path) -> RunResult:
+    """A run in which the conversation is summed up between two steps."""
+    looking = Reply("Let me look.", tool_calls=[shell("echo hi")], usage=NEAR_THE_LIMIT)  # type: ignore[list-item]
+    prompt = script.to("Look into it", looking)
+    script.to(CONTINUE, "That is all.")
+    return runner.run(prompt, workspace, run_cfg=cfg.replace(model="scripted/small"))
+
+
+def test_what_opencode_says_by_itself_is_not_in_the_text(summed_up: RunResult) -> None:
+    said = json.dumps(summed_up.events)
+
+    assert SUMMARY in said
+    assert CONTINUE in said
+    assert [event["type"] for event in summed_up.events].count("compaction") == 1
+    assert summed_up.final_text == "Let me look.\n\nThat is all."
+    assert (summed_up.status, summed_up.answer) == ("ok", "That is all.")
+
+
+def test_the_tokens_of_a_summary_are_counted(summed_up: RunResult) -> None:
+    assert summed_up.turns == 3
+    assert summed_up.token_usage.input == 9_500 + 2 * 100
+
+
+def test_a_good_answer_is_not_lost_by_a_summary_after_it(
+    runner: Runner, cfg: RunConfig, script: Script, workspace: Path
+) -> None:
+    prompt = script.to("Give a number", Reply('{"n": 5}', usage=NEAR_THE_LIMIT))
+    script.to(CONTINUE, "I have given it.")
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+
+    result = runner.run(
+        prompt,
+        workspace,
+        run_cfg=cfg.replace(model="scripted/small"),
+        schema=schema,
+        max_repairs=0,
+    )
+
+    assert (result.status, result.parsed) == ("ok", {"n": 5})
+
+
+def test_a_run_that_ends_with_a_summary_has_no_whole_answer(
+    runner: Runner, cfg: RunConfig, script: Script, tmp_path: Path
+) -> None:
+    stop = '{"experimental.compaction.autocontinue": async (_, out) => { out.enabled = false }}'
+    write_plugin(tmp_path, f"export const Stop = async () => ({stop})")
+    looking = Reply("Let me look.", tool_calls=[shell("echo hi")], usage=NEAR_THE_LIMIT)  # type: ignore[list-item]
+    prompt = script.to("Look once", looking)
+
+    with pytest.raises(OpenCodeIncompleteError) as caught:
+        runner.run(prompt, tmp_path, run_cfg=cfg.replace(model="scripted/small"))
+
+    result = caught.value.result
+    assert result is not None
+    assert SUMMARY in json.dumps(result.events)
+    assert (result.status, result.final_text) == ("incomplete", "Let me look.")
+
+
+def test_a_sub_agent_that_speaks_first_does_not_answer_for_the_run(
+    runner: Runner, cfg: RunConfig, script: Script, workspace: Path
+) -> None:
+    script.to("Audit the code", "For my parent only.")
+    script.to(SUMMARIZE, "The code is fine.")
+
+    result = runner.run("the code", workspace, run_cfg=cfg.replace(command="audit"))
+
+    assert (result.status, result.final_text) == ("ok", "The code is fine.")
+    assert result.session_id == script.last.session_id
+    assert [event["part"]["tool"] for event in result.tool_calls] == ["task"]
+
+
+# --- a plugin's words ----------------------------------------------------------------------------
+
+# Prints without a newline, before the events of a step and in the middle of a run.
+NOISY = """
+export const Noisy = async () => {
+  process.stdout.write('loaded {"plugin": [')
+  return { "tool.execute.before": async () => { process.stdout.write('before {"a": 1} ') } }
+}
+"""
+
+
+def test_text_that_a_plugin_prints_takes_no_event_with_it(
+    runner: Runner, script: Script, tmp_path: Path
+) -> None:
+    write_plugin(tmp_path, NOISY)
+    looking = Reply("Let me look.", tool_calls=[shell("echo hi")])  # type: ignore[list-item]
+    prompt = script.to("Look there", looking, "Found.")
+
+    result = runner.run(prompt, tmp_path)
+
+    assert (result.status, result.turns, len(result.tool_calls)) == ("ok", 2, 1)
+    assert (result.final_text, result.answer) == ("Let me look.\n\nFound.", "Found.")
+    if isinstance(runner, OpenCodeClient):  # a server prints into a file of its own
+        noise = "".join(str(e.get("raw")) for e in result.events if e["type"] == "diagnostic")
+        assert noise == 'loaded {"plugin": [before {"a": 1} '
+        assert any(line.startswith('loaded {"plugin": [') for line in result.raw_stdout_lines)
