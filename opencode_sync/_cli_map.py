@@ -32,6 +32,7 @@ from .errors import OpenCodeBudgetError, OpenCodeConfigError, OpenCodeError
 from .result import RunResult
 from .runner import Runner
 
+_OPTIONS = {"max_total_cost": "--max-cost", "max_total_tokens": "--max-tokens"}
 _SHOWN_FAILURES = 5
 _LINE_CHARS = 160
 
@@ -49,7 +50,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_file_option(parser)
     add("--server", action="store_true", help="on one warm server, some 20 times faster")
     add("--workers", metavar="N", type=int, help="how many at a time (default: see doctor)")
-    add("--max-cost", metavar="USD", type=float, help="start no more when all have cost this")
+    add("--max-cost", metavar="USD", type=float, help="stop when all together have cost this")
+    add("--max-tokens", metavar="N", type=int, help="stop when all together have used this many")
     add(
         "--on-error", metavar="HOW", choices=("return", "raise"), default="return",
         help="return: go on (the default); raise: stop at the first",
@@ -78,6 +80,7 @@ def run(options: argparse.Namespace) -> int:
             idle_timeout_s=options.idle_timeout,
             max_steps=options.max_steps,
             max_total_cost=options.max_cost,
+            max_total_tokens=options.max_tokens,
             max_workers=options.workers,
             ordered=False,
             on_error=options.on_error,
@@ -145,18 +148,18 @@ class _Ending:
         self._options = options
         self._failed = self._refused = 0
         self._first: list[str] = []
-        self._is_spent = False
+        self._spent: str | None = None  # the option of the budget that is
 
     @property
     def status(self) -> int:
         if self.is_interrupted:
             return INTERRUPTED
-        return FAILED if self._failed or self._refused or self._is_spent else DONE
+        return FAILED if self._failed or self._refused or self._spent else DONE
 
     def note(self, end: End) -> None:
         """Take account of how a job ended."""
-        if isinstance(end, OpenCodeBudgetError) and end.result is None:
-            self._is_spent = True
+        if isinstance(end, OpenCodeBudgetError) and end.limit_name in _OPTIONS:
+            self._spent = _OPTIONS[end.limit_name]
         elif isinstance(end, OpenCodeError):
             if end.index is None:
                 return  # the batch's own
@@ -186,7 +189,7 @@ class _Ending:
             tell(f"{count(self._failed, 'job')} failed: to run them again, add --retry-failed")
         so_far = f"{done:,} of {count(len(self._jobs), 'job')} are in {output}"
         same = "command and input" if self._options.source == STDIN else "command"
-        if self._is_spent:
-            tell(f"--max-cost is spent: {so_far}; the same {same} runs the others")
+        if self._spent:
+            tell(f"{self._spent} is spent: {so_far}; the same {same} with more runs the others")
         if self.is_interrupted:
             tell(f"interrupted: {so_far}; the same {same} goes on with the others")

@@ -29,7 +29,7 @@ from ._limits import Limits, Meter
 from ._secrets import Secrets
 from ._source import OpenSource, Review, Source
 from .errors import OpenCodeCancelledError, OpenCodeError
-from .events import Event
+from .events import Event, WarningEvent
 from .result import RunResult
 
 _log = logging.getLogger("opencode_sync")
@@ -102,6 +102,10 @@ class Course:
         self._meter.heard(events)
         for event in events:
             self._keep(event)
+        if (warning := self._meter.warning(self._result)) is not None:
+            ours = WarningEvent(type="warning", message=warning)
+            self._keep(ours)
+            events = [*events, ours]
         self._ready.extend(events)
         if self._log_file is not None:
             self._log_file.write(events)

@@ -13,6 +13,7 @@ most what was in flight. Knows tasks and outcomes; nothing of the input, and of 
 from __future__ import annotations
 
 import bisect
+import functools
 import threading
 import time
 from collections import deque
@@ -22,6 +23,7 @@ from dataclasses import replace
 from operator import attrgetter
 
 from ._ledger import Ledger
+from ._limits import NO_BUDGET, Budget, Spent, is_of_batch
 from ._shelf import Shelf
 from ._tally import BatchReport, Tally
 from ._task import (
@@ -33,7 +35,6 @@ from ._task import (
     executor_error,
     of_task,
     outcome_of,
-    over_budget,
     unforeseen,
 )
 from ._throttle import Throttle
@@ -61,7 +62,7 @@ class Dispatch:
         tally: Tally,
         *,
         checkpoint: Checkpoint | None = None,
-        max_total_cost: float | None = None,
+        budget: Budget = NO_BUDGET,
         stop_at_failure: bool = True,
     ) -> None:
         # Entered as it is, and not through the condition, which is Python's: a Ctrl-C could come
@@ -73,7 +74,10 @@ class Dispatch:
         self._throttle = throttle
         self._tally = tally
         self._ledger = Ledger(tally, throttle, self.shelf, checkpoint)
-        self._max_total_cost = max_total_cost
+        self._budget = budget
+        self._earlier = Spent() if checkpoint is None else checkpoint.spent
+        self._has_spent = False  # news of a step that has ended
+        self._is_cut_short = False  # what is under way was stopped, since the budget is spent
         self._stop_at_failure = stop_at_failure
         self._pending: deque[Task] = deque()
         self._in_flight: dict[Future[Outcome], Task] = {}
@@ -138,6 +142,13 @@ class Dispatch:
         with self._lock:
             self._throttle.recovered(index)
 
+    def spent(self) -> None:
+        """A task in flight has ended a step; from any thread."""
+        if self._budget:
+            with self._lock:
+                self._has_spent = True
+                self._changed.notify_all()
+
     def stop(self, reason: str, error: OpenCodeError | None = None) -> None:
         """End what is in flight, and start nothing more; bounded, from any thread.
 
@@ -167,6 +178,7 @@ class Dispatch:
         try:
             while self._await_work():
                 self._take_in()
+                self._cut_short()
                 self._start()
         except BaseException as error:  # noqa: BLE001 - raised where the consumer waits
             self._is_over = True
@@ -177,7 +189,7 @@ class Dispatch:
     def _await_work(self) -> bool:
         """Wait until there is something to do; False when all is done for good."""
         with self._lock:
-            while not self._completed:
+            while not (self._completed or self._has_spent):
                 timeout = None
                 if self._stop_by is not None:
                     timeout = self._stop_by - time.monotonic()
@@ -189,6 +201,7 @@ class Dispatch:
                         return True
                     timeout = pause
                 self._changed.wait(timeout)
+            self._has_spent = False
             return True
 
     def _may_start(self) -> bool:
@@ -201,25 +214,59 @@ class Dispatch:
             return False
         if len(self._in_flight) >= self._throttle.limit:
             return False
-        return self._max_total_cost is None or self._is_affordable(self._max_total_cost)
+        return not self._budget or self._is_affordable()
 
-    def _is_affordable(self, budget: float) -> bool:
+    def _is_affordable(self) -> bool:
         """Whether the budget allows one more; where it is spent, the pending tasks are refused."""
-        spent = self._tally.cost
-        if spent >= budget:
+        spent = self._earlier + self._tally.spent
+        if self._is_cut_short or self._budget.is_spent(spent):
             if self._in_flight:  # without order, the refusals would come before what they bring
                 return False
+            error = functools.partial(self._budget.error, spent, self._earlier)
             for task in self._pending:
-                self.shelf.put(task.index, of_task(over_budget(budget, spent), task))
+                self.shelf.put(task.index, of_task(error("the job was not run"), task))
             self._tally.count("not_run", len(self._pending))
             self._pending.clear()
             self._tell()
             return False
         # What runs costs at least what it has cost by now, and as a rule what others did.
-        so_far = self._work.costs()
-        mean = self._tally.mean_cost
-        expected = sum(max(so_far.get(t.index, 0.0), mean) for t in self._in_flight.values())
-        return spent + expected < budget
+        so_far, mean = self._work.spent(), self._tally.mean
+        for task in self._in_flight.values():
+            own = so_far.get(task.index, Spent())
+            spent += Spent(max(own.cost, mean.cost), max(own.tokens, mean.tokens))
+        return not self._budget.is_spent(spent)
+
+    def _spent_by_now(self) -> Spent:
+        """What earlier batches, finished jobs and those under way in this process have spent."""
+        under_way = self._work.spent()
+        with self._lock:
+            in_flight = {task.index for task in self._in_flight.values()}
+            own = (spent for index, spent in under_way.items() if index in in_flight)
+            return functools.reduce(Spent.__add__, own, self._earlier + self._tally.spent)
+
+    def _cut_short(self) -> None:
+        """Stop what is under way, once the budget is spent."""
+        if not self._budget or self._stop_by is not None or not self._in_flight:
+            return
+        if self._is_cut_short or self._budget.is_spent(self._spent_by_now()):
+            self._is_cut_short = True
+            self._work.stop("the budget of the batch is spent", spare_done=True)
+
+    def _for_budget(self, outcome: Outcome, just_spent: Spent) -> Outcome:
+        """*outcome*, told as the budget's doing where that is what has ended it.
+
+        Args:
+            just_spent: By what has completed and is not entered yet.
+        """
+        was_stopped = isinstance(outcome.end, OpenCodeCancelledError) and self._is_cut_short
+        if self._stop_by is not None or not (was_stopped or is_of_batch(outcome.end)):
+            return outcome
+        spent = self._spent_by_now() + just_spent
+        error = self._budget.error(spent, self._earlier, "the job was stopped")
+        if (result := outcome.result) is not None:
+            result.mark_stopped("over_budget")
+            error.result = result
+        return replace(outcome, end=error, is_final=False)
 
     def _start(self) -> None:
         assert self._executor is not None
@@ -228,6 +275,9 @@ class Dispatch:
                 if self._stop_by is not None or not self._may_start() or self._throttle.pause_s():
                     return
                 task = self._pending.popleft()
+            if self._budget:
+                left = self._budget.left(self._spent_by_now())
+                task = replace(task, limits={**task.limits, **left})
             # Not under our lock: an executor calls back with its own lock held.
             try:
                 future = self._executor.submit(self._work, task)
@@ -250,11 +300,14 @@ class Dispatch:
 
     def _take_in(self) -> None:
         with self._lock:
-            completed = [(f, self._in_flight[f]) for f in self._completed]
+            completed = [(f, self._in_flight[f], outcome_of(f)) for f in self._completed]
             self._completed.clear()
+        spent = functools.reduce(
+            Spent.__add__, (Spent.on(outcome.result) for *_, outcome in completed), Spent()
+        )
         ended = []
-        for future, task in completed:
-            outcome = outcome_of(future)
+        for future, task, outcome in completed:
+            outcome = self._for_budget(outcome, spent)
             with self._lock:
                 self._ledger.enter_refusals(task, outcome, len(self._in_flight))
             if self._is_to_repeat(task, outcome):

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ._limits import Spent, is_of_batch
 from ._shelf import Shelf
 from ._tally import Tally
 from ._task import Outcome, Task
 from ._throttle import Throttle
 from .checkpoint import Checkpoint, Entry
-from .errors import OpenCodeCancelledError
+from .errors import OpenCodeCancelledError, OpenCodeError
 from .result import RunResult
 
 
@@ -31,7 +32,7 @@ class Ledger:
         self._checkpoint = checkpoint
 
     def save(self, ended: Iterable[tuple[Task, Outcome]]) -> None:
-        """Put on disk what has ended by itself.
+        """Put on disk what has ended by itself, and what was ended when it had cost something.
 
         Raises:
             OpenCodeError: If the disk does not take it.
@@ -41,7 +42,7 @@ class Ledger:
         entries = [
             Entry(task.key or "", task.fingerprint, outcome.end)
             for task, outcome in ended
-            if outcome.is_final
+            if _is_to_save(outcome)
         ]
         if entries:
             self._checkpoint.write(entries)
@@ -65,7 +66,10 @@ class Ledger:
             self._tally.count("not_run")
             return
         self._shelf.put(task.index, end)
-        is_saved = self._checkpoint is not None and outcome.is_final
+        is_saved = self._checkpoint is not None and _is_to_save(outcome)
+        if isinstance(end, OpenCodeError) and is_of_batch(end):
+            self._tally.cut_short(end, is_saved=is_saved)
+            return
         self._tally.finish(
             task.index, task.prompt, task.key, end, outcome.busy_s, is_saved=is_saved
         )
@@ -73,3 +77,8 @@ class Ledger:
             self._throttle.succeeded()
         if outcome.result is not None and outcome.result.attempts > 1:
             self._tally.count("retried")
+
+
+def _is_to_save(outcome: Outcome) -> bool:
+    """Whether it belongs into the checkpoint: an end, or what was spent until it was ended."""
+    return outcome.is_final or bool(Spent.on(outcome.result))

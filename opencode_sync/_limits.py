@@ -2,6 +2,7 @@
 
     Limits      what the caller asked for, checked
     Meter       start(), heard(events) --> patience(), timeout(), overspent(), endless()
+    Spent       what runs have cost --> Budget of a batch: is it spent, and what remains
 
 Knows clocks, prices and steps; starts, stops and reads nothing.
 """
@@ -51,6 +52,7 @@ class Limits:
         max_retries: Further attempts after a start-up failure that is safe to repeat.
         retry_delay_s: Seconds between attempts.
         max_repairs: How often an answer that does not fit its schema is sent back.
+        max_total_cost, max_total_tokens: What remains of a batch's budget for this job.
     """
 
     timeout_s: float | None = None
@@ -61,6 +63,8 @@ class Limits:
     max_retries: int = 2
     retry_delay_s: float = 1.0
     max_repairs: int = 1
+    max_total_cost: float | None = None
+    max_total_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("timeout_s", "idle_timeout_s"):
@@ -74,6 +78,97 @@ class Limits:
             check_number(name, value)
             if not isinstance(value, int):
                 raise OpenCodeConfigError(f"{name} is {shown(value)}: use a whole number")
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What runs have cost: US dollars, and tokens as budgets count them."""
+
+    cost: float = 0.0
+    tokens: int = 0
+
+    @classmethod
+    def on(cls, result: RunResult | None) -> Spent:
+        """What was spent on *result*, so far; nothing on None."""
+        if result is None:
+            return cls()
+        return cls(result.total_cost, tokens_of(result.token_usage))
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.cost + other.cost, self.tokens + other.tokens)
+
+    def __bool__(self) -> bool:
+        return bool(self.cost or self.tokens)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a batch may spend in all; None for no limit."""
+
+    max_total_cost: float | None = None
+    max_total_tokens: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.max_total_cost is not None or self.max_total_tokens is not None
+
+    def is_spent(self, spent: Spent) -> bool:
+        """Whether nothing remains of it."""
+        is_cost = self.max_total_cost is not None and spent.cost >= self.max_total_cost
+        is_tokens = self.max_total_tokens is not None and spent.tokens >= self.max_total_tokens
+        return is_cost or is_tokens
+
+    def left(self, spent: Spent) -> dict[str, float | int]:
+        """What remains of it, as arguments of :class:`Limits`."""
+        left: dict[str, float | int] = {}
+        if self.max_total_cost is not None:
+            left["max_total_cost"] = max(0.0, self.max_total_cost - spent.cost)
+        if self.max_total_tokens is not None:
+            left["max_total_tokens"] = max(1, self.max_total_tokens - spent.tokens)
+        return left
+
+    def error(self, spent: Spent, earlier: Spent, what: str) -> OpenCodeBudgetError:
+        """The error for a job that the budget, which is spent, does not pay for.
+
+        Args:
+            earlier: How much of *spent* earlier batches of the same checkpoint have spent.
+            what: What became of the job, in words.
+        """
+        limit: float | None
+        used: float
+        before: float
+        is_cost = self.max_total_cost is not None and (
+            self.max_total_tokens is None or spent.cost >= self.max_total_cost
+        )
+        if is_cost:
+            name, unit, limit = "max_total_cost", "${:g}", self.max_total_cost
+            used, before = spent.cost, earlier.cost
+        else:
+            name, unit, limit = "max_total_tokens", "{:,} tokens", self.max_total_tokens
+            used, before = spent.tokens, earlier.tokens
+        share = f", {unit.format(before)} of it before, as the checkpoint says" if before else ""
+        return OpenCodeBudgetError(
+            f"{name} of {unit.format(limit)} is spent ({unit.format(used)}{share}): {what}",
+            limit_name=name,
+            limit=limit,
+            spent=used,
+        )
+
+
+NO_BUDGET = Budget()
+
+
+def is_of_batch(error: object) -> bool:
+    """Whether it says that a batch's budget is spent, and not the job's own."""
+    return isinstance(error, OpenCodeBudgetError) and error.limit_name.startswith("max_total_")
+
+
+def unpriced(tokens: int, limit_name: str) -> str:
+    """The warning for *tokens* at $0.00, which no limit of dollars binds."""
+    instead = "max_total_tokens" if limit_name == "max_total_cost" else "max_tokens"
+    return (
+        f"{tokens:,} tokens were counted at $0.00, so {limit_name} does not bind: the model is "
+        f"free, or OpenCode does not know its prices; {instead} binds in both cases"
+    )
 
 
 def tokens_of(usage: TokenUsage) -> int:
@@ -99,12 +194,14 @@ class Meter:
         # By session, a sub-agent's too: steps in a row that led to nothing, and how the last ended.
         self._fruitless: dict[object, int] = {}
         self._last_reason = ""
+        self._has_warned = False
 
     def start(self, instant: float) -> None:
-        """An attempt's process was started; the first one starts the clock."""
+        """An attempt, or a further turn, was started; the first one starts the clock."""
         if self._started_at is None:
             self._started_at = instant
         self._heard_at = time.monotonic()
+        self._fruitless.clear()  # what comes is asked by us, and not again by OpenCode
 
     def heard(self, events: Iterable[Event]) -> None:
         """Something came, if only a sign of life."""
@@ -163,6 +260,12 @@ class Meter:
         elif limits.max_steps is not None and result.turns >= limits.max_steps:
             name, limit, spent = "max_steps", limits.max_steps, result.turns
             what = f"of {limit:,} reached: the run was not done {steps}"
+        elif limits.max_total_cost is not None and cost > limits.max_total_cost:
+            name, limit, spent = "max_total_cost", limits.max_total_cost, cost
+            what = f"is spent, of which ${limit:g} remained: ${spent:g} spent {steps}"
+        elif limits.max_total_tokens is not None and tokens > limits.max_total_tokens:
+            name, limit, spent = "max_total_tokens", limits.max_total_tokens, tokens
+            what = f"is spent, of which {limit:,} remained: {spent:,} tokens used {steps}"
         else:
             return None
         return OpenCodeBudgetError(f"{name} {what}", limit_name=name, limit=limit, spent=spent)
@@ -176,6 +279,14 @@ class Meter:
             f"the model was asked {n} times in a row, and each answer called no tool and ended for "
             f"the reason {self._last_reason!r}, upon which OpenCode asks again: the run was stopped"
         )
+
+    def warning(self, result: RunResult) -> str | None:
+        """What there is to warn of, once: a budget that cannot bind."""
+        if self.limits.max_cost is None or self._has_warned or result.total_cost:
+            return None
+        tokens = tokens_of(result.token_usage)
+        self._has_warned = tokens > 0
+        return unpriced(tokens, "max_cost") if tokens else None
 
     def _count_step(self, event: Mapping[str, Any]) -> None:
         kind, session = event.get("type"), event.get("sessionID")

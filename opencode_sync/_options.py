@@ -33,6 +33,7 @@ class Options:
     keep_events: bool = True
     keep_raw: bool = True
     max_total_cost: float | None = None
+    max_total_tokens: int | None = None
     max_workers: int | None = None
     default_workers: Callable[[], int] = workers_for_processes
     buffersize: int | None = None
@@ -49,10 +50,18 @@ class Options:
         own = self.default_workers
         return self.max_workers or _workers_of(self.executor) or own()
 
+    @property
+    def cost_limit(self) -> str | None:
+        """Name of the limit of dollars that there is; None where there is none."""
+        if self.max_total_cost is not None:
+            return "max_total_cost"
+        return None if self.limits.max_cost is None else "max_cost"
+
     def __post_init__(self) -> None:
         for name in ("max_workers", "buffersize"):
             check_count(name, getattr(self, name), 1)
         check_number("max_total_cost", self.max_total_cost, optional=True)
+        check_count("max_total_tokens", self.max_total_tokens, 0)
         if self.checkpoint is not None:
             path = checked_path("checkpoint", self.checkpoint)
             object.__setattr__(self, "checkpoint", path)

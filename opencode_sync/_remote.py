@@ -89,12 +89,15 @@ def _cancel_when(is_cut: Callable[[], bool], stream: RunStream, done: threading.
 
 
 class _Nobody:
-    """The batch learns of refusals from the outcome."""
+    """The batch learns of refusals and costs from the outcome."""
 
     def refused(self, index: int, retry_after_s: float | None) -> None:
         pass
 
     def recovered(self, index: int) -> None:
+        pass
+
+    def spent(self) -> None:
         pass
 
 

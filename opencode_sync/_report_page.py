@@ -137,11 +137,13 @@ def _figures(rows: Sequence[Row], total_s: float, lanes: int) -> list[Figure]:
     well = f"{len(rows) - bad:,} ok" + (f", {empty:,} of them empty" if empty else "")
     took = sorted(row.seconds for row in rows if row.seconds) or [0.0]
     p95 = quantiles(took, n=20)[-1] if len(took) > 1 else took[0]
-    each = cost / len(rows) if rows else 0.0
+    each = f"{money(cost / len(rows) if rows else 0.0)} a job"
+    if unpriced := sum(row.tokens.total > 0 and not row.cost for row in rows):
+        each += f"; {unpriced:,} used tokens at $0.00"
     return [
         Figure("Jobs", f"{len(rows):,}", well),
         Figure("Not ok", f"{bad:,}", f"{100 * bad / max(1, len(rows)):.1f} %"),
-        Figure("Cost", money(cost), f"{money(each)} a job"),
+        Figure("Cost", money(cost), each),
         Figure("Tokens", short(tokens), f"{short(out)} of them out"),
         Figure(
             "Time at work" if lanes else "Time of the jobs",

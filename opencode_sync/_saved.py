@@ -15,15 +15,16 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from . import errors
-from ._reading import why_cut
+from ._limits import Spent, tokens_of
+from ._reading import number_of, why_cut
 from .errors import OpenCodeError
 from .events import to_json
-from .result import RunResult
+from .result import RunResult, TokenUsage
 
 _BEGINNING = b'{"key": "'  # of each line; what begins otherwise is none of ours
 # Attributes of an error that its result, in the same line, has too.
@@ -36,6 +37,7 @@ class Entry(NamedTuple):
     key: str
     fingerprint: str
     end: RunResult | OpenCodeError
+    before: Spent = Spent()  # on earlier tries at the job, whose lines are superseded
 
 
 def line_of(entry: Entry, settings: str) -> bytes:
@@ -56,6 +58,8 @@ def line_of(entry: Entry, settings: str) -> bytes:
         "failure": None if error is None else failure_of(error),
         **{name: value for name, value in result.to_dict().items() if name != "key"},
         "parsed": result._json,
+        "cost_before": entry.before.cost,
+        "tokens_before": entry.before.tokens,
     }
     return dumped(line) + b"\n"
 
@@ -81,6 +85,29 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     is_ours = all(isinstance(entry.get(name), str) for name in ("key", "fingerprint", "settings"))
     is_ours = is_ours and isinstance(entry["failure"], (dict, type(None)))
     return judged(entry) if is_ours else None
+
+
+def spent_in(entry: Mapping[str, Any]) -> Spent:
+    """What a line says that its job has cost, earlier tries included."""
+    usage = entry.get("token_usage")
+    counts = (
+        [] if not isinstance(usage, Mapping) else [usage.get(f.name) for f in fields(TokenUsage)]
+    )
+    own = tokens_of(TokenUsage(*(int(number_of(count)) for count in counts)))
+    cost = number_of(entry.get("total_cost")) + number_of(entry.get("cost_before"))
+    return Spent(cost, own + int(number_of(entry.get("tokens_before"))))
+
+
+def is_unfinished(failure: Mapping[str, Any] | None) -> bool:
+    """Whether a job was ended from outside, and is to be run again whatever else is.
+
+    Args:
+        failure: What :func:`failure_of` gives, or a line has.
+    """
+    if failure is None:
+        return False
+    is_of_batch = str(failure.get("limit_name")).startswith("max_total_")
+    return failure.get("type") == "OpenCodeCancelledError" or is_of_batch
 
 
 def may_be_torn(line: bytes) -> bool:

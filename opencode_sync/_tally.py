@@ -7,6 +7,7 @@ does not grow with the batch.
 from __future__ import annotations
 
 import heapq
+import logging
 import os
 import threading
 import time
@@ -14,10 +15,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ._limits import Spent, tokens_of, unpriced
 from ._markup import html_table
 from ._report_kept import Kept
 from .errors import OpenCodeError
 from .result import RunResult, TokenUsage
+
+_log = logging.getLogger("opencode_sync")
 
 SLOWEST = 5
 _PROMPT_CHARS = 60
@@ -57,6 +61,7 @@ class BatchReport:
         lowest_workers: The least that the refusals brought that down to.
         slowest: The jobs that took longest, slowest first.
         errors: How many errors there were, by kind.
+        warnings: Full sentences, such as that no limit of dollars binds tokens at $0.00.
         kept: What :meth:`to_html` tells of the single jobs.
     """
 
@@ -76,6 +81,7 @@ class BatchReport:
     lowest_workers: int = 0
     slowest: tuple[SlowJob, ...] = ()
     errors: dict[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
     kept: Kept | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,6 +135,7 @@ class BatchReport:
                 f"down to {self.lowest_workers} of {self.max_workers} at once"
             )
         lines += [f"{n} x {kind}" for kind, n in self.errors.items()]
+        lines += [f"warning: {message}" for message in self.warnings]
         if self.slowest:
             lines.append("slowest:")
             lines += [
@@ -141,8 +148,15 @@ class BatchReport:
 class Tally:
     """Counts what happens to a batch's jobs; from any thread."""
 
-    def __init__(self, kept: Kept | None = None) -> None:
+    def __init__(self, kept: Kept | None = None, cost_limit: str | None = None) -> None:
+        """
+        Args:
+            cost_limit: Name of the limit of dollars that there is, to warn where it cannot bind.
+        """
         self._kept = kept or Kept()
+        self._cost_limit = cost_limit
+        self._unpriced = 0  # tokens at $0.00
+        self._has_warned = False
         self._lock = threading.Lock()
         self._began: float | None = None
         self._ended: float | None = None
@@ -155,15 +169,17 @@ class Tally:
         self._slowest: list[tuple[float, int, SlowJob]] = []
 
     @property
-    def cost(self) -> float:
-        """US dollars that the finished jobs have cost."""
-        return self._cost
+    def spent(self) -> Spent:
+        """What the finished jobs have cost."""
+        with self._lock:
+            return Spent(self._cost, tokens_of(self._tokens))
 
     @property
-    def mean_cost(self) -> float:
-        """US dollars per finished job; 0.0 before the first."""
+    def mean(self) -> Spent:
+        """What a finished job has cost on average; nothing before the first."""
         finished = self._counts["done"] + self._counts["failed"]
-        return self._cost / finished if finished else 0.0
+        spent = self.spent
+        return Spent(spent.cost / finished, spent.tokens // finished) if finished else Spent()
 
     def begin(self) -> None:
         """Start the clock, with the first job."""
@@ -177,6 +193,13 @@ class Tally:
         """Add to one of the plain numbers: ``"cached"``, ``"retried"``, ``"not_run"``."""
         with self._lock:
             self._counts[what] += n
+
+    def cut_short(self, end: OpenCodeError, *, is_saved: bool) -> None:
+        """Count a job that was stopped since the batch's budget is spent."""
+        if not is_saved:
+            self._kept.add(end)
+        self.spend(end.result)
+        self.count("not_run")
 
     def spend(self, result: RunResult | None) -> None:
         """Add what a run cost that is not counted as done or failed."""
@@ -234,13 +257,24 @@ class Tally:
                 lowest_workers=lowest,
                 slowest=tuple(job for *_, job in sorted(self._slowest, reverse=True)),
                 errors=dict(self._errors.most_common()),
+                warnings=self._warnings(),
                 kept=self._kept,
             )
+
+    def _warnings(self) -> tuple[str, ...]:
+        if not self._unpriced or self._cost_limit is None:
+            return ()
+        return (unpriced(self._unpriced, self._cost_limit),)
 
     def _spend(self, result: RunResult | None) -> None:
         if result is not None:
             self._cost += result.total_cost
             self._tokens += result.token_usage
+            if not result.total_cost:
+                self._unpriced += tokens_of(result.token_usage)
+            if self._unpriced and self._cost_limit and not self._has_warned:
+                self._has_warned = True
+                _log.warning("%s", unpriced(self._unpriced, self._cost_limit))
 
     def _count_error(self, kind: str) -> None:
         known = kind in self._errors or len(self._errors) < _MAX_KINDS

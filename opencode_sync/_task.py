@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from ._schema import OutputSchema
 from ._throttle import is_rate_limit, retry_after_s
 from .config import RunConfig
-from .errors import OpenCodeBudgetError, OpenCodeCancelledError, OpenCodeError
+from .errors import OpenCodeCancelledError, OpenCodeError
 from .result import RunResult
 from .stream import Limits, RunStream
 
@@ -41,6 +41,9 @@ class Listener(Protocol):
 
     def recovered(self, index: int) -> None:
         """The task goes on."""
+
+    def spent(self) -> None:
+        """A task has ended a step, which may have cost something."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,8 @@ def carry_out(
             on_begin=remember,
         ) as stream:
             for event in stream:
+                if event.get("type") == "step_finish":
+                    listener.spent()
                 if _is_refusal(event):
                     refusals, is_waiting = refusals + 1, True
                     listener.refused(task.index, retry_after_s(event))
@@ -189,14 +194,6 @@ def of_task(end: End, task: Task) -> End:
     if isinstance(end, OpenCodeError) and end.result is not None:
         end.result.index, end.result.key = task.index, task.key
     return end
-
-
-def over_budget(budget: float, spent: float) -> OpenCodeBudgetError:
-    return OpenCodeBudgetError(
-        f"max_total_cost of ${budget:g} is spent (${spent:g}): the job was not run",
-        limit=budget,
-        spent=spent,
-    )
 
 
 def executor_error(error: Exception) -> OpenCodeError:

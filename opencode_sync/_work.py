@@ -1,6 +1,6 @@
 """Tasks carried out in threads of this process; pickled, in worker processes.
 
-Work(task) --> carry_out() --> stream, which stop() and costs() know
+Work(task) --> carry_out() --> stream, which stop() and spent() know
   +-- pickled --> RemoteWork(task), tied to us by a lifeline, which stop() cuts
 """
 
@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ._futures import cancel_together
+from ._limits import Spent
+from ._reading import ended_well
 from ._remote import Lifeline, RemoteWork
 from ._task import Listener, Outcome, Settings, Streams, Task, carry_out
 from .result import RunResult
@@ -53,19 +55,30 @@ class Work:
         remote = self._remote
         return RemoteWork, (remote.runner, remote.settings, remote.lifeline)
 
-    def costs(self) -> dict[int, float]:
-        """US dollars that tasks under way in this process have cost so far, by index."""
+    def spent(self) -> dict[int, Spent]:
+        """What tasks under way in this process have spent so far, by index."""
         streams = list(self._streams.items())
-        return {index: stream.result.total_cost for index, stream in streams}
+        return {index: Spent.on(stream.result) for index, stream in streams}
 
     def result_of(self, index: int) -> RunResult | None:
         """What the task has produced by now that is under way in this process."""
         stream = self._streams.get(index)
         return None if stream is None else stream.result
 
-    def stop(self, reason: str) -> None:
-        """End what is under way, wherever it is; what begins later is ended too."""
+    def stop(self, reason: str, *, spare_done: bool = False) -> None:
+        """End what is under way, wherever it is; what begins later is ended too.
+
+        Args:
+            spare_done: Let those in this process end by themselves whose last step has ended well.
+        """
         self._stop_reason = reason
         if self._lifeline is not None:
             self._lifeline.cut()
-        cancel_together(list(self._streams.values()), reason)
+        streams = [
+            s for s in list(self._streams.values()) if not (spare_done and _is_done(s.result))
+        ]
+        cancel_together(streams, reason)
+
+
+def _is_done(result: RunResult) -> bool:
+    return ended_well(result.finish_reason, was_denied=False)

@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar, cast
 from ._dispatch import Dispatch
 from ._exits import REASON, UnderWay
 from ._fingerprint import job_fingerprint, settings_fingerprint
-from ._limits import LIMITS_OF_A_JOB
+from ._limits import LIMITS_OF_A_JOB, Budget
 from ._options import Options, fault_of
 from ._pinned import Pinned
 from ._progress import Progress
@@ -59,7 +59,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         self._buffersize = options.buffersize or 2 * self._most
         self._runner = runner
         path = options.checkpoint
-        self._tally = Tally(Kept(None if path is None else Path(path)))
+        self._tally = Tally(Kept(None if path is None else Path(path)), options.cost_limit)
         self._dispatch: Dispatch | None = None
         self._checkpoint: Checkpoint | None = None
         self._own_executor: ThreadPoolExecutor | None = None
@@ -244,7 +244,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
             Throttle(self._most, adaptive=options.adaptive),
             self._tally,
             checkpoint=self._checkpoint,
-            max_total_cost=options.max_total_cost,
+            budget=Budget(options.max_total_cost, options.max_total_tokens),
             stop_at_failure=options.on_error == "raise",
         )
         executor = options.executor

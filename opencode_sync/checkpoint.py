@@ -22,7 +22,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
-from ._saved import Entry, end_of, judged, line_of, may_be_torn, parsed, replacing
+from ._limits import Spent
+from ._saved import (
+    Entry,
+    end_of,
+    failure_of,
+    is_unfinished,
+    judged,
+    line_of,
+    may_be_torn,
+    parsed,
+    replacing,
+    spent_in,
+)
 from ._schema import OutputSchema, SchemaMismatch
 from .errors import OpenCodeConfigError, OpenCodeError
 from .result import RunResult
@@ -48,6 +60,8 @@ class Saved(NamedTuple):
     offset: int
     is_failure: bool
     fingerprint: str
+    spent: Spent = Spent()  # on all tries at it
+    is_unfinished: bool = False
 
 
 class Checkpoint:
@@ -76,6 +90,7 @@ class Checkpoint:
         self._index: dict[str, Saved] = {}
         self._taken: dict[str, int] = {}  # how often a key was given out by this batch
         self._superseded = 0
+        self.spent = Spent()  # by earlier batches
         # Held against close(), after which the descriptor is another's.
         self._writing = threading.Lock()
         self._lock = self._acquire()
@@ -85,6 +100,8 @@ class Checkpoint:
                 self._identity = os.fstat(self._descriptor)
                 self._begin()
                 self._size = self._scan()
+                for saved in self._index.values():
+                    self.spent += saved.spent
             except BaseException:
                 _unlock_and_close(self._descriptor)
                 raise
@@ -117,11 +134,13 @@ class Checkpoint:
     def find(self, key: str, fingerprint: str, *, failures: bool = True) -> Saved | None:
         """Where *key* stands; None if it does not, or has failed and *failures* are not wanted.
 
+        A job that was ended from outside does not stand there: it is to be run again.
+
         Raises:
             OpenCodeConfigError: If what stands there was another prompt, workspace or settings.
         """
         saved = self._index.get(key)
-        if saved is None or (saved.is_failure and not failures):
+        if saved is None or saved.is_unfinished or (saved.is_failure and not failures):
             return None
         if saved.fingerprint != fingerprint:
             raise OpenCodeConfigError(
@@ -166,6 +185,7 @@ class Checkpoint:
             OpenCodeError: If the system does not take them, or the file was removed or replaced;
                 none of them is in the file then.
         """
+        entries = [self._with_earlier_tries(entry) for entry in entries]
         lines = [line_of(entry, self._settings) for entry in entries]
         with self._writing:
             try:
@@ -176,8 +196,16 @@ class Checkpoint:
                     f"{len(entries)} finished jobs were not saved"
                 ) from error
             for entry, line in zip(entries, lines, strict=True):
-                is_failure = isinstance(entry.end, OpenCodeError)
-                self._note(entry.key, Saved(self._size, is_failure, entry.fingerprint))
+                failure = entry.end if isinstance(entry.end, OpenCodeError) else None
+                result = entry.end if isinstance(entry.end, RunResult) else entry.end.result
+                saved = Saved(
+                    self._size,
+                    failure is not None,
+                    entry.fingerprint,
+                    entry.before + Spent.on(result),
+                    failure is not None and is_unfinished(failure_of(failure)),
+                )
+                self._note(entry.key, saved)
                 self._size += len(line)
 
     def close(self) -> None:
@@ -253,13 +281,19 @@ class Checkpoint:
             if entry["settings"] != self._settings:
                 raise self._refusal(f"line {number} is of other settings: use another file")
             is_failure = entry["failure"] is not None
-            self._note(entry["key"], Saved(offset, is_failure, entry["fingerprint"]))
+            unfinished = is_unfinished(entry["failure"])
+            saved = Saved(offset, is_failure, entry["fingerprint"], spent_in(entry), unfinished)
+            self._note(entry["key"], saved)
             offset += len(line)
             if not line.endswith(b"\n"):  # complete all the same
                 _write_all(self._descriptor, b"\n")
                 offset += 1
                 break
         return offset
+
+    def _with_earlier_tries(self, entry: Entry) -> Entry:
+        before = self._index.get(entry.key)
+        return entry if before is None else entry._replace(before=before.spent)
 
     def _lines(self) -> Iterator[bytes]:
         with self._reading() as file:

@@ -125,6 +125,7 @@ class Runner(Runs):
         max_steps: int | None = None,
         max_tokens: int | None = None,
         max_total_cost: float | None = None,
+        max_total_tokens: int | None = None,
         max_workers: int | None = None,
         buffersize: int | None = None,
         ordered: bool = True,
@@ -155,6 +156,7 @@ class Runner(Runs):
         max_steps: int | None = None,
         max_tokens: int | None = None,
         max_total_cost: float | None = None,
+        max_total_tokens: int | None = None,
         max_workers: int | None = None,
         buffersize: int | None = None,
         ordered: bool = True,
@@ -184,6 +186,7 @@ class Runner(Runs):
         max_steps: int | None = None,
         max_tokens: int | None = None,
         max_total_cost: float | None = None,
+        max_total_tokens: int | None = None,
         max_workers: int | None = None,
         buffersize: int | None = None,
         ordered: bool = True,
@@ -210,9 +213,12 @@ class Runner(Runs):
             jobs: Prompts, or a Job for each that has settings of its own.
             timeout_s: For each job, from its own start.
             max_cost, max_steps, max_tokens: For each job.
-            max_total_cost: US dollars for this batch. Once they are spent no job is started any
-                more; those under way go on. The place of the first job that was not run has an
-                OpenCodeBudgetError.
+            max_total_cost: US dollars for all jobs together, with what *checkpoint* has spent. Once
+                they are spent, no job is started any more, and those under way are stopped. Each
+                has an OpenCodeBudgetError in its place, with what was got; a batch with a larger
+                budget and the same checkpoint runs them again. What a job in another process
+                costs is seen at its end: there each job may spend what remains at its start.
+            max_total_tokens: The same for tokens, counted as for *max_tokens*.
             max_workers: How many jobs at a time; None for as many workers as *executor* has, else
                 what this runner was made with, else what the machine carries: for a process per
                 run two for each core, as far as memory goes (0.55 GiB each), and 32 at most.
@@ -256,6 +262,7 @@ class Runner(Runs):
             keep_events=keep_events,
             keep_raw=keep_raw,
             max_total_cost=max_total_cost,
+            max_total_tokens=max_total_tokens,
             max_workers=max_workers,
             default_workers=self._workers,
             buffersize=buffersize,

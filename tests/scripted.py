@@ -4,6 +4,9 @@
 "mute ..."     answers nothing
 "fail ..."     ends with an APIError 401, after a step that was paid for
 "hold ..."     says a word, then nothing until release() or the end of its run
+"work ..."     takes a step with a tool, for the same, and then holds
+"spend N ..."  takes N such steps, and answers
+"free ..."     answers for nothing, with as many tokens
 "refused ..."  is refused with a 429 once, then answers
 "broken ..."   raises what no run should raise
 "die ..."      ends its whole process
@@ -11,6 +14,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
@@ -24,6 +28,7 @@ from opencode_sync.result import RunResult
 from opencode_sync.runner import Request, Runner
 
 STEP_COST = 0.01
+STEP_TOKENS = 10
 
 
 class ScriptedRunner(Runner):
@@ -70,7 +75,7 @@ class ScriptedRunner(Runner):
             self._running += 1
             self.most = max(self.most, self._running)
             source = _Source(request.prompt, self._ended)
-            if request.prompt.startswith("hold"):
+            if request.prompt.startswith(("hold", "work")):
                 self._holding.append(source)
             self._changed.notify_all()
         return source
@@ -100,9 +105,17 @@ class _Source:
         if prompt.startswith("refused"):
             refusal: Any = {"type": "retry", "statusCode": 429, "message": "slow down"}
             self._say(refusal)
+        n_steps = (
+            int(prompt.split()[1]) if prompt.startswith("spend") else prompt.startswith("work")
+        )
+        for _ in range(n_steps):
+            state = {"status": "completed", "input": {}, "output": "x"}
+            used: Any = {"type": "tool_use", "part": {"tool": "bash", "state": state}}
+            self._say(used)
+            self._finish_step("tool-calls")
         if prompt.startswith("hold"):
             self._say({"type": "text", "part": {"text": "wait"}})
-        else:
+        elif not prompt.startswith("work"):
             self.answer()
 
     def _say(self, event: Event) -> None:
@@ -111,13 +124,17 @@ class _Source:
     def answer(self) -> None:
         text = "" if self._prompt.startswith("mute") else self._prompt.upper()
         self._say({"type": "text", "part": {"text": text}})
-        tokens = {"total": 10, "input": 7, "output": 3}
-        step: Any = {"reason": "stop", "cost": STEP_COST, "tokens": tokens}
-        self._say({"type": "step_finish", "part": step})
+        self._finish_step("stop")
         if self._prompt.startswith("fail"):
             error: Any = {"name": "APIError", "data": {"message": "bad key", "statusCode": 401}}
             self._say({"type": "error", "error": error})
         self._blocks.put(None)
+
+    def _finish_step(self, reason: str) -> None:
+        tokens = {"total": STEP_TOKENS, "input": 7, "output": 3}
+        cost = 0 if self._prompt.startswith("free") else STEP_COST
+        step: Any = {"reason": reason, "cost": cost, "tokens": tokens}
+        self._say({"type": "step_finish", "part": step})
 
     def receive(self, timeout: float | None) -> Sequence[Event] | None:
         block = self._blocks.get(timeout=timeout)
@@ -126,6 +143,9 @@ class _Source:
         return block
 
     def stop(self) -> None:
+        with contextlib.suppress(queue.Empty):  # what was not said yet is not said any more
+            while True:
+                self._blocks.get_nowait()
         self._blocks.put(None)
 
     def settle(self, result: RunResult) -> OpenCodeError | None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -34,7 +35,7 @@ from opencode_sync import (
 from opencode_sync._task import Outcome, Settings, Task
 from opencode_sync._work import Work
 from opencode_sync.stream import Limits
-from tests.scripted import STEP_COST, ScriptedRunner
+from tests.scripted import STEP_COST, STEP_TOKENS, ScriptedRunner
 
 ROOT = Path(__file__).parent.parent
 
@@ -162,6 +163,8 @@ def test_what_is_no_list_of_jobs_is_refused(runner: ScriptedRunner, jobs: object
         {"max_workers": True},
         {"max_total_cost": -1},
         {"max_total_cost": float("nan")},
+        {"max_total_tokens": 1.5},
+        {"max_steps": 0},
         {"on_error": "ignore"},
         {"progress": "yes"},
         {"executor": "dask"},
@@ -327,6 +330,7 @@ def test_a_batch_that_is_lost_in_the_middle_of_its_own_write_is_ended(
     path = tmp_path / "batch.jsonl"
     held = [runner.map(["a", "hold b"], checkpoint=path)]
     next(held[0])
+    runner.wait_for(2)
     (dispatching,) = [t for t in threading.enumerate() if t.name == "opencode-batch"]
     monkeypatch.setattr("os.fsync", lambda descriptor: held.clear())
 
@@ -366,17 +370,194 @@ def test_a_budget_of_nothing_starts_nothing(runner: ScriptedRunner) -> None:
     assert runner.begun == []
 
 
-def test_without_order_too_the_jobs_under_way_go_on_when_the_budget_is_spent(
+def test_what_is_under_way_is_stopped_once_the_budget_is_spent(runner: ScriptedRunner) -> None:
+    jobs = [f"work {n}" for n in range(20)]
+
+    with runner.map(jobs, max_workers=8, max_total_cost=5 * STEP_COST, on_error="return") as batch:
+        ends = list(batch)
+
+    stopped = [end for end in ends if end.result is not None]
+    assert all(isinstance(end, OpenCodeBudgetError) for end in ends)
+    assert {end.limit_name for end in ends} == {"max_total_cost"}
+    assert "max_total_cost of $0.05 is spent" in str(stopped[0])
+    assert str(stopped[0]).endswith("the job was stopped")
+    assert stopped[0].result.status == "over_budget"
+    assert len(runner.begun) <= 8
+    assert batch.report.cost == pytest.approx(sum(end.result.total_cost for end in stopped))
+    assert 5 * STEP_COST <= batch.report.cost + 1e-9 <= 8.5 * STEP_COST
+    assert (batch.report.not_run, batch.report.failed) == (20, 0)
+
+
+def test_a_budget_of_tokens_stops_what_is_under_way(runner: ScriptedRunner) -> None:
+    jobs = ["free a", "work b", "work c", "d"]
+
+    ends = list(runner.map(jobs, max_total_tokens=2 * STEP_TOKENS, on_error="return"))
+
+    assert [type(end) for end in ends[1:]] == [OpenCodeBudgetError] * 3
+    error = ends[-1]
+    assert isinstance(error, OpenCodeBudgetError)
+    assert (error.limit_name, error.limit) == ("max_total_tokens", 2 * STEP_TOKENS)
+    assert error.spent is not None
+    assert error.spent >= 2 * STEP_TOKENS
+
+
+def test_without_order_too_a_job_that_is_stopped_for_the_budget_comes_before_those_not_run(
     runner: ScriptedRunner,
 ) -> None:
-    batch = runner.map(["hold a", "b", "c"], ordered=False, max_total_cost=STEP_COST)
-    results = [next(batch)]
-    runner.release()
+    jobs = ["hold a", "b", "c"]
+    batch = runner.map(jobs, ordered=False, max_total_cost=STEP_COST, on_error="return")
 
-    with pytest.raises(OpenCodeBudgetError):
-        results.extend(batch)
+    ends = list(batch)
 
-    assert [result.prompt for result in results] == ["b", "hold a"]
+    kinds = {
+        end.prompt: (type(end), end.result is None)
+        for end in ends
+        if isinstance(end, OpenCodeError)
+    }
+    assert kinds == {"hold a": (OpenCodeBudgetError, False), "c": (OpenCodeBudgetError, True)}
+    assert {end.prompt for end in ends if isinstance(end, RunResult)} == {"b"}
+    assert ends[-1].prompt == "c"
+
+
+def test_a_job_in_another_process_may_spend_what_remained_at_its_start(
+    runner: ScriptedRunner,
+) -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        jobs = ["a", "spend 9", "c"]
+        ends = list(
+            runner.map(jobs, executor=executor, max_total_cost=3.5 * STEP_COST, on_error="return")
+        )
+
+    assert isinstance(ends[0], RunResult)
+    stopped = ends[1]
+    assert isinstance(stopped, OpenCodeBudgetError)
+    assert stopped.result is not None
+    assert (stopped.result.status, stopped.result.turns) == ("over_budget", 3)
+    assert stopped.limit == pytest.approx(3.5 * STEP_COST)
+    assert stopped.spent == pytest.approx(4 * STEP_COST)
+    assert isinstance(ends[2], OpenCodeBudgetError)
+    assert ends[2].result is None
+
+
+def test_limits_of_a_job_go_before_those_of_the_batch(runner: ScriptedRunner) -> None:
+    jobs = [Job("spend 3", max_steps=2), Job("spend 3 too", max_tokens=STEP_TOKENS), Job("spend 2")]
+
+    ends = list(runner.map(jobs, max_steps=3, on_error="return"))
+
+    assert [getattr(end, "limit_name", None) for end in ends] == ["max_steps", "max_tokens", None]
+
+
+def test_tokens_without_a_price_are_warned_of_once_where_dollars_are_to_bind(
+    runner: ScriptedRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = runner.map(["free a", "b", "free c"], max_total_cost=1.0)
+
+    results = list(batch)
+
+    (warning,) = batch.report.warnings
+    assert warning.startswith("20 tokens were counted at $0.00, so max_total_cost does not bind")
+    assert f"warning: {warning}" in str(batch.report)
+    assert [record.levelname for record in caplog.records if "$0.00" in record.message] == [
+        "WARNING"
+    ]
+    assert all(result.warnings == [] for result in results)
+
+
+def test_without_a_limit_of_dollars_nobody_is_warned_of_a_free_model(
+    runner: ScriptedRunner,
+) -> None:
+    batch = runner.map(["free a"], max_total_tokens=1000)
+
+    list(batch)
+
+    assert batch.report.warnings == ()
+
+
+# --- budgets of batches that go on ---------------------------------------------------------------
+
+
+def test_a_batch_that_goes_on_goes_on_with_its_budget(
+    runner: ScriptedRunner, tmp_path: Path
+) -> None:
+    def go_on(steps: int) -> tuple[list[Any], str]:
+        batch = runner.map(
+            list("abcd"),
+            checkpoint=tmp_path / "done.jsonl",
+            max_total_cost=steps * STEP_COST,
+            on_error="return",
+        )
+        return list(batch), str(batch.report)
+
+    go_on(2)
+    again, report = go_on(2)
+
+    assert sorted(runner.prompts) == ["a", "b"]
+    assert [type(end) for end in again] == [RunResult] * 2 + [OpenCodeBudgetError] * 2
+    assert "$0.02 is spent ($0.02, $0.02 of it before, as the checkpoint says)" in str(again[2])
+    assert report.startswith("0 done, 0 failed, 2 from the checkpoint, 2 not run")
+    assert [end.answer for end in go_on(4)[0]] == ["A", "B", "C", "D"]
+    assert sorted(runner.prompts) == ["a", "b", "c", "d"]
+
+
+def test_what_failures_have_cost_counts_also_where_a_later_try_took_their_place(
+    runner: ScriptedRunner, tmp_path: Path
+) -> None:
+    path = tmp_path / "done.jsonl"
+
+    def go_on() -> list[Any]:
+        limits: Any = {"max_total_cost": 2.5 * STEP_COST, "max_total_tokens": 1000}
+        return list(runner.map(["fail a"], checkpoint=path, on_error="return", **limits))
+
+    kinds = [type(go_on()[0]) for _ in range(4)]
+
+    assert kinds == [OpenCodeProcessError] * 3 + [OpenCodeBudgetError]
+    assert len(path.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("retry_failed", [True, False])
+def test_a_job_that_was_stopped_for_the_budget_is_run_again_with_a_larger_one(
+    runner: ScriptedRunner, tmp_path: Path, retry_failed: bool
+) -> None:
+    path = tmp_path / "done.jsonl"
+    jobs = ["work a", "work b"]
+    budget = {"checkpoint": path, "retry_failed": retry_failed, "on_error": "return"}
+
+    first: Any = list(runner.map(jobs, max_total_cost=STEP_COST, **budget))  # type: ignore[call-overload]
+    n_begun = len(runner.begun)
+    release = threading.Thread(target=after, args=(runner, n_begun + 2, runner.release))
+    release.start()
+    then: Any = list(runner.map(jobs, max_total_cost=9 * STEP_COST, **budget))  # type: ignore[call-overload]
+    release.join(10)
+
+    assert {type(end) for end in first} == {OpenCodeBudgetError}
+    assert [end.answer for end in then] == ["WORK A", "WORK B"]
+
+
+def test_what_a_cancelled_job_has_cost_counts_and_it_is_run_again(
+    runner: ScriptedRunner, tmp_path: Path
+) -> None:
+    path = tmp_path / "done.jsonl"
+    with runner.map(["a", "work b"], checkpoint=path) as batch:
+        next(batch)
+        runner.wait_for(2)
+        for _ in range(2000):
+            if batch._dispatch is not None and batch._dispatch._work.spent().get(1):
+                break
+            time.sleep(0.005)
+
+    again = list(
+        runner.map(
+            ["a", "work b"],
+            checkpoint=path,
+            max_total_cost=2 * STEP_COST,
+            retry_failed=False,
+            on_error="return",
+        )
+    )
+
+    assert isinstance(again[0], RunResult)
+    assert isinstance(again[1], OpenCodeBudgetError)
+    assert again[1].spent == pytest.approx(2 * STEP_COST)
 
 
 def test_failed_jobs_count_for_the_budget(runner: ScriptedRunner) -> None:

@@ -447,7 +447,11 @@ def test_a_map_over_its_budget_starts_nothing_more_and_says_how_to_go_on(
 
     assert status == 1
     assert len(saved()) == 2
-    assert "--max-cost is spent: 2 of 5 jobs are in out.jsonl; the same command runs" in err
+    assert "--max-cost is spent: 2 of 5 jobs are in out.jsonl; the same command with more" in err
+    assert map_file(lines, "--max-cost", "4", "--workers", "1")[0] == 1
+    assert len(saved()) == 2
+    assert map_file(lines, "--max-cost", "40", "--workers", "1")[0] == 0
+    assert len(saved()) == 5
 
 
 @pytest.fixture

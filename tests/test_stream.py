@@ -399,6 +399,30 @@ def test_max_tokens_counts_tokens_of_all_kinds() -> None:
     assert error_of(31) is None
 
 
+@pytest.mark.parametrize("keep_events", [True, False])
+def test_tokens_without_a_price_are_warned_of_once_where_dollars_are_to_bind(
+    keep_events: bool,
+) -> None:
+    tokens = {"total": 120, "input": 100, "output": 20}
+    part = {"reason": "stop", "cost": 0, "tokens": tokens}
+    block = [{"type": "step_finish", "part": part}]
+    stream = stream_of(Script(block, block), max_cost=1.0, keep_events=keep_events)
+
+    kinds = [event["type"] for event in stream]
+
+    assert kinds == ["step_finish", "warning", "step_finish"]
+    (warning,) = stream.result.warnings
+    assert warning.startswith("120 tokens were counted at $0.00, so max_cost does not bind")
+    assert "max_tokens binds" in warning
+
+
+def test_without_a_limit_of_dollars_nobody_is_warned_of_a_free_model() -> None:
+    part = {"reason": "stop", "cost": 0, "tokens": {"total": 120}}
+    source = Script([{"type": "step_finish", "part": part}])
+
+    assert stream_of(source, max_tokens=1000).wait().warnings == []
+
+
 def test_a_run_that_is_done_is_not_taken_away_for_its_price() -> None:
     assert stream_of(Script([step("stop", 5.0)]), max_cost=1.0).wait().total_cost == 5.0
 

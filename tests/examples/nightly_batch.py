@@ -1,4 +1,4 @@
-"""Work off the prompts in tasks.txt, for at most five dollars a night; what is done stays done.
+"""Work off the prompts in tasks.txt, for at most five dollars in all; what is done stays done.
 
 Run it by cron or by hand, as often as you like: python nightly_batch.py
 """
@@ -17,7 +17,7 @@ def main() -> int:
         batch = client.map(
             [Job(task, key=task) for task in tasks if task.strip()],
             checkpoint="nightly.jsonl",  # failed tasks are tried again the next night
-            max_total_cost=5.00,
+            max_total_cost=5.00,  # all nights together: what the checkpoint has spent counts
             max_workers=2,
             timeout_s=1800,
             idle_timeout_s=300,
@@ -26,7 +26,7 @@ def main() -> int:
         with batch:
             for result in batch:
                 if isinstance(result, OpenCodeBudgetError):
-                    print("left for tomorrow:", result.key)
+                    print("left for a larger budget:", result.key)
                 elif isinstance(result, OpenCodeError):
                     print("failed:", result.key, "-", result)
                 else:

@@ -9,19 +9,23 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from opencode_sync import (
+    BatchRun,
     OpenCodeBudgetError,
     OpenCodeClient,
     OpenCodeError,
     OpenCodeIncompleteError,
     OpenCodeServer,
     RunConfig,
+    RunResult,
     RunStream,
 )
+from opencode_sync.config import merged
 from opencode_sync.runner import Runner
 from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel
 from tests.live.warm import config, open_connections, shell
@@ -59,6 +63,9 @@ def runner(
     request: pytest.FixtureRequest, opencode_binary: str, model: ScriptedModel
 ) -> Iterator[Runner]:
     cfg: RunConfig = config(model)
+    free = {"name": "Free", "limit": {"context": 100_000, "output": 9_000}, "tool_call": True}
+    provider = {"scripted": {"models": {"free": free}}}
+    cfg = cfg.replace(config_overrides=merged(cfg.config_overrides or {}, {"provider": provider}))
     with request.param(opencode_binary, run_cfg=cfg) as runner:
         if isinstance(runner, OpenCodeServer):
             open_connections(runner)
@@ -69,9 +76,7 @@ Errors = dict[str, OpenCodeError]
 
 
 @pytest.fixture(scope="module")
-def errors(
-    runner: Runner, model: ScriptedModel, tmp_path_factory: pytest.TempPathFactory
-) -> Errors:
+def errors(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Errors:
     """What each run ended with, by its prompt."""
     limits: dict[str, dict[str, Any]] = {
         "Unknown reason": {},
@@ -143,3 +148,55 @@ def test_a_run_ends_where_its_tokens_are_used_up(errors: Errors) -> None:
     assert isinstance(error, OpenCodeBudgetError)
     assert (error.limit_name, error.limit) == ("max_tokens", 2 * STEP_TOKENS)
     assert error.spent == 3 * STEP_TOKENS
+
+
+# --- prices that nobody knows --------------------------------------------------------------------
+
+
+def test_a_model_without_a_price_is_warned_of_and_bound_by_its_tokens(
+    runner: Runner, tmp_path: Path
+) -> None:
+    cfg = runner._run_cfg.replace(model="scripted/free")
+    limits = {"max_cost": STEP_COST, "max_tokens": STEP_TOKENS, "timeout_s": TIMEOUT_S}
+
+    with runner.stream("Work for free", tmp_path, run_cfg=cfg, **limits) as stream:
+        error = _error_of(stream)
+
+    assert isinstance(error, OpenCodeBudgetError)
+    assert error.limit_name == "max_tokens"
+    assert error.result is not None
+    assert error.result.total_cost == 0
+    (warning,) = error.result.warnings
+    assert f"{STEP_TOKENS} tokens were counted at $0.00, so max_cost does not bind" in warning
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+def test_a_batch_stops_what_is_under_way_and_runs_it_again_with_a_larger_budget(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def go_on(steps: float) -> BatchRun[RunResult | OpenCodeError]:
+        return runner.map(
+            ["Work one", "Work two"],
+            tmp_path,
+            max_workers=2,
+            checkpoint=tmp_path / "done.jsonl",
+            max_total_cost=steps * STEP_COST,
+            timeout_s=TIMEOUT_S,
+            on_error="return",
+        )
+
+    with go_on(4) as first:
+        stopped = list(first)
+    monkeypatch.setitem(ANSWERS, "Work", "Worked.")
+    with go_on(40) as second:
+        ends = list(second)
+
+    assert [getattr(end, "limit_name", None) for end in stopped] == ["max_total_cost"] * 2
+    results = [end.result for end in stopped if isinstance(end, OpenCodeError)]
+    assert {result.status for result in results if result is not None} == {"over_budget"}
+    # Each may have ended one more step until it was stopped.
+    assert 4 * STEP_COST <= first.report.cost + 1e-9 <= 8 * STEP_COST
+    assert [end.answer for end in ends if isinstance(end, RunResult)] == ["Worked."] * 2
+    assert second.report.cost == pytest.approx(2 * STEP_COST)
