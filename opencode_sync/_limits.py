@@ -45,7 +45,8 @@ class Limits:
     Attributes:
         timeout_s: Seconds from the first process's start, over all attempts.
         idle_timeout_s: Seconds without an event or a log line.
-        max_cost: US dollars; a run that passes it in mid-work is stopped at that step.
+        max_cost: US dollars; a run that passes it in mid-work is stopped at that step, be it a
+            sub-agent's.
         max_steps: Steps of the model, those of sub-agents not among them; a run that has taken
             them and is not done is stopped.
         max_tokens: Tokens, see :func:`tokens_of`; as for *max_cost*.

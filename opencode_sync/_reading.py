@@ -283,7 +283,7 @@ def denied_tool(event: Mapping[str, Any]) -> str | None:
 def called_session(event: Mapping[str, Any]) -> str | None:
     """The session of the sub-agent that *event* tells was called, or None."""
     part = event.get("part")
-    if not isinstance(part, Mapping) or part.get("tool") != "task":
+    if not isinstance(part, (dict, Mapping)) or part.get("tool") != "task":
         return None
     state = part.get("state")
     metadata = state.get("metadata") if isinstance(state, Mapping) else None

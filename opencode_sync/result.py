@@ -86,10 +86,10 @@ class RunResult:
         raw_stdout_lines: The lines as they came, without newlines.
         token_usage: Tokens, summed over the steps; those of sub-agents at any depth too.
         total_cost: US dollars, summed over the steps; those of sub-agents at any depth, and of a
-            compaction, too. 0.0 where the provider reports none. A step that was broken off is not
-            in it, nor are requests that the provider refused, since OpenCode has no figures of
-            them, nor is the title that OpenCode asks the model for in a session that was begun
-            elsewhere without one.
+            compaction, too. 0.0 where the provider reports none. OpenCode has no figures for a
+            step that was broken off, for requests that the provider refused, and for a title that
+            it asks the model for in a session that was begun elsewhere without one. Sub-agents in
+            the background, an experiment of OpenCode, are counted until the run's end.
         sub_agents: What each sub-agent used, in the order of their first calls.
         turns: How many steps the model took, without those of sub-agents.
         session_id: To continue the conversation with.
