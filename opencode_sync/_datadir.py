@@ -17,9 +17,11 @@ import contextlib
 import json
 import logging
 import os
+import platform
 import shutil
 import tempfile
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -38,6 +40,19 @@ _log = logging.getLogger("opencode_sync")
 
 TEMPORARY_PREFIX = "opencode-sync-"
 UNPACKED = "opencode-sync-unpacked"  # in a data directory; _preload.js knows the name
+
+
+def pid_space() -> str:
+    """Return a name of where this process's pid counts: this machine, or a container on it."""
+    names = [platform.node()]
+    with contextlib.suppress(OSError):  # all but Linux
+        names.append(os.readlink("/proc/self/ns/pid"))
+    return f"{zlib.crc32(' '.join(names).encode()):08x}"
+
+
+def temporary_prefix() -> str:
+    """Return what our temporary names begin with: whose they are, as _leftovers reads it."""
+    return f"{TEMPORARY_PREFIX}{os.getpid()}-{pid_space()}-"
 
 
 class Lease:
@@ -154,7 +169,7 @@ class DataDirectories:
             lease = Lease(self, slot, self._root() / str(slot), own, holds_sessions=holds_sessions)
         try:
             if is_first:  # what a run has left whose Python process was killed
-                shutil.rmtree(lease.unpacked, ignore_errors=True)
+                _empty(lease.unpacked)
             lease.unpacked.mkdir(mode=0o700, parents=True, exist_ok=True)
             link_credentials(env, lease.path)
         except BaseException:
@@ -206,7 +221,7 @@ class DataDirectories:
             return self._kept
         if self._temporary is None:
             try:
-                made = tempfile.mkdtemp(prefix=f"{TEMPORARY_PREFIX}{os.getpid()}-")
+                made = tempfile.mkdtemp(prefix=temporary_prefix())
             except OSError as error:
                 raise OpenCodeError(
                     f"no place for a temporary data directory ({error.strerror}): set TMPDIR to "
@@ -298,6 +313,7 @@ class DataDirectories:
 
 
 def _empty(directory: Path) -> None:
-    with contextlib.suppress(OSError):  # the next lease tries again
+    with contextlib.suppress(OSError):  # it is gone, or not to be read: the next lease tries again
         for path in directory.iterdir():
-            path.unlink()
+            with contextlib.suppress(OSError):
+                path.unlink()

@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ._command import TESTED_VERSION, resolve_binary
+from ._datadir import temporary_prefix
 from ._markup import table
 from ._versions import binary_version, check_program_version, fault_of, is_older
 from .client import OpenCodeClient
@@ -52,7 +53,7 @@ def demo(say: Say = print) -> list[str]:
     """
     program = find_program(say)
     with TemporaryDirectory(
-        prefix=f"opencode-sync-{os.getpid()}-demo-", ignore_cleanup_errors=True
+        prefix=f"{temporary_prefix()}demo-", ignore_cleanup_errors=True
     ) as name:
         script = _Script(Path(name).resolve())
         with ScriptedModel(script.answer) as model, OpenCodeClient(program) as client:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._command import managed_root
-from ._datadir import TEMPORARY_PREFIX
+from ._datadir import TEMPORARY_PREFIX, pid_space
 from ._markup import one_line
 from ._tree import MARKER
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 GRACE_S = 2.0  # between asking a process to end and killing it
 
 _INSTALLING = ".installing-*"  # below managed_root(), see install.py
-_TEMPORARY = re.compile(re.escape(TEMPORARY_PREFIX) + r"(?P<pid>\d+)-")
+_TEMPORARY = re.compile(re.escape(TEMPORARY_PREFIX) + r"(?P<pid>\d+)-(?P<space>\w+)-")
 
 
 @dataclass
@@ -109,6 +109,8 @@ def _temporary() -> Iterator[Path]:
             there = path.lstat()
             # Another user's are for him to look after.
             is_ours = not hasattr(os, "getuid") or there.st_uid == os.getuid()
+            # A container that shares the directory has processes of its own, with the same numbers.
+            is_ours = is_ours and name is not None and name["space"] == pid_space()
             if name and is_ours and not _lived_at(int(name["pid"]), there.st_mtime):
                 yield path
 

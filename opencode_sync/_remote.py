@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from ._datadir import temporary_prefix
 from ._task import End, Outcome, Settings, Streams, Task, carry_out
 from .errors import OpenCodeCancelledError, OpenCodeOutputError
 from .result import ErrorInfo, RunResult
@@ -119,7 +120,7 @@ class Lifeline:
         """A new one, of this process."""
         import psutil
 
-        descriptor, path = tempfile.mkstemp(prefix=f"opencode-sync-{os.getpid()}-batch-")
+        descriptor, path = tempfile.mkstemp(prefix=f"{temporary_prefix()}batch-")
         os.close(descriptor)
         return cls(path, os.getpid(), psutil.Process().create_time(), _place())
 

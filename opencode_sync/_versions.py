@@ -25,7 +25,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from ._command import TESTED_VERSION, managed_path
-from ._datadir import TEMPORARY_PREFIX
+from ._datadir import temporary_prefix
 from .errors import (
     OpenCodeBinaryNotFoundError,
     OpenCodeCancelledError,
@@ -238,7 +238,7 @@ def _environment() -> Iterator[dict[str, str]]:
         ours: dict[str, str] = {}
         with contextlib.suppress(OSError):  # no temporary directory: the run itself will tell
             scratch = tempfile.TemporaryDirectory(
-                prefix=f"{TEMPORARY_PREFIX}{os.getpid()}-version-", ignore_cleanup_errors=True
+                prefix=f"{temporary_prefix()}version-", ignore_cleanup_errors=True
             )
             ours = dict.fromkeys(names, stack.enter_context(scratch))
         yield {**os.environ, **ours}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -92,6 +93,17 @@ def _checked(binary: str | os.PathLike[str]) -> str:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in version.split(".") if number.isdigit())
+
+
+# --- signals as in a terminal --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_as_in_a_terminal() -> Iterator[None]:
+    """A shell starts what runs in the background with SIGINT ignored, and so would all children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 # --- an environment without the developer --------------------------------------------------------

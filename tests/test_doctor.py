@@ -16,6 +16,7 @@ import pytest
 
 from opencode_sync import _leftovers, cli, doctor
 from opencode_sync._command import TESTED_VERSION, managed_path, managed_root
+from opencode_sync._datadir import pid_space
 from opencode_sync._leftovers import Leftovers
 from opencode_sync._tree import MARKER, process_token
 from opencode_sync.doctor import Finding, examine
@@ -257,7 +258,7 @@ def test_a_tool_whose_outer_run_is_alive_is_none(
 
 
 def test_a_pid_that_is_another_process_by_now_counts_as_gone(machine: Path) -> None:
-    directory = machine / "tmp" / f"opencode-sync-{os.getpid()}-old"
+    directory = machine / "tmp" / f"opencode-sync-{os.getpid()}-{pid_space()}-old"
     directory.mkdir()
     long_ago = psutil.Process().create_time() - 3600
     os.utime(directory, (long_ago, long_ago))
@@ -266,11 +267,12 @@ def test_a_pid_that_is_another_process_by_now_counts_as_gone(machine: Path) -> N
 
 
 def test_temporary_directories_are_judged_by_their_owner(machine: Path, crashed: int) -> None:
-    gone, living, unknown = (
+    here = pid_space()
+    gone, living, in_a_container, unknown = (
         machine / "tmp" / f"opencode-sync-{name}"
-        for name in (f"{crashed}-a", f"{os.getpid()}-a", "x")
+        for name in (f"{crashed}-{here}-a", f"{os.getpid()}-{here}-a", f"{crashed}-0badcafe-a", "x")
     )
-    for directory in (gone, living, unknown):
+    for directory in (gone, living, in_a_container, unknown):
         directory.mkdir()
 
     assert Leftovers.find().paths == [gone]
@@ -279,7 +281,7 @@ def test_temporary_directories_are_judged_by_their_owner(machine: Path, crashed:
 def test_another_users_directory_is_not_ours_to_judge(
     machine: Path, crashed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (machine / "tmp" / f"opencode-sync-{crashed}-a").mkdir()
+    (machine / "tmp" / f"opencode-sync-{crashed}-{pid_space()}-a").mkdir()
     other = os.getuid() + 1
     monkeypatch.setattr(os, "getuid", lambda: other)
 
@@ -303,7 +305,7 @@ def test_an_install_that_is_at_work_is_none() -> None:
 
 
 def test_leftovers_are_bad_and_say_how_to_remove_them(machine: Path, crashed: int) -> None:
-    directory = machine / "tmp" / f"opencode-sync-{crashed}-a"
+    directory = machine / "tmp" / f"opencode-sync-{crashed}-{pid_space()}-a"
     directory.mkdir()
 
     assert finding("leftovers") == Finding(
@@ -318,7 +320,7 @@ def test_fix_ends_processes_and_removes_directories(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     process = tool(f"{crashed}-abc.1")
-    directory = machine / "tmp" / f"opencode-sync-{crashed}-a"
+    directory = machine / "tmp" / f"opencode-sync-{crashed}-{pid_space()}-a"
     directory.mkdir()
     has_opencode(machine)
 
