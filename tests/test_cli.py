@@ -82,7 +82,7 @@ def test_help_fits_a_screen_and_shows_an_example(shell: Shell, words: list[str])
 
     lines = out.splitlines()
     assert status == 0
-    assert len(lines) <= 24
+    assert len(lines) <= 30
     assert max(map(len, lines)) <= 80
     assert f"opencode-sync {' '.join(words)}" in lines[-1]
 

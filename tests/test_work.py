@@ -1,6 +1,6 @@
 """How much work a run makes, counted and not timed: what grows here would show in the benchmarks.
 
-A program counts what it does in a child process of its own, for audit hooks and profilers stay.
+A program counts what it does in a child process of its own, for audit hooks stay.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import pytest
 from tests.standin import write_standin
 
 RUNS = 5
-FEW, MANY = 1_000, 11_000  # events
+MANY = 11_000  # events
 
 _PROGRAM = """
 import collections, json, os, sys, threading, tracemalloc
 from opencode_sync import OpenCodeClient
 
-RUNS, FEW, MANY, binary, workspace = *map(int, sys.argv[1:4]), *sys.argv[4:]
-counts, calls, is_counting = collections.Counter(), 0, False
+RUNS, MANY, binary, workspace = *map(int, sys.argv[1:3]), *sys.argv[3:]
+counts, is_counting = collections.Counter(), False
 
 def note(name, arguments):
     if is_counting and name in ("open", "os.listdir", "subprocess.Popen"):
@@ -34,10 +34,6 @@ def note(name, arguments):
 def start(thread, start=threading.Thread.start):
     counts["thread"] += is_counting
     start(thread)
-
-def count_call(frame, event, argument):
-    global calls
-    calls += event == "call"
 
 def prompt(n, kind="text"):
     event = {"type": kind, "sessionID": "ses_1", "part": {"text": "some words"}}
@@ -50,12 +46,6 @@ def stream(client, n, **keeping):
         for _ in stream:
             pass
     return stream.result
-
-def calls_of(client, n):
-    global calls
-    calls = 0
-    client.run(prompt(n), workspace)
-    return calls
 
 def held(client, **keeping):
     tracemalloc.start()
@@ -75,14 +65,8 @@ with OpenCodeClient(binary) as client:
     held_without = held(client, keep_events=False, keep_raw=False)
     held_raw = held(client, keep_events=False)
     output = len("\\n".join(stream(client, MANY, keep_events=False).raw_stdout_lines))
-    threading.setprofile(count_call)
-    sys.setprofile(count_call)
-    few, many = calls_of(client, FEW), calls_of(client, MANY)
-    sys.setprofile(None)
-    threading.setprofile(None)
 print(json.dumps({
     "per_run": {name: count / RUNS for name, count in counts.items()},
-    "calls_per_event": (many - few) / (MANY - FEW),
     "held_without": held_without, "held_raw": held_raw, "output": output,
 }))
 """
@@ -94,14 +78,12 @@ class Work:
 
     Attributes:
         per_run: Of what a run does in this process, how much.
-        calls_per_event: Calls of Python functions, in all threads.
         held_without, held_raw: Bytes of memory after a stream of MANY events of which nothing was
             kept, and after one whose raw lines were.
         output: Bytes that its child wrote.
     """
 
     per_run: dict[str, float]
-    calls_per_event: float
     held_without: int
     held_raw: int
     output: int
@@ -111,7 +93,7 @@ class Work:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     directory = tmp_path_factory.mktemp("work")
     binary = write_standin(directory / "opencode")
-    arguments = [*map(str, (RUNS, FEW, MANY)), str(binary), str(directory)]
+    arguments = [*map(str, (RUNS, MANY)), str(binary), str(directory)]
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, *arguments],
         cwd=Path(__file__).parent.parent,
@@ -141,10 +123,6 @@ def test_a_run_looks_at_the_processes_once_or_twice(work: Work) -> None:
 def test_a_run_does_not_look_into_processes_that_are_older(work: Work) -> None:
     assert work.per_run["open /proc"] > 0
     assert work.per_run["our environment"] == 0
-
-
-def test_an_event_takes_six_calls(work: Work) -> None:
-    assert 1 < work.calls_per_event < 7
 
 
 def test_of_events_that_are_not_kept_nothing_stays(work: Work) -> None:
