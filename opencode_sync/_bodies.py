@@ -9,17 +9,17 @@ from __future__ import annotations
 import base64
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ._command import UNTITLED
+from ._denials import OUTPUT_TOOL, Rule, make_rule, rules_of
 from ._schema import OutputSchema
 from .config import RunConfig
 from .errors import OpenCodeConfigError
 
 TITLE_CHARACTERS = 50
-OUTPUT_TOOL = "StructuredOutput"  # OpenCode gives it to the model where a prompt has a format
 
 # Settings of the server as a whole, the same for all that it runs.
 SERVER_WIDE = (
@@ -41,9 +41,6 @@ _NOBODY_TO_ASK = tuple(
     {"permission": name, "pattern": "*", "action": "deny"}
     for name in ("question", "plan_enter", "plan_exit")
 )
-_EDITING_TOOLS = ("write", "edit", "patch", "multiedit")  # one permission stands for them
-
-Rule = Mapping[str, str]
 
 
 def check_server_wide(cfg: RunConfig, server: RunConfig) -> None:
@@ -83,19 +80,11 @@ def permission_rules(
         with_questions: There is somebody who answers the model's questions.
         with_output: It is to call the tool that takes down structured output.
     """
-    rules = [_rule("question", "*", "allow")] if with_questions else []
+    rules = [make_rule("question", "*", "allow")] if with_questions else []
     # Not with the prompt, where OpenCode takes "tools" for the session's only rules.
-    for tool, is_on in (cfg.tools or {}).items():
-        name = "edit" if tool in _EDITING_TOOLS else tool
-        rules.append(_rule(name, "*", "allow" if is_on else "deny"))
-    permission = {"*": cfg.permission} if isinstance(cfg.permission, str) else cfg.permission or {}
-    for name, actions in permission.items():
-        if isinstance(actions, Mapping):
-            rules += [_rule(name, _at_home(pattern), word) for pattern, word in actions.items()]
-        else:
-            rules.append(_rule(name, "*", actions))
+    rules += rules_of(cfg)
     if with_output:
-        rules.append(_rule(OUTPUT_TOOL, "*", "allow"))
+        rules.append(make_rule(OUTPUT_TOOL, "*", "allow"))
     return rules
 
 
@@ -108,18 +97,6 @@ def missing_rules(has: Sequence[Rule], wanted: Sequence[Rule]) -> list[Rule]:
         return list(wanted)
     passing = list(wanted[len(lasting) :])
     return passing if passing and has[-1:] != passing else []
-
-
-def _rule(permission: str, pattern: str, action: str) -> Rule:
-    return {"permission": permission, "pattern": pattern, "action": action}
-
-
-def _at_home(pattern: str) -> str:
-    # OpenCode does so for patterns of its configuration only.
-    for home in ("~", "$HOME"):
-        if pattern == home or pattern.startswith(f"{home}/"):
-            return os.path.expanduser("~") + pattern[len(home) :]
-    return pattern
 
 
 def prompt_body(

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ._denials import PRELOAD, PRELOAD_FILE, marked
 from .config import RunConfig, merged
 from .errors import OpenCodeBinaryNotFoundError, OpenCodeConfigError
 
@@ -25,9 +26,7 @@ UNTITLED = "opencode-sync"
 """The title of a session whose prompt has no text to take one from."""
 
 PLUGIN = Path(__file__).with_name("_plugin.js")
-PRELOAD = "BUN_INSPECT_PRELOAD"
 BUN_TEMPORARY = "BUN_TMPDIR"
-_PRELOAD_FILE = Path(__file__).with_name("_preload.js")
 
 # What carries configuration of the user's own; left out with inherit_user_config=False.
 _USER_CONFIG_VARIABLES = (
@@ -233,6 +232,10 @@ def build_env(run_cfg: RunConfig, base: Mapping[str, str] | None = None) -> dict
         config["instructions"] = [os.path.expanduser(path) for path in run_cfg.instructions]
     if run_cfg.lean:
         config = merged(_LEAN_CONFIG, config)
+    if run_cfg.agent is not None:
+        # OpenCode takes the default agent for one that it cannot run: then it refuses that too.
+        config["default_agent"] = run_cfg.agent
+    config = marked(config)
     if config:
         below = _parent_config(env.get("OPENCODE_CONFIG_CONTENT"))
         env["OPENCODE_CONFIG_CONTENT"] = _content(merged(below, config))
@@ -251,7 +254,7 @@ def add_preload(env: dict[str, str]) -> dict[str, str]:
     """
     if not env.get(PRELOAD, "unset"):  # Bun ends at once where that is no file
         return {name: value for name, value in env.items() if name != PRELOAD}
-    return {PRELOAD: str(_PRELOAD_FILE), **env} if _PRELOAD_FILE.is_file() else env
+    return {PRELOAD: str(PRELOAD_FILE), **env} if PRELOAD_FILE.is_file() else env
 
 
 def unpacking_in(directory: Path, env: Mapping[str, str]) -> dict[str, str]:

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ._attempts import Attempts
+from ._denials import Tripwire, error_event
 from ._eventlog import EventLog
 from ._interrupt import Flag
 from ._limits import Limits, Meter
@@ -56,6 +57,7 @@ class Course:
         keep_events: bool,
         review: Review | None,
         secrets: Secrets | None,
+        tripwire: Tripwire | None,
     ) -> None:
         self._ended, self._cancelled = Flag(), Flag()
         self._cancel_reason = ""
@@ -64,6 +66,7 @@ class Course:
         self._source: Source | None = None
         self._result = result
         self._meter = Meter(limits)
+        self._tripwire = tripwire
         self._keep = result.append_event if keep_events else result.fold
         self._ready: deque[Event] = deque()
         self._error: OpenCodeError | None = None
@@ -82,7 +85,11 @@ class Course:
             self._end_attempt(self._source)
             return
         self._take(events)
-        if (overspent := self._meter.overspent(self._result)) is not None:
+        broken = None if self._tripwire is None else self._tripwire.broken(events)
+        if broken is not None:
+            self._take([error_event(type(broken).__name__, str(broken))])
+            self._finish(None, broken)
+        elif (overspent := self._meter.overspent(self._result)) is not None:
             self._finish("over_budget", overspent)
         elif (endless := self._meter.endless()) is not None:
             self._finish("incomplete", endless)
@@ -177,7 +184,7 @@ class Course:
 
     # -- the end, in whichever thread ----------------------------------------------------------
 
-    def _finish(self, status: Stopped, error: OpenCodeError | None) -> None:
+    def _finish(self, status: Stopped | None, error: OpenCodeError | None) -> None:
         """End from outside: stop the source, take what it had still written, and end."""
         source = self._source
         try:

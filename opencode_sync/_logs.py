@@ -25,6 +25,7 @@ from .errors import strip_ansi
 from .events import Event, RetryEvent
 
 PRELOAD_PREFIX = "opencode-sync: "
+FALLBACK = "Falling back to"
 
 NEEDED_BYTES = 8_000_000  # where a start writes: Bun unpacks 5.6 MB, and a database takes 0.9
 _LONGEST = 65_536  # characters of a line that are looked at
@@ -33,7 +34,6 @@ _LOG_FIELD = re.compile(r'(?<=\s)([\w.]+)=("(?:[^"\\]|\\.)*"|\S*)')
 _NOT_MADE = re.compile(r"^E[A-Z]+: [^\n]*, mkdir '([^'\n]+)'", re.MULTILINE)
 _NOT_SEEN = re.compile(r'^error: preload not found "', re.MULTILINE)
 _NOT_TAKEN = re.compile(r"^error: invalid JSC environment variable\s+(BUN_JSC_\w+)", re.MULTILINE)
-_NO_AGENT = re.compile(r'agent "([^"]*)" not found\. Falling back to default agent')
 
 
 def log_fields(line: str) -> dict[str, str] | None:
@@ -59,13 +59,13 @@ class LogReader:
     Attributes:
         cause: The last failure that the log explains: more than OpenCode's ``error`` event tells
             of an unknown model.
-        missing_agent: The agent that OpenCode did not find, or None.
+        other_agent: Why OpenCode runs another agent than was asked for, or None.
         pending: A refusal of which the next line shows whether it is the last, or None. Without
             its HTTP status it is taken for one that is retried, if nothing follows.
     """
 
     cause: str = ""
-    missing_agent: str | None = None
+    other_agent: str | None = None
     pending: Event | None = None
     _status: dict[str, object] = field(default_factory=dict)
 
@@ -74,8 +74,9 @@ class LogReader:
         line = line[:_LONGEST]
         fields = log_fields(line)
         if fields is None:
-            if (match := _NO_AGENT.search(strip_ansi(line))) is not None:
-                self.missing_agent = match[1]
+            why, falls_back, to = strip_ansi(line).partition(FALLBACK)
+            if falls_back and "agent" in to:
+                self.other_agent = why.strip(" !.,;:")
             return False, []
         message = fields.get("message")
         if message == "failed" and "error" in fields:
@@ -102,7 +103,8 @@ class LogReader:
             return []
         if "type" in value:
             return [cast(Event, value)]
-        self._status = value
+        if "status" in value:
+            self._status = value
         return []
 
     def _refusal(self, fields: dict[str, str]) -> list[Event]:
@@ -129,8 +131,9 @@ class LogReader:
         return [event] if is_retried(status) else []
 
 
-def no_agent(name: str) -> Event:
-    message = f"agent {name!r} not found; the run was stopped before the default agent took over"
+def no_agent(why: str) -> Event:
+    """The error for a run in which another agent would take over; *why* is OpenCode's words."""
+    message = f"{why}; the run was stopped before the default agent took over"
     return {"type": "error", "error": {"name": "AgentNotFoundError", "data": {"message": message}}}
 
 

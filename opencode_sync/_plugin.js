@@ -59,6 +59,12 @@ export const OpencodeSync = async ({ client }) => {
       // Ours, so that OpenCode's own installations give up soon without a network; npm's default.
       if (process.env.npm_config_fetch_retries === "0") env.npm_config_fetch_retries = "2"
     },
+    // A sub-agent goes on in a session of its own parent, or in a new one: others have other rules.
+    "tool.execute.before": async ({ tool, sessionID }, { args }) => {
+      if (tool !== "task" || !args?.task_id) return
+      const { data: session } = await client.session.get({ path: { id: args.task_id } })
+      if (session?.parentID !== sessionID) delete args.task_id
+    },
     // Of its parent's rules a sub-agent's session gets the denials alone: what the parent must ask
     // for, it would just do. This runs after it was created and before it reads its rules.
     "chat.message": async ({ sessionID }, { message }) => {

@@ -2,11 +2,36 @@
 // takes the file that BUN_INSPECT_PRELOAD names (1.3.14, in OpenCode 1.18.33). Unlike a plugin it
 // makes OpenCode wait for nothing.
 
+import { writeSync } from "node:fs"
+
 // What is for OpenCode alone: a tool that is made of Bun would take it too.
 delete process.env.BUN_INSPECT_PRELOAD
 if (process.env.BUN_TMPDIR?.endsWith("opencode-sync-unpacked")) delete process.env.BUN_TMPDIR
 if (process.env.BUN_JSC_thresholdForFTLOptimizeAfterWarmUp === "1000000") {
   delete process.env.BUN_JSC_thresholdForFTLOptimizeAfterWarmUp
+}
+
+// What the caller denies is denied, whatever an agent of the workspace's configuration allows: of the
+// rules that match OpenCode takes the last, and finds it in one way for all sessions and sub-agents.
+const denials = JSON.parse(process.env.OPENCODE_SYNC_DENIALS ?? "[]")
+delete process.env.OPENCODE_SYNC_DENIALS
+if (denials.length) {
+  const findLast = Array.prototype.findLast
+  let isTold = false
+  const findLastDenied = function (test, self) {
+    if (typeof this[0]?.permission === "string" && typeof this[0].pattern === "string") {
+      if (!isTold) writeSync(2, 'opencode-sync: {"denials":true}\n')
+      isTold = true
+      for (const { agent, rules } of denials) {
+        if (agent && !this.some(({ permission }) => permission === agent)) continue
+        const rule = findLast.call(rules, test, self)
+        if (rule?.action === "deny") return rule
+      }
+    }
+    return findLast.call(this, test, self)
+  }
+  const property = { value: findLastDenied, writable: true, configurable: true }
+  Object.defineProperty(Array.prototype, "findLast", property)
 }
 
 // OpenCode retries a provider's refusals without a word of the HTTP status: say it on stderr, where

@@ -160,6 +160,11 @@ class Process:
             self._unread.discard(channel)
         return None
 
+    def has_written(self, channel: Channel, words: bytes) -> bool:
+        """Whether *words* stand in what the child has written so far, received or not."""
+        file = self._outputs[channel].file.fileno()
+        return words in os.pread(file, os.fstat(file).st_size, 0)
+
     def wait_started(self, timeout: float, cancelled: Callable[[], bool] = lambda: False) -> None:
         """Return at the first output or the end, when cancelled, or after *timeout* seconds."""
         begun = time.monotonic()

@@ -271,13 +271,15 @@ def denied_tool(event: Mapping[str, Any]) -> str | None:
     tool, error = part.get("tool"), state.get("error")
     if not isinstance(tool, str):
         return None
-    if isinstance(error, str) and state.get("status") == "error" and _is_refusal(error):
-        return tool
+    if isinstance(error, str) and state.get("status") == "error":
+        return tool if _is_refusal(error) or _is_not_offered(tool, error) else None
     # A tool that is denied as a whole is not offered to the model, and a call of it comes back as
-    # "invalid", just as one of a tool that the model made up.
+    # "invalid", just as one of a tool that the model made up, or one whose arguments are not JSON.
     asked = state.get("input")
-    wanted = asked.get("tool") if tool == "invalid" and isinstance(asked, Mapping) else None
-    return wanted if isinstance(wanted, str) and wanted in _BUILT_IN_TOOLS else None
+    if tool != "invalid" or not isinstance(asked, Mapping):
+        return None
+    wanted, why = asked.get("tool"), asked.get("error", _NOT_OFFERED)
+    return wanted if isinstance(wanted, str) and _is_not_offered(wanted, why) else None
 
 
 def called_session(event: Mapping[str, Any]) -> str | None:
@@ -292,6 +294,20 @@ def called_session(event: Mapping[str, Any]) -> str | None:
 
 
 _REFUSALS = ("rejected permission", "a rule which prevents you", "user dismissed this question")
+
+
+_NOT_OFFERED = "unavailable tool"
+
+
+def _is_not_offered(tool: str, why: object) -> bool:
+    """Whether a call came to nothing since *tool*, one of OpenCode's own, was not offered.
+
+    Where all is denied, "invalid" is too: then it is the one that *why* names for any call.
+    """
+    if tool not in _BUILT_IN_TOOLS or not isinstance(why, str):
+        return False
+    said, _, offered = why.partition("Available tools: ")
+    return _NOT_OFFERED in said and tool not in offered.rstrip(".").split(", ")
 
 
 def _is_refusal(text: str) -> bool:

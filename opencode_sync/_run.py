@@ -17,13 +17,19 @@ from pathlib import Path
 
 from . import _interrupt, _tree, _watchdog
 from ._datadir import Lease
+from ._denials import ENFORCED, error_event, not_enforced
 from ._logs import PRELOAD_PREFIX, LogReader, no_agent, not_counted
 from ._output import LineSplitter
 from ._process import Process
 from ._reading import called_session
 from ._reasons import may_be_repeated, reason, start_error, what_is_missing
 from ._secrets import Secrets
-from .errors import OpenCodeError, OpenCodeIncompleteError, OpenCodeProcessError
+from .errors import (
+    OpenCodeError,
+    OpenCodeIncompleteError,
+    OpenCodePermissionError,
+    OpenCodeProcessError,
+)
 from .events import Event, is_cut, parse_block, warning_events
 from .result import RunResult
 
@@ -31,6 +37,8 @@ _log = logging.getLogger("opencode_sync")
 
 # How long a refusal of the provider waits for the line that would tell that it is the last.
 PENDING_S = 1.0
+
+_STEPS = ("step_start", "tool_use")
 
 
 class ProcessRun:
@@ -49,6 +57,7 @@ class ProcessRun:
         keep_logs: bool = False,
         warnings: Sequence[str] = (),
         secrets: Secrets | None = None,
+        has_denials: bool = False,
     ) -> None:
         """Start *argv* in *workspace*, with *prompt* on stdin.
 
@@ -59,6 +68,7 @@ class ProcessRun:
             keep_logs: Keep OpenCode's log lines in the result's stderr.
             warnings: What is known before the start; given first, as events.
             secrets: What stderr may not tell; None for those of the environment.
+            has_denials: End the run where OpenCode does not look for what *env* denies.
 
         Raises:
             OpenCodeError: If it cannot be started; nothing is left behind.
@@ -70,6 +80,8 @@ class ProcessRun:
         self._keep_raw = keep_raw
         self._keep_logs = keep_logs
         self._secrets = secrets or Secrets()
+        self._has_denials = has_denials
+        self._not_enforced: OpenCodePermissionError | None = None
         self._logs = LogReader()
         self._stdout, self._stderr = LineSplitter(), LineSplitter()
         self._raw_blocks: list[bytes] = []
@@ -163,6 +175,9 @@ class ProcessRun:
         result.stderr = self._secrets.cleaned(stderr.decode("utf-8", "replace"))
         result.add_raw(self._raw_blocks)
         result.truncated = self._is_cut
+        if self._not_enforced is not None:
+            self._not_enforced.result = result
+            return self._not_enforced
         if result.status == "error":
             return OpenCodeProcessError(
                 result.exit_code,
@@ -205,7 +220,18 @@ class ProcessRun:
         if self._session is None:
             self._note_session(events)
         self._delegated.update(filter(None, map(called_session, events)))
+        if self._has_denials and any(event.get("type") in _STEPS for event in events):
+            self._has_denials = False
+            events += self._check_denials()
         return events
+
+    def _check_denials(self) -> list[Event]:
+        """Before its first step OpenCode has looked for what is denied, or it never will."""
+        if self._was_stopped or self._process.has_written("stderr", ENFORCED):
+            return []
+        self._not_enforced = not_enforced()
+        self.stop()
+        return [error_event(type(self._not_enforced).__name__, str(self._not_enforced))]
 
     def _note_session(self, events: Sequence[Event]) -> None:
         for event in events:
@@ -242,8 +268,8 @@ class ProcessRun:
             events += found
         if self._session is None:
             self._note_session(events)
-        if self._logs.missing_agent is not None and not self._was_stopped:
-            events.append(no_agent(self._logs.missing_agent))
+        if self._logs.other_agent is not None and not self._was_stopped:
+            events.append(no_agent(self._logs.other_agent))
             # The default agent has taken over, and may be allowed more than the one asked for.
             self.stop()
         return events

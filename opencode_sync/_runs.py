@@ -17,6 +17,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ._denials import Tripwire
 from ._futures import cancel_together
 from ._repair import SchemaReview
 from ._request import NO_ANSWERS, Answers, Request, StrPath, checked_config, directory
@@ -223,6 +224,7 @@ class Runs(abc.ABC):
             keep_events=keep_events,
             review=None if output is None else review,
             secrets=secrets,
+            tripwire=Tripwire(cfg),
             on_begin=remember,
             on_end=forget,
         )

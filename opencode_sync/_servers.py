@@ -17,6 +17,7 @@ from typing import Protocol
 from . import _interrupt, _watchdog
 from ._command import PLUGIN, build_env, resolve_binary, unpacking_in, without_user_config
 from ._datadir import DataDirectories, Lease
+from ._denials import enforced
 from ._link import Link, dispose
 from ._secrets import Secrets
 from ._serve import Server
@@ -148,7 +149,8 @@ class Own:
         binary = resolve_binary(self._binary)
         if not self._any_version:
             check_program_version(binary, lambda: self._is_given_up)
-        env = build_env(self._cfg)
+        env = build_env(self._cfg.replace(agent=None))  # each prompt names its own
+        env = enforced(env, self._cfg, is_server=True)
         _check_plugin(env)
         if self._watchdog:
             _watchdog.guard()

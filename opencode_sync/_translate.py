@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-from ._bodies import OUTPUT_TOOL
+from ._denials import OUTPUT_TOOL
 from ._sse import Message, mapping
 from .events import Event
 

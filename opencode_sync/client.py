@@ -29,6 +29,7 @@ from ._command import (
     without_user_config,
 )
 from ._datadir import DataDirectories, Lease
+from ._denials import DENIALS, enforced
 from ._gate import Gate
 from ._run import ProcessRun
 from ._runs import NEEDS_SERVER
@@ -207,7 +208,7 @@ class OpenCodeClient(Runner):
             with _interrupt.deferred():
                 _watchdog.guard()
         cfg = request.cfg
-        env = build_env(cfg)
+        env = enforced(build_env(cfg), cfg)
         isolated = self._isolate_db and "XDG_DATA_HOME" not in (cfg.extra_env or {})
         with ExitStack() as undo:
             if isolated:
@@ -238,6 +239,7 @@ class OpenCodeClient(Runner):
                     keep_logs=bool(cfg.print_logs),
                     warnings=warnings,
                     secrets=request.secrets,
+                    has_denials=DENIALS in env,
                 )
                 undo.callback(run.close)  # a Ctrl-C's traceback would keep it alive
                 if not isolated and self._gate.is_limited:

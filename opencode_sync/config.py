@@ -27,8 +27,9 @@ class RunConfig:
     """Settings of a run. All are optional; what is None is left to OpenCode and its own config.
 
     Attributes:
-        agent: Name of the agent. An unknown one is not refused by OpenCode: the default agent
-            runs, with a warning on stderr.
+        agent: Name of the agent. An unknown one is an error, and so is a sub-agent's name in a
+            process per run: OpenCode would run its default agent. A server runs the sub-agent.
+            A command that names an agent of its own is run by that one.
         model: ``"provider/model"``. With none configured anywhere, the prompt goes to the
             vendor's free models.
         files: Paths attached to the prompt; relative ones count from the workspace.
@@ -48,7 +49,12 @@ class RunConfig:
         log_level: ``"DEBUG"``, ``"INFO"``, ``"WARN"`` or ``"ERROR"``.
         disable_autoupdate: Keep OpenCode from replacing its own binary.
         extra_env: Variables for the child, over the environment it inherits. A tool sees them all.
-        permission: OpenCode's permission rules, each leaf ``"allow"`` or ``"deny"``.
+        permission: OpenCode's permission rules, each leaf ``"allow"`` or ``"deny"``. What is
+            denied here, in *tools* or in *config_overrides* holds against all configuration of
+            the workspace and the user, its agents and commands, and for sub-agents: a tool that
+            runs all the same ends the run with an OpenCodePermissionError. Plugins and custom
+            tools of the workspace are code that OpenCode itself runs: no rule holds for those
+            (*pure* leaves out plugins).
         mcp, tools: OpenCode's configuration keys of these names.
         config_overrides: Any other OpenCode configuration; the fields above are merged over it.
         auto: Answer permission questions with yes; explicit denials hold.

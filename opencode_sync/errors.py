@@ -8,6 +8,7 @@ OpenCodeError
  +- OpenCodeTimeoutError          also TimeoutError: total or idle, it says which
  +- OpenCodeCancelledError        also concurrent.futures.CancelledError
  +- OpenCodeBudgetError           max_cost, max_steps or another budget was spent
+ +- OpenCodePermissionError       a denied tool has run, or could have
  +- OpenCodeOutputError           structured output that does not fit its schema
  +- OpenCodeServerError           the server did not start, died, or refused
 
@@ -202,6 +203,20 @@ class OpenCodeBudgetError(OpenCodeError):
         self.limit_name = limit_name
         self.limit = limit
         self.spent = spent
+
+
+class OpenCodePermissionError(OpenCodeError):
+    """What the caller denies is not denied: a denied tool has run, or nothing would stop it.
+
+    Attributes:
+        tool: The tool that has run, or None where OpenCode did not ask what is denied.
+    """
+
+    def __init__(
+        self, message: str, *, tool: str | None = None, result: RunResult | None = None
+    ) -> None:
+        super().__init__(message, result=result)
+        self.tool = tool
 
 
 class OpenCodeOutputError(OpenCodeError):

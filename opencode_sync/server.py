@@ -114,7 +114,9 @@ class OpenCodeServer(Runner):
         """Use a server that runs elsewhere; it is never stopped.
 
         Its tools are stopped by its own means alone, and its sub-agents ask for what its own
-        configuration has them ask for, not for what a run's ``permission`` says.
+        configuration has them ask for, not for what a run's ``permission`` says. What that denies
+        is denied to new sub-agents too; one that goes on in a session of before keeps the rules
+        of that one. A denied tool that runs all the same ends the run.
 
         Args:
             url: Where it is, such as ``"http://127.0.0.1:4096"``.
@@ -252,6 +254,13 @@ class OpenCodeServer(Runner):
         super()._check(cfg, may_ask=may_ask)
         own = RunConfig() if cfg.attach or self._elsewhere else self._run_cfg
         check_server_wide(cfg, own)
+
+    def _checked(self, run_cfg: RunConfig | None, *, may_ask: bool = False) -> RunConfig:
+        cfg = super()._checked(run_cfg, may_ask=may_ask)
+        if cfg.attach or self._elsewhere or cfg.config_overrides is not None:
+            return cfg
+        # What the server was told to deny is denied to each of its sessions.
+        return cfg.replace(config_overrides=self._run_cfg.config_overrides)
 
     def _open(self, request: Request, cancelled: Callable[[], bool], keep_raw: bool) -> Turn:
         return self._servers(request.cfg).begin(request, cancelled)

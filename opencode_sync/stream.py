@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from ._course import Course
+from ._denials import Tripwire
 from ._exits import REASON, UnderWay
 from ._limits import Limits
 from ._pinned import Pinned
@@ -56,6 +57,7 @@ class RunStream(Course, Pinned, Iterator[Event]):
         keep_events: bool = True,
         review: Review | None = None,
         secrets: Secrets | None = None,
+        tripwire: Tripwire | None = None,
         on_begin: Callable[[RunStream], None] | None = None,
         on_end: Callable[[RunStream], None] | None = None,
     ) -> None:
@@ -64,6 +66,7 @@ class RunStream(Course, Pinned, Iterator[Event]):
         Args:
             review: Asked whether there is to be a further turn, with each that ended well.
             secrets: What no error may tell; None for those of the environment.
+            tripwire: Asked whether a denied tool has run, with all events.
             on_begin: Called before anything is started; from then on the stream can be cancelled.
             on_end: Called once, in whichever thread ends the stream.
         """
@@ -75,6 +78,7 @@ class RunStream(Course, Pinned, Iterator[Event]):
             keep_events=keep_events,
             review=review,
             secrets=secrets,
+            tripwire=tripwire,
         )
         # Reentrant, since a signal's handler may cancel the stream that it interrupted.
         self._turn = threading.RLock()

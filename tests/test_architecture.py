@@ -32,7 +32,8 @@ ROWS = (
         "_extract",
     ),  # what an argument has to be; what cannot be pickled; JSON in text
     ("config", "events", "_schema"),  # values: what is asked for; a line becomes an event
-    ("_validation", "_secrets"),  # settings looked at; their secrets, and what quotes them
+    # Settings looked at; their secrets, and what quotes them; what a caller denies.
+    ("_validation", "_secrets", "_denials"),
     # What an event says; argv and env; the credentials that a run is given.
     ("_reading", "_logs", "_command", "_fingerprint", "_userdata", "_sessionindex"),
     ("_folding",),  # what an event does to a result

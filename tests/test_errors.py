@@ -19,6 +19,7 @@ from opencode_sync import (
     OpenCodeError,
     OpenCodeIncompleteError,
     OpenCodeOutputError,
+    OpenCodePermissionError,
     OpenCodeProcessError,
     OpenCodeServerError,
     OpenCodeTimeoutError,
@@ -52,6 +53,7 @@ def every_error() -> list[OpenCodeError]:
         OpenCodeTimeoutError("slow", limit="idle_timeout_s", limit_s=3, elapsed_s=4, result=result),
         OpenCodeCancelledError("closed", result=result),
         OpenCodeBudgetError("dear", limit=1.0, spent=1.5, result=result),
+        OpenCodePermissionError("denied", tool="bash", result=result),
         OpenCodeOutputError("odd", errors=["/age: no int"], text="{}", result=result),
         OpenCodeServerError("refused", status_code=401, result=result),
     ]

@@ -133,13 +133,19 @@ def test_the_cause_of_a_failure_is_kept(reader: LogReader) -> None:
     assert reader.cause == "ProviderModelNotFoundError: x/y"
 
 
-def test_a_missing_agent_is_noticed_under_its_colours(reader: LogReader) -> None:
-    is_log, _ = reader.read(
-        '\x1b[93m\x1b[1m! \x1b[0magent "nobody" not found. Falling back to default agent'
-    )
+@pytest.mark.parametrize(
+    "why",
+    [
+        'agent "nobody" not found',
+        'agent "helper" is a subagent, not a primary agent',
+        "failed to list agents from http://127.0.0.1:4096",
+    ],
+)
+def test_another_agent_is_noticed_whatever_the_reason(reader: LogReader, why: str) -> None:
+    is_log, _ = reader.read(f"\x1b[93m\x1b[1m! \x1b[0m {why}. Falling back to default agent")
 
     assert not is_log
-    assert reader.missing_agent == "nobody"
+    assert reader.other_agent == why
 
 
 def test_a_broken_word_of_the_preloaded_file_is_no_status(reader: LogReader) -> None:

@@ -176,6 +176,19 @@ def tool_event(tool: object, **state: object) -> dict[str, Any]:
     return {"type": "tool_use", "part": {"tool": tool, "state": state}}
 
 
+# As OpenCode 1.18.33 says it.
+UNAVAILABLE = {
+    "tool": "bash",
+    "error": "Model tried to call unavailable tool 'bash'. Available tools: glob, invalid, read.",
+}
+NOTHING_OFFERED = "Model tried to call unavailable tool 'invalid'. Available tools: read."
+MALFORMED = {
+    "tool": "write",
+    "error": 'Invalid input for tool write: JSON parsing failed: Text: {"filePath": "x", .\n'
+    "Error message: JSON Parse error: Property name must be a string literal",
+}
+
+
 @pytest.mark.parametrize(
     "event, tool",
     [
@@ -196,6 +209,10 @@ def tool_event(tool: object, **state: object) -> dict[str, Any]:
             "edit",
         ),
         (tool_event("invalid", status="completed", input={"tool": "bash"}), "bash"),
+        (tool_event("invalid", status="completed", input=UNAVAILABLE), "bash"),
+        (tool_event("invalid", status="completed", input=MALFORMED), None),
+        (tool_event("bash", status="error", error=NOTHING_OFFERED), "bash"),
+        (tool_event("read", status="error", error=NOTHING_OFFERED), None),
         (tool_event("invalid", status="completed", input={"tool": "made_up"}), None),
         (tool_event("bash", status="error", error="command not found"), None),
         (tool_event("read", status="completed", output="rejected permission"), None),
@@ -208,6 +225,10 @@ def tool_event(tool: object, **state: object) -> dict[str, Any]:
         "rejected",
         "denied by a rule",
         "denied as a whole",
+        "denied as a whole, with OpenCode's words",
+        "arguments that are not JSON",
+        "all but one denied",
+        "all but one denied, and arguments of that one that are not JSON",
         "made up by the model",
         "failed",
         "in the output",

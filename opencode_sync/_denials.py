@@ -1,0 +1,212 @@
+"""What a caller denies: the rules, where they are enforced, and what breaks them.
+
+    RunConfig --+--> rules_of() ------> a session's rules, on a server
+                +--> enforced() ------> OPENCODE_SYNC_DENIALS, for _preload.js
+                +--> Tripwire(cfg) ---> broken(events): a denied tool has run
+
+OpenCode puts the rules of an agent after those of the configuration, the last one that matches
+counts, and whoever wrote the workspace can write agents. The rules of a session come after all of
+them, which is how a server is told; in a process of its own _preload.js has the last word.
+Measured with OpenCode 1.18.33. Starts nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .config import RunConfig
+from .errors import OpenCodeConfigError, OpenCodePermissionError
+from .events import Event
+
+Rule = Mapping[str, str]
+
+DENIALS = "OPENCODE_SYNC_DENIALS"
+PRELOAD = "BUN_INSPECT_PRELOAD"
+PRELOAD_FILE = Path(__file__).with_name("_preload.js")
+ENFORCED = b'opencode-sync: {"denials":true}'
+"""What _preload.js says on stderr when OpenCode looks for rules the first time."""
+
+OUTPUT_TOOL = "StructuredOutput"  # OpenCode gives it to the model where a prompt has a format
+
+_EDITING_TOOLS = ("write", "edit", "patch", "multiedit")  # one permission stands for them
+_PERMISSION_OF = dict.fromkeys((*_EDITING_TOOLS, "apply_patch"), "edit") | dict.fromkeys(
+    ("list_mcp_resources", "list_mcp_resource_templates", "read_mcp_resource"), "read"
+)
+# Of these tools, a rule's pattern is held against this argument as it is.
+_SUBJECT_OF = {"bash": "command", "webfetch": "url", "task": "subagent_type", "skill": "name"}
+_SEVERAL_COMMANDS = re.compile(r"[;&|<>()$`\\\"'\n]")
+_AGENTS = ("agent", "mode")  # the second is the older name of the first
+
+
+def rules_of(cfg: RunConfig) -> list[Rule]:
+    """*tools* and *permission* as rules, of which the last one that matches counts.
+
+    Those of *config_overrides* are among them where they deny something.
+    """
+    fields = _rules(cfg.tools or {}, cfg.permission)
+    overrides = cfg.config_overrides or {}
+    below = _rules(_mapping(overrides.get("tools")), overrides.get("permission"))
+    return [*(below if _deny(below) else ()), *fields]
+
+
+def marked(config: Mapping[str, Any]) -> dict[str, Any]:
+    """*config* with a mark in the permissions of each agent of which it denies something."""
+    result = dict(config)
+    for key, name, mark, _ in _denied_to_agents(config):
+        agent = result[key][name]
+        permission = agent.get("permission")
+        own = {"*": permission} if isinstance(permission, str) else permission or {}
+        agent = {**agent, "permission": {**own, mark: "deny"}}
+        result[key] = {**result[key], name: agent}
+    return result
+
+
+def enforced(env: dict[str, str], cfg: RunConfig, *, is_server: bool = False) -> dict[str, str]:
+    """*env* with what *cfg* denies, for _preload.js; unchanged where that is nothing.
+
+    Args:
+        is_server: Only what is denied to single agents: a session there has rules of its own.
+
+    Raises:
+        OpenCodeConfigError: If _preload.js cannot be loaded.
+    """
+    found = _denied_to_agents(cfg.build_opencode_config_dict())
+    denials: list[dict[str, Any]] = [{"agent": mark, "rules": rules} for _, _, mark, rules in found]
+    rules = [] if is_server else rules_of(cfg)
+    if _deny(rules):
+        denials.append({"rules": rules})
+    if not denials:
+        return env
+    if PRELOAD in env:
+        why = f"{PRELOAD} is set: unset it"
+    elif not PRELOAD_FILE.is_file():
+        why = "there is no file of it (a package in an archive?): install the package"
+    else:
+        return {**env, DENIALS: json.dumps(denials)}
+    raise OpenCodeConfigError(
+        "something is denied, and what keeps a workspace's own configuration from allowing it "
+        f"again would not be loaded: {why}"
+    )
+
+
+def _denied_to_agents(config: Mapping[str, Any]) -> list[tuple[str, str, str, list[Rule]]]:
+    """Key of the configuration, name, mark and rules of each agent that is denied something."""
+    found = []
+    for key in _AGENTS:
+        for number, (name, agent) in enumerate(_mapping(config.get(key)).items()):
+            agent = _mapping(agent)
+            rules = _rules(_mapping(agent.get("tools")), agent.get("permission"))
+            if _deny(rules):
+                found.append((key, name, f"opencode-sync-{key}-{number}", rules))
+    return found
+
+
+def _rules(tools: Mapping[str, Any], permission: Any) -> list[Rule]:
+    rules = []
+    for tool, is_on in tools.items():
+        name = "edit" if tool in _EDITING_TOOLS else tool
+        rules.append(make_rule(name, "*", "allow" if is_on else "deny"))
+    for name, actions in _mapping(
+        {"*": permission} if isinstance(permission, str) else permission
+    ).items():
+        if isinstance(actions, Mapping):
+            rules += [make_rule(name, _at_home(pattern), word) for pattern, word in actions.items()]
+        else:
+            rules.append(make_rule(name, "*", actions))
+    return rules
+
+
+def make_rule(permission: str, pattern: str, action: str) -> Rule:
+    """One rule, as OpenCode writes it."""
+    return {"permission": permission, "pattern": pattern, "action": action}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _deny(rules: Iterable[Rule]) -> bool:
+    return any(rule["action"] == "deny" for rule in rules)
+
+
+def _at_home(pattern: str) -> str:
+    # OpenCode does so for patterns of its configuration only.
+    for home in ("~", "$HOME"):
+        if pattern == home or pattern.startswith(f"{home}/"):
+            return os.path.expanduser("~") + pattern[len(home) :]
+    return pattern
+
+
+def not_enforced() -> OpenCodePermissionError:
+    """The error for an OpenCode that does not look for what is denied; without a tool's name."""
+    return OpenCodePermissionError(
+        "this opencode does not load _preload.js, or looks for permissions in another way, so that "
+        "the workspace's own configuration could allow what is denied; the run was stopped before "
+        "its first tool: install the tested version with 'opencode-sync install', or use "
+        "OpenCodeServer"
+    )
+
+
+def error_event(name: str, message: str) -> Event:
+    """An error of ours, as OpenCode writes one."""
+    return {"type": "error", "error": {"name": name, "data": {"message": message}}}
+
+
+class Tripwire:
+    """Tells when a tool has run that the caller denies, whatever let it run.
+
+    It knows tools that are denied as a whole, and of some tools single commands and names; of
+    others a pattern is held against something that an event does not tell.
+    """
+
+    def __init__(self, cfg: RunConfig) -> None:
+        rules = rules_of(cfg)
+        self._rules = rules if _deny(rules) else []
+        self._command = cfg.command
+
+    def broken(self, events: Iterable[Event]) -> OpenCodePermissionError | None:
+        """The error for the first of *events* that tells of a denied tool's use."""
+        for event in events if self._rules else ():
+            part = _mapping(event.get("part"))
+            if event.get("type") != "tool_use" or not self._is_denied(part):
+                continue
+            tool = str(part["tool"])
+            return OpenCodePermissionError(
+                f"tool {tool!r} is denied, and has run all the same; the run was stopped",
+                tool=tool,
+            )
+        return None
+
+    def _is_denied(self, part: Mapping[str, Any]) -> bool:
+        tool, state = part.get("tool"), _mapping(part.get("state"))
+        if state.get("status") != "completed" or not isinstance(tool, str):
+            return False
+        given = _mapping(state.get("input"))
+        # Not tools: a call that came to nothing, an answer, and the sub-agent that the caller
+        # started by the name of its command.
+        if tool in ("invalid", OUTPUT_TOOL) or (
+            tool == "task" and self._command and given.get("command") == self._command
+        ):
+            return False
+        permission = _PERMISSION_OF.get(tool, tool)
+        about = [rule for rule in self._rules if _matches(permission, rule["permission"])]
+        if about and about[-1]["pattern"] == "*":
+            return about[-1]["action"] == "deny"
+        subject = given.get(_SUBJECT_OF.get(tool, ""))
+        if not isinstance(subject, str) or (tool == "bash" and _SEVERAL_COMMANDS.search(subject)):
+            return False
+        about = [rule for rule in about if _matches(subject.strip(), rule["pattern"])]
+        return bool(about) and about[-1]["action"] == "deny"
+
+
+def _matches(text: str, pattern: str) -> bool:
+    """Whether OpenCode takes *text* for a case of *pattern*, in which only * and ? are special."""
+    wild = re.escape(pattern.replace("\\", "/")).replace(r"\*", ".*").replace(r"\?", ".")
+    if wild.endswith(r"\ .*"):
+        wild = wild[: -len(r"\ .*")] + r"( .*)?"
+    return re.fullmatch(wild, text.replace("\\", "/"), re.DOTALL) is not None

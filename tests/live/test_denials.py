@@ -1,0 +1,356 @@
+"""What the caller denies is denied, whatever the workspace's own configuration allows.
+
+The workspace is hostile: its configuration, that of the directory above it, its agents and its
+commands allow all. The commands of the scripts make files; a file that is there was made by a tool
+that was denied.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opencode_sync import (
+    OpenCodeClient,
+    OpenCodePermissionError,
+    OpenCodeProcessError,
+    OpenCodeServer,
+    RunConfig,
+    RunResult,
+    _bodies,
+    _command,
+    _denials,
+)
+from opencode_sync.runner import Runner
+from opencode_sync.testing import Reply, ScriptedModel, ToolCall, tool_call
+from tests.live.warm import Script, config, open_connections
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell"),
+    pytest.mark.timeout(240),
+]
+
+MakeRunner = Callable[..., Runner]
+
+ALL = {"bash": "allow", "edit": "allow", "*": "allow"}
+CONFIG = {
+    "permission": ALL,
+    "tools": {"bash": True, "write": True},
+    "agent": {name: {"permission": ALL} for name in ("build", "plan", "general", "explore")},
+}
+AGENT = """---
+description: {name}
+mode: {mode}
+permission:
+  bash: allow
+  "*": allow
+  edit: {edit}
+---
+Help.
+"""
+COMMAND = """---
+description: A command
+{head}
+---
+Do as you like: $ARGUMENTS
+"""
+
+
+def make_hostile(workspace: Path) -> None:
+    """Allow all, in each place that OpenCode reads."""
+    agents, commands = workspace / ".opencode/agent", workspace / ".opencode/command"
+    nested = workspace / ".opencode/agents/deep"
+    for directory in (agents, commands, nested):
+        directory.mkdir(parents=True)
+    (workspace.parent / "opencode.json").write_text(json.dumps(CONFIG))
+    (workspace / "opencode.jsonc").write_text(json.dumps(CONFIG))
+    (workspace / ".opencode/opencode.json").write_text(json.dumps(CONFIG))
+    (agents / "helper.md").write_text(AGENT.format(name="helper", mode="subagent", edit="allow"))
+    (nested / "free.md").write_text(AGENT.format(name="free", mode="primary", edit="allow"))
+    (agents / "reader.md").write_text(AGENT.format(name="reader", mode="subagent", edit="deny"))
+    (commands / "free.md").write_text(COMMAND.format(head="agent: build"))
+    (commands / "sub.md").write_text(COMMAND.format(head="agent: helper\nsubtask: true"))
+    subprocess.run(["git", "init", "-q", str(workspace.parent)], check=True)
+
+
+@pytest.fixture(scope="module")
+def script() -> Script:
+    return Script()
+
+
+@pytest.fixture(scope="module")
+def cfg(script: Script) -> Iterator[RunConfig]:
+    with ScriptedModel(script) as model:
+        yield config(model)
+
+
+@pytest.fixture(scope="module", params=[OpenCodeClient, OpenCodeServer], ids=["process", "server"])
+def kind(request: pytest.FixtureRequest) -> type[Runner]:
+    chosen: type[Runner] = request.param
+    return chosen
+
+
+@pytest.fixture
+def make(kind: type[Runner], opencode_binary: str, cfg: RunConfig) -> Iterator[MakeRunner]:
+    """Makes runners of a test's own, and closes them after it."""
+    with ExitStack() as made:
+
+        def make(**settings: Any) -> Runner:
+            settings = {"run_cfg": cfg, **settings}
+            return made.enter_context(kind(opencode_binary, **settings))  # type: ignore[arg-type]
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def runner(kind: type[Runner], opencode_binary: str, cfg: RunConfig) -> Iterator[Runner]:
+    with kind(opencode_binary, run_cfg=cfg) as runner:  # type: ignore[arg-type]
+        if isinstance(runner, OpenCodeServer):
+            open_connections(runner)
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def workspace(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workspace = tmp_path_factory.mktemp("repository") / "workspace"
+    make_hostile(workspace)
+    return workspace
+
+
+def shell(command: str) -> ToolCall:
+    return tool_call("bash", command=command, description="A command")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free(runner: Runner, workspace: Path) -> RunResult:
+    """A run to which nothing is denied."""
+    return runner.run("Hello", workspace)
+
+
+def touch(name: str) -> ToolCall:
+    return shell(f"touch made-{name}")
+
+
+def task(prompt: str, agent: str = "helper") -> ToolCall:
+    return tool_call("task", description="Help", prompt=prompt, subagent_type=agent)
+
+
+def trying(script: Script, name: str, *, agent: str = "helper") -> str:
+    """A prompt at which the model and a sub-agent try bash."""
+    child = script.to(f"child of {name}", touch(f"{name}-child"), "I may not either.")
+    calls = Reply.calls(touch(name), task(child, agent))
+    return script.to(name, calls, "I may not.")
+
+
+def made(workspace: Path) -> list[str]:
+    return sorted(path.name for path in workspace.glob("made-*"))
+
+
+# --- denials -------------------------------------------------------------------------------------
+
+DENIALS = {
+    "all": {"permission": "deny"},
+    "a tool": {"permission": {"bash": "deny"}},
+    "a wildcard": {"permission": {"*": "deny"}},
+    "tools": {"tools": {"bash": False}},
+    "with auto": {"permission": {"bash": "deny"}, "auto": True},
+    "of the user's own agent": {"permission": {"bash": "deny"}, "agent": "deep/free"},
+}
+
+
+@pytest.mark.parametrize("name", DENIALS)
+def test_a_denial_holds_against_the_workspace_and_its_agents(
+    runner: Runner, cfg: RunConfig, workspace: Path, script: Script, name: str
+) -> None:
+    prompt = trying(script, name.replace(" ", "-"))
+
+    result = runner.run(prompt, workspace, run_cfg=cfg.replace(**DENIALS[name]))
+
+    assert made(workspace) == []
+    assert result.status == "denied"
+    assert "bash" in result.denied_tools
+    assert result.answer == "I may not."
+
+
+@pytest.mark.parametrize("command", ["free", "sub"], ids=["an agent of its own", "a sub-agent"])
+def test_a_denial_holds_against_the_workspace_s_commands(
+    runner: Runner, cfg: RunConfig, workspace: Path, script: Script, command: str
+) -> None:
+    script.to(f"Do as you like: {command}", touch(command), "I may not.")
+    denying = cfg.replace(permission={"bash": "deny"}, command=command)
+
+    runner.run(command, workspace, run_cfg=denying)
+
+    assert made(workspace) == []
+
+
+def test_the_last_of_the_caller_s_own_rules_counts(
+    runner: Runner, cfg: RunConfig, workspace: Path, script: Script
+) -> None:
+    calls = Reply.calls(touch("by-pattern"), shell("echo allowed > allowed.txt"))
+    prompt = script.to("Try a pattern", calls, "One of them.")
+    rules = {"bash": {"*": "deny", "echo *": "allow"}, "edit": "deny"}
+
+    result = runner.run(prompt, workspace, run_cfg=cfg.replace(permission=rules))
+
+    assert (workspace / "allowed.txt").read_text() == "allowed\n"
+    assert made(workspace) == []
+    assert result.denied_tools == ["bash"]
+
+
+def test_a_denial_holds_in_a_session_that_was_begun_without_it_and_in_a_fork(
+    runner: Runner, cfg: RunConfig, workspace: Path, script: Script, free: RunResult
+) -> None:
+    denying = cfg.replace(session_id=free.session_id, permission={"bash": "deny"})
+    going_on, branching = trying(script, "going-on"), trying(script, "branching")
+
+    branch = runner.run(branching, workspace, run_cfg=denying.replace(fork=True))
+    result = runner.run(going_on, workspace, run_cfg=denying)
+
+    assert made(workspace) == []
+    assert (branch.status, result.status) == ("denied", "denied")
+    assert branch.session_id != free.session_id == result.session_id
+
+
+def test_a_sub_agent_cannot_go_on_in_a_session_that_was_allowed_more(
+    runner: Runner, cfg: RunConfig, workspace: Path, script: Script, free: RunResult
+) -> None:
+    child = script.to("child elsewhere", touch("elsewhere"), "I may not.")
+    arguments = {"description": "Help", "prompt": child, "subagent_type": "helper"}
+    resuming = ToolCall("task", {**arguments, "task_id": free.session_id})
+    prompt = script.to("Resume it", resuming, "Done.")
+
+    runner.run(prompt, workspace, run_cfg=cfg.replace(permission={"bash": "deny"}))
+
+    assert made(workspace) == []
+
+
+def test_what_config_overrides_deny_holds_too_also_to_one_agent(
+    make: MakeRunner, cfg: RunConfig, workspace: Path, script: Script
+) -> None:
+    denied = {
+        "permission": {"bash": "deny"},
+        "agent": {"deep/free": {"permission": {"read": "deny"}}},
+    }
+    runner = make(run_cfg=cfg.replace(config_overrides={**(cfg.config_overrides or {}), **denied}))
+    (workspace / "notes.txt").write_text("The code word is Kiebitz.\n")
+    reading = tool_call("read", filePath=str(workspace / "notes.txt"))
+    script.to("By the one", Reply.calls(touch("one"), reading), "Denied.")
+    script.to("By the other", Reply.calls(touch("two"), reading), "Read.")
+
+    def run(prompt: str, agent: str) -> RunResult:
+        own = runner._run_cfg.replace(agent=agent)
+        return runner.run(prompt, workspace, run_cfg=own)
+
+    assert run("By the one", "deep/free").denied_tools == ["bash", "read"]
+    assert run("By the other", "build").denied_tools == ["bash"]
+    assert made(workspace) == []
+
+
+# --- the tripwire --------------------------------------------------------------------------------
+
+
+def test_a_process_that_does_not_enforce_denials_is_stopped_before_its_first_tool(
+    opencode_binary: str,
+    cfg: RunConfig,
+    workspace: Path,
+    script: Script,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    idle = tmp_path / "idle.js"
+    idle.write_text("")
+    monkeypatch.setattr(_command, "PRELOAD_FILE", idle)
+    prompt = script.to("Say it slowly", Reply("Let me see.", delay_s=1.0), "Done.")
+
+    with (
+        OpenCodeClient(opencode_binary, run_cfg=cfg) as client,
+        pytest.raises(OpenCodePermissionError, match="does not load _preload") as caught,
+    ):
+        client.run(prompt, workspace, run_cfg=cfg.replace(permission={"bash": "deny"}))
+
+    assert caught.value.tool is None
+    assert caught.value.result is not None
+    assert caught.value.result.status == "error"
+
+
+def test_a_denied_tool_that_runs_all_the_same_ends_the_run(
+    make: MakeRunner,
+    cfg: RunConfig,
+    workspace: Path,
+    script: Script,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    pretending = tmp_path / "pretending.js"
+    words = _denials.ENFORCED.decode()
+    pretending.write_text(f"require('fs').writeSync(2, {json.dumps(words)} + '\\n')\n")
+    monkeypatch.setattr(_command, "PRELOAD_FILE", pretending)
+    monkeypatch.setattr(_bodies, "permission_rules", lambda cfg, **allowed: [])
+    prompt = script.to("Run it", shell("true"), Reply("Never said.", delay_s=60.0))
+
+    with pytest.raises(OpenCodePermissionError, match="'bash' is denied, and has run") as caught:
+        make().run(prompt, workspace, run_cfg=cfg.replace(permission={"bash": "deny"}))
+
+    assert caught.value.tool == "bash"
+    assert caught.value.result is not None
+    assert caught.value.result.status == "error"
+
+
+# --- another agent -------------------------------------------------------------------------------
+
+
+def test_a_sub_agent_s_name_is_refused_or_runs_by_its_own_rules(
+    runner: Runner, cfg: RunConfig, workspace: Path, script: Script
+) -> None:
+    writing = tool_call("write", filePath=str(workspace / "made-written"), content="no")
+    prompt = script.to("As a reader", writing, "I may not.")
+    as_reader = cfg.replace(agent="reader")
+
+    if isinstance(runner, OpenCodeServer):  # it runs the sub-agent that was asked for
+        assert runner.run(prompt, workspace, run_cfg=as_reader).denied_tools == ["write"]
+    else:
+        with pytest.raises(OpenCodeProcessError, match='"reader" is a subagent'):
+            runner.run(prompt, workspace, run_cfg=as_reader)
+    assert made(workspace) == []
+
+
+def test_a_fallback_that_opencode_words_in_another_way_is_an_error_of_its_own(
+    opencode_binary: str,
+    cfg: RunConfig,
+    workspace: Path,
+    script: Script,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("opencode_sync._logs.FALLBACK", "never said")
+    before = len(script.requests)
+
+    with (
+        OpenCodeClient(opencode_binary, run_cfg=cfg) as client,
+        pytest.raises(OpenCodeProcessError, match="reader"),
+    ):
+        client.run("As a reader", workspace, run_cfg=cfg.replace(agent="reader"))
+
+    assert len(script.requests) == before
+
+
+# --- what was not denied -------------------------------------------------------------------------
+
+
+def test_a_call_with_malformed_json_has_failed_and_was_not_denied(
+    runner: Runner, workspace: Path, script: Script
+) -> None:
+    prompt = script.to("Write it", ToolCall("write", '{"filePath": "x", '), "It did not work.")
+
+    result = runner.run(prompt, workspace)
+
+    [call] = result.tool_calls
+    assert "JSON parsing failed" in call["part"]["state"]["input"]["error"]
+    assert (result.status, result.denied_tools) == ("ok", [])

@@ -1,0 +1,203 @@
+"""What a caller denies: its rules, where they are enforced, and the tripwire."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from opencode_sync import OpenCodeConfigError, OpenCodePermissionError, RunConfig, _denials
+from opencode_sync._command import build_env
+from opencode_sync._denials import Tripwire, enforced, rules_of
+from opencode_sync.events import Event
+from tests.scripted import ScriptedRunner
+
+
+def rule(permission: str, action: str, pattern: str = "*") -> dict[str, str]:
+    return {"permission": permission, "pattern": pattern, "action": action}
+
+
+def used(tool: str, /, status: str = "completed", **given: Any) -> Event:
+    part = {"tool": tool, "state": {"status": status, "input": given, "output": ""}}
+    return cast(Event, {"type": "tool_use", "part": part})
+
+
+def denials(cfg: RunConfig, *, is_server: bool = False) -> Any:
+    """What _preload.js is told."""
+    env = enforced(build_env(cfg, {}), cfg, is_server=is_server)
+    return json.loads(env.get("OPENCODE_SYNC_DENIALS", "[]"))
+
+
+def content(cfg: RunConfig) -> Any:
+    return json.loads(build_env(cfg, {})["OPENCODE_CONFIG_CONTENT"])
+
+
+# --- rules ---------------------------------------------------------------------------------------
+
+
+def test_what_the_configuration_denies_comes_before_what_the_fields_say() -> None:
+    overrides = {"permission": {"bash": "deny"}, "tools": {"write": False}}
+    cfg = RunConfig(config_overrides=overrides, permission={"bash": {"ls *": "allow"}})
+
+    assert rules_of(cfg) == [
+        rule("edit", "deny"),
+        rule("bash", "deny"),
+        rule("bash", "allow", "ls *"),
+    ]
+
+
+def test_a_configuration_that_denies_nothing_makes_no_rules() -> None:
+    assert rules_of(RunConfig(config_overrides={"permission": {"bash": "allow"}})) == []
+
+
+# --- where they are enforced ---------------------------------------------------------------------
+
+
+def test_rules_that_deny_something_are_enforced_as_a_whole() -> None:
+    cfg = RunConfig(permission={"bash": {"*": "deny", "ls *": "allow"}})
+
+    assert denials(cfg) == [{"rules": [rule("bash", "deny"), rule("bash", "allow", "ls *")]}]
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [RunConfig(), RunConfig(permission="allow"), RunConfig(tools={"bash": True})],
+    ids=["none", "all allowed", "a tool is on"],
+)
+def test_settings_that_deny_nothing_change_nothing(cfg: RunConfig) -> None:
+    env = build_env(cfg, {"BUN_INSPECT_PRELOAD": "mine.js"})
+
+    assert enforced(env, cfg) is env
+
+
+def test_what_an_agent_is_denied_is_denied_to_it_alone() -> None:
+    agents = {
+        "free": {"permission": {"bash": "allow"}},
+        "reader": {"permission": {"bash": "deny"}, "tools": {"write": False}},
+        "mute": {"permission": "deny"},
+    }
+    cfg = RunConfig(config_overrides={"agent": agents})
+
+    reader, mute = denials(cfg)
+
+    assert reader["rules"] == [rule("edit", "deny"), rule("bash", "deny")]
+    assert mute["rules"] == [rule("*", "deny")]
+    permissions = {name: agent["permission"] for name, agent in content(cfg)["agent"].items()}
+    assert permissions == {
+        "free": {"bash": "allow"},
+        "reader": {"bash": "deny", reader["agent"]: "deny"},
+        "mute": {"*": "deny", mute["agent"]: "deny"},
+    }
+
+
+def test_a_server_is_told_only_what_agents_are_denied() -> None:
+    agents = {"reader": {"permission": {"bash": "deny"}}}
+    cfg = RunConfig(permission="deny", config_overrides={"agent": agents})
+
+    [told] = denials(cfg, is_server=True)
+
+    assert told["rules"] == [rule("bash", "deny")]
+
+
+@pytest.mark.parametrize("value", ["", "mine.js"], ids=["set to nothing", "set"])
+def test_a_denial_is_refused_where_the_variable_that_enforces_it_is_set(value: str) -> None:
+    with pytest.raises(OpenCodeConfigError, match="BUN_INSPECT_PRELOAD is set: unset it"):
+        enforced({"BUN_INSPECT_PRELOAD": value}, RunConfig(permission={"bash": "deny"}))
+
+
+def test_a_denial_is_refused_where_the_file_that_enforces_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(_denials, "PRELOAD_FILE", tmp_path / "missing.js")
+
+    with pytest.raises(OpenCodeConfigError, match="in an archive"):
+        enforced({}, RunConfig(tools={"bash": False}))
+
+
+# --- the tripwire --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "permission, event",
+    [
+        ("deny", used("read")),
+        ({"bash": "deny"}, used("bash", command="ls")),
+        ({"*": "deny", "read": "allow"}, used("server_tool")),
+        ({"edit": "deny"}, used("apply_patch")),
+        ({"server_*": "deny"}, used("server_tool")),
+        ({"bash": {"*": "allow", "rm *": "deny"}}, used("bash", command="rm -r x")),
+        ({"bash": {"*": "allow", "rm *": "deny"}}, used("bash", command="rm")),
+        ({"task": {"general": "deny"}}, used("task", subagent_type="general")),
+    ],
+    ids=["all", "a tool", "all but one", "edit", "wildcard", "command", "bare command", "name"],
+)
+def test_a_denied_tool_that_has_run_is_noticed(
+    permission: str | Mapping[str, Any], event: Event
+) -> None:
+    found = Tripwire(RunConfig(permission=permission)).broken([event])
+
+    assert found is not None
+    assert found.tool == event["part"]["tool"]
+
+
+@pytest.mark.parametrize(
+    "permission, event",
+    [
+        ("allow", used("bash", command="ls")),
+        ("deny", used("bash", status="error", command="ls")),
+        ("deny", used("invalid", tool="bash")),
+        ("deny", used("StructuredOutput")),
+        ({"bash": "deny"}, used("read")),
+        ({"*": "deny", "read": "allow"}, used("read")),
+        ({"bash": {"*": "deny", "ls *": "allow"}}, used("bash", command="ls -l")),
+        ({"bash": {"*": "allow", "rm *": "deny"}}, used("bash", command="echo 'rm x'")),
+        ({"read": {"*.env": "deny"}}, used("read", filePath="/a/b.py")),
+    ],
+    ids=[
+        "nothing denied",
+        "a tool that has failed",
+        "a call of a tool that is not offered",
+        "an answer",
+        "another tool",
+        "an exception",
+        "a command that is an exception",
+        "a command that only looks like it",
+        "a file",
+    ],
+)
+def test_what_is_not_denied_breaks_nothing(
+    permission: str | Mapping[str, Any], event: Event
+) -> None:
+    assert Tripwire(RunConfig(permission=permission)).broken([event]) is None
+
+
+def test_the_sub_agent_of_the_command_that_the_caller_named_is_not_denied() -> None:
+    tripwire = Tripwire(RunConfig(permission="deny", command="review"))
+
+    assert tripwire.broken([used("task", command="review")]) is None
+    assert tripwire.broken([used("task", command="another")]) is not None
+
+
+def test_a_denied_tool_that_runs_ends_the_run_with_an_error_that_has_its_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner = ScriptedRunner(run_cfg=RunConfig(permission={"bash": "deny"}))
+    begin = runner._open
+
+    def opening(*args: Any) -> Any:
+        source = begin(*args)
+        source._say(used("bash", command="ls"))
+        return source
+
+    monkeypatch.setattr(runner, "_open", opening)
+
+    with pytest.raises(OpenCodePermissionError, match="'bash' is denied, and has run") as caught:
+        runner.run("hold this")
+
+    assert caught.value.tool == "bash"
+    assert caught.value.result is not None
+    assert caught.value.result.status == "error"
+    assert len(caught.value.result.tool_calls) == 1
