@@ -37,6 +37,8 @@ def fail(message, status=401):
 if sys.argv[1:] == ["--version"]:
     print("1.18.33")
 else:
+    if "OPENCODE_SYNC_DENIALS" in os.environ:  # as _preload.js says it
+        print('opencode-sync: {"denials":true}', file=sys.stderr, flush=True)
     exec(sys.stdin.read().partition("\\n# end\\n")[0])
 """
 
