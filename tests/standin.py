@@ -11,8 +11,10 @@ from pathlib import Path
 
 from opencode_sync import TESTED_VERSION
 
-# How a program begins that is a shell script: it has the version that the tests are of.
-VERSION = f'#!/bin/sh\n[ "$1" = --version ] && {{ echo {TESTED_VERSION}; exit; }}\n'
+# How a program begins that is a shell script: it has the version that the tests are of, and says
+# what _preload.js says where something is denied.
+_TOLD = """[ -z "$OPENCODE_SYNC_DENIALS" ] || echo 'opencode-sync: {"denials":true}' >&2\n"""
+VERSION = f'#!/bin/sh\n[ "$1" = --version ] && {{ echo {TESTED_VERSION}; exit; }}\n{_TOLD}'
 
 _PROGRAM = """\
 import json, os, signal, sys, time
