@@ -52,7 +52,7 @@ class Ledger:
         self._throttle.recovered(task.index)
         # A run in this process has told of each as it came.
         for _ in range(outcome.refusals if outcome.is_remote else 0):
-            self._throttle.refused(in_flight)
+            self._throttle.refused(in_flight, retry_after_s=outcome.retry_after_s)
 
     def enter(self, task: Task, outcome: Outcome, *, was_stopped: bool) -> None:
         """Count an end, and put it up to be taken.

@@ -81,9 +81,10 @@ class Link:
         """The server is gone: tell all who wait."""
         self._stream.lose(reason)
 
-    def note_refusal(self, session_id: str, status: int) -> None:
-        """A provider refused a request of this session."""
-        self._stream.put(Message(session_id, REFUSED, {"status": status}))
+    def note_refusal(self, session_id: str, status: int, retry_after_s: float | None) -> None:
+        """Tell the session that a provider refused a request of it."""
+        refusal = {"status": status, "retry_after_s": retry_after_s}
+        self._stream.put(Message(session_id, REFUSED, refusal))
 
     def close(self) -> None:
         """End threads and connections; the server goes on."""

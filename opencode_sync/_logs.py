@@ -12,6 +12,7 @@ had it preload saw the HTTP status. Formats of 1.18.33; what is not recognised i
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -19,7 +20,8 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import cast
+from email.utils import parsedate_to_datetime
+from typing import Any, cast
 
 from .errors import strip_ansi
 from .events import Event, RetryEvent
@@ -128,7 +130,30 @@ class LogReader:
         event["message"] = f"{status} {message}"
         if seen.get("retry_after"):
             event["message"] += f" (retry-after: {seen['retry_after']})"
+        wait_s = asked_to_wait_s(seen.get("retry_after"), seen.get("retry_after_ms"))
+        if wait_s is not None:
+            event["retry_after_s"] = wait_s
         return [event] if is_retried(status) else []
+
+
+def asked_to_wait_s(retry_after: Any, retry_after_ms: Any = None) -> float | None:
+    """The seconds that a provider asks to be left alone; None where it does not say.
+
+    Args:
+        retry_after: Its header ``Retry-After``: seconds, or an HTTP date.
+        retry_after_ms: Its header ``Retry-After-Ms``, which is the more exact one.
+    """
+    for value, unit_s in ((retry_after_ms, 0.001), (retry_after, 1.0)):
+        try:
+            wait_s = float(value) * unit_s
+        except (TypeError, ValueError, OverflowError):
+            continue
+        if math.isfinite(wait_s) and wait_s >= 0:
+            return wait_s
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError, AttributeError, IndexError):
+        return None
 
 
 def no_agent(why: str) -> Event:

@@ -41,7 +41,8 @@ const observed = async (input, init) => {
   const response = await fetch(input, init)
   const session = response.status >= 400 && new Headers(init?.headers).get("x-session-id")
   if (session) {
-    const seen = { status: response.status, retry_after: response.headers.get("retry-after"), session }
+    const [retry_after, retry_after_ms] = ["", "-ms"].map((unit) => response.headers.get("retry-after" + unit))
+    const seen = { status: response.status, retry_after, retry_after_ms, session }
     process.stderr.write("opencode-sync: " + JSON.stringify(seen) + "\n")
   }
   return response

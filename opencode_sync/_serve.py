@@ -23,7 +23,7 @@ from pathlib import Path
 
 from . import _interrupt, _tree
 from ._command import add_plugin, add_preload
-from ._logs import PRELOAD_PREFIX, no_space, refused_by_bun, unwritable_home
+from ._logs import PRELOAD_PREFIX, asked_to_wait_s, no_space, refused_by_bun, unwritable_home
 from ._secrets import without_quotes
 from .errors import OpenCodeBinaryNotFoundError, OpenCodeServerError, strip_ansi
 
@@ -54,15 +54,15 @@ class Server:
         timeout_s: float,
         settled: _interrupt.Flag,
         on_exit: Callable[[str], None],
-        on_refusal: Callable[[str, int], None],
+        on_refusal: Callable[[str, int, float | None], None],
     ) -> None:
         """Start it in *directory*, and wait until it listens.
 
         Args:
             settled: Set when it listens or has ended; set by anybody else, it is not waited for.
             on_exit: Called in a helper thread when it has ended, with what ended it.
-            on_refusal: Called in a helper thread with the session and the HTTP status that a
-                provider refused it with.
+            on_refusal: Called in a helper thread with a session, the HTTP status that a
+                provider refused it with, and the seconds that it asked to be left alone.
 
         Raises:
             OpenCodeBinaryNotFoundError: If the binary cannot be run.
@@ -180,7 +180,8 @@ class Server:
         if line.startswith(PRELOAD_PREFIX):
             with suppress(ValueError, KeyError, TypeError):
                 seen = json.loads(line[len(PRELOAD_PREFIX) :])
-                self._on_refusal(str(seen["session"]), int(seen["status"]))
+                wait_s = asked_to_wait_s(seen.get("retry_after"), seen.get("retry_after_ms"))
+                self._on_refusal(str(seen["session"]), int(seen["status"]), wait_s)
             return
         self._lines.append(strip_ansi(line))
         if not self.url and _LISTENING in line:

@@ -168,9 +168,9 @@ class Own:
             for link in links:
                 link.lose(reason)
 
-        def on_refusal(session_id: str, status: int) -> None:
+        def on_refusal(session_id: str, status: int, wait_s: float | None) -> None:
             for link in links:
-                link.note_refusal(session_id, status)
+                link.note_refusal(session_id, status, wait_s)
 
         self._settled = _interrupt.Flag()
         if self._is_given_up:  # give_up() looks for the event after it has said so

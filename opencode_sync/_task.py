@@ -77,6 +77,8 @@ class Outcome:
     Attributes:
         end: Its result, or the error in its place.
         refusals: How often a provider refused for too many requests.
+        retry_after_s: How long the provider wants to be left alone that refused it last; None where
+            it does not say, or has answered since.
         busy_s: Seconds that it took.
         is_remote: It comes from another process, so its refusals are news.
         is_final: It ended by itself, not because somebody or something ended it.
@@ -85,6 +87,7 @@ class Outcome:
     end: RunResult | OpenCodeError
     refusals: int = 0
     busy_s: float = 0.0
+    retry_after_s: float | None = None
     is_remote: bool = False
     is_final: bool = True
 
@@ -123,7 +126,7 @@ def carry_out(
         begun.append(stream)
         on_begin(stream)
 
-    refusals, is_waiting = 0, False
+    refusals, is_waiting, wait_s = 0, False, None
     end: RunResult | OpenCodeError
     try:
         limits = replace(settings.limits, **task.limits)
@@ -141,10 +144,10 @@ def carry_out(
                 if event.get("type") == "step_finish":
                     listener.spent()
                 if _is_refusal(event):
-                    refusals, is_waiting = refusals + 1, True
-                    listener.refused(task.index, retry_after_s(event))
+                    refusals, is_waiting, wait_s = refusals + 1, True, retry_after_s(event)
+                    listener.refused(task.index, wait_s)
                 elif is_waiting:
-                    is_waiting = False
+                    is_waiting, wait_s = False, None
                     listener.recovered(task.index)
         end = stream.result
     except OpenCodeError as error:
@@ -157,7 +160,7 @@ def carry_out(
         end = interrupted(error)
     if isinstance(end, OpenCodeError) and end.result is None and begun:
         end.result = begun[0].result
-    return Outcome(end, refusals, time.monotonic() - began)
+    return Outcome(end, refusals, time.monotonic() - began, wait_s)
 
 
 def _is_refusal(event: Mapping[str, Any]) -> bool:

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ._logs import asked_to_wait_s
+
 BURST_S = 1.0  # refusals this close together have one cause
 MAX_PAUSE_S = 300.0  # a retry-after of hours is a quota that is used up: jobs are to fail of it
 _NEAR_REFUSAL = 0.25  # share of the usual step upward where it was refused before
@@ -115,7 +117,15 @@ def is_rate_limit(status_code: object, message: object) -> bool:
 
 
 def retry_after_s(event: Mapping[str, Any]) -> float | None:
-    """The seconds that a ``retry`` event asks to wait, or None where it does not say."""
+    """The seconds that a ``retry`` or ``error`` event asks to wait, or None where it does not say.
+
+    An ``error`` event has the headers of the refusal upon which OpenCode gave up.
+    """
+    error = event.get("error")
+    data = error.get("data") if isinstance(error, Mapping) else None
+    headers = data.get("responseHeaders") if isinstance(data, Mapping) else None
+    if isinstance(headers, Mapping):
+        return asked_to_wait_s(headers.get("retry-after"), headers.get("retry-after-ms"))
     value = event.get("retry_after_s")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < 0:  # type: ignore[arg-type,operator]

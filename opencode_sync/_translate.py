@@ -23,7 +23,7 @@ from ._denials import OUTPUT_TOOL
 from ._sse import Message, mapping
 from .events import Event
 
-REFUSED = "provider.refused"  # ours: the HTTP status of a provider's refusal, from _preload.js
+REFUSED = "provider.refused"  # ours: what _preload.js saw of a provider's refusal
 ANSWER = "answer"  # ours: the end of a request that is answered when all is done
 
 _STEPS = {"step-start": "step_start", "step-finish": "step_finish"}
@@ -64,7 +64,7 @@ class Translator:
         self._sub_agents: set[str] = set()  # sessions
         self._writing: dict[str, str] = {}  # parts under way: text or reasoning
         self._errors: set[tuple[str, str]] = set()
-        self._refusals: dict[str, int] = {}
+        self._refusals: dict[str, Mapping[str, Any]] = {}
 
     @property
     def is_over(self) -> bool:
@@ -208,13 +208,15 @@ class Translator:
             return []
         text = str(status.get("message"))
         more: dict[str, Any] = {"attempt": status.get("attempt")}
-        if (code := self._refusals.pop(session_id, None)) is not None:
-            more["statusCode"] = code
-            text = f"{code} {text}"
+        if (seen := self._refusals.pop(session_id, None)) is not None:
+            more["statusCode"] = seen["status"]
+            text = f"{seen['status']} {text}"
+            if seen.get("retry_after_s") is not None:
+                more["retry_after_s"] = seen["retry_after_s"]
         return [_event("retry", session_id, message=text, **more)]
 
     def _refused(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
-        self._refusals[session_id] = properties["status"]
+        self._refusals[session_id] = properties
         return []
 
     def _error(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:

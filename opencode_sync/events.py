@@ -155,6 +155,7 @@ class RetryEvent(_Stamped, total=False):
     attempt: int
     message: str
     statusCode: int
+    retry_after_s: float  # what the provider asks for, if it does
 
 
 class WarningEvent(_Stamped, total=False):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opencode_sync._logs import LogReader, is_retried, log_fields
+from opencode_sync._logs import LogReader, asked_to_wait_s, is_retried, log_fields
 
 REFUSED = (
     'timestamp=2026-11-23T11:24:33.362Z level=ERROR run=8dcf033d message="stream error" '
@@ -55,6 +58,33 @@ def test_a_refusal_becomes_a_retry_event_with_its_status(reader: LogReader) -> N
     assert event["sessionID"] == "ses_1"
     assert event["statusCode"] == 429  # type: ignore[typeddict-item]
     assert event["message"] == "429 slow down (retry-after: 3600)"  # type: ignore[typeddict-item]
+    assert event["retry_after_s"] == 3600  # type: ignore[typeddict-item]
+
+
+@pytest.mark.parametrize(
+    "retry_after, retry_after_ms, seconds",
+    [
+        ("3600", None, 3600),
+        ("1", "250", 0.25),
+        ("0", None, 0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", None, 0),
+        ("12", "soon", 12),
+        *[(odd, None, None) for odd in (None, "", "soon", "-1", "nan", "1e400", 12 * [1], {})],
+    ],
+)
+def test_how_long_a_provider_wants_to_be_left_alone_is_read(
+    retry_after: Any, retry_after_ms: Any, seconds: float | None
+) -> None:
+    assert asked_to_wait_s(retry_after, retry_after_ms) == seconds
+
+
+def test_a_date_is_so_many_seconds_away() -> None:
+    date = format_datetime(datetime.now(timezone.utc) + timedelta(hours=1), usegmt=True)
+
+    wait_s = asked_to_wait_s(date)
+
+    assert wait_s is not None
+    assert 3500 < wait_s <= 3600
 
 
 def test_a_refusal_that_names_no_session_is_an_event_without_one(reader: LogReader) -> None:

@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 
 from opencode_sync import _dispatch
+from opencode_sync._limits import Limits
+from opencode_sync._logs import asked_to_wait_s
+from opencode_sync._task import Outcome, Settings, Task, carry_out
 from opencode_sync.errors import OpenCodeError, OpenCodeProcessError
 from opencode_sync.events import Event
 from opencode_sync.result import RunResult
@@ -59,16 +62,22 @@ class _Asking:
                     text = json.load(response)["choices"][0]["message"]["content"]
             except urllib.error.HTTPError as error:
                 with error:
-                    retry_after_s = float(error.headers["Retry-After-Ms"]) / 1000
+                    headers = {name.lower(): value for name, value in error.headers.items()}
+                wait_s = asked_to_wait_s(headers["retry-after"], headers["retry-after-ms"])
+                assert wait_s is not None
                 if attempt == self._tries:
-                    data = {"message": "too many requests", "statusCode": error.code}
+                    data = {
+                        "message": "too many requests",
+                        "statusCode": error.code,
+                        "responseHeaders": headers,
+                    }
                     self._blocks.put(
                         [{"type": "error", "error": {"name": "APIError", "data": data}}]
                     )
                     break
-                event = {"type": "retry", "statusCode": error.code, "retry_after_s": retry_after_s}
+                event = {"type": "retry", "statusCode": error.code, "retry_after_s": wait_s}
                 self._blocks.put([event])
-                time.sleep(retry_after_s)
+                time.sleep(wait_s)
             else:
                 self._blocks.put([{"type": "text", "part": {"text": text}}])
                 self._blocks.put([{"type": "step_finish", "part": {"reason": "stop"}}])
@@ -134,3 +143,42 @@ def test_they_fail_where_that_is_switched_off() -> None:
     assert report.failed > 0
     assert report.errors == {"OpenCodeProcessError (APIError 429)": report.failed}
     assert any(isinstance(end, OpenCodeProcessError) for end in ends)
+
+
+class _Heard:
+    """What a batch hears of refusals."""
+
+    def __init__(self) -> None:
+        self.waits_s: list[float | None] = []
+
+    def refused(self, index: int, retry_after_s: float | None) -> None:
+        self.waits_s.append(retry_after_s)
+
+    def recovered(self, index: int) -> None:
+        pass
+
+    def spent(self) -> None:
+        pass
+
+
+def carried_out(tries: int, *replies: Reply) -> tuple[list[float | None], Outcome]:
+    """What was heard, and how the job ended."""
+    heard = _Heard()
+    with ScriptedModel(replies) as model, AskingRunner(model, tries) as runner:
+        task, settings = Task(0, "Hi", "."), Settings(Limits())
+        outcome = carry_out(runner, task, settings, lambda stream: None, heard)
+    return heard.waits_s, outcome
+
+
+def test_a_batch_hears_how_long_the_provider_wants_to_be_left_alone() -> None:
+    waits_s, outcome = carried_out(2, Reply.failure(429, "no", retry_after_s=0.05), Reply("yes"))
+
+    assert waits_s == [0.05]
+    assert outcome.retry_after_s is None  # it has answered since
+
+
+def test_so_it_does_of_the_refusal_that_a_job_fails_of() -> None:
+    waits_s, outcome = carried_out(1, Reply.failure(429, "no", retry_after_s=7))
+
+    assert waits_s == [7]
+    assert (outcome.was_refused, outcome.retry_after_s) == (True, 7)

@@ -148,3 +148,10 @@ def test_what_counts_as_too_many_requests(status: object, message: object, expec
 @pytest.mark.parametrize("value", [None, "3", True, -1, float("nan"), float("inf")], ids=repr)
 def test_an_odd_retry_after_is_none(value: object) -> None:
     assert retry_after_s({"retry_after_s": value}) is None
+
+
+def test_the_headers_of_the_refusal_that_a_run_ended_with_are_read_too() -> None:
+    headers = {"retry-after": "2", "retry-after-ms": "1500"}
+    event = {"type": "error", "error": {"data": {"statusCode": 429, "responseHeaders": headers}}}
+
+    assert retry_after_s(event) == 1.5

@@ -289,12 +289,14 @@ def test_a_turn_that_may_be_over_is_doubtful(begun: Session) -> None:
 
 
 def test_a_retry_bears_the_status_that_was_seen(begun: Session) -> None:
-    begun.say(REFUSED, status=429)
+    begun.say(REFUSED, status=429, retry_after_s=7.0)
     (first,) = begun.status("retry", attempt=1, message="slow down")
     (second,) = begun.status("retry", attempt=2, message="slow down")
 
     assert (first["message"], first["statusCode"], first["attempt"]) == ("429 slow down", 429, 1)
+    assert first["retry_after_s"] == 7.0
     assert (second["message"], second.get("statusCode")) == ("slow down", None)
+    assert "retry_after_s" not in second
 
 
 @pytest.mark.parametrize("kind", ["permission", "question"])

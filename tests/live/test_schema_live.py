@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from opencode_sync import (
     RunConfig,
     RunResult,
 )
-from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, ToolCall, tool_call
+from opencode_sync.testing import Answer, ChatRequest, Reply, ToolCall, tool_call
 
-from .warm import Script, config, conversation, model, script, server, workspace
+from .warm import Script, client, conversation, model, runner, script, server, workspace
 
-__all__ = ["model", "script", "server", "workspace"]  # fixtures
+__all__ = ["client", "model", "runner", "script", "server", "workspace"]  # fixtures
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell")
 
@@ -59,17 +59,6 @@ def saying(value: Mapping[str, Any]) -> Callable[[ChatRequest], Answer]:
         return f"Here it is:\n```json\n{json.dumps(value)}\n```"
 
     return answer
-
-
-@pytest.fixture
-def client(opencode_binary: str, model: ScriptedModel) -> Iterator[OpenCodeClient]:
-    with OpenCodeClient(opencode_binary, run_cfg=config(model)) as client:
-        yield client
-
-
-@pytest.fixture(params=["server", "process"])
-def runner(request: pytest.FixtureRequest, server: OpenCodeServer, client: OpenCodeClient) -> Any:
-    return server if request.param == "server" else client
 
 
 # --- both runners --------------------------------------------------------------------------------

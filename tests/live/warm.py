@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from opencode_sync import OpenCodeServer, RunConfig
+from opencode_sync import OpenCodeClient, OpenCodeServer, RunConfig
 from opencode_sync.testing import Answer, ChatRequest, ScriptedModel, tool_call
 
 CONNECTIONS = 12  # more than any test uses at once
@@ -91,6 +91,18 @@ def server(opencode_binary: str, model: ScriptedModel) -> Iterator[OpenCodeServe
     with OpenCodeServer(opencode_binary, run_cfg=config(model)) as server:
         open_connections(server)
         yield server
+
+
+@pytest.fixture
+def client(opencode_binary: str, model: ScriptedModel) -> Iterator[OpenCodeClient]:
+    with OpenCodeClient(opencode_binary, run_cfg=config(model)) as client:
+        yield client
+
+
+@pytest.fixture(params=["server", "process"])
+def runner(request: pytest.FixtureRequest, server: OpenCodeServer, client: OpenCodeClient) -> Any:
+    """Both runners, one after the other."""
+    return server if request.param == "server" else client
 
 
 def open_connections(server: OpenCodeServer) -> None:
