@@ -40,11 +40,20 @@ class Translator:
         prompt_id: The message that the prompt became; None until it has.
     """
 
-    def __init__(self, session_id: str, *, since: int = 0, with_reasoning: bool = False) -> None:
+    def __init__(
+        self,
+        session_id: str,
+        *,
+        since: int = 0,
+        with_reasoning: bool = False,
+        tells_refusals: bool = False,
+    ) -> None:
         """
         Args:
             since: When the session's last message was made, in the server's milliseconds; only
                 later ones belong to the turn.
+            tells_refusals: What a provider refused comes as REFUSED too. It takes another way than
+                the server's messages, and so may come before or after the retry that it explains.
         """
         self.has_begun = self.has_used_tools = False
         self.structured: Any = None
@@ -64,7 +73,9 @@ class Translator:
         self._sub_agents: set[str] = set()  # sessions
         self._writing: dict[str, str] = {}  # parts under way: text or reasoning
         self._errors: set[tuple[str, str]] = set()
+        self._tells_refusals = tells_refusals
         self._refusals: dict[str, Mapping[str, Any]] = {}
+        self._unexplained: dict[str, Event] = {}  # retries, by session
 
     @property
     def is_over(self) -> bool:
@@ -81,6 +92,16 @@ class Translator:
     def stopped(self) -> None:
         """The turn is being aborted by us, and what the server says about that is no error."""
         self._is_stopped = True
+
+    @property
+    def has_unexplained(self) -> bool:
+        """Whether a retry is held back until it is known what was refused."""
+        return bool(self._unexplained)
+
+    def take_unexplained(self) -> list[Event]:
+        """The retries that were held back: nothing was refused, or nothing tells of it."""
+        events, self._unexplained = list(self._unexplained.values()), {}
+        return events
 
     def end(self) -> list[Event]:
         """The turn is over, by what the server says when asked; the last events."""
@@ -205,17 +226,26 @@ class Translator:
         if session_id == self._session_id:
             self._is_idle = status.get("type") == "idle"
         if status.get("type") != "retry":
-            return []
-        text = str(status.get("message"))
-        more: dict[str, Any] = {"attempt": status.get("attempt")}
-        if (seen := self._refusals.pop(session_id, None)) is not None:
-            more["statusCode"] = seen["status"]
-            text = f"{seen['status']} {text}"
-            if seen.get("retry_after_s") is not None:
-                more["retry_after_s"] = seen["retry_after_s"]
-        return [_event("retry", session_id, message=text, **more)]
+            unexplained = self._unexplained.pop(session_id, None)
+            return [] if unexplained is None else [unexplained]
+        event = _event(
+            "retry",
+            session_id,
+            message=str(status.get("message")),
+            attempt=status.get("attempt"),
+        )
+        seen = self._refusals.pop(session_id, None)
+        if seen is not None:
+            return [_explained(event, seen)]
+        if not self._tells_refusals:
+            return [event]
+        before = self._unexplained.get(session_id)
+        self._unexplained[session_id] = event
+        return [] if before is None else [before]
 
     def _refused(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        if (event := self._unexplained.pop(session_id, None)) is not None:
+            return [_explained(event, properties)]
         self._refusals[session_id] = properties
         return []
 
@@ -284,3 +314,14 @@ def _created(info: Mapping[str, Any]) -> int:
 def _event(kind: str, session_id: str, **more: Any) -> Event:
     stamp = {"type": kind, "timestamp": time.time_ns() // 1_000_000, "sessionID": session_id}
     return cast(Event, stamp | more)
+
+
+def _explained(retry: Event, seen: Mapping[str, Any]) -> Event:
+    """*retry* with what was seen of the provider's refusal."""
+    more: dict[str, Any] = {
+        "statusCode": seen["status"],
+        "message": f"{seen['status']} {retry.get('message')}",
+    }
+    if seen.get("retry_after_s") is not None:
+        more["retry_after_s"] = seen["retry_after_s"]
+    return cast(Event, {**retry, **more})

@@ -38,6 +38,7 @@ from .result import RunResult
 DOUBT_S = 0.5  # silence after which the server is asked whether the turn is over, if it may be
 LOOK_S = 2.0  # the same where nothing speaks for it; doubled each time
 LONGEST_LOOK_S = 30.0
+REFUSAL_S = 1.0  # how long a retry waits for what the server's stderr tells of its reason
 BEGIN_S = 60.0  # how long a prompt that was taken may show no sign of life
 ABORT_S = 2.0  # bound on each request for the end
 BEGUN_S = 2.0  # bound on waiting, at an early end, for a turn to begin: only then it can be aborted
@@ -71,7 +72,8 @@ class Turn:
         Args:
             mailbox: Of the session; closed with the turn.
             since: When the session's last message was made, in the server's milliseconds.
-            has_marks: The tools' processes bear the session's id, and can be stopped by it.
+            has_marks: The server is one of ours: its tools' processes bear the session's id and can
+                be stopped by it, and its stderr tells of a provider's refusals.
             env: What the server was started with, where it is one of ours.
             replies: To permission requests and questions; None refuses them all.
             warnings: What is known before the prompt is sent; given first, as events.
@@ -81,7 +83,9 @@ class Turn:
         self.label = f"turn in {session_id} on {connection.label}"
         self._connection, self._directory = connection, directory
         self._mailbox = mailbox
-        self._translator = Translator(session_id, since=since, with_reasoning=with_reasoning)
+        self._translator = Translator(
+            session_id, since=since, with_reasoning=with_reasoning, tells_refusals=has_marks
+        )
         self._keep_background, self._has_marks = keep_background, has_marks
         self._env = env
         self._replies = replies or Replies(connection, directory)
@@ -213,10 +217,14 @@ class Turn:
 
     def _patience(self, deadline: float | None) -> float:
         wait_s = DOUBT_S if self._translator.is_doubtful else self._look_s
+        if self._translator.has_unexplained:
+            wait_s = min(wait_s, REFUSAL_S)
         return wait_s if deadline is None else max(0.0, min(wait_s, deadline - time.monotonic()))
 
     def _look(self) -> list[Event]:
         """Nothing came for a while: has the end been missed?"""
+        if events := self._translator.take_unexplained():
+            return events
         if self._is_busy():
             self._look_s, self._idle_looks = min(2 * self._look_s, LONGEST_LOOK_S), 0
             return []

@@ -299,6 +299,32 @@ def test_a_retry_bears_the_status_that_was_seen(begun: Session) -> None:
     assert "retry_after_s" not in second
 
 
+def test_a_retry_waits_for_the_status_that_takes_another_way() -> None:
+    session = Session(tells_refusals=True)
+    session.user()
+
+    held = session.status("retry", attempt=1, message="slow down")
+    was_held = session.translator.has_unexplained
+    (event,) = session.say(REFUSED, status=429, retry_after_s=7.0)
+
+    assert (held, was_held, session.translator.has_unexplained) == ([], True, False)
+    assert (event["message"], event["statusCode"], event["attempt"]) == ("429 slow down", 429, 1)
+    assert event["retry_after_s"] == 7.0
+
+
+def test_a_retry_whose_status_nobody_tells_is_told_before_what_follows_it() -> None:
+    session = Session(tells_refusals=True)
+    session.user()
+
+    first = [session.status("retry", attempt=n, message="no route") for n in (1, 2)]
+    (second,) = session.status("busy")
+
+    assert first[0] == []
+    assert [first[1][0]["attempt"], second["attempt"]] == [1, 2]
+    assert "statusCode" not in second
+    assert session.translator.take_unexplained() == []
+
+
 @pytest.mark.parametrize("kind", ["permission", "question"])
 def test_a_request_is_told_with_all_it_says(begun: Session, kind: str) -> None:
     (event,) = begun.say(f"{kind}.asked", CHILD, id="x_1", patterns=["ls"])
