@@ -8,8 +8,7 @@ turns leave is added to what there was. Decides nothing; waits for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from ._interrupt import CancelScope
 from ._repair import is_cut_off
 from ._secrets import Secrets
 from ._source import OpenSource, Review, Source
@@ -42,13 +41,13 @@ class Attempts:
         self._stderr = ""  # of turns before
         self._lines: list[str] = []
 
-    def open(self, cancelled: Callable[[], bool]) -> Source:
+    def open(self, scope: CancelScope) -> Source:
         """Start the next attempt at the turn; raises what keeps it from starting."""
         self.tries += 1
         if not self.is_further:
             self._result.attempts += 1
         try:
-            return self._open_source(cancelled)
+            return self._open_source(scope)
         except OpenCodeError as error:
             self._secrets.clean_error(error)
             raise

@@ -25,11 +25,16 @@ from typing import Literal
 from ._attempts import Attempts
 from ._denials import Tripwire, error_event
 from ._eventlog import EventLog
-from ._interrupt import Flag
+from ._interrupt import CancelScope, Flag
 from ._limits import Limits, Meter
 from ._secrets import Secrets
 from ._source import OpenSource, Review, Source
-from .errors import OpenCodeCancelledError, OpenCodeError
+from .errors import (
+    OpenCodeCancelledError,
+    OpenCodeError,
+    OpenCodeServerError,
+    OpenCodeTimeoutError,
+)
 from .events import Event, WarningEvent
 from .result import RunResult
 
@@ -58,9 +63,12 @@ class Course:
         review: Review | None,
         secrets: Secrets | None,
         tripwire: Tripwire | None,
+        counts_opening: bool = False,
     ) -> None:
         self._ended, self._cancelled = Flag(), Flag()
         self._cancel_reason = ""
+        self._scope = CancelScope()  # of all that the source waits for
+        self._counts_opening = counts_opening
         self._secrets = secrets or Secrets()
         self._attempts = Attempts(open_source, result, review, self._secrets)
         self._source: Source | None = None
@@ -120,15 +128,30 @@ class Course:
     def _begin_attempt(self) -> None:
         if self._log_file is not None and not self._attempts.is_further:
             self._log_file.mark_attempt()
-        self._source = source = self._attempts.open(self._cancelled.is_set)
+        if self._counts_opening:
+            self._meter.start(time.monotonic())
+            self._scope.deadline = self._meter.idle_deadline()
+        try:
+            self._source = source = self._attempts.open(self._scope)
+        except (OpenCodeServerError, OpenCodeCancelledError) as error:
+            # A request that was cut says that the server did not answer.
+            is_refusal = getattr(error, "status_code", None) is not None
+            if is_refusal or (instead := self._ended_by()) is None:
+                raise
+            raise instead from error
         self._meter.start(source.started_at)
         if source.session_id is not None:
             self._result.session_id = source.session_id
+        self._scope.deadline = self._meter.deadline()
         if self._result.started_at is None:
             self._result.started_at = time.time() - (time.monotonic() - source.started_at)
         _log.info("%s started, attempt %d", source.label, self._attempts.tries)
         if self._cancelled.is_set():  # it came while the source was being opened
             source.stop()
+
+    def _ended_by(self) -> OpenCodeError | None:
+        """What the caller has ended the run by: a cancellation, or a limit."""
+        return self._cancelled_error() if self._cancelled.is_set() else self._meter.timeout()
 
     def _end_attempt(self, source: Source) -> None:
         result, limits = self._result, self._meter.limits
@@ -177,7 +200,13 @@ class Course:
             try:
                 self._begin_attempt()
             except OpenCodeError as cause:
-                self._end(cause, "cancelled" if self._cancelled.is_set() else None)
+                self._end(cause, self._status_of(cause))
+
+    def _status_of(self, error: BaseException) -> Stopped | None:
+        """The status of a run whose opening failed with *error*; None for what it is itself."""
+        if isinstance(error, OpenCodeTimeoutError):
+            return "timed_out"
+        return "cancelled" if self._cancelled.is_set() else None
 
     def _cancelled_error(self) -> OpenCodeCancelledError:
         return OpenCodeCancelledError(self._cancel_reason)

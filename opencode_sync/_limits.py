@@ -43,7 +43,8 @@ class Limits:
     """Bounds of a run, checked when made.
 
     Attributes:
-        timeout_s: Seconds from the first process's start, over all attempts.
+        timeout_s: Seconds from the first process's start, over all attempts; on a server, from
+            when the run is handed to it.
         idle_timeout_s: Seconds without an event or a log line.
         max_cost: US dollars; a run that passes it in mid-work is stopped at that step, be it a
             sub-agent's.
@@ -198,7 +199,7 @@ class Meter:
         self._has_warned = False
 
     def start(self, instant: float) -> None:
-        """An attempt, or a further turn, was started; the first one starts the clock."""
+        """An attempt or further turn was started, or is opened where that counts; the first starts the clock."""
         if self._started_at is None:
             self._started_at = instant
         self._heard_at = time.monotonic()
@@ -230,6 +231,15 @@ class Meter:
             self._heard_at = time.monotonic()
             left = min(left, idle)
         return None if left == math.inf else min(left, LONGEST_WAIT_S)
+
+    def deadline(self) -> float:
+        """The ``time.monotonic()`` instant at which ``timeout_s`` passes; infinite without."""
+        return time.monotonic() + self.left()
+
+    def idle_deadline(self) -> float:
+        """The instant at which one of the limits passes if nothing more is heard."""
+        idle = self.limits.idle_timeout_s
+        return min(self.deadline(), math.inf if idle is None else self._heard_at + idle)
 
     def timeout(self) -> OpenCodeTimeoutError | None:
         """The error for the time limit that has passed, if one has."""

@@ -14,17 +14,42 @@ from contextlib import suppress
 from typing import Any
 
 from ._bodies import command_body, missing_rules, permission_rules, prompt_body, session_body
-from ._http import FIRST_S, Connection
+from ._http import FIRST_S, Connection, Requests, Within
+from ._interrupt import CancelScope
 from ._replies import Replies, allow_once, decline, reject
 from ._request import Request
-from ._sessions import Sessions, stored_messages
+from ._sessions import Sessions, id_of, rules_of, stored_messages
 from ._sse import EventStream, Message, mapping
 from ._translate import REFUSED
 from ._turn import Turn
 from ._versions import check_server_version
 from .errors import OpenCodeConfigError, OpenCodeServerError
 
-DISPOSE_S = 3.0  # bound on asking a server to end what it runs; it takes 0.3 s
+DISPOSE_S = 1.5  # bound on asking a server to end what it runs; it takes 0.3 s
+
+
+class Busy:
+    """The sessions that have a turn under way, on whichever of the servers that share them."""
+
+    def __init__(self) -> None:
+        self._sessions: set[str] = set()
+        self._lock = threading.RLock()  # reentrant: a finaliser may end a turn at any line
+
+    def take(self, session_id: str) -> None:
+        """Note that *session_id* has one.
+
+        Raises:
+            OpenCodeConfigError: If it has one already.
+        """
+        with self._lock:
+            if session_id in self._sessions:
+                raise OpenCodeConfigError(
+                    f"session {session_id!r} has a run under way: wait for it"
+                )
+            self._sessions.add(session_id)
+
+    def give_back(self, session_id: str) -> None:
+        self._sessions.discard(session_id)
 
 
 class Link:
@@ -46,6 +71,8 @@ class Link:
         env: Mapping[str, str] | None = None,
         name: str | None = None,
         any_version: bool = False,
+        busy: Busy | None = None,
+        scope: CancelScope | None = None,
     ) -> None:
         """
         Args:
@@ -53,21 +80,24 @@ class Link:
             env: What it was started with, where it is one of ours.
             name: What it is called in a message; None for its URL.
             any_version: Use it whatever its version is.
+            busy: Of all servers with the same sessions.
+            scope: Ends the opening.
 
         Raises:
-            OpenCodeConfigError: If *url* is none, or the version is not known.
+            OpenCodeConfigError: If *url* is not an HTTP URL, or the version is not known.
             OpenCodeServerError: If the server refuses or does not answer.
         """
         self.connection = Connection(url, username=username, password=password)
         self.sessions = Sessions(self.connection)
         self._stream = EventStream(self.connection)
         self._has_marks, self._env = has_marks, env
-        self._busy: set[str] = set()  # sessions with a turn under way
-        self._lock = threading.RLock()
+        self._busy = Busy() if busy is None else busy
+        scope = CancelScope() if scope is None else scope
         try:
-            self.version = str(mapping(self.connection.get("/global/health")).get("version"))
+            health = self.connection.within(scope).get("/global/health")
+            self.version = str(mapping(health).get("version"))
             self._warnings = [] if any_version else check_server_version(name or url, self.version)
-            self._stream.open()
+            self._stream.open(scope)
         except BaseException:
             self.close()
             raise
@@ -93,11 +123,17 @@ class Link:
 
     # -- turns ---------------------------------------------------------------------------------
 
-    def begin(self, request: Request, before_send: Callable[[], None] = lambda: None) -> Turn:
+    def begin(
+        self,
+        request: Request,
+        before_send: Callable[[], None] = lambda: None,
+        scope: CancelScope | None = None,
+    ) -> Turn:
         """Send the prompt, in the session that its settings say, or a new one.
 
         Args:
             before_send: Called when all is ready; what fails later may have been done.
+            scope: Of the run: it ends all requests, those of the turn too.
 
         Raises:
             OpenCodeConfigError: If the session is unknown, in use, or of another directory.
@@ -111,28 +147,26 @@ class Link:
             if cfg.command is None
             else command_body(request.instructed, cfg, workspace)
         )
-        session_id = self._session(request, directory)
-        with self._lock:
-            if session_id in self._busy:
-                raise OpenCodeConfigError(
-                    f"session {session_id!r} has a run under way: wait for it"
-                )
-            self._busy.add(session_id)
+        scope = CancelScope() if scope is None else scope
+        requests = self.connection.within(scope)
+        session_id = self._session(request, directory, requests)
+        self._busy.take(session_id)
         try:
-            turn = self._turn(session_id, directory, request)
+            turn = self._turn(session_id, directory, request, scope)
         except BaseException:
-            self._busy.discard(session_id)
+            self._busy.give_back(session_id)
             raise
         try:
             before_send()
-            turn.send(body)
+            _send(turn, body)
         except BaseException:
             turn.close()
             raise
         return turn
 
-    def _turn(self, session_id: str, directory: str, request: Request) -> Turn:
+    def _turn(self, session_id: str, directory: str, request: Request, scope: CancelScope) -> Turn:
         cfg, answers = request.cfg, request.answers
+        requests = self.connection.within(scope)
         is_new = not (cfg.session_id or cfg.continue_session)
         permission = answers.permission or (allow_once if cfg.auto else reject)
         question = answers.question or decline
@@ -141,47 +175,43 @@ class Link:
             self._stream.mailbox(session_id),
             session_id,
             directory,
-            since=0 if is_new else self._last_message(session_id, directory),
+            since=0 if is_new else _last_message(requests, session_id, directory),
             with_reasoning=bool(cfg.thinking),
             keep_background=cfg.keep_background,
             has_marks=self._has_marks,
             env=self._env,
-            replies=Replies(self.connection, directory, permission, question),
             warnings=self._warnings,
+            replies=Replies(requests, directory, permission, question),
+            scope=scope,
         )
-        turn.on_close(lambda: self._busy.discard(session_id))
+        turn.on_close(lambda: self._busy.give_back(session_id))
         return turn
-
-    def _last_message(self, session_id: str, directory: str) -> int:
-        """When the session's last message was made; 0 where it has none."""
-        # Not the last one alone: a prompt whose format was taken away is as young as that.
-        newest = stored_messages(self.connection, session_id, directory, limit=2)
-        times = [mapping(mapping(entry.get("info")).get("time")).get("created") for entry in newest]
-        return max((time for time in times if isinstance(time, int)), default=0)
 
     # -- sessions ------------------------------------------------------------------------------
 
-    def _session(self, request: Request, directory: str) -> str:
-        cfg = request.cfg
+    def _session(self, request: Request, directory: str, requests: Within) -> str:
+        cfg, sessions = request.cfg, Sessions(requests)
         session_id = cfg.session_id
         if cfg.continue_session:
-            session_id = self.sessions.latest(directory)
+            session_id = sessions.latest(directory)
             if session_id is None and cfg.fork:
                 raise OpenCodeConfigError(f"fork=True, but there is no session yet in {directory}")
         if session_id is None:
             body = session_body(request.prompt, cfg, **_allowed(request))
-            made = self.connection.post("/session", body, timeout_s=FIRST_S, directory=directory)
-            session_id = str(made["id"])
+            made = requests.object("POST", "/session", body, timeout_s=FIRST_S, directory=directory)
+            session_id = id_of(made)
         else:
-            session_id = self._taken_up(session_id, directory, request)
+            session_id = self._taken_up(session_id, directory, request, sessions)
         if cfg.share:
-            self.sessions.share(session_id, directory)
+            sessions.share(session_id, directory)
         return session_id
 
-    def _taken_up(self, session_id: str, directory: str, request: Request) -> str:
+    def _taken_up(
+        self, session_id: str, directory: str, request: Request, sessions: Sessions
+    ) -> str:
         """The session itself, or a fork of it, with the rules of *request* added to its own."""
         cfg = request.cfg
-        session = self.sessions.known(session_id, directory)
+        session = sessions.known(session_id, directory)
         own = str(session.get("directory"))
         if own != directory:
             raise OpenCodeConfigError(
@@ -191,13 +221,13 @@ class Link:
         rules = permission_rules(cfg, **_allowed(request))
         change: dict[str, Any] = {}
         if cfg.fork:
-            session_id = self.sessions.fork(session_id, directory, rules=rules)
-        elif missing := missing_rules(session.get("permission") or (), rules):
+            session_id = sessions.fork(session_id, directory, rules=rules)
+        elif missing := missing_rules(rules_of(session), rules):
             change["permission"] = missing
         if cfg.title is not None:
             change["title"] = cfg.title
         if change:
-            self.sessions.change(session_id, directory, **change)
+            sessions.change(session_id, directory, **change)
         return session_id
 
 
@@ -207,6 +237,24 @@ def _allowed(request: Request) -> dict[str, bool]:
         "with_questions": request.answers.question is not None,
         "with_output": request.output is not None,
     }
+
+
+def _send(turn: Turn, body: Mapping[str, Any]) -> None:
+    """Send the prompt; one that may have been taken all the same is aborted."""
+    try:
+        turn.send(body)
+    except BaseException as error:
+        if not isinstance(error, OpenCodeServerError) or error.status_code is None:
+            turn.stop()
+        raise
+
+
+def _last_message(requests: Requests, session_id: str, directory: str) -> int:
+    """When the session's last message was made; 0 where it has none."""
+    # Not the last one alone: a prompt whose format was taken away is as young as that.
+    newest = stored_messages(requests, session_id, directory, limit=2)
+    times = [mapping(mapping(entry.get("info")).get("time")).get("created") for entry in newest]
+    return max((time for time in times if isinstance(time, int)), default=0)
 
 
 def dispose(connection: Connection) -> None:

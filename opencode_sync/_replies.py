@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from ._http import Connection
+from ._http import REQUEST_S, Requests
 from ._request import PermissionAnswer, QuestionAnswer
 from ._sse import Message
 from .errors import OpenCodeServerError
@@ -35,11 +35,15 @@ def decline(request: Body) -> None:
 
 
 class Replies:
-    """The open requests of one turn, its sub-agents' included."""
+    """The open requests of one turn, its sub-agents' included.
+
+    Attributes:
+        timeout_s: Bound on handing over an answer.
+    """
 
     def __init__(
         self,
-        connection: Connection,
+        connection: Requests,
         directory: str,
         permission: PermissionAnswer = reject,
         question: QuestionAnswer = decline,
@@ -55,6 +59,7 @@ class Replies:
         self._question = question
         self._open: list[Message] = []
         self._seen: set[str] = set()
+        self.timeout_s = REQUEST_S
 
     def note(self, message: Message) -> None:
         """Take in *message*, if it is a request, and a new one."""
@@ -84,7 +89,9 @@ class Replies:
     def _send(self, path: str, body: Body | None) -> None:
         verb = "reject" if body is None else "reply"
         try:
-            self._connection.post(f"{path}/{verb}", body, directory=self._directory)
+            self._connection.post(
+                f"{path}/{verb}", body, directory=self._directory, timeout_s=self.timeout_s
+            )
         except OpenCodeServerError as error:
             if error.status_code != 404:  # somebody else was faster, or the turn was aborted
                 raise

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._denials import Tripwire
 from ._futures import cancel_together
+from ._interrupt import CancelScope
 from ._repair import SchemaReview
 from ._request import NO_ANSWERS, Answers, Request, StrPath, checked_config, directory
 from ._schema import OutputSchema, output_schema
@@ -77,7 +78,8 @@ class Runs(abc.ABC):
             prompt: Reaches the model byte for byte.
             workspace: The directory that OpenCode works in.
             run_cfg: Settings, in place of this runner's own as a whole.
-            timeout_s: Seconds from the start of the process, over all attempts.
+            timeout_s: Seconds from the start of the process, over all attempts. On a server: from
+                when the run is handed to it, its own start included if it has none yet.
             idle_timeout_s: Seconds without an event or a log line.
             max_cost: US dollars; a run that passes it in mid-work is stopped at that step, be it a
                 sub-agent's.
@@ -198,7 +200,7 @@ class Runs(abc.ABC):
         held_against_schema = SchemaReview(request, limits.max_repairs)
 
         def opening(request: Request) -> OpenSource:
-            return lambda cancelled: self._open(request, cancelled, keep_raw)
+            return lambda scope: self._open(request, scope, keep_raw)
 
         def review(result: RunResult) -> OpenSource | None:
             further = held_against_schema(result)
@@ -220,6 +222,7 @@ class Runs(abc.ABC):
             opening(request),
             RunResult(prompt=prompt, workspace=str(request.workspace)),
             limits,
+            counts_opening=self._counts_opening(cfg),
             log_file=log_file,
             keep_events=keep_events,
             review=None if output is None else review,
@@ -250,8 +253,12 @@ class Runs(abc.ABC):
         self.close()
 
     @abc.abstractmethod
-    def _open(self, request: Request, cancelled: Callable[[], bool], keep_raw: bool) -> Source:
-        """Start one attempt at *request*."""
+    def _open(self, request: Request, scope: CancelScope, keep_raw: bool) -> Source:
+        """Start one attempt at *request*; what waits in it ends with *scope*."""
+
+    def _counts_opening(self, cfg: RunConfig) -> bool:
+        """Whether the time that a run takes to open counts for its limits."""
+        return False
 
     def _kept_sessions(self, cfg: RunConfig) -> Sessions:
         """What is asked about sessions, besides prompts; OpenCodeConfigError where nobody is."""

@@ -52,14 +52,14 @@ class Server:
         directory: Path,
         *,
         timeout_s: float,
-        settled: _interrupt.Flag,
+        scope: _interrupt.CancelScope,
         on_exit: Callable[[str], None],
         on_refusal: Callable[[str, int, float | None], None],
     ) -> None:
         """Start it in *directory*, and wait until it listens.
 
         Args:
-            settled: Set when it listens or has ended; set by anybody else, it is not waited for.
+            scope: Ends the waiting too.
             on_exit: Called in a helper thread when it has ended, with what ended it.
             on_refusal: Called in a helper thread with a session, the HTTP status that a
                 provider refused it with, and the seconds that it asked to be left alone.
@@ -74,7 +74,7 @@ class Server:
         self._on_exit = on_exit
         self._on_refusal = on_refusal
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
-        self._settled = settled
+        self._settled = _interrupt.Flag()  # it listens, or has ended
         self._env = env
         self._exited = _interrupt.Flag()
         self._is_stopping = False
@@ -91,11 +91,10 @@ class Server:
         _tree.mark(self.pid, self.token)
         self._threads = [self._thread("output", self._read), self._thread("exit", self._wait)]
         try:
-            self._settled.wait(min(timeout_s, threading.TIMEOUT_MAX))
-            if not self.url:
+            if not scope.wait(self._settled, timeout_s) or not self.url:
                 raise OpenCodeServerError(self._why_not(timeout_s))
         except BaseException:
-            self.stop()
+            self.stop(at_once=scope.is_over)
             raise
 
     def _start(
@@ -146,9 +145,24 @@ class Server:
             return int(psutil.Process(self.pid).memory_info().rss)
         return 0
 
-    def stop(self) -> None:
-        """End it with all that it started. Bounded, idempotent, from any thread."""
+    def cpu_s(self) -> float:
+        """Seconds of processor time that it has used; 0.0 where it has ended."""
+        import psutil
+
+        with suppress(psutil.Error):
+            times = psutil.Process(self.pid).cpu_times()
+            return float(times.user + times.system)
+        return 0.0
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """End it with all that it started. Bounded, idempotent, from any thread.
+
+        Args:
+            at_once: Kill the server, which does not listen to a request to end.
+        """
         self._is_stopping = True
+        if at_once and not self.has_exited:
+            self._popen.kill()
         _tree.stop(self.token, roots=() if self.has_exited else (self.pid,))
         self._exited.wait(JOIN_S)
         with suppress(OSError):

@@ -8,7 +8,10 @@ Knows how a server is started and ended; nothing of when, nor of what is asked o
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +21,25 @@ from . import _interrupt, _watchdog
 from ._command import PLUGIN, build_env, resolve_binary, unpacking_in, without_user_config
 from ._datadir import DataDirectories, Lease
 from ._denials import enforced
-from ._link import Link, dispose
+from ._http import Connection
+from ._link import Busy, Link, dispose
 from ._secrets import Secrets
 from ._serve import Server
 from ._versions import check_program_version
 from .config import RunConfig
 from .errors import OpenCodeConfigError, OpenCodeError, OpenCodeServerError
+
+_log = logging.getLogger("opencode_sync")
+
+# Of our own servers, one that leaves two such questions in a row unanswered is taken for dead. Two,
+# so that it is not blamed where all of us were stopped for a while, as a container can be.
+ANSWER_S = 5.0
+# One that uses the processor all the while is busy, or the machine is; a loop that never ends does
+# that too.
+BUSY_S = 30.0
+LOOK_S = 2.0  # between questions
+OPEN_S = 10.0  # how long one that listens may always take to answer
+JOIN_S = 2.0  # bound on waiting for the thread that asks
 
 
 @dataclass(eq=False)
@@ -32,6 +48,7 @@ class InUse:
 
     link: Link
     process: Server | None = None
+    health: Health | None = None
     turns: set[object] = field(default_factory=set)
     is_retired: bool = False
 
@@ -42,11 +59,68 @@ class InUse:
 
     def close(self) -> None:
         """Stop a server of ours with all that it started; let go of another one."""
+        if self.health is not None:
+            self.health.close()
         if self.process is not None:
-            if not self.is_gone:
-                dispose(self.link.connection)
-            self.process.stop()
+            connection = self.link.connection
+            if not self.is_gone and not connection.is_silent:
+                dispose(connection)
+            self.process.stop(at_once=connection.is_silent)
         self.link.close()
+
+
+class Health:
+    """Asks a server of ours, while somebody waits for it, whether it is alive; ends a dead one.
+
+    In a thread of its own, over a connection of its own.
+    """
+
+    def __init__(self, server: InUse, process: Server) -> None:
+        link = server.link
+        self._server, self._process = server, process
+        self._connection = Connection(link.connection.url, password=link.connection.password)
+        self._closing = _interrupt.Flag()
+        name = f"opencode-{process.pid}-health"
+        self._thread = threading.Thread(target=self._ask, name=name, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ask no more. Idempotent, from any thread."""
+        self._closing.set()
+        self._connection.close()
+        if self._thread is not threading.current_thread():
+            self._thread.join(JOIN_S)
+
+    def _ask(self) -> None:
+        n_silent, cpu_s = 0, 0.0
+        while not self._closing.wait(0.0 if n_silent else LOOK_S):
+            is_waited_for = self._server.turns or self._server.link.connection.is_asked
+            if not is_waited_for and not n_silent:
+                continue
+            if self._answers():
+                n_silent = 0
+                continue
+            if self._closing.is_set() or self._process.has_exited:
+                return
+            n_silent += 1
+            used_s, cpu_s = self._process.cpu_s() - cpu_s, self._process.cpu_s()
+            is_busy = used_s > 0.02 * ANSWER_S
+            if n_silent >= (BUSY_S / ANSWER_S if is_busy else 2):
+                return self._end(n_silent * ANSWER_S)
+
+    def _answers(self) -> bool:
+        try:
+            self._connection.get("/global/health", timeout_s=ANSWER_S)
+        except OpenCodeServerError as error:
+            # What is refused at once is not silent; the process's end is seen elsewhere.
+            return error.status_code is not None or not self._connection.is_silent
+        return True
+
+    def _end(self, silent_s: float) -> None:
+        reason = f"the server (pid {self._process.pid}) did not answer for {silent_s:g} s: ended"
+        _log.warning("%s", reason)
+        self._server.link.lose(reason)
+        self._process.stop(at_once=True)
 
 
 class Origin(Protocol):
@@ -82,6 +156,8 @@ class Elsewhere:
     ) -> None:
         self._url, self._username, self._password = url, username, password
         self._any_version = any_version
+        self._busy = Busy()
+        self._scope = _interrupt.CancelScope()
 
     def start(self) -> InUse:
         """Reach it; see :class:`Origin`."""
@@ -90,11 +166,14 @@ class Elsewhere:
             username=self._username,
             password=self._password,
             any_version=self._any_version,
+            busy=self._busy,
+            scope=self._scope,
         )
         return InUse(link)
 
     def give_up(self) -> None:
-        """Nothing: what it does not answer to, it is asked with a bound."""
+        """See :class:`Origin`."""
+        self._scope.cancel()
 
     def remember(self, session_id: str, workspace: str) -> None:
         """Nothing: it keeps its own sessions."""
@@ -134,8 +213,8 @@ class Own:
             on_remove=_watchdog.discard_directory if watchdog else _nothing,
         )
         self._leases: list[Lease] = []  # one, from the first start on
-        self._settled = _interrupt.Flag()  # the start under way
-        self._is_given_up = False
+        self._busy = Busy()
+        self._scope = _interrupt.CancelScope()  # of all starts
 
     def start(self) -> InUse:
         """Start one; see :class:`Origin`."""
@@ -148,7 +227,7 @@ class Own:
     def _start(self) -> InUse:
         binary = resolve_binary(self._binary)
         if not self._any_version:
-            check_program_version(binary, lambda: self._is_given_up)
+            check_program_version(binary, self._scope.is_cancelled)
         env = build_env(self._cfg.replace(agent=None))  # each prompt names its own
         env = enforced(env, self._cfg, is_server=True)
         _check_plugin(env)
@@ -172,41 +251,44 @@ class Own:
             for link in links:
                 link.note_refusal(session_id, status, wait_s)
 
-        self._settled = _interrupt.Flag()
-        if self._is_given_up:  # give_up() looks for the event after it has said so
-            self._settled.set()
+        deadline = time.monotonic() + self._timeout_s
         process = Server(
             binary,
             env,
             data,
             timeout_s=self._timeout_s,
-            settled=self._settled,
+            scope=self._scope,
             on_exit=on_exit,
             on_refusal=on_refusal,
         )
+        opening = _interrupt.CancelScope(max(deadline, time.monotonic() + OPEN_S))
         try:
-            link = Link(
-                process.url,
-                password=process.password,
-                has_marks=True,
-                env=env,
-                name=binary,
-                any_version=self._any_version,
-            )
+            with self._scope.waking(opening.cancel):
+                link = Link(
+                    process.url,
+                    password=process.password,
+                    has_marks=True,
+                    env=env,
+                    name=binary,
+                    any_version=self._any_version,
+                    busy=self._busy,
+                    scope=opening,
+                )
             links.append(link)
             if process.has_exited:
                 raise OpenCodeServerError(f"the server (pid {process.pid}) ended at once")
+            server = InUse(link, process)
+            server.health = Health(server, process)
         except BaseException:
-            process.stop()
+            process.stop(at_once=opening.is_over)
             for link in links:
                 link.close()
             raise
-        return InUse(links[0], process)
+        return server
 
     def give_up(self) -> None:
         """See :class:`Origin`."""
-        self._is_given_up = True
-        self._settled.set()
+        self._scope.cancel()
 
     def remember(self, session_id: str, workspace: str) -> None:
         """See :class:`Origin`; in a temporary directory there is no beyond."""

@@ -6,13 +6,14 @@ Knows requests and answers; nothing of turns.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from ._http import FIRST_S, REQUEST_S, Connection
+from ._http import FIRST_S, MAX_LIST_BYTES, REQUEST_S, Requests
+from ._reading import number_of
 from ._sse import mapping
 from .errors import OpenCodeConfigError, OpenCodeServerError
 
@@ -44,32 +45,35 @@ class SessionInfo:
 class Sessions:
     """Of one server; *directory* is always the one that the session works in."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Requests) -> None:
         self._connection = connection
 
     def all(self, directory: str | None = None) -> list[SessionInfo]:
         """Those of *directory* or of all, the last used first."""
         # Without a directory, /session gives those of one project alone.
         path = "/session" if directory else "/experimental/session"
-        return [_info(each) for each in self._get(path, directory=directory, limit=MOST)]
+        found = self._objects(path, directory=directory, limit=MOST)
+        return [_info(each) for each in found]
 
     def latest(self, directory: str) -> str | None:
         """The last used, but for sub-agents'."""
-        found = self._get("/session", directory=directory, roots="true", limit=1)
-        return str(found[0]["id"]) if found else None
+        found = self._objects("/session", directory=directory, roots="true", limit=1)
+        return id_of(found[0]) if found else None
 
-    def known(self, session_id: str, directory: str) -> Any:
+    def known(self, session_id: str, directory: str) -> dict[str, Any]:
         """The session's description; raises OpenCodeConfigError if there is none."""
         # An id of another form makes the server fail, not refuse.
         if session_id.startswith("ses"):
             try:
-                return self._get(path_of(session_id), directory=directory)
+                return self._connection.object(
+                    "GET", path_of(session_id), timeout_s=FIRST_S, directory=directory
+                )
             except OpenCodeServerError as error:
                 if error.status_code != 404:
                     raise
         raise OpenCodeConfigError(f"session {session_id!r} is unknown to the server")
 
-    def messages(self, session_id: str, directory: str) -> list[Any]:
+    def messages(self, session_id: str, directory: str) -> list[dict[str, Any]]:
         """All messages, oldest first; see :func:`stored_messages`."""
         try:
             return stored_messages(self._connection, session_id, directory)
@@ -82,7 +86,7 @@ class Sessions:
         taken_back = _taken_back(self.known(session_id, directory))
         last = None
         for message in self.messages(session_id, directory):
-            info = mapping(mapping(message).get("info"))
+            info = mapping(message.get("info"))
             if taken_back is not None and info.get("id") == taken_back:
                 break
             if info.get("role") == "user":
@@ -92,8 +96,8 @@ class Sessions:
     def last_message(self, session_id: str, directory: str) -> dict[str, Any]:
         """The description of the last message; {} where there is none."""
         path = path_of(session_id, "/message")
-        stored = self._get(path, directory=directory, limit=1)
-        return dict(mapping(mapping(stored[0]).get("info"))) if stored else {}
+        stored = self._objects(path, directory=directory, limit=1)
+        return dict(mapping(stored[0].get("info"))) if stored else {}
 
     def fork(
         self,
@@ -113,10 +117,11 @@ class Sessions:
         else:
             message_id = _taken_back(session)
         body = {} if message_id is None else {"messageID": message_id}
-        made = self._connection.post(path_of(session_id, "/fork"), body, directory=directory)
-        fork_id = str(made["id"])
+        path = path_of(session_id, "/fork")
+        made = self._connection.object("POST", path, body, directory=directory)
+        fork_id = id_of(made)
         # A fork begins without any rules.
-        if rules := [*(session.get("permission") or ()), *rules]:
+        if rules := [*rules_of(session), *rules]:
             self.change(fork_id, directory, permission=rules)
         return fork_id
 
@@ -155,7 +160,7 @@ class Sessions:
         # Of an unknown one, OpenCode makes a fork of the whole, and a revert of nothing.
         path = path_of(session_id, f"/message/{quote(message_id, safe='')}")
         try:
-            self._get(path, directory=directory)
+            self._connection.get(path, timeout_s=FIRST_S, directory=directory)
         except OpenCodeServerError as error:
             if is_prompt_with_format(error):
                 return
@@ -165,18 +170,18 @@ class Sessions:
                 f"message {message_id!r} is unknown to session {session_id!r}"
             ) from None
 
-    def _get(self, path: str, **params: Any) -> Any:
-        return self._connection.get(path, timeout_s=FIRST_S, **params)
+    def _objects(self, path: str, **params: Any) -> list[dict[str, Any]]:
+        return self._connection.objects(path, timeout_s=FIRST_S, **params)
 
 
 def stored_messages(
-    connection: Connection,
+    connection: Requests,
     session_id: str,
     directory: str,
     *,
     limit: int | None = None,
     timeout_s: float = REQUEST_S,
-) -> list[Any]:
+) -> list[dict[str, Any]]:
     """What a server has stored of a session, oldest first.
 
     OpenCode cannot give a prompt with a format (1.18.33), as it is while its turn goes on: then
@@ -186,16 +191,14 @@ def stored_messages(
         limit: That many of the newest; None for all.
     """
 
-    def newest(limit: int | None) -> list[Any] | None:
+    def newest(limit: int | None) -> list[dict[str, Any]] | None:
         try:
-            return list(
-                connection.request(
-                    "GET",
-                    path_of(session_id, "/message"),
-                    directory=directory,
-                    limit=limit,
-                    timeout_s=timeout_s,
-                )
+            return connection.objects(
+                path_of(session_id, "/message"),
+                directory=directory,
+                limit=limit,
+                timeout_s=timeout_s,
+                max_bytes=MAX_LIST_BYTES,
             )
         except OpenCodeServerError as error:
             if not is_prompt_with_format(error):
@@ -219,6 +222,22 @@ def path_of(session_id: str, what: str = "") -> str:
     return f"/session/{quote(session_id, safe='')}{what}"
 
 
+def id_of(session: Mapping[str, Any]) -> str:
+    """The id of a session that the server describes."""
+    session_id = session.get("id")
+    if isinstance(session_id, str):
+        return session_id
+    raise OpenCodeServerError(f"the server described a session with the id {session_id!r}")
+
+
+def rules_of(session: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The permission rules of a session that the server describes."""
+    rules = session.get("permission")
+    if not isinstance(rules, list):
+        return []
+    return [rule for rule in rules if isinstance(rule, dict) and "permission" in rule]
+
+
 def is_prompt_with_format(error: OpenCodeServerError) -> bool:
     """Whether a message was refused for being one, see :func:`stored_messages`."""
     return error.status_code == 400 and "OutputFormat" in str(error)
@@ -237,7 +256,7 @@ def _info(session: Any) -> SessionInfo:
         title=str(session.get("title")),
         workspace=str(session.get("directory")),
         parent_id=session.get("parentID"),
-        total_cost=float(session.get("cost") or 0.0),
-        created_at=float(times.get("created") or 0) / 1000,
-        updated_at=float(times.get("updated") or 0) / 1000,
+        total_cost=number_of(session.get("cost")),
+        created_at=number_of(times.get("created")) / 1000,
+        updated_at=number_of(times.get("updated")) / 1000,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from ._interrupt import CancelScope
 from .errors import OpenCodeError
 from .events import Event
 from .result import RunResult
@@ -55,8 +56,8 @@ class Source(Protocol):
         """Give back files and directories; after the end."""
 
 
-OpenSource = Callable[[Callable[[], bool]], Source]
-"""Starts an attempt; its argument tells whether the job was cancelled in the meantime."""
+OpenSource = Callable[[CancelScope], Source]
+"""Starts an attempt; what waits in it, and in the source's requests, ends with the scope."""
 
 Review = Callable[[RunResult], OpenSource | None]
 """Looks at a run that ended well: None if that was all, or how a further turn of it is begun.

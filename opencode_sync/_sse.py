@@ -142,8 +142,11 @@ class EventStream:
         state = self._connection.lost or f"{len(self._routes)} sessions"
         return f"<EventStream of {self._connection.url}, {state}>"
 
-    def open(self) -> None:
+    def open(self, scope: _interrupt.CancelScope | None = None) -> None:
         """Start reading. What is begun after the return is not missed. Once.
+
+        Args:
+            scope: Ends the waiting too.
 
         Raises:
             OpenCodeServerError: If the server refuses or does not answer.
@@ -152,7 +155,8 @@ class EventStream:
             target=self._guarded, name=f"opencode-{self._connection.label}-events", daemon=True
         )
         self._reader.start()
-        if not self._opened.wait(CONNECT_S + SILENCE_S):
+        scope = _interrupt.CancelScope() if scope is None else scope
+        if not scope.wait(self._opened, CONNECT_S + SILENCE_S):
             self.lose(f"the server at {self._connection.url} opens no event stream")
         if self._connection.lost is not None:
             raise OpenCodeServerError(self._connection.lost)
@@ -206,6 +210,8 @@ class EventStream:
                 reason = str(error)
                 if error.status_code is not None and error.status_code < 500:
                     return self.lose(reason)
+            except (ValueError, RecursionError) as error:  # not OpenCode's events
+                return self.lose(f"the event stream cannot be read: {error}")
             if self._is_reading:
                 _log.debug("%s: event stream broke: %s", self._connection.label, reason)
                 pause_s, give_up_at = PAUSE_S, time.monotonic() + REOPEN_S

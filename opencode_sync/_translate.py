@@ -127,7 +127,7 @@ class Translator:
             if not self.covers(entry) or _created(info) < self._began_at:
                 continue
             events += self._message(session_id, {"info": info})
-            for part in entry.get("parts") or ():
+            for part in parts_of(entry):
                 events += self._part(session_id, {"part": part})
         return events
 
@@ -304,6 +304,12 @@ _RULES = {
     REFUSED: Translator._refused,
     ANSWER: Translator._answer,
 }
+
+
+def parts_of(stored: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The parts of a stored message."""
+    parts = stored.get("parts")
+    return [mapping(part) for part in parts] if isinstance(parts, list) else []
 
 
 def _created(info: Mapping[str, Any]) -> int:

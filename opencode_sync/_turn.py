@@ -11,6 +11,7 @@ Knows requests and messages; nothing of deadlines, nor of whose the server is.
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import time
 from collections import deque
@@ -19,13 +20,14 @@ from typing import Any
 from urllib.parse import quote
 
 from . import _interrupt, _tree
-from ._http import REQUEST_S, Connection
+from ._http import REQUEST_S, Connection, Within
+from ._interrupt import CancelScope
 from ._logs import no_space
 from ._reading import why_cut
 from ._replies import Replies
 from ._sessions import is_prompt_with_format, stored_messages
 from ._sse import GAP, Mailbox, Message, mapping
-from ._translate import Translator
+from ._translate import Translator, parts_of
 from .errors import (
     OpenCodeError,
     OpenCodeIncompleteError,
@@ -40,7 +42,8 @@ LOOK_S = 2.0  # the same where nothing speaks for it; doubled each time
 LONGEST_LOOK_S = 30.0
 REFUSAL_S = 1.0  # how long a retry waits for what the server's stderr tells of its reason
 BEGIN_S = 60.0  # how long a prompt that was taken may show no sign of life
-ABORT_S = 2.0  # bound on each request for the end
+ABORT_S = 1.0  # bound on each request for the end
+LATE_ABORT_S = 10.0  # how long an abort that was not answered in that time is still tried
 BEGUN_S = 2.0  # bound on waiting, at an early end, for a turn to begin: only then it can be aborted
 PAUSE_S = 0.02
 
@@ -67,6 +70,7 @@ class Turn:
         env: Mapping[str, str] | None = None,
         replies: Replies | None = None,
         warnings: Sequence[str] = (),
+        scope: CancelScope | None = None,
     ) -> None:
         """
         Args:
@@ -77,6 +81,7 @@ class Turn:
             env: What the server was started with, where it is one of ours.
             replies: To permission requests and questions; None refuses them all.
             warnings: What is known before the prompt is sent; given first, as events.
+            scope: Of the run; its requests end with it.
         """
         self.session_id = session_id
         self.started_at = time.monotonic()
@@ -88,7 +93,9 @@ class Turn:
         )
         self._keep_background, self._has_marks = keep_background, has_marks
         self._env = env
-        self._replies = replies or Replies(connection, directory)
+        self._scope = CancelScope() if scope is None else scope
+        self._wait_until = math.inf  # an instant at which receive() is to return
+        self._replies = replies or Replies(connection.within(self._scope), directory)
         self._sent: Mapping[str, Any] = {}
         self._on_close: list[Callable[[], None]] = []
         self._look_s, self._idle_looks = LOOK_S, 0
@@ -113,7 +120,7 @@ class Turn:
         """
         self._sent = body
         if "command" not in body:
-            self._connection.post(self._path("prompt_async"), body, directory=self._directory)
+            self._requests.post(self._path("prompt_async"), body, directory=self._directory)
             return
 
         def answered(error: OpenCodeServerError | None) -> None:
@@ -121,15 +128,18 @@ class Turn:
 
         # There is no request for a command that is answered at once.
         path = f"{self._path('command')}?directory={quote(self._directory)}"
-        self._connection.in_background(path, body, answered)
+        self._connection.in_background(path, body, answered, scope=self._scope)
 
     def receive(self, timeout: float | None) -> list[Event] | None:
         """The next events; see :meth:`~opencode_sync._source.Source.receive`."""
         if self._is_done and not self._ready:
             return None
         deadline = None if timeout is None else time.monotonic() + timeout
+        scope = self._scope
+        self._wait_until = math.inf if deadline is None else deadline
         try:
             if not self._was_stopped:
+                self._replies.timeout_s = REQUEST_S if timeout is None else min(REQUEST_S, timeout)
                 self._replies.give()
             while not (self._messages or self._ready or self._is_done):
                 try:
@@ -142,19 +152,26 @@ class Turn:
             if not self._is_done:
                 self._read()
         except OpenCodeServerError as error:
-            with contextlib.suppress(OpenCodeServerError):
-                self._abort()  # it may have failed us, and be there all the same
-            self._loss, self._is_done = error, True
+            if not self._was_stopped and not (error.status_code is None and self._has_run_out()):
+                with contextlib.suppress(OpenCodeServerError):
+                    self._abort()  # it may have failed us, and be there all the same
+                self._loss, self._is_done = error, True
+            elif scope is self._scope and self._was_stopped:
+                self._is_done = True
+            elif not self._is_done:  # the run's end has cut the request
+                raise queue.Empty from error
         events, self._ready = self._ready, []
         return events or (None if self._is_done else [])
 
     def stop(self) -> None:
         """Abort the turn, and end its tools; see :meth:`~opencode_sync._source.Source.stop`."""
         self._translator.stopped()
-        self._was_stopped = True
-        with contextlib.suppress(OpenCodeServerError):
-            has_begun = self._has_begun()
-            self._abort()
+        was_done, self._was_stopped = self._is_done, True
+        self._scope = CancelScope()  # the run's has ended
+        try:
+            has_begun = was_done or self._has_begun()
+            if not was_done:
+                self._abort()
             # What has not begun yet cannot be aborted, and would begin unseen.
             end = time.monotonic() + BEGUN_S
             while not has_begun and time.monotonic() < end:
@@ -162,7 +179,20 @@ class Turn:
                 has_begun = self._has_begun()
                 if has_begun:
                     self._abort()
+        except OpenCodeServerError as error:
+            if error.status_code is None:
+                self._give_up()
         self._stop_tools()
+
+    def _give_up(self) -> None:
+        """The server does not answer: wait for it no longer, and abort if it ever does."""
+        if not self._is_done and self._connection.lost is None:
+            path = f"{self._path('abort')}?directory={quote(self._directory)}"
+            # A server that is stopped in the midst of a turn goes on with it when it is continued.
+            with contextlib.suppress(RuntimeError):  # no thread to be had
+                self._connection.in_background(path, {}, _nothing, timeout_s=LATE_ABORT_S)
+        self._is_done = True
+        self._mailbox.put(Message(self.session_id, "given up", {}))  # wakes who waits for more
 
     def settle(self, result: RunResult) -> OpenCodeError | None:
         """Complete *result*, and say what went wrong."""
@@ -246,9 +276,10 @@ class Turn:
             Message(self.session_id, "session.status", {"status": {"type": status}})
         )
         for kind in ("permission", "question"):
-            for request in self._get(f"/{kind}"):
-                if mapping(request).get("sessionID") in self._mailbox.sessions:
-                    message = Message(request["sessionID"], f"{kind}.asked", request)
+            for request in self._objects(f"/{kind}"):
+                session_id = request.get("sessionID")
+                if isinstance(session_id, str) and session_id in self._mailbox.sessions:
+                    message = Message(session_id, f"{kind}.asked", request)
                     events += self._translator.read(message)
                     self._replies.note(message)
         return events
@@ -260,11 +291,11 @@ class Turn:
             for session_id in new:
                 told.add(session_id)
                 stored = stored_messages(
-                    self._connection, session_id, self._directory, timeout_s=self._bound()
+                    self._requests, session_id, self._directory, timeout_s=self._bound()
                 )
                 events += self._translator.read_stored(session_id, stored)
-                for part in (part for entry in stored for part in entry.get("parts") or ()):
-                    metadata = mapping(mapping(mapping(part).get("state")).get("metadata"))
+                for part in (part for entry in stored for part in parts_of(entry)):
+                    metadata = mapping(mapping(part.get("state")).get("metadata"))
                     if part.get("tool") == "task" and (child := metadata.get("sessionId")):
                         self._mailbox.follow(str(child))
         return events
@@ -274,22 +305,34 @@ class Turn:
     def _path(self, verb: str) -> str:
         return f"/session/{quote(self.session_id, safe='')}/{verb}"
 
-    def _get(self, path: str, **params: Any) -> Any:
-        return self._connection.request(
-            "GET", path, directory=self._directory, timeout_s=self._bound(), **params
+    @property
+    def _requests(self) -> Within:
+        return self._connection.within(self._scope)
+
+    def _objects(self, path: str, **params: Any) -> list[dict[str, Any]]:
+        return self._requests.objects(
+            path, directory=self._directory, timeout_s=self._bound(), **params
         )
 
     def _bound(self) -> float:
-        return ABORT_S if self._was_stopped else REQUEST_S
+        if self._was_stopped:
+            return ABORT_S
+        return max(0.0, min(REQUEST_S, self._wait_until - time.monotonic()))
+
+    def _has_run_out(self) -> bool:
+        """Whether a request failed for the end of the time that it had, or for a cancellation."""
+        return self._scope.is_over or time.monotonic() >= self._wait_until
 
     def _is_busy(self) -> bool:
-        return self.session_id in self._get("/session/status")
+        return self.session_id in self._requests.object(
+            "GET", "/session/status", directory=self._directory, timeout_s=self._bound()
+        )
 
     def _has_begun(self) -> bool:
-        if self._is_done or self._translator.has_begun or self._is_busy():
+        if self._translator.has_begun or self._is_busy():
             return True
         try:
-            last = self._get(self._path("message"), limit=1)
+            last = self._objects(self._path("message"), limit=1)
         except OpenCodeServerError as error:
             if is_prompt_with_format(error):  # our own
                 return True
@@ -297,12 +340,13 @@ class Turn:
         return any(map(self._translator.covers, last))
 
     def _abort(self) -> None:
-        if not self._is_done:
-            self._connection.post(self._path("abort"), directory=self._directory, timeout_s=ABORT_S)
+        # Not in the scope, whose end may be what ends the turn.
+        path = self._path("abort")
+        self._connection.post(path, directory=self._directory, timeout_s=ABORT_S)
 
     def _take_format_away(self) -> None:
         """Leave a session that can be read and forked: with a format in it, it cannot (1.18.33)."""
-        if "format" not in self._sent or self._loss is not None:
+        if "format" not in self._sent or self._loss is not None or self._connection.is_silent:
             return
         kept = {key: value for key, value in self._sent.items() if key not in ("format", "parts")}
         body = {**kept, "messageID": self._translator.prompt_id, "noReply": True, "parts": []}
@@ -315,3 +359,7 @@ class Turn:
         if self._has_marks:
             for session_id in tuple(self._mailbox.sessions):
                 _tree.stop(session_id)
+
+
+def _nothing(error: OpenCodeServerError | None) -> None:
+    pass

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from ._command import (
 from ._datadir import DataDirectories, Lease
 from ._denials import DENIALS, enforced
 from ._gate import Gate
+from ._interrupt import CancelScope
 from ._run import ProcessRun
 from ._runs import NEEDS_SERVER
 from ._sessionindex import check_directory, stored_directory
@@ -193,13 +194,16 @@ class OpenCodeClient(Runner):
 
             check_server_wide(cfg, RunConfig())
 
-    def _open(self, request: Request, cancelled: Callable[[], bool], keep_raw: bool) -> Source:
+    def _counts_opening(self, cfg: RunConfig) -> bool:
+        return cfg.attach is not None
+
+    def _open(self, request: Request, scope: CancelScope, keep_raw: bool) -> Source:
         if request.cfg.attach is not None:
-            return self._attach(request, cancelled)
+            return self._attach(request, scope)
         binary = self.resolved_binary()
         warnings: list[str] = []
         if not self._settings["any_version"]:
-            warnings = check_program_version(binary, cancelled)
+            warnings = check_program_version(binary, scope.is_cancelled)
         if os.getpid() != self._owner_pid:  # forked: the directories are the parent's
             self._streams.clear()
             self._gate = Gate(self._settings["startup_concurrency"])
@@ -227,7 +231,7 @@ class OpenCodeClient(Runner):
             env = add_preload(unpacking_in(lease.unpacked, env))
             with ExitStack() as starting:
                 if not isolated:
-                    starting.enter_context(self._gate.slot(cancelled))
+                    starting.enter_context(self._gate.slot(scope.is_cancelled))
                 run = ProcessRun(
                     build_argv(binary, None, with_title(_with_logs(cfg), request.instructed)),
                     env,
@@ -243,18 +247,18 @@ class OpenCodeClient(Runner):
                 )
                 undo.callback(run.close)  # a Ctrl-C's traceback would keep it alive
                 if not isolated and self._gate.is_limited:
-                    run.wait_started(self._startup_delay_s, cancelled)
+                    run.wait_started(self._startup_delay_s, scope.is_cancelled)
             undo.pop_all()
         return run
 
-    def _attach(self, request: Request, cancelled: Callable[[], bool]) -> Source:
+    def _attach(self, request: Request, scope: CancelScope) -> Source:
         # Over HTTP: the binary's own --attach loses events, 18 runs of 18.
         with self._attach_lock:
             if self._attached is None:
                 from ._fleet import Attached  # takes as long to load as all the rest
 
                 self._attached = Attached(any_version=self._settings["any_version"])
-        return self._attached.of(request.cfg).begin(request, cancelled)
+        return self._attached.of(request.cfg).begin(request, scope)
 
     def _own_session(self, cfg: RunConfig, workspace: Path) -> RunConfig:
         """*cfg* with the session named that ``continue_session`` means."""

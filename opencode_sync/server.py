@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ._bodies import check_server_wide
 from ._checks import check_count, check_flag, check_number, check_program, checked_path
 from ._command import DEFAULT_BINARY
 from ._fleet import Attached, Fleet
+from ._interrupt import CancelScope
 from ._request import directory
 from ._servers import Elsewhere, InUse, Own
 from ._turn import Turn
@@ -262,8 +262,11 @@ class OpenCodeServer(Runner):
         # What the server was told to deny is denied to each of its sessions.
         return cfg.replace(config_overrides=self._run_cfg.config_overrides)
 
-    def _open(self, request: Request, cancelled: Callable[[], bool], keep_raw: bool) -> Turn:
-        return self._servers(request.cfg).begin(request, cancelled)
+    def _counts_opening(self, cfg: RunConfig) -> bool:
+        return True
+
+    def _open(self, request: Request, scope: CancelScope, keep_raw: bool) -> Turn:
+        return self._servers(request.cfg).begin(request, scope)
 
     def _servers(self, cfg: RunConfig) -> Fleet:
         self._own_this_process()

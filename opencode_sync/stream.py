@@ -24,7 +24,12 @@ from ._limits import Limits
 from ._pinned import Pinned
 from ._secrets import Secrets
 from ._source import OpenSource, Review, Source
-from .errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
+from .errors import (
+    OpenCodeCancelledError,
+    OpenCodeConfigError,
+    OpenCodeError,
+    OpenCodeTimeoutError,
+)
 from .events import Event
 from .result import RunResult
 
@@ -58,6 +63,7 @@ class RunStream(Course, Pinned, Iterator[Event]):
         review: Review | None = None,
         secrets: Secrets | None = None,
         tripwire: Tripwire | None = None,
+        counts_opening: bool = False,
         on_begin: Callable[[RunStream], None] | None = None,
         on_end: Callable[[RunStream], None] | None = None,
     ) -> None:
@@ -67,6 +73,7 @@ class RunStream(Course, Pinned, Iterator[Event]):
             review: Asked whether there is to be a further turn, with each that ended well.
             secrets: What no error may tell; None for those of the environment.
             tripwire: Asked whether a denied tool has run, with all events.
+            counts_opening: The limits count from before the first attempt is opened.
             on_begin: Called before anything is started; from then on the stream can be cancelled.
             on_end: Called once, in whichever thread ends the stream.
         """
@@ -79,6 +86,7 @@ class RunStream(Course, Pinned, Iterator[Event]):
             review=review,
             secrets=secrets,
             tripwire=tripwire,
+            counts_opening=counts_opening,
         )
         # Reentrant, since a signal's handler may cancel the stream that it interrupted.
         self._turn = threading.RLock()
@@ -92,8 +100,10 @@ class RunStream(Course, Pinned, Iterator[Event]):
                 if on_begin is not None:
                     on_begin(self)
                 self._begin_attempt()
-            except BaseException:
-                self._finish("cancelled", None)
+            except BaseException as error:
+                self._finish(self._status_of(error) or "cancelled", None)
+                if isinstance(error, OpenCodeTimeoutError):
+                    error.result = self._result
                 raise
             finally:
                 self._advancing = None
@@ -203,6 +213,7 @@ class RunStream(Course, Pinned, Iterator[Event]):
             return
         self._cancel_reason = self._cancel_reason or reason
         self._cancelled.set()
+        self._scope.cancel()
         source = self._source
         if source is not None:
             _log.info("%s is stopped: %s", source.label, reason)

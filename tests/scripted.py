@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from opencode_sync._interrupt import CancelScope
 from opencode_sync.errors import OpenCodeError, OpenCodeProcessError
 from opencode_sync.events import Event
 from opencode_sync.result import RunResult
@@ -69,7 +70,7 @@ class ScriptedRunner(Runner):
         for source in holding:
             source.answer()
 
-    def _open(self, request: Request, cancelled: Callable[[], bool], keep_raw: bool) -> _Source:
+    def _open(self, request: Request, scope: CancelScope, keep_raw: bool) -> _Source:
         with self._changed:
             self.begun.append(request)
             self._running += 1

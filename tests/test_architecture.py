@@ -90,6 +90,7 @@ GUESTS = {
     "filelock": {"_datadir", "checkpoint", "install", "_leftovers"},
     "platformdirs": {"_command", "_versions"},
     "httpx2": {"_http"},
+    "httpcore2": {"_http"},  # where a bound on a whole request can be kept
     "tqdm": {"_progress"},
     "pydantic": {"_schema"},
     "jsonschema": {"_schema"},

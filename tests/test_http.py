@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import queue
+import socket
 import threading
 import time
+import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from opencode_sync._http import Connection
+from opencode_sync._http import MAX_BYTES, Connection
+from opencode_sync._interrupt import CancelScope
 from opencode_sync.errors import OpenCodeConfigError, OpenCodeServerError
 from tests.webserver import WITHIN_S, Answer, WebServer
 
@@ -325,3 +331,152 @@ def test_cutting_wakes_who_waits_for_events(server: WebServer, connect: Connect)
         next(events)
 
     assert time.monotonic() - started < 5
+
+
+# --- bounds --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def released() -> Iterator[threading.Event]:
+    """Set at the test's end: what answers slowly is to stop then."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def dribble(released: threading.Event, byte: bytes = b" ") -> Iterator[bytes]:
+    while not released.wait(0.02):
+        yield byte
+
+
+def test_a_bound_is_on_the_whole_of_a_request(
+    server: WebServer, connect: Connect, released: threading.Event
+) -> None:
+    server.answers["/slow"] = lambda: Answer(dribble(released))
+    started = time.monotonic()
+
+    with pytest.raises(OpenCodeServerError, match="does not answer: timed out"):
+        connect(server.url).request("GET", "/slow", timeout_s=0.5)
+
+    assert time.monotonic() - started < 5
+
+
+def test_an_answer_of_which_not_even_the_head_is_whole_is_bounded_too(connect: Connect) -> None:
+    released = threading.Event()
+
+    def drip(listener: socket.socket) -> None:
+        client, _ = listener.accept()
+        with client, suppress(OSError):
+            for byte in dribble(released, b"x"):
+                client.sendall(byte)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip, args=(listener,))
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(OpenCodeServerError, match="timed out"):
+            connect(url).request("GET", "/slow", timeout_s=0.5)
+        released.set()
+        thread.join(WITHIN_S)
+
+
+def test_a_request_ends_with_its_scope(
+    server: WebServer, connect: Connect, released: threading.Event
+) -> None:
+    reached = threading.Event()
+
+    def hang() -> Answer:
+        reached.set()
+        return Answer(dribble(released))
+
+    server.answers["/slow"] = hang
+    scope = CancelScope()
+    errors: queue.SimpleQueue[OpenCodeServerError] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            connection.within(scope).get("/slow")
+        except OpenCodeServerError as error:
+            errors.put(error)
+
+    connection = connect(server.url)
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert reached.wait(WITHIN_S)
+
+    scope.cancel()
+
+    assert isinstance(errors.get(timeout=5), OpenCodeServerError)
+    thread.join(WITHIN_S)
+    with pytest.raises(OpenCodeServerError, match="cut"):
+        connection.within(scope).get("/session")
+
+
+def test_cancelling_a_scope_whose_request_has_ended_harms_no_other(
+    server: WebServer, connect: Connect
+) -> None:
+    connection, scope = connect(server.url), CancelScope()
+    connection.within(scope).get("/session")
+
+    scope.cancel()
+
+    assert connection.get("/session") == {}
+
+
+def large() -> Iterator[bytes]:
+    yield from itertools.repeat(b" " * 1_000_000, 1_000)
+
+
+def bomb() -> Iterator[bytes]:
+    packer = zlib.compressobj(wbits=zlib.MAX_WBITS | 16)
+    for piece in large():
+        yield packer.compress(piece)
+
+
+@pytest.mark.parametrize(
+    "body, headers",
+    [(large, {}), (bomb, {"Content-Encoding": "gzip"})],
+    ids=["as it is", "compressed"],
+)
+def test_an_answer_that_is_too_large_is_refused_and_not_kept(
+    server: WebServer, connect: Connect, body: Callable[[], Any], headers: dict[str, str]
+) -> None:
+    server.answers["/large"] = lambda: Answer(body(), headers=headers)
+    connection = connect(server.url)
+    tracemalloc.start()
+
+    try:
+        with pytest.raises(OpenCodeServerError, match=r"GET /large with more than 64 MB"):
+            connection.get("/large")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 3 * MAX_BYTES
+
+
+def test_an_event_that_never_ends_is_refused(server: WebServer, connect: Connect) -> None:
+    def endless() -> Answer:
+        pieces = itertools.chain([b"data: "], large())
+        return Answer(pieces, headers={"Content-Type": "text/event-stream"})
+
+    server.answers["/global/event"] = endless
+
+    with pytest.raises(ValueError, match=r"exceeded the 64000000 byte limit"):
+        next(connect(server.url).events("/global/event", WITHIN_S))
+
+
+ODD = {"null": None, "number": 3, "text": "x", "list": [[]], "deep": b"[" * 100_000}
+
+
+@pytest.mark.parametrize("body", ODD.values(), ids=ODD)
+def test_an_answer_of_another_shape_is_an_error_that_names_the_request(
+    server: WebServer, connect: Connect, body: Any
+) -> None:
+    server.answers["/session"] = Answer(body)
+    connection = connect(server.url)
+
+    with pytest.raises(OpenCodeServerError, match="answered GET /session with"):
+        connection.object("GET", "/session")
+    with pytest.raises(OpenCodeServerError, match="answered GET /session with"):
+        connection.objects("/session")

@@ -8,7 +8,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from opencode_sync import _dispatch
 from opencode_sync._limits import Limits
 from opencode_sync._logs import asked_to_wait_s
 from opencode_sync._task import Outcome, Settings, Task, carry_out
+from opencode_sync._interrupt import CancelScope
 from opencode_sync.errors import OpenCodeError, OpenCodeProcessError
 from opencode_sync.events import Event
 from opencode_sync.result import RunResult
@@ -36,7 +37,7 @@ class AskingRunner(Runner):
         self._model = model.name
         self._tries = tries
 
-    def _open(self, request: Request, cancelled: Callable[[], bool], keep_raw: bool) -> _Asking:
+    def _open(self, request: Request, scope: CancelScope, keep_raw: bool) -> _Asking:
         return _Asking(self._url, self._model, request.prompt, self._tries)
 
 

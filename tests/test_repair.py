@@ -7,7 +7,7 @@ import multiprocessing
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from opencode_sync import (
     RunConfig,
     RunResult,
 )
+from opencode_sync._interrupt import CancelScope
 from opencode_sync.events import Event
 from opencode_sync.runner import Request, Runner
 
@@ -52,7 +53,7 @@ class Answering(Runner):
     def __reduce__(self) -> tuple[Any, ...]:
         return Answering, tuple(self.answers)
 
-    def _open(self, request: Request, cancelled: Callable[[], bool], keep_raw: bool) -> _Source:
+    def _open(self, request: Request, scope: CancelScope, keep_raw: bool) -> _Source:
         self.requests.append(request)
         answer = self.answers.pop(0) if self.answers else request.prompt
         if isinstance(answer, OpenCodeError):

@@ -279,8 +279,9 @@ def stop_by_closing(server: OpenCodeServer, workspace: Path) -> str | None:
 
 
 def stop_by_timeout(server: OpenCodeServer, workspace: Path) -> str | None:
+    server.run("say hello", workspace)  # the start of the server would count
     with pytest.raises(OpenCodeTimeoutError, match="idle_timeout_s") as caught:
-        server.run("tool", workspace, idle_timeout_s=0.3)
+        server.run("tool", workspace, idle_timeout_s=0.5)
     assert caught.value.result is not None
     assert caught.value.result.status == "timed_out"
     return caught.value.result.session_id
@@ -511,7 +512,7 @@ def test_closing_does_not_wait_for_a_server_that_does_not_start(
 
     server.close()
 
-    with pytest.raises(OpenCodeCancelledError, match="closed while the run was starting"):
+    with pytest.raises(OpenCodeCancelledError, match="closed"):
         future.result(WITHIN_S)
 
 
@@ -612,14 +613,17 @@ def test_a_server_that_hangs_is_stopped_within_seconds(
 
 
 def test_the_first_request_in_a_directory_may_take_minutes(
-    server: OpenCodeServer, workspace: Path
+    server: OpenCodeServer, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patience: dict[tuple[str, str], float] = {}
+    connection = server._fleet.current().link.connection
+    request = connection.request
 
-    def note(request: Any) -> None:
-        patience[request.method, request.url.path] = request.extensions["timeout"]["read"]
+    def noted(method: str, path: str, *args: Any, **settings: Any) -> Any:
+        patience[method, path] = settings.get("timeout_s", 0.0)
+        return request(method, path, *args, **settings)
 
-    server._fleet.current().link.connection._client.event_hooks = {"request": [note]}
+    monkeypatch.setattr(connection, "request", noted)
     for cfg in (RunConfig(), RunConfig(continue_session=True)):
         server.run("say hello", workspace, run_cfg=cfg)
 

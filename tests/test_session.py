@@ -32,6 +32,7 @@ from opencode_sync import (
 )
 from opencode_sync._asking import answers_of, permission_request, question_request
 from opencode_sync._bodies import OUTPUT_TOOL, missing_rules
+from opencode_sync._http import Requests
 from opencode_sync._sessions import stored_messages
 from tests import serving
 from tests.scripted import STEP_COST, ScriptedRunner
@@ -502,16 +503,17 @@ def test_who_sits_at_the_terminal_answers_questions(
 # --- what a server has stored --------------------------------------------------------------------
 
 
-class Stored:
+class Stored(Requests):
     """A connection to a server that cannot give the messages up to the one at *unreadable*."""
 
     def __init__(self, messages: int, unreadable: int | None = None) -> None:
-        self._messages = list(range(messages))
+        self._messages = [{"number": number} for number in range(messages)]
         self._unreadable = unreadable
 
-    def request(self, method: str, path: str, *, limit: int | None = None, **_: Any) -> list[int]:
+    def request(self, method: str, path: str, body: Any = None, **settings: Any) -> Any:
+        limit = settings["limit"]
         messages = self._messages[-limit:] if limit else self._messages
-        if self._unreadable in messages:
+        if {"number": self._unreadable} in messages:
             raise OpenCodeServerError("Expected OutputFormatJsonSchema", status_code=400)
         return messages
 
@@ -529,8 +531,10 @@ class Stored:
 def test_of_messages_those_after_an_unreadable_one_are_read(
     stored: Any, messages: list[int]
 ) -> None:
-    assert stored_messages(stored, "ses_1", "/") == messages
-    assert stored_messages(stored, "ses_1", "/", limit=1) == messages[-1:]
+    found, last = (stored_messages(stored, "ses_1", "/", limit=limit) for limit in (None, 1))
+
+    assert [message["number"] for message in found] == messages
+    assert [message["number"] for message in last] == messages[-1:]
 
 
 # --- rules ---------------------------------------------------------------------------------------

@@ -270,7 +270,7 @@ def test_what_goes_wrong_in_the_reader_is_raised_where_its_messages_are_awaited(
 
     feed.send("no JSON")
 
-    with pytest.raises(OpenCodeServerError, match="events: JSONDecodeError"):
+    with pytest.raises(OpenCodeServerError, match="cannot be read: Expecting value"):
         mailbox.receive(WITHIN_S)
 
 

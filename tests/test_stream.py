@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from opencode_sync import (
     RunResult,
     RunStream,
 )
+from opencode_sync._interrupt import CancelScope
 from opencode_sync.stream import Limits
 
 LONG_S = 20.0
@@ -524,7 +525,7 @@ def test_the_wait_for_the_next_attempt_ends_at_once_on_cancel() -> None:
 
 
 def test_an_attempt_that_cannot_be_opened_ends_the_run_with_its_result() -> None:
-    def open_source(cancelled: Callable[[], bool]) -> Script:
+    def open_source(scope: CancelScope) -> Script:
         if not stream_sources:
             raise OpenCodeConfigError("the workspace has vanished")
         return stream_sources.pop()
@@ -540,7 +541,7 @@ def test_an_attempt_that_cannot_be_opened_ends_the_run_with_its_result() -> None
 
 
 def test_a_first_attempt_that_cannot_be_opened_leaves_nothing(tmp_path: Path) -> None:
-    def open_source(cancelled: Callable[[], bool]) -> Script:
+    def open_source(scope: CancelScope) -> Script:
         raise OpenCodeConfigError("no")
 
     with pytest.raises(OpenCodeConfigError, match="no"):
@@ -686,9 +687,9 @@ def test_cancelling_while_the_source_is_being_opened_stops_it() -> None:
     source = Script(forever())
     streams: list[RunStream] = []
 
-    def open_source(cancelled: Callable[[], bool]) -> Script:
+    def open_source(scope: CancelScope) -> Script:
         threading.Thread(target=streams[0].cancel).start()
-        while not cancelled():
+        while not scope.is_cancelled():
             pass
         return source
 

@@ -10,7 +10,7 @@ import json
 import queue
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,8 +32,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    body: Any = field(default_factory=dict)  # bytes as they are, anything else as JSON
+    """Attributes:
+    body: Bytes as they are, pieces of them one by one, or anything else as JSON.
+    """
+
+    body: Any = field(default_factory=dict)
     status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 class Feed:
@@ -154,12 +159,22 @@ class _Handler(BaseHTTPRequestHandler):
                 json.loads(body) if body else None,
             )
         )
-        data = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
+        body = answer.body
+        if not isinstance(body, (bytes, Iterator)):
+            body = json.dumps(body).encode()
         with suppress(OSError):  # the client is gone
             self.send_response(answer.status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+            for name, value in answer.headers.items():
+                self.send_header(name, value)
+            if isinstance(body, bytes):
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+            else:
+                self.close_connection = True  # the body's end
+                self.end_headers()
+                for piece in body:
+                    self.wfile.write(piece)
 
     do_POST = do_DELETE = do_PATCH = do_GET
 
