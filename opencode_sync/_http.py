@@ -176,13 +176,18 @@ class Connection(Requests):
         timeout_s: float = REQUEST_S,
         max_bytes: int = MAX_BYTES,
         scope: CancelScope | None = None,
+        keeps_open: bool = True,
         **params: Any,
     ) -> Any:
         """Return the answer; see :meth:`Requests.request`.
 
         Args:
             scope: Ends the request too.
+            keeps_open: Leave the connection to further requests.
         """
+        headers = dict(_JSON) if body is not None else {}
+        if not keeps_open:
+            headers["Connection"] = "close"
         with (
             self._translated(method, path),
             self._calling(timeout_s, scope, self._asked) as client,
@@ -190,7 +195,7 @@ class Connection(Requests):
                 method,
                 path,
                 content=_json(body),
-                headers=_JSON if body is not None else None,
+                headers=headers,
                 params={name: value for name, value in params.items() if value is not None},
                 timeout=_timeout(),
             ) as response,

@@ -110,7 +110,7 @@ class Health:
 
     def _answers(self) -> bool:
         try:
-            self._connection.get("/global/health", timeout_s=ANSWER_S)
+            self._connection.get("/global/health", timeout_s=ANSWER_S, keeps_open=False)
         except OpenCodeServerError as error:
             # What is refused at once is not silent; the process's end is seen elsewhere.
             return error.status_code is not None or not self._connection.is_silent

@@ -196,6 +196,7 @@ def test_a_gap_is_filled_from_what_the_server_has_stored(
 
     assert [(event["type"], event["sessionID"]) for event in events] == [
         ("text", ROOT),
+        ("sub_agent", ROOT),
         ("tool_use", ROOT),
         ("step_start", "ses_child"),
     ]
