@@ -199,7 +199,7 @@ class Meter:
         self._has_warned = False
 
     def start(self, instant: float) -> None:
-        """An attempt or further turn was started, or is opened where that counts; the first starts the clock."""
+        """Note the start of an attempt, or of its opening; the first one starts the clock."""
         if self._started_at is None:
             self._started_at = instant
         self._heard_at = time.monotonic()
