@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from opencode_sync import _dispatch
+from opencode_sync._interrupt import CancelScope
 from opencode_sync._limits import Limits
 from opencode_sync._logs import asked_to_wait_s
 from opencode_sync._task import Outcome, Settings, Task, carry_out
-from opencode_sync._interrupt import CancelScope
 from opencode_sync.errors import OpenCodeError, OpenCodeProcessError
 from opencode_sync.events import Event
 from opencode_sync.result import RunResult
