@@ -282,6 +282,8 @@ class Connection(Requests):
         A finaliser may interrupt this thread's own request, and then this very thread may hold
         the pool's locks, and its lists be half changed: that one gets a client of its own.
         """
+        import httpx2
+
         call = _Call(time.monotonic() + min(timeout_s, scope.left() if scope else math.inf))
         outer = self._here.call
         with ExitStack() as ending:
@@ -299,6 +301,8 @@ class Connection(Requests):
                 yield client
             finally:
                 self._here.call = outer
+            if call.is_cut:  # an answer without a length may look whole then
+                raise httpx2.ReadError("the request was cut")
 
     @contextmanager
     def _translated(self, method: str, path: str) -> Iterator[None]:
@@ -336,10 +340,10 @@ class _Call:
     def __init__(self, deadline: float) -> None:
         self._deadline = deadline
         self._socket: socket.socket | None = None
-        self._is_cut = False
+        self.is_cut = False
 
     def cut(self) -> None:
-        self._is_cut = True
+        self.is_cut = True
         if (connected := self._socket) is not None:
             _shut_down(connected)
 
@@ -348,7 +352,7 @@ class _Call:
         import httpcore2
 
         self._socket = connected  # before the look at the flag: cut() does it the other way round
-        if self._is_cut:
+        if self.is_cut:
             raise httpcore2.ReadError("the request was cut")
         left = self._deadline - time.monotonic()
         if left <= 0:
