@@ -322,7 +322,7 @@ def test_diagnostics_are_cleaned_in_events_and_raw_lines_and_nothing_else_is() -
 
 
 def test_events_without_a_secret_are_given_as_they_are() -> None:
-    events: list[Event] = [{"type": "error", "error": {}}, {"type": "text"}]
+    events: list[Event] = [{"type": "error", "error": {}}, {"type": "retry"}]
 
     assert secrets_of(password=QUOTED).clean_events(events) is events
 

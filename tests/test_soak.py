@@ -12,7 +12,9 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -58,7 +60,7 @@ def one_run(
     dice = random.Random(seed)
     ways = (wait_for_it, leave_it, cancel_it, lose_it)
     way = dice.choices(ways, weights=(5, 1, 2, 1))[0]
-    limits = {
+    limits: dict[str, Any] = {
         "timeout_s": dice.uniform(0.05, 0.5),
         "idle_timeout_s": dice.choice([None, 0.1]),
         "max_cost": dice.choice([None, 0.15]),
@@ -104,19 +106,17 @@ def lose_it(stream: RunStream, dice: random.Random) -> str:
 # --- what is as before ----------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def no_log(caplog: pytest.LogCaptureFixture) -> None:
-    """Have no log records made: pytest keeps all of them until the test's end."""
-    caplog.set_level(logging.CRITICAL, logger="opencode_sync")
-
-
 @pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def temporary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Path:
     """A directory of our own for temporary files, in which nobody else makes any."""
     directory = tmp_path / "temporary"
     directory.mkdir()
     monkeypatch.setenv("TMPDIR", str(directory))
     monkeypatch.setattr(tempfile, "tempdir", str(directory))
+    # Nor are there log records: pytest keeps all of them until the test's end.
+    caplog.set_level(logging.CRITICAL, logger="opencode_sync")
     return directory
 
 
@@ -152,7 +152,11 @@ class Soak:
         self._temporary = temporary
         self._number, self._threads = number, threads
 
-    def run(self, begin: Callable[[], Runner], one: Callable[[Runner, int], None]) -> None:
+    def run(
+        self,
+        begin: Callable[[], AbstractContextManager[Runner]],
+        one: Callable[[Runner, int], None],
+    ) -> None:
         self._do(begin, one, range(self._number // 10))
         before, kinds, used, size = leaks.footprint(), objects(), blocks(), memory()
 
@@ -165,7 +169,10 @@ class Soak:
         assert memory() - size < MOST_BYTES
 
     def _do(
-        self, begin: Callable[[], Runner], one: Callable[[Runner, int], None], seeds: range
+        self,
+        begin: Callable[[], AbstractContextManager[Runner]],
+        one: Callable[[Runner, int], None],
+        seeds: range,
     ) -> None:
         with (
             begin() as runner,
