@@ -320,6 +320,14 @@ def test_the_page_tells_of_cut_and_of_empty_answers(runner: ScriptedRunner, path
     assert "2 ok, 1 of them empty" in page.text
 
 
+def test_the_page_tells_of_tokens_that_were_counted_at_no_price(
+    runner: ScriptedRunner, path: Path
+) -> None:
+    results_to_html(list(runner.map(["free a", "b", "free c"])), path)
+
+    assert "2 used tokens at $0.00" in path.read_text()
+
+
 def test_a_batch_of_nothing_is_a_page_too(path: Path) -> None:
     page = page_of(path, [])
 

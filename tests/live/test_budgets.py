@@ -27,7 +27,7 @@ from opencode_sync import (
 )
 from opencode_sync.config import merged
 from opencode_sync.runner import Runner
-from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel
+from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
 from tests.live.warm import config, open_connections, shell
 
 pytestmark = [
@@ -45,6 +45,9 @@ ANSWERS: dict[str, Answer] = {
     "Empty": Reply("", finish_reason="weird"),
     "Toolless": Reply("hi", finish_reason="tool_calls"),
     "Work": shell("echo here"),
+    "Delegate": tool_call(
+        "task", description="Help", prompt="Unknown to a sub-agent", subagent_type="general"
+    ),
 }
 
 
@@ -83,6 +86,7 @@ def errors(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Errors:
         "Empty answer": {},
         "Toolless step": {},
         "Unknown reason, paid for": {"max_cost": 1.5 * STEP_COST},
+        "Delegate it": {},
         "Work by steps": {"max_steps": 2},
         "Work by tokens": {"max_tokens": 2 * STEP_TOKENS},
     }
@@ -121,6 +125,15 @@ def test_a_model_that_is_asked_again_and_again_ends_the_run(
     # Until it was stopped it may have been asked some more times, at most 18 a second.
     asked = [request for request in model.requests if request.prompt == prompt]
     assert 3 <= error.result.turns <= len(asked)
+
+
+def test_a_sub_agent_that_is_asked_again_and_again_ends_the_run(errors: Errors) -> None:
+    error = errors["Delegate it"]
+
+    assert isinstance(error, OpenCodeIncompleteError)
+    assert error.result is not None
+    assert (error.result.status, error.result.turns) == ("incomplete", 0)
+    assert error.result.total_cost >= 3 * STEP_COST
 
 
 def test_a_model_that_is_asked_again_and_again_does_not_pass_its_budget(errors: Errors) -> None:
