@@ -36,6 +36,8 @@ LIMITS_OF_A_JOB = ("timeout_s", "max_cost", "max_steps", "max_tokens")
 # Steps in a row without a tool call and without a good end. OpenCode 1.18.33 asks again at once
 # after each, 10 to 18 times a second, for ever. One or two may be a provider's hiccup.
 ENDLESS_STEPS = 3
+# After these OpenCode does not ask again. A sub-agent that is called often may end so each time.
+_LAST_REASONS = ("stop", "length", "content-filter")
 
 
 @dataclass(frozen=True)
@@ -305,7 +307,7 @@ class Meter:
             self._fruitless[session] = -1  # the step that it is part of does not count
         elif kind == "step_finish" and isinstance(step := event.get("part"), Mapping):
             reason = step.get("reason")
-            if not isinstance(reason, str) or ended_well(reason, was_denied=False):
+            if not isinstance(reason, str) or reason in _LAST_REASONS:
                 self._fruitless[session] = 0
             else:
                 self._fruitless[session] = self._fruitless.get(session, 0) + 1

@@ -350,6 +350,14 @@ def test_two_steps_that_lead_to_nothing_are_forgiven() -> None:
     assert stream.wait().status == "ok"
 
 
+def test_a_sub_agent_whose_answers_are_cut_may_be_called_again_and_again() -> None:
+    root: dict[str, Any] = {"type": "step_start", "sessionID": "ses_1", "part": {}}
+    answers = asked_again(4, "length", session="ses_2")
+    done = step() | {"sessionID": "ses_1"}
+
+    assert stream_of(Script([root], *answers, [done])).wait().status == "ok"
+
+
 def test_steps_that_call_tools_may_end_for_whatever_reason() -> None:
     steps = [[*block[:2], TOOL_USE, block[2]] for block in asked_again(9)]
 
