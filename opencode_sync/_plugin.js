@@ -1,39 +1,6 @@
 // Loaded by each server that opencode_sync starts, in each directory before its first tool can run.
 
-const PASSWORD = "OPENCODE_SERVER_PASSWORD"
 const MARKER = "OPENCODE_SYNC_RUN"
-const LIBRARIES = { darwin: ["libSystem.B.dylib"], linux: ["libc.so.6", `libc.musl-${machine()}.so.1`] }
-
-function machine() {
-  return process.arch === "arm64" ? "aarch64" : "x86_64"
-}
-
-// A tool that knew the server's password could grant itself what it must ask for. The server has read
-// it by now and goes on asking for it; tools get what process.env holds when they start.
-async function forgetPassword() {
-  if (process.env[PASSWORD] === undefined) return
-  await overwrite(PASSWORD)
-  delete process.env[PASSWORD]
-}
-
-// What a process was started with stays readable in /proc/PID/environ and to ps, unless it is
-// written over in place.
-async function overwrite(name) {
-  const { dlopen, FFIType, toArrayBuffer } = await import("bun:ffi")
-  for (const library of LIBRARIES[process.platform] ?? []) {
-    try {
-      const { symbols, close } = dlopen(library, {
-        getenv: { args: [FFIType.cstring], returns: FFIType.ptr },
-        strlen: { args: [FFIType.ptr], returns: FFIType.u64 },
-      })
-      const value = symbols.getenv(Buffer.from(name + "\0"))
-      if (value) new Uint8Array(toArrayBuffer(value, 0, Number(symbols.strlen(value)))).fill(42)
-      return close()
-    } catch {
-      // Not this C library; where it is none of them, the tools' own environment is still clean.
-    }
-  }
-}
 
 // A prompt with a format is sent once more without it (see _turn.py), and keeps its place in forks
 // only if it stays as old as it is.
@@ -44,7 +11,9 @@ function keepTime(formatted, { id, time, format }) {
 }
 
 export const OpencodeSync = async ({ client }) => {
-  await forgetPassword()
+  // A tool that knew it could grant itself what it must ask for (see _preload.js). The server has read
+  // it by now and goes on asking for it; tools get what process.env holds when they start.
+  delete process.env.OPENCODE_SERVER_PASSWORD
   const formatted = new Map() // prompts with a format: when each was made
   const roots = new Set() // sessions known to be nobody's sub-agent; spares a question per prompt
   return {

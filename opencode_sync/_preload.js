@@ -34,6 +34,30 @@ if (denials.length) {
   Object.defineProperty(Array.prototype, "findLast", property)
 }
 
+// What a process was started with stays readable in /proc/PID/environ and to ps: a tool could take the
+// server's password from there, and grant itself what it must ask for. So it is written over in place;
+// process.env keeps it until _plugin.js takes it out, since OpenCode reads it only later.
+const overwrite = (name) => {
+  const value = process.env[name]
+  const { dlopen, FFIType, toArrayBuffer } = require("bun:ffi")
+  const machine = process.arch === "arm64" ? "aarch64" : "x86_64"
+  const libraries = { darwin: ["libSystem.B.dylib"], linux: ["libc.so.6", `libc.musl-${machine}.so.1`] }
+  for (const library of libraries[process.platform] ?? []) {
+    try {
+      const { symbols, close } = dlopen(library, {
+        getenv: { args: [FFIType.cstring], returns: FFIType.ptr },
+        strlen: { args: [FFIType.ptr], returns: FFIType.u64 },
+      })
+      const block = symbols.getenv(Buffer.from(name + "\0"))
+      if (block) new Uint8Array(toArrayBuffer(block, 0, Number(symbols.strlen(block)))).fill(42)
+      close()
+      break
+    } catch {} // not this C library; opencode_sync looks whether it was one of them
+  }
+  process.env[name] = value
+}
+if (process.argv.includes("serve") && process.env.OPENCODE_SERVER_PASSWORD) overwrite("OPENCODE_SERVER_PASSWORD")
+
 // OpenCode retries a provider's refusals without a word of the HTTP status: say it on stderr, where
 // opencode_sync reads it. Nothing of the request or the answer is touched.
 const fetch = globalThis.fetch

@@ -3,8 +3,9 @@
     child stdout, stderr --> output thread --> the URL, refusals, the last lines
     child exit ------------> exit thread ----> on_exit(why), then its tools are stopped
 
-The password stands in the child's environment alone, until the plugin that comes with it has taken
-it out of there too. Knows a process and its lines; nothing of requests.
+The password goes out in the child's environment: _preload.js writes it over where others could
+read it, and _plugin.js takes it from what tools get. Knows a process and its lines; nothing of
+requests.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ class Server:
         try:
             if not scope.wait(self._settled, timeout_s) or not self.url:
                 raise OpenCodeServerError(self._why_not(timeout_s))
+            self._check_password()
         except BaseException:
             self.stop(at_once=scope.is_over)
             raise
@@ -122,6 +124,16 @@ class Server:
             raise OpenCodeBinaryNotFoundError(
                 f"{binary!r} cannot be run: {error.strerror}"
             ) from error
+
+    def _check_password(self) -> None:
+        """Refuse a server whose environment tells its tools the password, where we can see that."""
+        with suppress(OSError):  # no such file (not Linux), or it has just ended
+            if self.password.encode() in Path(f"/proc/{self.pid}/environ").read_bytes():
+                raise OpenCodeServerError(
+                    "the server's password stands in its environment, where its tools could read "
+                    "it: name the opencode program itself, not one that starts it, as binary= "
+                    "('opencode-sync install' installs one), or use OpenCodeClient"
+                )
 
     def _thread(self, what: str, target: Callable[[], None]) -> threading.Thread:
         name = f"opencode-{self._popen.pid}-{what}"

@@ -20,7 +20,7 @@ from typing import Protocol
 from . import _interrupt, _watchdog
 from ._command import PLUGIN, build_env, resolve_binary, unpacking_in, without_user_config
 from ._datadir import DataDirectories, Lease
-from ._denials import enforced
+from ._denials import PRELOAD, enforced
 from ._http import Connection
 from ._link import Busy, Link, dispose
 from ._secrets import Secrets
@@ -306,6 +306,8 @@ def _check_plugin(env: Mapping[str, str]) -> None:
     """Refuse a server without our plugin, whose tools could read its password."""
     if env.get("OPENCODE_PURE", "").lower() in ("1", "true"):
         why, instead = "OPENCODE_PURE leaves out all plugins", "unset it"
+    elif PRELOAD in env:
+        why, instead = f"{PRELOAD} is set, and so leaves out what goes with our plugin", "unset it"
     elif not PLUGIN.is_file():
         why, instead = "there is no file of it (a package in an archive?)", "install the package"
     else:

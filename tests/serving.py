@@ -12,13 +12,14 @@ The first word of a prompt says what its turn does:
     vanish       ends the server before it has answered that it took the prompt; noted in a file
                  "vanished" beside the sessions
 
-Sessions are kept in the data directory. Environment: SERVING_START=silent|crash|slow,
+Sessions are kept in the data directory. Environment: SERVING_START=silent|crash|slow|open,
 SERVING_VERSION, and SERVING_TELLS, a file that is written when it was started.
 """
 
 from __future__ import annotations
 
 import base64
+import ctypes
 import itertools
 import json
 import os
@@ -34,6 +35,15 @@ from urllib.parse import parse_qsl, urlsplit
 
 PASSWORD = os.environ.get("OPENCODE_SERVER_PASSWORD", "")
 STORE = Path(os.environ.get("XDG_DATA_HOME", ".")) / "sessions.json"
+
+
+def forget_password() -> None:
+    """Write it over in the environment that others can read, as ours does with OpenCode's."""
+    libc = ctypes.CDLL(None)
+    libc.getenv.restype = ctypes.c_void_p
+    if address := libc.getenv(b"OPENCODE_SERVER_PASSWORD"):
+        ctypes.memset(address, ord("*"), len(PASSWORD))
+
 
 numbers = itertools.count(time.time_ns() // 1_000_000)
 lock = threading.RLock()
@@ -249,6 +259,8 @@ def main() -> None:
         sys.exit("something is \x1b[31mwrong\x1b[0m")
     if told := os.environ.get("SERVING_TELLS"):
         Path(told).write_text("started")
+    if start != "open":
+        forget_password()
     if start in ("silent", "slow"):
         time.sleep(600 if start == "silent" else 1)
     for session in sessions.values():

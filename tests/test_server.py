@@ -484,6 +484,21 @@ def test_a_server_that_does_not_start_is_an_error_with_its_words(
         server.run("say hello")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the environment is read in /proc")
+def test_a_server_whose_environment_tells_the_password_is_refused(serve: Serve) -> None:
+    server = serve(run_cfg=RunConfig(extra_env={"SERVING_START": "open"}))
+
+    with pytest.raises(OpenCodeServerError, match="password stands in its environment"):
+        server.run("say hello")
+
+
+def test_what_leaves_out_our_preloaded_file_is_refused_for_a_server(serve: Serve) -> None:
+    server = serve(run_cfg=RunConfig(extra_env={"BUN_INSPECT_PRELOAD": ""}))
+
+    with pytest.raises(OpenCodeConfigError, match="BUN_INSPECT_PRELOAD is set"):
+        server.run("say hello")
+
+
 def test_a_server_that_does_not_start_is_not_tried_again(tmp_path: Path) -> None:
     class Failing(Elsewhere):
         starts = 0

@@ -247,6 +247,26 @@ def test_no_tool_can_read_the_password(
     assert server.password not in seen
 
 
+def test_the_password_of_a_server_that_nobody_has_asked_yet_cannot_be_read(
+    opencode_binary: str, model: ScriptedModel
+) -> None:
+    with OpenCodeServer(opencode_binary, run_cfg=config(model)) as idle:
+        assert idle.password is not None
+        assert idle.pid is not None
+        told = subprocess.run(
+            ["ps", "eww", "-o", "args", "-p", str(idle.pid)], capture_output=True, text=True
+        )
+
+        assert "OPENCODE_SERVER_PASSWORD=***" in told.stdout
+        assert idle.password not in told.stdout
+        assert idle.sessions() == []  # it asks for the same one still
+        with (
+            pytest.raises(OpenCodeServerError, match="401"),
+            OpenCodeServer.connect(idle.url, "*" * len(idle.password)),
+        ):
+            pass
+
+
 def test_the_server_still_asks_for_the_password(
     server: OpenCodeServer, workspace: Path, script: Script
 ) -> None:
