@@ -6,14 +6,16 @@ Knows requests and answers; nothing of turns.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
+from ._bodies import OUTPUT_TOOL
 from ._http import FIRST_S, MAX_LIST_BYTES, REQUEST_S, Requests
-from ._reading import number_of
+from ._reading import denied_tool, number_of
 from ._sse import mapping
 from .errors import OpenCodeConfigError, OpenCodeServerError
 
@@ -140,14 +142,48 @@ class Sessions:
         path = path_of(session_id, "/summarize")
         self._connection.post(path, body, timeout_s=timeout_s, directory=directory)
 
-    def revert(self, session_id: str, directory: str, message_id: str) -> None:
-        """Take back *message_id* and all after it, with what it did to files."""
+    def revert(
+        self, session_id: str, directory: str, message_id: str, *, all_files: bool
+    ) -> list[str]:
+        """Take back *message_id* and all after it; returns the files that were restored.
+
+        Raises:
+            OpenCodeConfigError: If some files cannot be restored and *all_files* are to be.
+        """
         self._check_message(session_id, message_id, directory)
+        messages = self.messages(session_id, directory)
+        taken = _taken_back(self.known(session_id, directory))
+        files, _ = _changes(_between(messages, message_id), directory)
+        # Of what is taken back already, it was said then.
+        _, lost = _changes(_between(messages, message_id, taken), directory)
+        if lost and all_files:
+            raise OpenCodeConfigError(
+                f"OpenCode cannot restore what was changed by {', '.join(lost)}: it has no "
+                "snapshot of that (no git repository, lean=True, or a repository inside of "
+                "another); pass all_files=False to take the messages back all the same"
+            )
         body = {"messageID": message_id}
-        self._connection.post(path_of(session_id, "/revert"), body, directory=directory)
+        path = path_of(session_id, "/revert")
+        reverted = mapping(self._connection.post(path, body, directory=directory))
+        if not mapping(reverted.get("revert")).get("snapshot"):
+            if files and all_files:  # those that a server made which kept snapshots
+                raise OpenCodeServerError(
+                    "OpenCode took the messages back, but restored no files, since it keeps no "
+                    f"snapshots any more: {', '.join(files)}"
+                )
+            return []
+        return files
 
     def unrevert(self, session_id: str, directory: str) -> None:
-        """Give back what was taken back, unless there was a prompt since."""
+        """Give back what was taken back.
+
+        Raises:
+            OpenCodeConfigError: If nothing is, or there was a prompt since.
+        """
+        if _taken_back(self.known(session_id, directory)) is None:
+            raise OpenCodeConfigError(
+                "there is nothing to give back: nothing was reverted, or a prompt came after it"
+            )
         self._connection.post(path_of(session_id, "/unrevert"), directory=directory)
 
     def delete(self, session_id: str, directory: str) -> None:
@@ -215,6 +251,51 @@ def stored_messages(
             break
         messages = more
     return messages
+
+
+# Tools that change no files, and those that say which one they change (1.18.33).
+_READING = frozenset(
+    {"read", "glob", "grep", "list", "lsp", "webfetch", "websearch", "codesearch", "skill"}
+    | {"todowrite", "todoread", "question", "plan_enter", "plan_exit", "invalid", OUTPUT_TOOL}
+)
+_WRITING = frozenset({"write", "edit"})
+
+
+def _between(messages: Iterable[Any], first: str, end: str | None = None) -> Iterator[Any]:
+    """The messages from *first* on, and before *end*; both are ids."""
+
+    def is_not(message_id: str | None) -> Callable[[Any], bool]:
+        return lambda message: mapping(mapping(message).get("info")).get("id") != message_id
+
+    return itertools.takewhile(is_not(end), itertools.dropwhile(is_not(first), messages))
+
+
+def _changes(messages: Iterable[Any], directory: str) -> tuple[list[str], list[str]]:
+    """The files that OpenCode has snapshots of, and what else has, or may have, changed files.
+
+    A step with a snapshot has a ``patch`` with the files that were changed in it. OpenCode has
+    none of files in another repository inside of its own, and does not say so.
+    """
+    files: dict[str, None] = {}
+    written: list[tuple[str, str]] = []
+    lost: dict[str, None] = {}
+    for message in messages:
+        parts = [mapping(part) for part in mapping(message).get("parts") or ()]
+        has_snapshot = any(part.get("snapshot") for part in parts)
+        for part in parts:
+            tool, state = str(part.get("tool")), mapping(part.get("state"))
+            if part.get("type") == "patch":
+                files.update(dict.fromkeys(part.get("files") or ()))
+            elif part.get("type") != "tool" or tool in _READING or denied_tool({"part": part}):
+                continue
+            elif tool in _WRITING:
+                path = os.path.join(directory, str(mapping(state.get("input")).get("filePath")))
+                written += [(tool, path)] if state.get("status") == "completed" else []
+            elif not has_snapshot:
+                lost[tool] = None
+    kept = {os.path.realpath(file) for file in files}
+    unkept = [use for use in written if os.path.realpath(use[1]) not in kept]
+    return list(files), [*lost, *dict.fromkeys(map(" ".join, unkept))]
 
 
 def path_of(session_id: str, what: str = "") -> str:

@@ -76,22 +76,38 @@ class Session(Conversation):
             kept.summarize(session_id, directory, model, self._timeout_s or SUMMARY_S)
             self._account = self._account.with_message(kept.last_message(session_id, directory))
 
-    def revert(self, message_id: str | None = None) -> None:
+    def revert(self, message_id: str | None = None, *, all_files: bool = True) -> list[str]:
         """Take back a prompt and all after it, with what they did to files.
+
+        OpenCode restores files from its snapshots. It has none outside of a git repository, with
+        ``lean=True`` or the setting ``snapshot`` off, in a repository inside of another, and of
+        files that git ignores or that are elsewhere.
 
         Args:
             message_id: The prompt's, see :meth:`messages`; None for the last one, and for the one
                 before it the next time.
+            all_files: False takes the messages back also where files remain as they are.
+
+        Returns:
+            Paths of the files that were restored. What a command changed elsewhere is not told.
+
+        Raises:
+            OpenCodeConfigError: If there is no such prompt; or, with nothing taken back, if a tool
+                has changed or may have changed files of which there is no snapshot.
         """
         with self._in_turn() as session_id:
             kept, directory = self._host._kept_sessions(self._cfg), self._directory()
             message_id = message_id or kept.last_prompt(session_id, directory)
             if message_id is None:
                 raise OpenCodeConfigError("the session has no prompt to take back")
-            kept.revert(session_id, directory, message_id)
+            return kept.revert(session_id, directory, message_id, all_files=all_files)
 
     def unrevert(self) -> None:
-        """Give back what :meth:`revert` took; without effect after a further prompt."""
+        """Give back what :meth:`revert` took.
+
+        Raises:
+            OpenCodeConfigError: If nothing is taken back; after a further prompt it is lost.
+        """
         with self._in_turn() as session_id:
             self._host._kept_sessions(self._cfg).unrevert(session_id, self._directory())
 
