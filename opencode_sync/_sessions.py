@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from ._bodies import OUTPUT_TOOL
+from ._denials import OUTPUT_TOOL
 from ._http import FIRST_S, MAX_LIST_BYTES, REQUEST_S, Requests
 from ._reading import denied_tool, number_of
 from ._sse import mapping
