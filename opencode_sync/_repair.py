@@ -13,7 +13,7 @@ import dataclasses
 import json
 
 from ._request import Request
-from ._schema import SchemaMismatch
+from ._schema import Fit, OutputSchema, SchemaMismatch
 from .errors import OpenCodeOutputError
 from .result import ErrorInfo, RunResult
 
@@ -37,17 +37,10 @@ class SchemaReview:
         if schema is None:
             return None
         is_cut = is_cut_off(result)
-        try:
-            # What a server took down, if it did; a model may have put it into words all the same.
-            # The tool is called with whole JSON, or not at all.
-            fit = (
-                schema.find(result.answer, is_cut=is_cut)
-                if result._json is None
-                else schema.take(result._json)
-            )
-        except SchemaMismatch as mismatch:
-            return self._sent_back(result, mismatch, is_cut)
-        result.parsed, result._json = fit
+        found = _found(schema, result, is_cut)
+        if isinstance(found, SchemaMismatch):
+            return self._sent_back(result, found, is_cut)
+        result.parsed, result._json = found
         if is_cut:
             result.finish_reason = "stop"  # the value is whole, whatever was to follow it
         return None
@@ -82,6 +75,18 @@ class SchemaReview:
         message = f"the answer does not fit its schema{after}{cut}: {faults[0]}"
         result.error = ErrorInfo(_NAME, message)
         return OpenCodeOutputError(message, errors=faults, text=text, result=result)
+
+
+def _found(schema: OutputSchema, result: RunResult, is_cut: bool) -> Fit | SchemaMismatch:
+    """The value of the answer, or what is wrong with it."""
+    try:
+        # What a server took down, if it did; a model may have put it into words all the same.
+        if result._json is None:
+            return schema.find(result.answer, is_cut=is_cut)
+        return schema.take(result._json)  # the tool is called with whole JSON, or not at all
+    except SchemaMismatch as mismatch:
+        # Without the traceback, whose frames would keep the run's stream in memory.
+        return mismatch.with_traceback(None)
 
 
 def is_cut_off(result: RunResult) -> bool:

@@ -93,7 +93,8 @@ class Runs(abc.ABC):
             retry_delay_s: Seconds between attempts.
             schema: What the answer has to look like, to be validated and given as ``parsed``: a
                 pydantic model class, a dataclass, a ``TypedDict`` or another type, or a JSON
-                Schema as a mapping.
+                Schema as a mapping. Its value is the last fenced block of the answer, else the
+                whole answer, else the one value in it that fits.
             max_repairs: How often an answer that does not fit is sent back in the same session,
                 with the validator's words. All that is counted is counted over all turns.
 

@@ -151,8 +151,10 @@ def carry_out(
                     listener.recovered(task.index)
         end = stream.result
     except OpenCodeError as error:
-        # Without the traceback, whose frames would keep the stream of each failed job in memory.
+        # Without tracebacks, whose frames would keep the stream of each failed job in memory.
         end = error.with_traceback(None)
+        if end.__cause__ is not None:
+            end.__cause__ = end.__cause__.with_traceback(None)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's and no other's
         end = OpenCodeError(f"{type(error).__name__}: {error}")
         end.__cause__ = error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import queue
@@ -27,6 +28,7 @@ from opencode_sync import (
     OpenCodeTimeoutError,
     RunConfig,
     RunResult,
+    RunStream,
 )
 from opencode_sync._interrupt import CancelScope
 from opencode_sync.events import Event
@@ -284,6 +286,22 @@ def test_what_a_validator_raises_each_time_ends_the_run_with_its_cost_and_cause(
     assert caught.value.result is not None
     assert caught.value.result.total_cost == 2 * COST
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("schema, answer", [(Bird, BAD), (Crashing, GOOD)], ids=["misfit", "crash"])
+def test_the_error_of_a_job_in_a_batch_keeps_no_stream_in_memory(schema: Any, answer: str) -> None:
+    before = _streams_in_memory()
+
+    with Answering() as runner:
+        ends = list(runner.map([answer] * 3, schema=schema, max_repairs=0, on_error="return"))
+
+    assert [type(end) for end in ends] == [OpenCodeOutputError] * 3
+    assert _streams_in_memory() == before
+
+
+def _streams_in_memory() -> int:
+    gc.collect()
+    return sum(isinstance(each, RunStream) for each in gc.get_objects())
 
 
 # --- limits --------------------------------------------------------------------------------------
