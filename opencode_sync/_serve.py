@@ -204,7 +204,7 @@ class Server:
 
     def _take(self, line: str) -> None:
         if line.startswith(PRELOAD_PREFIX):
-            with suppress(ValueError, KeyError, TypeError):
+            with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 seen = json.loads(line[len(PRELOAD_PREFIX) :])
                 wait_s = asked_to_wait_s(seen.get("retry_after"), seen.get("retry_after_ms"))
                 self._on_refusal(str(seen["session"]), int(seen["status"]), wait_s)
