@@ -9,13 +9,14 @@ which order; nothing of processes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ._bodies import command_body, missing_rules, permission_rules, prompt_body, session_body
 from ._http import FIRST_S, Connection, Requests, Within
 from ._interrupt import CancelScope
+from ._logs import no_space
 from ._replies import Replies, allow_once, decline, reject
 from ._request import Request
 from ._sessions import Sessions, id_of, rules_of, stored_messages
@@ -149,7 +150,8 @@ class Link:
         )
         scope = CancelScope() if scope is None else scope
         requests = self.connection.within(scope)
-        session_id = self._session(request, directory, requests)
+        with self._space_told():
+            session_id = self._session(request, directory, requests)
         self._busy.take(session_id)
         try:
             turn = self._turn(session_id, directory, request, scope)
@@ -158,7 +160,8 @@ class Link:
             raise
         try:
             before_send()
-            _send(turn, body)
+            with self._space_told():
+                _send(turn, body)
         except BaseException:
             turn.close()
             raise
@@ -186,6 +189,17 @@ class Link:
         )
         turn.on_close(lambda: self._busy.give_back(session_id))
         return turn
+
+    @contextmanager
+    def _space_told(self) -> Iterator[None]:
+        """Have a failure that a full disk explains say so."""
+        try:
+            yield
+        except OpenCodeServerError as error:
+            has_failed = error.status_code is not None and error.status_code >= 500
+            if has_failed and self._env is not None and (full := no_space(self._env)):
+                error.args = (f"{error}; {full}",)
+            raise
 
     # -- sessions ------------------------------------------------------------------------------
 

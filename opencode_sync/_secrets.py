@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 from .config import RunConfig
@@ -55,19 +56,26 @@ class Secrets:
     """The secret values of settings and of this process's environment."""
 
     def __init__(self, *configs: RunConfig) -> None:
+        self._configs = configs
+
+    @cached_property
+    def _values(self) -> list[str]:
+        # Looked for when there is something to clean: most runs have nothing to complain of.
         values = {value for name, each in os.environ.items() for value in _of_parent(name, each)}
-        for cfg in configs:
+        for cfg in self._configs:
             values.update(_of_config(cfg))
         # A configuration is quoted as JSON.
         values |= {json.dumps(value)[1:-1] for value in values}
         # The longest first: one may be a part of another.
-        self._values = sorted(values, key=len, reverse=True)
+        return sorted(values, key=len, reverse=True)
 
     def __repr__(self) -> str:
-        return f"<Secrets: {len(self._values)}>"
+        return "<Secrets>"
 
     def cleaned(self, text: str) -> str:
         """*text* without what it quotes of a configuration, and with secrets masked."""
+        if not text:
+            return text
         text = without_quotes(text)
         for value in self._values:
             if value in text:
@@ -76,7 +84,10 @@ class Secrets:
 
     def clean_events(self, events: Sequence[Event]) -> Sequence[Event]:
         """*events* with their diagnostics cleaned; *events* itself where that changes nothing."""
-        if not any(event.get("type") in DIAGNOSTICS for event in events):
+        for event in events:
+            if event.get("type") in DIAGNOSTICS:
+                break
+        else:
             return events
         cleaned = [
             self._in(event) if event.get("type") in DIAGNOSTICS else event for event in events

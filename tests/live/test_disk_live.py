@@ -45,6 +45,11 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+def fill(disk: Path, left: int) -> None:
+    space = os.statvfs(disk)
+    (disk / "fill").write_bytes(bytes(space.f_bavail * space.f_frsize - left))
+
+
 @pytest.mark.parametrize("kind", [OpenCodeClient, OpenCodeServer], ids=["process", "server"])
 def test_a_temporary_directory_that_is_full_is_told(
     kind: type[OpenCodeClient] | type[OpenCodeServer],
@@ -53,9 +58,7 @@ def test_a_temporary_directory_that_is_full_is_told(
     scripted: MakeModel,
     small_disk: Path,
 ) -> None:
-    space = os.statvfs(small_disk)
-    left = MEGABYTE // 4  # so that there is room to begin in
-    (small_disk / "fill").write_bytes(bytes(space.f_bavail * space.f_frsize - left))
+    fill(small_disk, left=MEGABYTE // 4)  # there is room to begin in
     runner: Runner = kind(opencode_binary, run_cfg=config(scripted("hello")))
 
     with (
@@ -63,6 +66,18 @@ def test_a_temporary_directory_that_is_full_is_told(
         runner,
     ):
         runner.run("hello", workspace)
+
+
+def test_a_disk_that_fills_up_under_a_server_is_told(
+    opencode_binary: str, workspace: Path, scripted: MakeModel, small_disk: Path
+) -> None:
+    with OpenCodeServer(opencode_binary, run_cfg=config(scripted("hello"))) as server:
+        server.run("first", workspace)
+        fill(small_disk, left=0)
+
+        with pytest.raises(OpenCodeError, match=rf"MB are left in '{small_disk}'.*set TMPDIR"):
+            for _ in range(100):  # what is there may do for some
+                server.run("more", workspace)
 
 
 def test_a_database_that_another_writer_holds_is_waited_for(
