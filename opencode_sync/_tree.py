@@ -120,6 +120,10 @@ def find(token: str) -> list[psutil.Process]:
     return [process for pid in bearing if pid != os.getpid() and (process := _process(pid))]
 
 
+Sign = Callable[[int], "bool | None"]
+"""Whether a process is ours; None where it cannot be told for the moment."""
+
+
 class Stopped(NamedTuple):
     """What :func:`stop` did.
 
@@ -165,42 +169,92 @@ def stop(
         grace_s: Seconds between asking and killing; None for ``GRACE_S``.
         bound_s: Seconds for all; None for ``BOUND_S``.
     """
-    import psutil
-
-    started = time.monotonic()
-    grace_end = started + (GRACE_S if grace_s is None else grace_s)
-    deadline = started + (BOUND_S if bound_s is None else bound_s)
-    tree = _Tree(token, tuple(roots), since, spare)
-    try:
-        left = tree.signal_until_gone(psutil.Process.terminate, min(grace_end, deadline))
-        if left:
-            left = tree.signal_until_gone(psutil.Process.kill, deadline)
-    except BaseException:
-        tree.signal_until_gone(psutil.Process.kill, deadline)
-        raise
-    for process in left:
-        _log.warning("process %d of run %s cannot be ended", process.pid, token)
-    return Stopped(tree.found, left)
+    tree = Tree(_by_mark(token, spare), token, roots=tuple(roots), since=since)
+    return tree.stop(grace_s=grace_s, bound_s=bound_s)
 
 
-class _Tree:
-    """What belongs to a token, as far as it has been seen.
+def stop_strays(token: str) -> Stopped:
+    """End what has lost all signs of *token* but its limit, and its parent, with all descendants.
+
+    Of a server's processes these are what no session can be told for: a tool cleaned their
+    environment, and its shell has ended.
+    """
+    return Tree(_by_limit_alone(token), token).stop()
+
+
+def _by_mark(token: str, spare: Collection[str]) -> Sign:
+    """Whether a process bears *token*, and none that is to be spared."""
+    limits, spared = _limits(token), [_limits(run) for run in spare]
+
+    def bears(pid: int) -> bool | None:
+        if (limit := limit_of(pid)) in limits:
+            return not any(limit in run for run in spared)
+        mark = variable(pid, MARKER, token)
+        if mark is None:
+            return None
+        return belongs(mark, token) and not any(belongs(mark, run) for run in spare)
+
+    return bears
+
+
+def _by_limit_alone(token: str) -> Sign:
+    limits = _limits(token)
+
+    def is_stray(pid: int) -> bool | None:
+        if limit_of(pid) not in limits or (seen := look_at(pid)) is None:
+            return False
+        return limit_of(seen.parent) not in limits and variable(pid, MARKER, token) == ""
+
+    return is_stray
+
+
+class Tree:
+    """Processes that bear a sign, and their descendants, as far as they have been seen.
 
     A process that was seen once is remembered: with its parent's death it may lose the only sign
     that it is ours. psutil knows it by pid and start time, so a signal goes to no other.
     """
 
     def __init__(
-        self, token: str, roots: Collection[int], since: int, spare: Collection[str]
+        self, sign: Sign, label: str, *, roots: Collection[int] = (), since: int = 0
     ) -> None:
-        self._token = token
-        self._limits = _limits(token)
+        """For *roots* and *since*, see :func:`stop`.
+
+        Args:
+            label: For log lines.
+        """
+        self._sign = sign
+        self._label = label
         self._roots = roots
         self._since = since
-        self._spare = spare
         self._is_clear = False  # whether the last look can have missed nothing
         self._known: dict[int, psutil.Process] = {}
         self._denied: set[psutil.Process] = set()
+
+    @classmethod
+    def of(cls, token: str) -> Tree:
+        """What bears *token*; it is looked at, and so remembered."""
+        tree = cls(_by_mark(token, ()), token)
+        tree._look(on_sight=_nothing)
+        return tree
+
+    def stop(self, *, grace_s: float | None = None, bound_s: float | None = None) -> Stopped:
+        """End all of it; see :func:`stop`."""
+        import psutil
+
+        started = time.monotonic()
+        grace_end = started + (GRACE_S if grace_s is None else grace_s)
+        deadline = started + (BOUND_S if bound_s is None else bound_s)
+        try:
+            left = self.signal_until_gone(psutil.Process.terminate, min(grace_end, deadline))
+            if left:
+                left = self.signal_until_gone(psutil.Process.kill, deadline)
+        except BaseException:
+            self.signal_until_gone(psutil.Process.kill, deadline)
+            raise
+        for process in left:
+            _log.warning("process %d of run %s cannot be ended", process.pid, self._label)
+        return Stopped(self.found, left)
 
     @property
     def found(self) -> int:
@@ -237,7 +291,7 @@ class _Tree:
         try:
             send(process)
             name = process.name()  # a command line could tell a secret
-            _log.debug("run %s: %s %d (%s)", self._token, send.__name__, process.pid, name)
+            _log.debug("run %s: %s %d (%s)", self._label, send.__name__, process.pid, name)
             if process.status() == psutil.STATUS_STOPPED:
                 process.resume()  # it does not see the signal before
         except psutil.NoSuchProcess:
@@ -299,13 +353,10 @@ class _Tree:
         return kin, marked
 
     def _is_marked(self, pid: int) -> bool:
-        if (limit := limit_of(pid)) in self._limits:
-            return not any(limit in _limits(run) for run in self._spare)
-        mark = variable(pid, MARKER, self._token)
-        if mark is None:
+        bears = self._sign(pid)
+        if bears is None:
             self._is_clear = False
-            return False
-        return belongs(mark, self._token) and not any(belongs(mark, run) for run in self._spare)
+        return bool(bears)
 
     def _remember(self, pid: int) -> psutil.Process | None:
         process = self._known.get(pid)
@@ -320,3 +371,7 @@ def _process(pid: int) -> psutil.Process | None:
     with suppress(psutil.Error):  # it has just ended
         return psutil.Process(pid)
     return None
+
+
+def _nothing(process: psutil.Process) -> None:
+    pass
