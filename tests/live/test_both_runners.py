@@ -67,7 +67,7 @@ pytestmark = [
 WITHIN_S = 100.0  # a loaded machine takes its time
 GONE_S = 5.0  # what may pass after the end of a script that could do nothing itself
 IDLE_S = 3.0
-SLEEPS_S = (90901, 90902, 90903)
+SLEEPS_S = (90901, 90902, 90903, 90904)
 _LAST_WORDS = [[str(sleep_s)] for sleep_s in SLEEPS_S]
 
 _ROOT = Path(__file__).parent.parent.parent
@@ -113,7 +113,8 @@ class Script:
 
 
 class Tools:
-    """Three sleeping processes: a plain child, one in another session, and one without a parent.
+    """Sleeping processes: a plain child, one in another session, one without a parent, and one
+    without a parent and without our mark in its environment.
 
     They are known by the ids that they write into *file*.
     """
@@ -124,8 +125,9 @@ class Tools:
 
     @property
     def call(self) -> Answer:
-        first, second, third = (f"sh sleeper.sh {self._file.name} {n}" for n in SLEEPS_S)
-        return shell(f"(setsid sh -c '{first} & {second}' &); {third}")
+        first, second, third, fourth = (f"sh sleeper.sh {self._file.name} {n}" for n in SLEEPS_S)
+        unmarked = f"(env -i setsid {fourth} >/dev/null 2>&1 &)"
+        return shell(f"{unmarked}; (setsid sh -c '{first} & {second}' &); {third}")
 
     def wait_until_started(self) -> None:
         self._wait_until(
@@ -220,9 +222,11 @@ class Whole:
 def whole(runner: Runner, cfg: RunConfig, script: Script, workspace: Path) -> Whole:
     (workspace / "notes.txt").write_text("The code word is Kiebitz.\n")
     left = Tools(workspace / "left.pids")
-    leave = "(setsid sh sleeper.sh left.pids 90901 >/dev/null 2>&1 &)"
+    leave = "({} sh sleeper.sh left.pids {} >/dev/null 2>&1 &)"
+    left_two = f"{leave.format('setsid', 90901)}; {leave.format('env -i', 90904)}"
     make = "echo made > made.txt; env > env.txt; exit 3"
-    command = f"{leave}; until [ -s left.pids ]; do sleep 0.02; done; {make}"
+    both = "until [ $(cat left.pids | wc -l) = 2 ]; do sleep 0.02; done"
+    command = f"{left_two}; {both}; {make}"
     usage = TokenUsage(input=1_000, output=100, cache_read=50)
     looking = Reply("Let me look.", tool_calls=[shell(command)], usage=usage)
     prompt = script.to("Make it", looking, Reply("Done.", usage=usage))
@@ -283,7 +287,7 @@ def test_the_log_file_has_each_event_as_a_line(whole: Whole) -> None:
 
 
 def test_what_a_tool_leaves_running_ends_with_the_run(whole: Whole) -> None:
-    assert whole.left._pids()
+    assert len(whole.left._pids()) == 2
     assert whole.left.living() == []
 
 
