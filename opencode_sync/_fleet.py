@@ -147,7 +147,9 @@ class Fleet:
         except BaseException:
             self._leave(server, ticket)
             raise
-        turn.on_close(lambda: self._leave(server, ticket))
+        if turn.keeps_background:
+            server.keeps_background = True
+        turn.on_close(lambda: self._end_turn(server, ticket, turn))
         self._origin.remember(turn.session_id, str(request.workspace))
         return turn
 
@@ -179,6 +181,15 @@ class Fleet:
             return False
         _log.info("the server (pid %d) takes %d MB: recycled", server.process.pid, megabytes)
         return True
+
+    def _end_turn(self, server: InUse, ticket: object, turn: Turn) -> None:
+        if turn.has_used_tools:
+            server.has_used_tools = True
+        self._leave(server, ticket)
+        # Of several turns, none can be told to have left them.
+        if server.has_used_tools and not server.turns and not server.keeps_background:
+            server.has_used_tools = False
+            server.stop_strays()
 
     def _leave(self, server: InUse, ticket: object) -> None:
         server.turns.discard(ticket)

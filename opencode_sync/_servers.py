@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from . import _interrupt, _watchdog
+from . import _interrupt, _tree, _watchdog
 from ._command import PLUGIN, build_env, resolve_binary, unpacking_in, without_user_config
 from ._datadir import DataDirectories, Lease
 from ._denials import PRELOAD, enforced
@@ -44,18 +44,30 @@ JOIN_S = 2.0  # bound on waiting for the thread that asks
 
 @dataclass(eq=False)
 class InUse:
-    """A server with the turns on it; *process* is None for one that runs elsewhere."""
+    """A server with the turns on it; *process* is None for one that runs elsewhere.
+
+    Attributes:
+        has_used_tools: A turn has, since the last time that there was none.
+        keeps_background: A turn was to leave alone what its tools left running.
+    """
 
     link: Link
     process: Server | None = None
     health: Health | None = None
     turns: set[object] = field(default_factory=set)
     is_retired: bool = False
+    has_used_tools: bool = False
+    keeps_background: bool = False
 
     @property
     def is_gone(self) -> bool:
         """Whether it has ended, as far as is known."""
         return self.link.is_lost or (self.process is not None and self.process.has_exited)
+
+    def stop_strays(self) -> None:
+        """End what tools have left running without a session's mark; only between turns."""
+        if self.process is not None and not self.is_gone:
+            _tree.stop_strays(self.process.token)
 
     def close(self) -> None:
         """Stop a server of ours with all that it started; let go of another one."""

@@ -100,6 +100,7 @@ class Turn:
         self._on_close: list[Callable[[], None]] = []
         self._look_s, self._idle_looks = LOOK_S, 0
         self._loss: OpenCodeServerError | None = None
+        self._trees: dict[str, _tree.Tree] = {}  # of the sessions' tools, when last looked at
         self._messages: deque[Message] = deque()  # taken, not read yet
         self._ready = warning_events(warnings)
         self._is_done = self._was_stopped = False
@@ -107,6 +108,16 @@ class Turn:
     @property
     def is_over(self) -> bool:
         return self._is_done
+
+    @property
+    def has_used_tools(self) -> bool:
+        """Whether tools have been at work, so far as is known."""
+        return self._translator.has_used_tools
+
+    @property
+    def keeps_background(self) -> bool:
+        """Whether what its tools leave running is to go on."""
+        return self._keep_background
 
     def on_close(self, call: Callable[[], None]) -> None:
         """Have *call* called once, when all is done."""
@@ -168,6 +179,7 @@ class Turn:
         self._translator.stopped()
         was_done, self._was_stopped = self._is_done, True
         self._scope = CancelScope()  # the run's has ended
+        self._look_at_tools()
         try:
             has_begun = was_done or self._has_begun()
             if not was_done:
@@ -355,10 +367,20 @@ class Turn:
             path = self._path("message")
             self._connection.post(path, body, directory=self._directory, timeout_s=ABORT_S)
 
+    def _look_at_tools(self) -> None:
+        """Remember their processes: with its shell, one may lose the only sign that it is ours."""
+        if self._has_marks:
+            for session_id in tuple(self._mailbox.sessions):
+                self._trees[session_id] = _tree.Tree.of(session_id)
+
     def _stop_tools(self) -> None:
         if self._has_marks:
             for session_id in tuple(self._mailbox.sessions):
-                _tree.stop(session_id)
+                tree = self._trees.pop(session_id, None)
+                if tree is None:
+                    _tree.stop(session_id)
+                else:
+                    tree.stop()
 
 
 def _nothing(error: OpenCodeServerError | None) -> None:

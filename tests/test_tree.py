@@ -325,10 +325,34 @@ class TestOfWhatHasNoOtherMarkThanItsLimit:
 
         assert is_alive(limited)
 
+    def test_as_a_stray_it_is_told_from_what_bears_the_mark_too(
+        self, limited: int, tool: Callable[..., Tool], token: str
+    ) -> None:
+        marked = tool("echo $$; exec sleep 935", 1)
+        _tree.mark(marked.process.pid, token)
+
+        _tree.stop_strays(token)
+
+        assert not is_alive(limited)
+        assert marked.living()
+
     def test_a_limit_that_is_there_already_stays(self, limited: int, token: str) -> None:
         _tree.mark(limited, _tree.run_token())
 
         assert [process.pid for process in _tree.find(token)] == [limited]
+
+
+def test_what_was_seen_once_is_stopped_when_nothing_shows_any_more_whose_it_is(
+    tool: Callable[..., Tool], token: str
+) -> None:
+    shell = tool("env -i setsid sleep 936 & echo $!; wait", 1)
+    tree = _tree.Tree.of(token)
+    shell.process.kill()
+    shell.process.wait()
+
+    tree.stop()
+
+    assert not is_alive(shell.pids[0])
 
 
 def test_a_root_that_is_not_our_child_is_another_process_by_now(
