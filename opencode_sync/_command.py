@@ -266,17 +266,21 @@ def unpacking_in(directory: Path, env: Mapping[str, str]) -> dict[str, str]:
     return {BUN_TEMPORARY: str(directory), **env}
 
 
+_NPM = {"npm_config_fetch_retries": "0", "npm_config_fetch_timeout": "5000"}  # milliseconds
+
+
 def add_plugin(env: dict[str, str]) -> dict[str, str]:
     """*env* with a server's plugin in its configuration, beside those that are there.
 
     With any plugin OpenCode waits for its own installations by npm, which without a network take
-    70 s in each directory, and 0.4 s without retries; the plugin gives tools npm's default back.
+    70 s in each directory, and 0.4 s without retries; where the registry takes connections and
+    never answers, npm would wait for 5 minutes. The plugin gives tools npm's defaults back.
     """
     config = _parent_config(env.get("OPENCODE_CONFIG_CONTENT"))
     plugins = config.get("plugin")
     config["plugin"] = [*(plugins if isinstance(plugins, list) else []), PLUGIN.as_uri()]
     ours = {"OPENCODE_CONFIG_CONTENT": _content(config)}
-    return {"npm_config_fetch_retries": "0", **env, **ours}
+    return {**_NPM, **env, **ours}
 
 
 def without_user_config(env: dict[str, str], run_cfg: RunConfig, empty: Path) -> dict[str, str]:

@@ -25,8 +25,9 @@ export const OpencodeSync = async ({ client }) => {
     // The processes of a session's tools are found by its id.
     "shell.env": async ({ sessionID }, { env }) => {
       env[MARKER] = [process.env[MARKER], sessionID].filter(Boolean).join("/")
-      // Ours, so that OpenCode's own installations give up soon without a network; npm's default.
+      // Ours, so that OpenCode's own installations give up soon without a network; npm's defaults.
       if (process.env.npm_config_fetch_retries === "0") env.npm_config_fetch_retries = "2"
+      if (process.env.npm_config_fetch_timeout === "5000") env.npm_config_fetch_timeout = "300000"
     },
     // A sub-agent goes on in a session of its own parent, or in a new one: others have other rules.
     "tool.execute.before": async ({ tool, sessionID }, { args }) => {

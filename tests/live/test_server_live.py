@@ -370,6 +370,30 @@ def test_an_event_stream_that_is_cut_in_mid_turn_leaves_the_result_whole(
     assert stream.result.status == "ok"
 
 
+# --- npm -----------------------------------------------------------------------------------------
+
+
+def test_a_registry_that_never_answers_holds_a_first_start_for_seconds_alone(
+    opencode_binary: str, model: ScriptedModel, script: Script, tmp_path: Path
+) -> None:
+    workspace = tmp_path / "workspace"
+    (workspace / ".opencode").mkdir(parents=True)
+    prompt = script.to("Show npm's", shell("env | grep ^npm_config_fetch"), "Shown.")
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # the kernel takes connections
+        registry = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        env = {name: str(tmp_path / name) for name in ("HOME", "XDG_CONFIG_HOME")}
+        cfg = config(model, inherit_user_config=True)
+        cfg = cfg.replace(extra_env={**env, "npm_config_registry": registry})
+        with OpenCodeServer(opencode_binary, run_cfg=cfg) as server:
+            result = server.run(prompt, workspace, timeout_s=40)
+
+    (seen,) = (call["part"]["state"]["output"] for call in result.tool_calls)
+    assert sorted(seen.split()) == [
+        "npm_config_fetch_retries=2",
+        "npm_config_fetch_timeout=300000",
+    ]
+
+
 # --- the server's death --------------------------------------------------------------------------
 
 
