@@ -203,7 +203,8 @@ def _by_limit_alone(token: str) -> Sign:
     def is_stray(pid: int) -> bool | None:
         if limit_of(pid) not in limits or (seen := look_at(pid)) is None:
             return False
-        return limit_of(seen.parent) not in limits and variable(pid, MARKER, token) == ""
+        # An empty environment reads as one that is not there for the moment.
+        return limit_of(seen.parent) not in limits and not variable(pid, MARKER, token)
 
     return is_stray
 
