@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from ._cli_options import (
@@ -72,7 +73,8 @@ def run(options: argparse.Namespace) -> int:
     if options.report:
         _check_page(options)
         _write_page(options)  # what stands in its way is told now, and not after hours
-    with _runner(cfg, on_server=options.server) as runner:
+    # Not entered: a server starts with the first job that is not in OUT.
+    with closing(_runner(cfg, on_server=options.server)) as runner:
         batch = runner.map(
             jobs,
             options.workspace,

@@ -257,6 +257,9 @@ class Runs(abc.ABC):
     def _open(self, request: Request, scope: CancelScope, keep_raw: bool) -> Source:
         """Start one attempt at *request*; what waits in it ends with *scope*."""
 
+    def _prepare(self, cfg: RunConfig) -> None:  # noqa: B027 - mostly nothing
+        """Start what a batch of runs with *cfg* needs, or raise what would fail all of them."""
+
     def _counts_opening(self, cfg: RunConfig) -> bool:
         """Whether the time that a run takes to open counts for its limits."""
         return False

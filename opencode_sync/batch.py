@@ -63,6 +63,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         self._dispatch: Dispatch | None = None
         self._checkpoint: Checkpoint | None = None
         self._own_executor: ThreadPoolExecutor | None = None
+        self._is_prepared = False  # the runner, by the first job that is not in the checkpoint
         self._progress: Progress | None = None
         self._settings = ""
         self._drawn = self._given = 0
@@ -194,6 +195,9 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
                 dispatch.shelf.put(index, saved)
                 return
             self._tally.count("retried", int(self._checkpoint.has_failed(task.key)))
+        if not self._is_prepared and self._options.executor is None:
+            self._runner._prepare(self._options.run_cfg)
+        self._is_prepared = True
         dispatch.put(task)
 
     def _task(self, index: int, job: str | Job) -> Task | OpenCodeConfigError:

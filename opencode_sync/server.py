@@ -262,6 +262,10 @@ class OpenCodeServer(Runner):
         # What the server was told to deny is denied to each of its sessions.
         return cfg.replace(config_overrides=self._run_cfg.config_overrides)
 
+    def _prepare(self, cfg: RunConfig) -> None:
+        if not cfg.attach:
+            self._server()
+
     def _counts_opening(self, cfg: RunConfig) -> bool:
         return True
 

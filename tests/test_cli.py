@@ -471,6 +471,34 @@ def test_a_map_on_the_warm_server(map_file: MapFile) -> None:
     assert sorted(line["answer"] for line in saved()) == ["one", "two"]
 
 
+@pytest.mark.usefixtures("with_server")
+def test_a_map_on_the_warm_server_starts_none_where_all_is_in_the_output(
+    map_file: MapFile, tmp_path: Path
+) -> None:
+    map_file("say one\nsay two\n", "--server")
+    program, started = tmp_path / "bin" / "serving", tmp_path / "started"
+    program.write_text(f"{VERSION}touch '{started}'; exit 1\n")
+
+    status, _, err = map_file("say one\nsay two\n", "--server")
+
+    assert (status, started.exists()) == (0, False)
+    assert "2 from the checkpoint" in err
+
+
+@pytest.mark.usefixtures("with_server")
+def test_a_map_on_a_server_that_does_not_start_ends_at_once_and_keeps_no_failures(
+    map_file: MapFile, tmp_path: Path
+) -> None:
+    program = tmp_path / "bin" / "serving"
+    program.write_text(f"{VERSION}echo no way; exit 1\n")
+
+    status, _, err = map_file("say one\nsay two\n", "--server")
+
+    assert status == 1
+    assert "no way" in err
+    assert not any("say one" in str(line) for line in saved())
+
+
 def test_a_map_writes_a_page_of_all_that_is_in_the_output(map_file: MapFile) -> None:
     map_file("step(text='the first answer')\n")
 

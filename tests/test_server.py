@@ -454,6 +454,22 @@ def test_a_recycled_server_ends_with_its_last_run(serve: Serve, workspace: Path)
     assert not psutil.pid_exists(old)
 
 
+def test_a_session_takes_no_second_turn_on_the_server_that_follows(
+    serve: Serve, workspace: Path
+) -> None:
+    server = serve()
+    stream = server.stream("hold", workspace)
+    next(stream)
+    cfg = RunConfig(session_id=stream.session_id)
+    server._fleet._max_memory_mb = 1
+
+    with pytest.raises(OpenCodeConfigError, match="has a run under way"):
+        server.run("say hello", workspace, run_cfg=cfg)
+    stream.close()
+
+    assert server.run("say hello", workspace, run_cfg=cfg).answer == "hello"
+
+
 def test_a_data_directory_keeps_sessions_for_a_later_server(
     serve: Serve, workspace: Path, tmp_path: Path
 ) -> None:
