@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,15 @@ _NOBODY_TO_ASK = tuple(
     {"permission": name, "pattern": "*", "action": "deny"}
     for name in ("question", "plan_enter", "plan_exit")
 )
+
+# How the files begin that models read as they are.
+_SIGNATURES = {
+    "image/png": rb"\x89PNG\r\n\x1a\n",
+    "image/jpeg": rb"\xff\xd8\xff",
+    "image/gif": rb"GIF8[79]a",
+    "image/webp": rb"RIFF.{4}WEBP",
+    "application/pdf": rb"%PDF-",
+}
 
 
 def check_server_wide(cfg: RunConfig, server: RunConfig) -> None:
@@ -141,17 +151,27 @@ def _files(cfg: RunConfig, workspace: Path) -> list[dict[str, str]]:
     return [_file(workspace / os.path.expanduser(file)) for file in cfg.files]
 
 
-def _file(path: Path) -> dict[str, str]:
+def media_type_of(name: str, content: bytes) -> str:
+    """What a file is by its *content*, and where that does not tell, by its *name*."""
     import mimetypes
 
+    for media_type, signature in _SIGNATURES.items():
+        if re.match(signature, content, re.DOTALL):
+            return media_type
+    try:
+        content.decode()
+        return "text/plain"  # the model gets it as text; most providers refuse other types
+    except UnicodeDecodeError:
+        named = mimetypes.guess_type(name)[0]
+        # A provider would refuse the prompt for an image that is none.
+        return named if named and named not in _SIGNATURES else "application/octet-stream"
+
+
+def _file(path: Path) -> dict[str, str]:
     try:
         content = path.read_bytes()
     except OSError as error:
         raise OpenCodeConfigError(f"file {str(path)!r}: {error.strerror}") from None
-    try:
-        content.decode()
-        media_type = "text/plain"  # the model gets it as text; most providers refuse other types
-    except UnicodeDecodeError:
-        media_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    media_type = media_type_of(path.name, content)
     url = f"data:{media_type};base64,{base64.b64encode(content).decode()}"
     return {"type": "file", "mime": media_type, "filename": path.name, "url": url}

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ._tool_names import PERMISSION_OF
 from .config import RunConfig
 from .errors import OpenCodeConfigError, OpenCodePermissionError
 from .events import Event
@@ -33,10 +34,6 @@ ENFORCED = b'opencode-sync: {"denials":true}'
 
 OUTPUT_TOOL = "StructuredOutput"  # OpenCode gives it to the model where a prompt has a format
 
-_EDITING_TOOLS = ("write", "edit", "patch", "multiedit")  # one permission stands for them
-_PERMISSION_OF = dict.fromkeys((*_EDITING_TOOLS, "apply_patch"), "edit") | dict.fromkeys(
-    ("list_mcp_resources", "list_mcp_resource_templates", "read_mcp_resource"), "read"
-)
 # Of these tools, a rule's pattern is held against this argument as it is.
 _SUBJECT_OF = {"bash": "command", "webfetch": "url", "task": "subagent_type", "skill": "name"}
 _SEVERAL_COMMANDS = re.compile(r"[;&|<>()$`\\\"'\n]")
@@ -109,8 +106,7 @@ def _denied_to_agents(config: Mapping[str, Any]) -> list[tuple[str, str, str, li
 def _rules(tools: Mapping[str, Any], permission: Any) -> list[Rule]:
     rules = []
     for tool, is_on in tools.items():
-        name = "edit" if tool in _EDITING_TOOLS else tool
-        rules.append(make_rule(name, "*", "allow" if is_on else "deny"))
+        rules.append(make_rule(PERMISSION_OF.get(tool, tool), "*", "allow" if is_on else "deny"))
     for name, actions in _mapping(
         {"*": permission} if isinstance(permission, str) else permission
     ).items():
@@ -193,7 +189,7 @@ class Tripwire:
             tool == "task" and self._command and given.get("command") == self._command
         ):
             return False
-        permission = _PERMISSION_OF.get(tool, tool)
+        permission = PERMISSION_OF.get(tool, tool)
         about = [rule for rule in self._rules if _matches(permission, rule["permission"])]
         if about and about[-1]["pattern"] == "*":
             return about[-1]["action"] == "deny"

@@ -17,13 +17,15 @@ from ._bodies import command_body, missing_rules, permission_rules, prompt_body,
 from ._http import FIRST_S, Connection, Requests, Within
 from ._interrupt import CancelScope
 from ._logs import no_space
+from ._mcp import warnings_of
 from ._replies import Replies, allow_once, decline, reject
 from ._request import Request
 from ._sessions import Sessions, id_of, rules_of, stored_messages
 from ._sse import EventStream, Message, mapping
 from ._translate import REFUSED
-from ._turn import Turn
+from ._turn import ABORT_S, Turn
 from ._versions import check_server_version
+from .config import RunConfig
 from .errors import OpenCodeConfigError, OpenCodeServerError
 
 DISPOSE_S = 1.5  # bound on asking a server to end what it runs; it takes 0.3 s
@@ -94,6 +96,8 @@ class Link:
         self._has_marks, self._env = has_marks, env
         self._busy = Busy() if busy is None else busy
         scope = CancelScope() if scope is None else scope
+        self._without_mcp: set[str] = set()  # directories whose configuration has no MCP server
+        self._models: dict[tuple[str, str, str], list[str] | None] = {}  # variants of models
         try:
             health = self.connection.within(scope).get("/global/health")
             self.version = str(mapping(health).get("version"))
@@ -183,7 +187,8 @@ class Link:
             keep_background=cfg.keep_background,
             has_marks=self._has_marks,
             env=self._env,
-            warnings=self._warnings,
+            warnings=[*request.warnings, *self._warnings],
+            at_end=lambda model: self._unheeded(cfg, directory, model, requests),
             replies=Replies(requests, directory, permission, question),
             scope=scope,
         )
@@ -200,6 +205,46 @@ class Link:
             if has_failed and self._env is not None and (full := no_space(self._env)):
                 error.args = (f"{error}; {full}",)
             raise
+
+    def _unheeded(
+        self, cfg: RunConfig, directory: str, model: tuple[str, str] | None, requests: Within
+    ) -> list[str]:
+        """What OpenCode passed over without a word in a turn that has ended, in sentences.
+
+        Raises:
+            OpenCodeServerError: If the server does not say.
+        """
+        warnings: list[str] = []
+        if directory not in self._without_mcp:
+            states = requests.get("/mcp", directory=directory, timeout_s=ABORT_S)
+            warnings += warnings_of(states)
+            if states == {}:
+                self._without_mcp.add(directory)
+        if cfg.variant is not None and model is not None:
+            known = self._variants(directory, *model, requests)
+            if known is not None and cfg.variant not in known:
+                there = f"it has {', '.join(known)}" if known else "it has none"
+                warnings.append(
+                    f"The variant {cfg.variant!r} is unknown to the model "
+                    f"{'/'.join(model)!r} ({there}), and was ignored."
+                )
+        return warnings
+
+    def _variants(
+        self, directory: str, provider: str, model: str, requests: Within
+    ) -> list[str] | None:
+        """Names of the model's variants, or None where the server does not know the model."""
+        key = directory, provider, model
+        if key not in self._models:
+            found: list[str] | None = None
+            answer = requests.get("/config/providers", directory=directory, timeout_s=ABORT_S)
+            listed = mapping(answer).get("providers")
+            for each in listed if isinstance(listed, list) else ():
+                if mapping(each).get("id") == provider:
+                    there = mapping(mapping(each).get("models")).get(model)
+                    found = None if there is None else list(mapping(mapping(there).get("variants")))
+            self._models[key] = found
+        return self._models[key]
 
     # -- sessions ------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Lines of stderr that mean something: OpenCode's log, what _preload.js tells, and warnings.
 
     timestamp=... level=ERROR message="stream error" ... error.error="AI_APICallError: slow down"
+    timestamp=... level=WARN message="server unavailable" key=NAME type=local status=failed
     opencode-sync: {"status":429,"retry_after":"3600"}
     opencode-sync: {"type":"step_finish","timestamp":...,"sessionID":"ses_...","part":...}
     ! agent "nope" not found. Falling back to default agent
@@ -23,8 +24,9 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any, cast
 
+from ._mcp import unavailable
 from .errors import strip_ansi
-from .events import Event, RetryEvent
+from .events import Event, RetryEvent, warning_events
 
 PRELOAD_PREFIX = "opencode-sync: "
 FALLBACK = "Falling back to"
@@ -70,6 +72,12 @@ class LogReader:
     other_agent: str | None = None
     pending: Event | None = None
     _status: dict[str, object] = field(default_factory=dict)
+    _complaint: str = ""
+
+    @property
+    def explanation(self) -> str:
+        """What the log says of a failure that has no words of its own; "" where it says nothing."""
+        return self.cause or self._complaint
 
     def read(self, line: str) -> tuple[bool, list[Event]]:
         """Whether *line* is a log line, and the events that it amounts to."""
@@ -81,13 +89,19 @@ class LogReader:
                 self.other_agent = why.strip(" !.,;:")
             return False, []
         message = fields.get("message")
-        if message == "failed" and "error" in fields:
+        if message == "failed" and "error" in fields and fields.get("level") == "ERROR":
             self.cause = fields["error"]
+        elif str(message).startswith("failed to ") and "error" in fields:
+            self._complaint = f"{message}: {fields['error']}"
         events = self.take_pending()
         if message == "process" and "error" in fields:
             events = []  # OpenCode has given up: an error event follows
         if message == "stream error":
             events += self._refusal(fields)
+        if message == "server unavailable" and "key" in fields:
+            events += warning_events([unavailable(fields["key"], fields.get("status", "failed"))])
+        if message == "MCP connection closed" and "server" in fields:
+            events += warning_events([unavailable(fields["server"], "failed", "it ended")])
         return True, events
 
     def take_pending(self) -> list[Event]:

@@ -322,7 +322,8 @@ def error_info(error: Any) -> ErrorInfo:
     data = data if isinstance(data, Mapping) else error
     status = data.get("statusCode")
     return ErrorInfo(
-        name=_words(error.get("name")) or _NAMELESS,
+        # What its HTTP layer refuses has a tag in the place of a name, and no words (1.18.33).
+        name=_words(error.get("name") or error.get("_tag")) or _NAMELESS,
         message=_words(data.get("message")),
         status_code=status if type(status) is int else None,
     )

@@ -58,11 +58,13 @@ def reason(
         stderr = result.stderr
         known = _unknown_flag(argv, stderr) or unwritable_home(stderr) or refused_by_bun(stderr)
         return known or no_space(env)
-    if result.error.name != "UnknownError":
+    is_unknown = result.error.name == "UnknownError"
+    if result.error.message and not is_unknown:
         return str(result.error)
     # "Unexpected server error. Check server logs": the log has the cause, if anything.
     if logged_cause and logged_cause != "UnknownError: UnknownError":
-        return _with_space(logged_cause, env)
+        words = logged_cause if is_unknown else f"{result.error}: {logged_cause}"
+        return _with_space(words, env)
     return _with_space(f"{result.error}{_likely_cause(argv)}", env)
 
 

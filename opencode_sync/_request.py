@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -42,6 +42,7 @@ class Request:
         answers: What to answer to requests in the meantime.
         is_repair: It sends back an answer that did not; the session has been told the schema.
         secrets: What no error of it may tell; None for those of its settings alone.
+        warnings: Sentences on its settings, for the result.
 
     Raises:
         OpenCodeConfigError: When made, of a prompt or a file that cannot be passed on.
@@ -54,6 +55,7 @@ class Request:
     answers: Answers = NO_ANSWERS
     is_repair: bool = False
     secrets: Secrets | None = None
+    warnings: Sequence[str] = ()
 
     @property
     def instructed(self) -> str:
@@ -65,10 +67,25 @@ class Request:
     def __post_init__(self) -> None:
         _check_prompt(self.prompt, self.cfg)
         for file in self.cfg.files:
-            if not (self.workspace / os.path.expanduser(file)).is_file():
-                raise OpenCodeConfigError(
-                    f"no file {os.fspath(file)!r} (counted from {self.workspace})"
-                )
+            _check_file(file, self.workspace)
+
+
+def _check_file(file: StrPath, workspace: Path) -> None:
+    path, name = workspace / os.path.expanduser(file), os.fspath(file)
+    if os.path.isdir(path):
+        raise OpenCodeConfigError(
+            f"files: {name!r} is a directory: name files, or have the prompt say where to look"
+        )
+    if not os.path.isfile(path):  # which, unlike Path.is_file, never raises
+        raise OpenCodeConfigError(f"no file {name!r} (counted from {workspace})")
+    if _names_an_image(path.name) and os.path.getsize(path) == 0:
+        raise OpenCodeConfigError(f"files: {name!r} is empty, and so not an image")
+
+
+def _names_an_image(name: str) -> bool:
+    import mimetypes
+
+    return str(mimetypes.guess_type(name)[0]).startswith("image/")
 
 
 def checked_config(given: object, default: RunConfig) -> RunConfig:

@@ -184,7 +184,7 @@ class ProcessRun:
                 result.stderr,
                 result.events,
                 result.raw_stdout_lines,
-                reason=reason(result, self._argv, self._env, self._logs.cause),
+                reason=reason(result, self._argv, self._env, self._logs.explanation),
                 result=result,
             )
         if result.status == "incomplete":

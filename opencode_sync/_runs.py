@@ -24,6 +24,7 @@ from ._repair import SchemaReview
 from ._request import NO_ANSWERS, Answers, Request, StrPath, checked_config, directory
 from ._schema import OutputSchema, output_schema
 from ._secrets import Secrets
+from ._tool_names import check_names
 from ._validation import validate_config_for_run
 from .config import RunConfig
 from .errors import OpenCodeCancelledError, OpenCodeConfigError
@@ -197,7 +198,18 @@ class Runs(abc.ABC):
         """
         cfg = self._checked(run_cfg, may_ask=answers is not NO_ANSWERS)
         secrets = Secrets(self._run_cfg, cfg)
-        request = Request(prompt, directory(workspace), cfg, output, answers, secrets=secrets)
+        # A run on a server has the MCP servers that the server was started with.
+        shared = self._run_cfg.build_opencode_config_dict().get("mcp")
+        warnings = check_names(cfg.build_opencode_config_dict(), shared or ())
+        request = Request(
+            prompt,
+            directory(workspace),
+            cfg,
+            output,
+            answers,
+            secrets=secrets,
+            warnings=warnings,
+        )
         held_against_schema = SchemaReview(request, limits.max_repairs)
 
         def opening(request: Request) -> OpenSource:

@@ -38,6 +38,7 @@ class Translator:
         has_used_tools: A tool has run, so that something of it may be left.
         structured: The last structured output, unchecked; None where there was none.
         prompt_id: The message that the prompt became; None until it has.
+        model: Provider and name of the model that answers; None until one does.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Translator:
         self.has_begun = self.has_used_tools = False
         self.structured: Any = None
         self.prompt_id: str | None = None
+        self.model: tuple[str, str] | None = None
         self._has_output = False
         self._session_id = session_id
         self._since = since
@@ -149,6 +151,8 @@ class Translator:
             self._summaries.add(message_id)
             events = [_event("compaction", session_id, messageID=message_id)]
         self._has_answer = True
+        if isinstance(info.get("providerID"), str) and isinstance(info.get("modelID"), str):
+            self.model = info["providerID"], info["modelID"]
         if mapping(info.get("time")).get("completed"):
             self._open.discard(message_id)
         else:

@@ -70,6 +70,7 @@ class Turn:
         env: Mapping[str, str] | None = None,
         replies: Replies | None = None,
         warnings: Sequence[str] = (),
+        at_end: Callable[[tuple[str, str] | None], list[str]] = lambda model: [],
         scope: CancelScope | None = None,
     ) -> None:
         """
@@ -81,6 +82,8 @@ class Turn:
             env: What the server was started with, where it is one of ours.
             replies: To permission requests and questions; None refuses them all.
             warnings: What is known before the prompt is sent; given first, as events.
+            at_end: Asked for further ones when the turn has ended by itself; gets provider and name
+                of the model that answered.
             scope: Of the run; its requests end with it.
         """
         self.session_id = session_id
@@ -103,6 +106,7 @@ class Turn:
         self._trees: dict[str, _tree.Tree] = {}  # of the sessions' tools, when last looked at
         self._messages: deque[Message] = deque()  # taken, not read yet
         self._ready = warning_events(warnings)
+        self._at_end = at_end
         self._is_done = self._was_stopped = False
 
     @property
@@ -162,6 +166,8 @@ class Turn:
                 self._ready += self._look()
             if not self._is_done:
                 self._read()
+            if self._is_done and not self._was_stopped:
+                self._warn()
         except OpenCodeServerError as error:
             if not self._was_stopped and not (error.status_code is None and self._has_run_out()):
                 with contextlib.suppress(OpenCodeServerError):
@@ -240,6 +246,11 @@ class Turn:
             self._on_close.pop()()
 
     # -- messages ------------------------------------------------------------------------------
+
+    def _warn(self) -> None:
+        # The answer is there, whether or not the server tells more about it.
+        with contextlib.suppress(OpenCodeServerError):
+            self._ready += warning_events(self._at_end(self._translator.model))
 
     def _read(self) -> None:
         """Read what has come. A Ctrl-C meanwhile loses none of it."""

@@ -1,6 +1,7 @@
 """Settings of a run, looked at before anything is started.
 
-validate_config_for_run(RunConfig): types --> permissions --> JSON --> combinations --> words
+validate_config_for_run(RunConfig): types --> permissions, tools, MCP servers --> JSON
+                                    --> combinations --> words
 
 Each check raises OpenCodeConfigError, with the field's name, its value unless it may be secret, and
 what to use. Knows what OpenCode would ignore, misread or hang on; starts nothing.
@@ -14,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from ._mcp import check_servers
+from ._tool_names import check_names
 from .config import SECRET_FIELDS, URL_LOGIN, RunConfig
 from .errors import OpenCodeConfigError
 
@@ -58,6 +61,9 @@ def validate_config_for_run(cfg: RunConfig, *, may_ask: bool = False) -> None:
     _check_types(cfg)
     config = cfg.build_opencode_config_dict()
     _check_permissions(config, may_ask)
+    _check_tools(config)
+    check_names(config)
+    check_servers(config.get("mcp"))
     _check_serialisable(config)
     _check_combinations(cfg)
     _check_words(cfg)
@@ -100,6 +106,13 @@ def _check_permissions(config: Mapping[str, Any], may_ask: bool) -> None:
             if isinstance(agent, Mapping) and agent.get("permission") is not None:
                 path = f"{key}.{name}.permission"
                 validate_permission_actions(agent["permission"], may_ask=may_ask, _path=path)
+
+
+def _check_tools(config: Mapping[str, Any]) -> None:
+    tools = config.get("tools")
+    for name, is_on in tools.items() if isinstance(tools, Mapping) else ():
+        if not isinstance(is_on, bool):  # of other values "no" would be true
+            raise OpenCodeConfigError(f"tools {name!r} is {is_on!r}: use True or False")
 
 
 def _check_serialisable(config: Mapping[str, Any]) -> None:

@@ -201,9 +201,9 @@ class OpenCodeClient(Runner):
         if request.cfg.attach is not None:
             return self._attach(request, scope)
         binary = self.resolved_binary()
-        warnings: list[str] = []
+        warnings = list(request.warnings)
         if not self._settings["any_version"]:
-            warnings = check_program_version(binary, scope.is_cancelled)
+            warnings += check_program_version(binary, scope.is_cancelled)
         if os.getpid() != self._owner_pid:  # forked: the directories are the parent's
             self._streams.clear()
             self._gate = Gate(self._settings["startup_concurrency"])
@@ -283,10 +283,12 @@ class OpenCodeClient(Runner):
 
 
 def _with_logs(cfg: RunConfig) -> RunConfig:
-    # Without them a provider's refusals, which OpenCode retries for minutes, would be silent.
-    return (
-        cfg if cfg.print_logs else cfg.replace(print_logs=True, log_level=cfg.log_level or "ERROR")
-    )
+    # Without errors a provider's refusals, which OpenCode retries for minutes, would be silent, and
+    # without warnings an MCP server that does not work.
+    if cfg.print_logs:
+        return cfg
+    is_enough = cfg.log_level in ("DEBUG", "INFO", "WARN")
+    return cfg.replace(print_logs=True, log_level=cfg.log_level if is_enough else "WARN")
 
 
 def _check_workspace(session_id: str, env: Mapping[str, str], workspace: Path) -> None:

@@ -43,10 +43,13 @@ class RunConfig:
         password, username: Credentials for *attach*.
         remote_dir: Directory on the server of *attach*.
         port: Accepted for compatibility; OpenCode's ``run`` does nothing with it.
-        variant: The provider's name for a reasoning effort, such as ``"high"``.
+        variant: The provider's name for a reasoning effort, such as ``"high"``. OpenCode ignores
+            one that the model does not have: on a server there is a warning in the result, while a
+            process tells nobody.
         thinking: Give the model's reasoning as ``reasoning`` events.
         print_logs: Keep OpenCode's log lines in the result's ``stderr``.
-        log_level: ``"DEBUG"``, ``"INFO"``, ``"WARN"`` or ``"ERROR"``.
+        log_level: ``"DEBUG"``, ``"INFO"``, ``"WARN"`` or ``"ERROR"``. With *print_logs*, the last
+            one leaves out what tells of MCP servers that do not work.
         disable_autoupdate: Keep OpenCode from replacing its own binary.
         extra_env: Variables for the child, over the environment it inherits. A tool sees them all.
         permission: OpenCode's permission rules, each leaf ``"allow"`` or ``"deny"``. What is
@@ -55,7 +58,12 @@ class RunConfig:
             runs all the same ends the run with an OpenCodePermissionError. Plugins and custom
             tools of the workspace are code that OpenCode itself runs: no rule holds for those
             (*pure* leaves out plugins).
-        mcp, tools: OpenCode's configuration keys of these names.
+            A name that has no effect is refused where it is nearly a known one, or a tool that asks
+            for another permission (``"edit"`` stands for ``write`` and ``apply_patch``); of other
+            names that are not known there is a warning in the result.
+        mcp: MCP servers by name: OpenCode's key, of which entries are checked. Of a server that
+            does not work there is a warning in the result.
+        tools: Tools by name, True or False; names are checked as those of *permission*.
         config_overrides: Any other OpenCode configuration; the fields above are merged over it.
         auto: Answer permission questions with yes; explicit denials hold.
         pure: Run without plugins.

@@ -26,11 +26,8 @@ ROWS = (
     # Text that is safe to show; Ctrl-C held back; what ends with the interpreter; processes.
     ("_version", "_markup", "_interrupt", "_exits", "_proctable"),
     ("errors",),  # everything raised on purpose
-    (
-        "_checks",
-        "_pinned",
-        "_extract",
-    ),  # what an argument has to be; what cannot be pickled; JSON in text
+    # What an argument has to be; what cannot be pickled; JSON in text; names of MCP servers, tools.
+    ("_checks", "_pinned", "_extract", "_mcp", "_tool_names"),
     ("config", "events", "_schema"),  # values: what is asked for; a line becomes an event
     # Settings looked at; their secrets, and what quotes them; what a caller denies.
     ("_validation", "_secrets", "_denials"),

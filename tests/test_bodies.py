@@ -106,18 +106,30 @@ def test_a_command_goes_out_with_the_prompt_as_its_arguments(tmp_path: Path) -> 
     assert [part["filename"] for part in body["parts"]] == ["a.txt"]
 
 
+PNG = b"\x89PNG\r\n\x1a\n\x00"
+
+
 @pytest.mark.parametrize(
     "name, content, media_type",
     [
         ("a.txt", "hällo\u2028".encode(), "text/plain"),
         ("a.json", b"{}", "text/plain"),
-        ("a.png", b"\x89PNG\r\n", "image/png"),
+        ("a.png", PNG, "image/png"),
+        ("a.jpg", PNG, "image/png"),
+        ("noname", PNG, "image/png"),
+        ("a.png", b"\xff\xd8\xff\xe0", "image/jpeg"),
+        ("noname", b"GIF89a\x01", "image/gif"),
+        ("a.txt", b"RIFF\x0c\x00\x00\x00WEBPVP8 ", "image/webp"),
         ("a.pdf", b"%PDF-\xe2\xe3", "application/pdf"),
+        ("noname", b"%PDF-1.7\n1 0 obj", "application/pdf"),
+        ("a.png", b"\x00\xff", "application/octet-stream"),
+        ("a.png", b"not an image", "text/plain"),
+        ("a.mp3", b"\xff\xfb", "audio/mpeg"),
         ("noname", b"\xff\x00", "application/octet-stream"),
         ("empty.txt", b"", "text/plain"),
     ],
 )
-def test_a_file_goes_out_whole_and_as_text_where_it_is_some(
+def test_a_file_goes_out_whole_and_as_what_its_content_is(
     tmp_path: Path, name: str, content: bytes, media_type: str
 ) -> None:
     (tmp_path / name).write_bytes(content)

@@ -189,7 +189,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "ask": ({"run_cfg": RunConfig(permission={"edit": {"*.py": "ask"}})}, "permission 'edit.*.py'"),
     "fork": ({"run_cfg": RunConfig(fork=True)}, "fork=True has no session"),
     "missing file": ({"run_cfg": RunConfig(files=("none.txt",))}, "no file 'none.txt' (counted"),
-    "directory as file": ({"run_cfg": RunConfig(files=("/",))}, "no file '/' (counted from"),
+    "directory as file": ({"run_cfg": RunConfig(files=("/",))}, "files: '/' is a directory: name"),
     "timeout": ({"timeout_s": 0}, "timeout_s is 0: use a number above 0"),
     "idle timeout": ({"idle_timeout_s": -1}, "idle_timeout_s is -1: use a number above 0"),
     "budget": ({"max_cost": "1"}, "max_cost is '1': use a number of 0 or more"),
@@ -210,6 +210,18 @@ def test_what_cannot_be_run_is_refused_before_a_start(
 
     assert str(raised.value).startswith(message)
     assert raised.value.result is None
+
+
+def test_an_empty_image_is_refused_and_an_empty_text_is_not(
+    client: OpenCodeClient, tmp_path: Path
+) -> None:
+    for name in ("empty.png", "empty.txt"):
+        (tmp_path / name).touch()
+
+    with pytest.raises(OpenCodeConfigError, match=r"files: 'empty\.png' is empty, and so"):
+        client.run("Look", tmp_path, run_cfg=RunConfig(files=("empty.png",)))
+    with pytest.raises(OpenCodeBinaryNotFoundError):
+        client.run("Look", tmp_path, run_cfg=RunConfig(files=("empty.txt",)))
 
 
 def test_the_clients_own_settings_are_checked_with_a_run() -> None:

@@ -34,7 +34,13 @@ def full_config() -> RunConfig:
         password="secret-password",
         extra_env={"TOKEN": "secret-token"},
         permission={"*": "deny", "edit": {"*.md": "allow"}},
-        mcp={"github": {"headers": {"Authorization": "secret-header"}}},
+        mcp={
+            "github": {
+                "type": "remote",
+                "url": "https://mcp.example",
+                "headers": {"Authorization": "secret-header"},
+            }
+        },
         tools={"webfetch": False},
         config_overrides={"provider": {"p": {"options": {"apiKey": "secret-key"}}}},
         instructions=("docs/*.md",),

@@ -87,6 +87,29 @@ def test_a_date_is_so_many_seconds_away() -> None:
     assert 3500 < wait_s <= 3600
 
 
+@pytest.mark.parametrize(
+    "fields, why",
+    [
+        ('message="server unavailable" key=docs type=local status=failed', "failed"),
+        (
+            'message="server unavailable" key=docs type=remote status=needs_auth',
+            "needs auth; run 'opencode mcp auth docs'",
+        ),
+        ('message="MCP connection closed" server=docs', "failed: it ended"),
+    ],
+    ids=["does not start", "wants a login", "ends later"],
+)
+def test_an_mcp_server_that_does_not_work_is_a_warning(
+    reader: LogReader, fields: str, why: str
+) -> None:
+    is_log, (event,) = reader.read(f"timestamp=2026-11-26T16:21:11.122Z level=WARN run=1 {fields}")
+
+    assert (is_log, event["type"]) == (True, "warning")
+    assert event["message"] == (  # type: ignore[typeddict-item]
+        f"The model was without the tools of the MCP server 'docs' ({why})."
+    )
+
+
 def test_a_refusal_that_names_no_session_is_an_event_without_one(reader: LogReader) -> None:
     reader.read_told(STATUS_429)
 
@@ -155,6 +178,14 @@ def test_opencode_asks_again_after(status: int) -> None:
 @pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 413])
 def test_opencode_gives_up_after(status: int) -> None:
     assert not is_retried(status)
+
+
+def test_what_is_warned_of_explains_a_failure_that_nothing_else_does(reader: LogReader) -> None:
+    reader.read(
+        'timestamp=1 level=WARN run=1 message="failed to decode image" error="ImageDecodeError: no"'
+    )
+
+    assert reader.explanation == "failed to decode image: ImageDecodeError: no"
 
 
 def test_the_cause_of_a_failure_is_kept(reader: LogReader) -> None:

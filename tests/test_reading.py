@@ -261,10 +261,11 @@ def test_a_refused_tool_is_told_from_one_that_failed(
         ({"name": "X", "message": "flat", "statusCode": 500}, ErrorInfo("X", "flat", 500)),
         ({"data": {"message": 5, "statusCode": "401"}}, ErrorInfo("UnknownError", "5")),
         ({"name": "X", "data": {"statusCode": True}}, ErrorInfo("X", "")),
+        ({"_tag": "BadRequest"}, ErrorInfo("BadRequest", "")),
         ("just words", ErrorInfo("UnknownError", "just words")),
         (None, ErrorInfo("UnknownError", "")),
     ],
-    ids=["whole", "coloured", "flat", "odd values", "odd status", "words", "nothing"],
+    ids=["whole", "coloured", "flat", "odd values", "odd status", "a tag", "words", "nothing"],
 )
 def test_an_error_is_told_by_name_words_and_http_status(error: Any, info: ErrorInfo) -> None:
     assert error_info(error) == info

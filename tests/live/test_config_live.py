@@ -1,0 +1,190 @@
+"""Settings that the real OpenCode would pass over without a word, with both runners.
+
+One run of each runner answers for all warnings: it has MCP servers that do not work, a variant that
+the model does not have, and a permission that nobody knows.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opencode_sync import (
+    OpenCodeClient,
+    OpenCodeProcessError,
+    OpenCodeServer,
+    RunResult,
+    _versions,
+)
+from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="POSIX programs"),
+    pytest.mark.timeout(240),
+]
+
+# An MCP server that has one tool, and ends where that is called.
+WORKING = """
+import json, sys
+def answer(message, **result):
+    print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": result}), flush=True)
+for line in sys.stdin:
+    message = json.loads(line)
+    if message.get("method") == "initialize":
+        version = message["params"]["protocolVersion"]
+        about = {"name": "works", "version": "1"}
+        answer(message, protocolVersion=version, capabilities={"tools": {}}, serverInfo=about)
+    elif message.get("method") == "tools/list":
+        answer(message, tools=[{"name": "hello", "inputSchema": {"type": "object"}}])
+    elif message.get("method") == "tools/call":
+        sys.exit(3)
+"""
+MCP = {
+    "missing": {"type": "local", "command": ["/nowhere/docs"]},
+    "dying": {"type": "local", "command": ["sh", "-c", "exit 3"]},
+    "hanging": {"type": "local", "command": ["sleep", "600"], "timeout": 1000},
+    "ending": {"type": "local", "command": [sys.executable, "-c", WORKING]},
+    "working": {"type": "local", "command": [sys.executable, "-c", WORKING]},
+    "off": {"type": "local", "command": ["/nowhere/docs"], "enabled": False},
+}
+BROKEN = ("missing", "dying", "hanging", "ending")
+UNUSUAL = "permission 'deploy' is no permission or tool that is known here"
+
+
+def png(width: int = 1) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    head = struct.pack(">IIBBBBB", width, 1, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" + b"\xff\0\0" * width)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
+
+
+def answer(request: ChatRequest) -> Answer:
+    if request.prompt.endswith("Say hello.") and not request.tool_results:
+        return Reply.calls(tool_call("ending_hello"))
+    return Reply("Done.")
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[ScriptedModel]:
+    with ScriptedModel(answer) as model:
+        yield model
+
+
+class Warned:
+    """What a run came to, and what the model was offered in it."""
+
+    def __init__(self, result: RunResult, offered: list[str]) -> None:
+        self.result, self.offered = result, offered
+        self.text = "\n".join(result.warnings)
+
+
+@pytest.fixture(scope="module", params=["process", "server"])
+def runner(
+    request: pytest.FixtureRequest, opencode_binary: str, model: ScriptedModel
+) -> Iterator[OpenCodeClient | OpenCodeServer]:
+    cfg = model.run_config(mcp=MCP)
+    kind = OpenCodeClient if request.param == "process" else OpenCodeServer
+    with kind(opencode_binary, run_cfg=cfg) as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def warned(
+    runner: OpenCodeClient | OpenCodeServer,
+    model: ScriptedModel,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Warned:
+    cfg = model.run_config(mcp=MCP, variant="highest", permission={"deploy": "deny"})
+    n_asked = len(model.requests)
+    result = runner.run("Say hello.", tmp_path_factory.mktemp("workspace"), run_cfg=cfg)
+    return Warned(result, model.requests[n_asked].tools)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_an_mcp_server_that_does_not_start_dies_or_hangs_is_told(warned: Warned, name: str) -> None:
+    told = [text for text in warned.result.warnings if f"the MCP server {name!r}" in text]
+
+    assert len(told) == 1
+    assert told[0].startswith(f"The model was without the tools of the MCP server {name!r} (failed")
+
+
+def test_an_mcp_server_that_works_or_is_off_is_not_told(warned: Warned) -> None:
+    assert "working_hello" in warned.offered
+    assert "'working'" not in warned.text
+    assert "'off'" not in warned.text
+
+
+def test_a_permission_that_nobody_knows_is_told(warned: Warned) -> None:
+    assert UNUSUAL in warned.text
+
+
+def test_an_unknown_variant_is_told_where_the_server_can_be_asked(warned: Warned) -> None:
+    said = "The variant 'highest' is unknown to the model 'scripted/scripted' (it has low, medium, "
+
+    # OpenCode's `run` prints nothing of it, nor does its log.
+    assert (said in warned.text) == (warned.result.exit_code is None)
+
+
+def test_warnings_are_events_too_and_change_no_status(warned: Warned) -> None:
+    events = [event for event in warned.result.events if event["type"] == "warning"]
+
+    assert [event["message"] for event in events] == warned.result.warnings
+    assert warned.result.status == "ok"
+
+
+def test_the_real_program_is_asked_for_its_version_once_per_file(
+    warned: Warned, opencode_binary: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = _versions.binary_version(opencode_binary)
+    monkeypatch.setattr(_versions, "_known", {})
+    monkeypatch.setattr(_versions, "VERSION_TIMEOUT_S", 0.0)  # nobody answers so fast
+
+    assert _versions.check_program_version(opencode_binary) == []
+    assert _versions._known[opencode_binary][1] == version
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def sent_images(request: ChatRequest) -> list[str]:
+    """The beginnings of the images that the model got."""
+    contents: list[Any] = [message.get("content") for message in request.messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return [part["image_url"]["url"][:22] for part in parts if part.get("type") == "image_url"]
+
+
+def test_a_picture_is_seen_by_its_content(
+    opencode_binary: str, model: ScriptedModel, tmp_path: Path
+) -> None:
+    for name in ("photo.jpg", "noname"):
+        (tmp_path / name).write_bytes(png())
+
+    with OpenCodeServer(opencode_binary, run_cfg=model.run_config()) as server:
+        cfg = model.run_config(files=("photo.jpg", "noname"))
+        server.run("Look.", tmp_path, run_cfg=cfg)
+
+    assert sent_images(model.requests[-1]) == ["data:image/png;base64,"] * 2
+
+
+def test_a_picture_that_cannot_be_read_is_told_in_words(
+    opencode_binary: str, model: ScriptedModel, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.png").write_bytes(png()[:20])
+    cfg = model.run_config(files=("broken.png",))
+
+    with OpenCodeClient(opencode_binary) as client, pytest.raises(OpenCodeProcessError) as caught:
+        client.run("Look.", tmp_path, run_cfg=cfg)
+
+    assert "BadRequest: failed to decode image: ImageDecodeError" in str(caught.value)
