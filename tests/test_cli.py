@@ -438,6 +438,15 @@ def test_a_job_that_ended_at_a_refused_tool_counts_as_not_done(map_file: MapFile
     assert "1 job ended where a tool was refused: see --permission" in err
 
 
+def test_jobs_whose_answers_are_cut_count_as_failed_and_are_run_again(map_file: MapFile) -> None:
+    status, _, err = map_file("step(text='half', reason='length')", "step(text='whole')")
+
+    assert status == 1
+    assert "1 done, 1 failed" in err
+    assert "cut off at the model's output limit" in err
+    assert "add --retry-failed" in err
+
+
 def test_a_map_over_its_budget_starts_nothing_more_and_says_how_to_go_on(
     map_file: MapFile,
 ) -> None:
@@ -611,6 +620,13 @@ def test_a_failed_run_exits_with_1_and_names_the_reason(shell: Shell) -> None:
 
     assert (status, out) == (1, "")
     assert "APIError 401: bad key" in err
+
+
+def test_a_run_whose_answer_is_cut_exits_with_1_and_shows_what_came(shell: Shell) -> None:
+    status, out, err = shell("run", "step(text='half', reason='length')")
+
+    assert (status, out) == (1, "half\n")
+    assert "cut off at the model's output limit" in err
 
 
 def test_a_run_that_ended_at_a_refused_tool_exits_with_1(shell: Shell) -> None:
