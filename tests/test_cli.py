@@ -439,7 +439,7 @@ def test_a_job_that_ended_at_a_refused_tool_counts_as_not_done(map_file: MapFile
 
 
 def test_jobs_whose_answers_are_cut_count_as_failed_and_are_run_again(map_file: MapFile) -> None:
-    status, _, err = map_file("step(text='half', reason='length')", "step(text='whole')")
+    status, _, err = map_file("step(text='half', reason='length')\nstep(text='whole')")
 
     assert status == 1
     assert "1 done, 1 failed" in err
