@@ -23,7 +23,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from . import _interrupt
-from ._http import CONNECT_S, Connection
+from ._http import CONNECT_S, MAX_BYTES, Connection
 from .errors import OpenCodeServerError
 
 _log = logging.getLogger("opencode_sync")
@@ -34,6 +34,8 @@ SILENCE_S = 30.0  # the server sends a heartbeat each 10 s
 REOPEN_S = 5.0  # how long one that refuses connections is not given up; it boots in 1.5 s
 PAUSE_S = 0.05  # before a broken stream is opened again; doubled at each failure
 JOIN_S = 2.0  # bound on waiting for the reader
+
+MAX_WAITING = 4 * MAX_BYTES  # characters of messages that a mailbox keeps
 
 
 class Message(NamedTuple):
@@ -52,6 +54,11 @@ class _Lost(NamedTuple):
     reason: str
 
 
+class _Sized(NamedTuple):
+    message: Message
+    size: int
+
+
 class Mailbox:
     """The messages about one session and its sub-agents' sessions. A context manager.
 
@@ -63,7 +70,10 @@ class Mailbox:
 
     def __init__(self, routes: dict[str, Mailbox], session_id: str) -> None:
         # Its put() may interrupt itself, so a finaliser can use it in any thread.
-        self._queue: _interrupt.Queue[Message | _Lost] = _interrupt.Queue()
+        self._queue: _interrupt.Queue[_Sized | _Lost] = _interrupt.Queue()
+        # Of the reader alone, and of who receives alone: the difference is what waits.
+        self._put_size = self._taken_size = 0
+        self._is_full = False
         self.sessions: dict[str, None] = {}  # an ordered set, whose single operations are atomic
         self._routes = routes
         self._closed = False
@@ -96,16 +106,31 @@ class Mailbox:
         item = self._queue.get_nowait()
         with suppress(queue.Empty):
             while not isinstance(item, _Lost):
-                messages.append(item)
+                messages.append(item.message)
+                self._taken_size += item.size
                 item = self._queue.get_nowait()
             self._queue.put(item)  # for the next call, and all after it
             if not messages:
                 raise OpenCodeServerError(item.reason)
         return messages
 
-    def put(self, message: Message) -> None:
-        """Add *message*; from any thread."""
-        self._queue.put(message)
+    def put(self, message: Message, size: int = 0) -> None:
+        """Add *message*; from any thread.
+
+        Where too much waits already it is dropped, and a GAP has who receives ask for the state.
+
+        Args:
+            size: How much it counts for; only the reader's messages are large.
+        """
+        if size and self._put_size - self._taken_size + size > MAX_WAITING:
+            if not self._is_full:
+                self._is_full = True
+                self._queue.put(_Sized(GAP, 0))
+            return
+        if size:
+            self._is_full = False
+            self._put_size += size
+        self._queue.put(_Sized(message, size))
 
     def fail(self, reason: str) -> None:
         """Have :meth:`receive` raise, after the messages that are there; from any thread."""
@@ -168,10 +193,10 @@ class EventStream:
             mailbox.fail(self._connection.lost)
         return mailbox
 
-    def put(self, message: Message) -> None:
+    def put(self, message: Message, size: int = 0) -> None:
         """Sort in *message*; what nobody waits for is dropped."""
         if mailbox := self._routes.get(message.session_id):
-            mailbox.put(message)
+            mailbox.put(message, size)
 
     def lose(self, reason: str) -> None:
         """Record that the server is gone, and tell all who wait or will. First reason counts."""
@@ -241,7 +266,7 @@ class EventStream:
         parent, child = _kinship(kind, properties)
         if child not in self._routes and (mailbox := self._routes.get(parent)):
             mailbox.follow(child)
-        self.put(Message(str(properties.get("sessionID")), kind, properties))
+        self.put(Message(str(properties.get("sessionID")), kind, properties), len(data))
 
     def _mailboxes(self) -> set[Mailbox]:
         return set(tuple(self._routes.values()))  # noqa: C414 - tuple() is atomic, set() is not

@@ -162,9 +162,9 @@ class Translator:
 
     def _part(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
         part = mapping(properties.get("part"))
-        part_id, kind = str(part.get("id")), part.get("type")
+        part_id, kind = str(part.get("id")), str(part.get("type"))
         is_root = session_id == self._session_id
-        if part_id in self._told or (is_root and part.get("messageID") not in self._ours):
+        if part_id in self._told or (is_root and str(part.get("messageID")) not in self._ours):
             return []
         if part.get("tool") == "task" and (begun := self._task(session_id, part)):
             return [*begun, *self._part(session_id, properties)]
@@ -209,7 +209,7 @@ class Translator:
         return self._sub_agent(metadata.get("sessionId"), session_id, agent, title)
 
     def _sub_agent(self, child_id: Any, parent_id: str, agent: Any, title: Any) -> list[Event]:
-        if not child_id or child_id in self._sub_agents:
+        if not isinstance(child_id, str) or not child_id or child_id in self._sub_agents:
             return []
         self._sub_agents.add(child_id)
         more = {"childID": child_id, "parentID": parent_id, "agent": agent, "title": title}
