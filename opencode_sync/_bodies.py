@@ -18,7 +18,7 @@ from ._command import UNTITLED
 from ._denials import OUTPUT_TOOL, Rule, make_rule, rules_of
 from ._schema import OutputSchema
 from .config import RunConfig
-from .errors import OpenCodeConfigError
+from .errors import OpenCodeConfigError, OpenCodeError
 
 TITLE_CHARACTERS = 50
 
@@ -129,13 +129,78 @@ def prompt_body(
     return body | _who(cfg)
 
 
-def command_body(prompt: str, cfg: RunConfig, workspace: Path) -> dict[str, Any]:
-    """The command with *prompt* as its arguments.
+# As OpenCode splits arguments for $1, $2, ...; what stands between the words stays as it is.
+_WORD = re.compile(
+    r"""(\[Image[ ]\d+\])|"([^"]*)"|'([^']*)'|([^\t\n\v\f\r \u00a0\u1680\u2000-\u200a\u2028\u2029"""
+    r"""\u202f\u205f\u3000\ufeff"']+)""",
+    re.IGNORECASE,
+)
+_INTO_SHELL = re.compile(r"!`[^`]*\$(ARGUMENTS|\d)[^`]*`")
+_EXPANDED = re.compile(r"[`$@]")
+
+
+def sealed(arguments: str) -> str:
+    """*arguments* with each word as letters that mean nothing, until our plugin opens it.
+
+    OpenCode expands arguments together with the template: ``$&`` and the like, ``@file``, and
+    !`command` by the shell, whatever the permissions say (1.18.33).
+    """
+    return _WORD.sub(_sealed_word, arguments)
+
+
+def _sealed_word(match: re.Match[str]) -> str:
+    whole = match[0]
+    quote = whole[0] if match[2] is not None or match[3] is not None else ""
+    word = whole[1:-1] if quote else whole
+    letters = base64.urlsafe_b64encode(word.encode()).decode().rstrip("=")
+    return f"{quote}ocs.{letters}.ocs{quote}"
+
+
+def check_command(command: str, template: str, arguments: str, *, has_plugin: bool) -> None:
+    """Refuse arguments that OpenCode would expand.
+
+    Args:
+        has_plugin: They go sealed, to be opened by our plugin.
+
+    Raises:
+        OpenCodeConfigError: If the template hands them to the shell, or nothing opens them.
+    """
+    if _INTO_SHELL.search(template):
+        raise OpenCodeConfigError(into_shell(command))
+    if not has_plugin and (found := _EXPANDED.search(arguments)) is not None:
+        raise OpenCodeConfigError(
+            f"the arguments of command {command!r} hold {found[0]!r}, which OpenCode expands, by "
+            "the shell too: a server that runs elsewhere takes arguments without '`', '$' and '@'"
+        )
+
+
+def into_shell(command: str) -> str:
+    """Why the arguments of *command* are refused."""
+    return (
+        f"command {command!r} puts its arguments into a shell command, where they could do "
+        "anything: run it without arguments, or give its text as the prompt"
+    )
+
+
+OPENED = b'opencode-sync: {"arguments":true}'
+"""What our plugin says on stderr when it has opened a command's arguments."""
+
+
+def not_opened() -> OpenCodeError:
+    """The error for an OpenCode that would give the model sealed arguments."""
+    return OpenCodeError(
+        "this opencode did not load _plugin.js, so that the command's arguments would reach the "
+        "model as letters without a meaning; the run was stopped: give its text as the prompt"
+    )
+
+
+def command_body(arguments: str, cfg: RunConfig, workspace: Path) -> dict[str, Any]:
+    """The command with its *arguments*.
 
     Raises:
         OpenCodeConfigError: If a file cannot be read.
     """
-    body: dict[str, Any] = {"command": cfg.command, "arguments": prompt}
+    body: dict[str, Any] = {"command": cfg.command, "arguments": arguments}
     if cfg.files:
         body["parts"] = _files(cfg, workspace)
     if cfg.model is not None:

@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from ._bodies import command_body, missing_rules, permission_rules, prompt_body, session_body
+from ._bodies import (
+    check_command,
+    command_body,
+    missing_rules,
+    permission_rules,
+    prompt_body,
+    sealed,
+    session_body,
+)
 from ._http import FIRST_S, Connection, Requests, Within
 from ._interrupt import CancelScope
 from ._logs import no_space
@@ -121,6 +129,10 @@ class Link:
         refusal = {"status": status, "retry_after_s": retry_after_s}
         self._stream.put(Message(session_id, REFUSED, refusal))
 
+    def note_error(self, session_id: str, error: Mapping[str, Any]) -> None:
+        """Our plugin has ended what was asked of this session."""
+        self._stream.put(Message(session_id, "session.error", {"error": error}))
+
     def close(self) -> None:
         """End threads and connections; the server goes on."""
         self._stream.close()
@@ -146,14 +158,16 @@ class Link:
         """
         cfg, workspace = request.cfg, request.workspace
         directory = cfg.remote_dir or str(workspace)
+        scope = CancelScope() if scope is None else scope
+        requests = self.connection.within(scope)
         body = (
             prompt_body(request.prompt, cfg, workspace, request.output)
             # There is no format for a command: it is asked for in words.
             if cfg.command is None
-            else command_body(request.instructed, cfg, workspace)
+            else command_body(
+                self._arguments(request, cfg.command, directory, requests), cfg, workspace
+            )
         )
-        scope = CancelScope() if scope is None else scope
-        requests = self.connection.within(scope)
         with self._space_told():
             session_id = self._session(request, directory, requests)
         self._busy.take(session_id)
@@ -170,6 +184,18 @@ class Link:
             turn.close()
             raise
         return turn
+
+    def _arguments(self, request: Request, command: str, directory: str, requests: Requests) -> str:
+        """What to send for a command's arguments, which are not to be expanded."""
+        arguments = request.instructed
+        if not arguments.strip():
+            return arguments
+        listed = requests.get("/command", timeout_s=FIRST_S, directory=directory)
+        # An unknown one is refused by the server.
+        templates = [mapping(each) for each in listed if mapping(each).get("name") == command]
+        template = str(templates[0].get("template")) if templates else ""
+        check_command(command, template, arguments, has_plugin=self._has_marks)
+        return sealed(arguments) if self._has_marks else arguments
 
     def _turn(self, session_id: str, directory: str, request: Request, scope: CancelScope) -> Turn:
         cfg, answers = request.cfg, request.answers

@@ -10,6 +10,22 @@ function keepTime(formatted, { id, time, format }) {
   formatted.delete(id)
 }
 
+// The arguments of a command come sealed (see sealed() in _bodies.py), so that what OpenCode expands in
+// them, by the shell too, are words without a meaning. Here all is expanded.
+const SEALED = /ocs\.([\w-]*)\.ocs/g
+const opened = (text) => text.replace(SEALED, (_, word) => Buffer.from(word, "base64url").toString())
+const INSTEAD = "run it without arguments, or give its text as the prompt"
+const BY_SHELL = `puts its arguments into a shell command, where they could do anything: ${INSTEAD}`
+const BY_NAME = `gives its arguments to a sub-agent, with each file that they name behind an "@": ${INSTEAD}`
+const named = (text) => text.match(/(?<![\w`])@/g)?.length ?? 0
+const INTO_SHELL = /!`[^`]*\$(ARGUMENTS|\d)[^`]*`/
+
+function refuse(sessionID, message) {
+  const error = { name: "CommandArgumentsError", data: { message } }
+  console.error("opencode-sync: " + JSON.stringify({ type: "error", sessionID, error }))
+  throw new Error(message)
+}
+
 export const OpencodeSync = async ({ client }) => {
   // A tool that knew it could grant itself what it must ask for (see _preload.js). The server has read
   // it by now and goes on asking for it; tools get what process.env holds when they start.
@@ -28,6 +44,19 @@ export const OpencodeSync = async ({ client }) => {
       // Ours, so that OpenCode's own installations give up soon without a network; npm's defaults.
       if (process.env.npm_config_fetch_retries === "0") env.npm_config_fetch_retries = "2"
       if (process.env.npm_config_fetch_timeout === "5000") env.npm_config_fetch_timeout = "300000"
+    },
+    "command.execute.before": async ({ command, sessionID }, { parts }) => {
+      const { data: commands } = await client.command.list()
+      const { template } = commands?.find(({ name }) => name === command) ?? {}
+      if (INTO_SHELL.test(template)) refuse(sessionID, `command '${command}' ${BY_SHELL}`)
+      for (const part of parts) {
+        if (part.type === "text") part.text = opened(part.text)
+        if (part.type !== "subtask") continue
+        const prompt = opened(part.prompt) // expanded once more, in the sub-agent's session
+        if (named(prompt) > named(part.prompt)) refuse(sessionID, `command '${command}' ${BY_NAME}`)
+        part.prompt = prompt
+      }
+      console.error('opencode-sync: {"arguments":true}')
     },
     // A sub-agent goes on in a session of its own parent, or in a new one: others have other rules.
     "tool.execute.before": async ({ tool, sessionID }, { args }) => {

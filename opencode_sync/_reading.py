@@ -17,6 +17,7 @@ from .errors import strip_ansi
 _BUILT_IN_TOOLS = frozenset(
     {"bash", "edit", "glob", "grep", "read", "skill", "task", "todowrite", "webfetch", "write"}
 )
+ARGUMENTS_ERROR = "CommandArgumentsError"  # of our plugin
 TEXT_TYPES = ("text", "message", "assistant", "model")
 _REPEATED = ("type", "sessionID", "messageID")
 _NAMELESS = "UnknownError"

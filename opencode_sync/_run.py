@@ -17,17 +17,17 @@ from pathlib import Path
 
 from . import _interrupt, _tree, _watchdog
 from ._datadir import Lease
-from ._denials import ENFORCED, error_event, not_enforced
+from ._denials import error_event
 from ._logs import PRELOAD_PREFIX, LogReader, no_agent, not_counted
 from ._output import LineSplitter
 from ._process import Process
-from ._reading import called_session
+from ._reading import ARGUMENTS_ERROR, called_session, error_info
 from ._reasons import may_be_repeated, reason, start_error, what_is_missing
 from ._secrets import Secrets
 from .errors import (
+    OpenCodeConfigError,
     OpenCodeError,
     OpenCodeIncompleteError,
-    OpenCodePermissionError,
     OpenCodeProcessError,
 )
 from .events import Event, is_cut, parse_block, warning_events
@@ -57,7 +57,7 @@ class ProcessRun:
         keep_logs: bool = False,
         warnings: Sequence[str] = (),
         secrets: Secrets | None = None,
-        has_denials: bool = False,
+        must_say: Mapping[bytes, OpenCodeError] | None = None,
     ) -> None:
         """Start *argv* in *workspace*, with *prompt* on stdin.
 
@@ -68,7 +68,8 @@ class ProcessRun:
             keep_logs: Keep OpenCode's log lines in the result's stderr.
             warnings: What is known before the start; given first, as events.
             secrets: What stderr may not tell; None for those of the environment.
-            has_denials: End the run where OpenCode does not look for what *env* denies.
+            must_say: What is to stand on stderr before the first step, and with what error the
+                run is ended where it does not.
 
         Raises:
             OpenCodeError: If it cannot be started; nothing is left behind.
@@ -80,8 +81,8 @@ class ProcessRun:
         self._keep_raw = keep_raw
         self._keep_logs = keep_logs
         self._secrets = secrets or Secrets()
-        self._has_denials = has_denials
-        self._not_enforced: OpenCodePermissionError | None = None
+        self._must_say = must_say or {}
+        self._not_said: OpenCodeError | None = None
         self._logs = LogReader()
         self._stdout, self._stderr = LineSplitter(), LineSplitter()
         self._raw_blocks: list[bytes] = []
@@ -175,9 +176,9 @@ class ProcessRun:
         result.stderr = self._secrets.cleaned(stderr.decode("utf-8", "replace"))
         result.add_raw(self._raw_blocks)
         result.truncated = self._is_cut
-        if self._not_enforced is not None:
-            self._not_enforced.result = result
-            return self._not_enforced
+        if self._not_said is not None:
+            self._not_said.result = result
+            return self._not_said
         if result.status == "error":
             return OpenCodeProcessError(
                 result.exit_code,
@@ -220,18 +221,19 @@ class ProcessRun:
         if self._session is None:
             self._note_session(events)
         self._delegated.update(filter(None, map(called_session, events)))
-        if self._has_denials and any(event.get("type") in _STEPS for event in events):
-            self._has_denials = False
-            events += self._check_denials()
+        if self._must_say and any(event.get("type") in _STEPS for event in events):
+            events += self._check_said()
         return events
 
-    def _check_denials(self) -> list[Event]:
-        """Before its first step OpenCode has looked for what is denied, or it never will."""
-        if self._was_stopped or self._process.has_written("stderr", ENFORCED):
-            return []
-        self._not_enforced = not_enforced()
-        self.stop()
-        return [error_event(type(self._not_enforced).__name__, str(self._not_enforced))]
+    def _check_said(self) -> list[Event]:
+        """What is ours in OpenCode has said that it works before the first step, or it does not."""
+        must_say, self._must_say = self._must_say, {}
+        for words, error in must_say.items():
+            if not self._was_stopped and not self._process.has_written("stderr", words):
+                self._not_said = error
+                self.stop()
+                return [error_event(type(error).__name__, str(error))]
+        return []
 
     def _note_session(self, events: Sequence[Event]) -> None:
         for event in events:
@@ -261,6 +263,7 @@ class ProcessRun:
                 told = self._logs.read_told(text)
                 self._followed.update(str(event.get("childID")) for event in told)
                 events += told
+                self._not_said = self._not_said or _refused_by_plugin(told)
                 continue
             is_log, found = self._logs.read(text)
             if self._keep_logs or not is_log:
@@ -273,6 +276,14 @@ class ProcessRun:
             # The default agent has taken over, and may be allowed more than the one asked for.
             self.stop()
         return events
+
+
+def _refused_by_plugin(told: Sequence[Event]) -> OpenCodeError | None:
+    """The error that our plugin has ended a command with."""
+    for error in (error_info(event.get("error")) for event in told):
+        if error.name == ARGUMENTS_ERROR:
+            return OpenCodeConfigError(error.message)
+    return None
 
 
 def _as_stdin(prompt: str) -> bytes:

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from . import _interrupt, _tree
 from ._command import add_plugin, add_preload
@@ -56,6 +57,7 @@ class Server:
         scope: _interrupt.CancelScope,
         on_exit: Callable[[str], None],
         on_refusal: Callable[[str, int, float | None], None],
+        on_error: Callable[[str, Mapping[str, Any]], None],
     ) -> None:
         """Start it in *directory*, and wait until it listens.
 
@@ -64,6 +66,7 @@ class Server:
             on_exit: Called in a helper thread when it has ended, with what ended it.
             on_refusal: Called in a helper thread with a session, the HTTP status that a
                 provider refused it with, and the seconds that it asked to be left alone.
+            on_error: Called in a helper thread with a session and the error of our plugin.
 
         Raises:
             OpenCodeBinaryNotFoundError: If the binary cannot be run.
@@ -74,6 +77,7 @@ class Server:
         self.url = ""
         self._on_exit = on_exit
         self._on_refusal = on_refusal
+        self._on_error = on_error
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
         self._settled = _interrupt.Flag()  # it listens, or has ended
         self._env = env
@@ -206,6 +210,9 @@ class Server:
         if line.startswith(PRELOAD_PREFIX):
             with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 seen = json.loads(line[len(PRELOAD_PREFIX) :])
+                if seen.get("type") == "error":
+                    self._on_error(str(seen["sessionID"]), seen["error"])
+                    return
                 wait_s = asked_to_wait_s(seen.get("retry_after"), seen.get("retry_after_ms"))
                 self._on_refusal(str(seen["session"]), int(seen["status"]), wait_s)
             return

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from . import _interrupt, _tree, _watchdog
 from ._command import PLUGIN, build_env, resolve_binary, unpacking_in, without_user_config
@@ -263,6 +263,10 @@ class Own:
             for link in links:
                 link.note_refusal(session_id, status, wait_s)
 
+        def on_error(session_id: str, error: Mapping[str, Any]) -> None:
+            for link in links:
+                link.note_error(session_id, error)
+
         deadline = time.monotonic() + self._timeout_s
         process = Server(
             binary,
@@ -272,6 +276,7 @@ class Own:
             scope=self._scope,
             on_exit=on_exit,
             on_refusal=on_refusal,
+            on_error=on_error,
         )
         opening = _interrupt.CancelScope(max(deadline, time.monotonic() + OPEN_S))
         try:

@@ -23,12 +23,13 @@ from . import _interrupt, _tree
 from ._http import REQUEST_S, Connection, Within
 from ._interrupt import CancelScope
 from ._logs import no_space
-from ._reading import why_cut
+from ._reading import ARGUMENTS_ERROR, why_cut
 from ._replies import Replies
 from ._sessions import is_prompt_with_format, stored_messages
 from ._sse import GAP, Mailbox, Message, mapping
 from ._translate import Translator, parts_of
 from .errors import (
+    OpenCodeConfigError,
     OpenCodeError,
     OpenCodeIncompleteError,
     OpenCodeProcessError,
@@ -224,6 +225,8 @@ class Turn:
         if self._loss is not None:
             self._loss.result = result
             return self._loss
+        if result.error is not None and result.error.name == ARGUMENTS_ERROR:
+            return OpenCodeConfigError(result.error.message, result=result)
         if result.status == "error":
             reason = str(result.error)
             is_unexplained = result.error is not None and result.error.name == "UnknownError"

@@ -19,6 +19,8 @@ from . import _interrupt, _watchdog
 from ._checks import check_count, check_flag, check_number, check_program, checked_path
 from ._command import (
     DEFAULT_BINARY,
+    PLUGIN,
+    add_plugin,
     add_preload,
     build_argv,
     build_env,
@@ -29,7 +31,7 @@ from ._command import (
     without_user_config,
 )
 from ._datadir import DataDirectories, Lease
-from ._denials import DENIALS, enforced
+from ._denials import DENIALS, ENFORCED, enforced, not_enforced
 from ._gate import Gate
 from ._interrupt import CancelScope
 from ._run import ProcessRun
@@ -38,7 +40,7 @@ from ._sessionindex import check_directory, stored_directory
 from ._userdata import in_words, link_credentials, user_database
 from ._versions import check_program_version
 from .config import RunConfig
-from .errors import OpenCodeConfigError
+from .errors import OpenCodeConfigError, OpenCodeError
 from .runner import Request, Runner, StrPath
 from .stream import Source
 
@@ -213,6 +215,14 @@ class OpenCodeClient(Runner):
                 _watchdog.guard()
         cfg = request.cfg
         env = enforced(build_env(cfg), cfg)
+        must_say: dict[bytes, OpenCodeError] = {ENFORCED: not_enforced()} if DENIALS in env else {}
+        prompt = request.instructed
+        if cfg.command is not None and prompt.strip():
+            from ._bodies import OPENED, not_opened, sealed
+
+            _check_plugins(cfg, env)
+            env, prompt = add_plugin(env), sealed(prompt)
+            must_say[OPENED] = not_opened()
         isolated = self._isolate_db and "XDG_DATA_HOME" not in (cfg.extra_env or {})
         with ExitStack() as undo:
             if isolated:
@@ -235,7 +245,7 @@ class OpenCodeClient(Runner):
                 run = ProcessRun(
                     build_argv(binary, None, with_title(_with_logs(cfg), request.instructed)),
                     env,
-                    request.instructed,
+                    prompt,
                     request.workspace,
                     lease=lease,
                     keep_background=cfg.keep_background,
@@ -243,7 +253,7 @@ class OpenCodeClient(Runner):
                     keep_logs=bool(cfg.print_logs),
                     warnings=warnings,
                     secrets=request.secrets,
-                    has_denials=DENIALS in env,
+                    must_say=must_say,
                 )
                 undo.callback(run.close)  # a Ctrl-C's traceback would keep it alive
                 if not isolated and self._gate.is_limited:
@@ -280,6 +290,20 @@ class OpenCodeClient(Runner):
         if not cfg.inherit_user_config:
             env = without_user_config(env, cfg, self._directories.empty_config())
         return env
+
+
+def _check_plugins(cfg: RunConfig, env: Mapping[str, str]) -> None:
+    """Refuse a command's arguments where our plugin cannot keep them from being expanded."""
+    if cfg.pure or env.get("OPENCODE_PURE", "").lower() in ("1", "true"):
+        why = "pure=True leaves out all plugins"
+    elif not PLUGIN.is_file():
+        why = "there is no file of our plugin (a package in an archive?)"
+    else:
+        return
+    raise OpenCodeConfigError(
+        f"{why}, and ours keeps the arguments of command {cfg.command!r} from the shell: run it "
+        "without arguments, or give its text as the prompt"
+    )
 
 
 def _with_logs(cfg: RunConfig) -> RunConfig:

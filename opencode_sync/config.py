@@ -34,7 +34,12 @@ class RunConfig:
             vendor's free models.
         files: Paths attached to the prompt; relative ones count from the workspace.
         title: Title of the session; None for the beginning of its prompt.
-        command: Name of an OpenCode command; the prompt becomes its arguments.
+        command: Name of an OpenCode command; the prompt becomes its arguments, which reach the
+            model as they are: nothing in them is expanded or run. A command that puts them into a
+            shell command of its own is refused, and so are files that they name (``@file``) for a
+            sub-agent, arguments with *pure*, and on a server that runs elsewhere arguments with
+            ``$``, ``@`` or a backtick. In a process, arguments have OpenCode load a plugin, and so
+            wait for its own installations by npm.
         continue_session: Continue this client's last session in the workspace.
         session_id: Continue this session.
         fork: Branch the continued session, leaving the original as it is.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 
 from opencode_sync import OpenCodeConfigError, RunConfig
 from opencode_sync._bodies import (
+    check_command,
     check_server_wide,
     command_body,
     permission_rules,
     prompt_body,
+    sealed,
     session_body,
 )
 
@@ -156,3 +159,58 @@ def test_settings_of_the_server_may_be_left_out_or_repeated() -> None:
 def test_other_settings_of_the_server_are_refused() -> None:
     with pytest.raises(OpenCodeConfigError, match="extra_env is the same for all runs"):
         check_server_wide(RunConfig(extra_env={"A": "c"}), RunConfig(extra_env={"A": "b"}))
+
+
+# --- arguments of a command ----------------------------------------------------------------------
+
+
+def opened(text: str) -> str:
+    """As our plugin does it."""
+
+    def word(match: re.Match[str]) -> str:
+        letters = match[1]
+        return base64.urlsafe_b64decode(letters + "=" * (-len(letters) % 4)).decode()
+
+    return re.sub(r"ocs\.([\w-]*)\.ocs", word, text)
+
+
+ODD = (
+    'a !`touch x` $& $1 @b.txt "two  words" \'in\none\' it\'s [Image 1] "" ocs.YQ.ocs \u00a0ü🙂\t\n'
+)
+
+
+def test_sealed_arguments_hold_nothing_that_is_expanded_and_open_to_what_they_were() -> None:
+    found = sealed(ODD)
+
+    assert re.fullmatch(r"""(ocs\.[\w-]*\.ocs|[\s"'])*""", found)
+    assert opened(found) == ODD
+
+
+def test_sealed_arguments_are_as_many_words_as_before() -> None:
+    # As OpenCode 1.18.33 splits them.
+    words = re.compile(r"""\[Image\s+\d+\]|"[^"]*"|'[^']*'|[^\s"']+""")
+
+    before, after = words.findall(ODD), words.findall(sealed(ODD))
+
+    assert [opened(word) for word in after] == before
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["See !`git show $1`.", "!`echo $ARGUMENTS`", "!`a`, then !`b\n$2`"],
+    ids=["a word", "all", "the second"],
+)
+def test_a_template_that_puts_its_arguments_into_the_shell_is_refused(template: str) -> None:
+    with pytest.raises(OpenCodeConfigError, match="command 'x' puts its arguments into a shell"):
+        check_command("x", template, "plain", has_plugin=True)
+
+
+@pytest.mark.parametrize("arguments", ["!`ls`", "$&", "@a.txt"])
+def test_what_a_server_elsewhere_would_expand_is_refused(arguments: str) -> None:
+    with pytest.raises(OpenCodeConfigError, match="which OpenCode expands"):
+        check_command("x", "Do $1, !`ls`", arguments, has_plugin=False)
+
+
+def test_arguments_that_nothing_expands_are_taken() -> None:
+    check_command("x", "Do $1, !`ls`", "it's (plain); 'is it'?", has_plugin=False)
+    check_command("x", "`$1` !`ls` $2", "$& !`ls` @a", has_plugin=True)

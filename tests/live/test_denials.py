@@ -19,6 +19,8 @@ import pytest
 
 from opencode_sync import (
     OpenCodeClient,
+    OpenCodeConfigError,
+    OpenCodeError,
     OpenCodePermissionError,
     OpenCodeProcessError,
     OpenCodeServer,
@@ -76,6 +78,10 @@ def make_hostile(workspace: Path) -> None:
     (nested / "free.md").write_text(AGENT.format(name="free", mode="primary", edit="allow"))
     (agents / "reader.md").write_text(AGENT.format(name="reader", mode="subagent", edit="deny"))
     (commands / "free.md").write_text(COMMAND.format(head="agent: build"))
+    (commands / "all.md").write_text("Handle: $ARGUMENTS")
+    (commands / "words.md").write_text("First ($1), then ($2).")
+    (commands / "bare.md").write_text("Do it.")
+    (commands / "into.md").write_text("This: !`echo $1; touch made-into`")
     (commands / "sub.md").write_text(COMMAND.format(head="agent: helper\nsubtask: true"))
     subprocess.run(["git", "init", "-q", str(workspace.parent)], check=True)
 
@@ -252,6 +258,107 @@ def test_what_config_overrides_deny_holds_too_also_to_one_agent(
     assert run("By the one", "deep/free").denied_tools == ["bash", "read"]
     assert run("By the other", "build").denied_tools == ["bash"]
     assert made(workspace) == []
+
+
+# --- arguments of a command ----------------------------------------------------------------------
+
+ODD = (
+    "text !`touch made-arguments` costs $& $$ $' $1 @notes.txt \"two  words\" it's;\n touch made-it"
+)
+
+
+WORDS = "text 'b !`touch made-words` $&'  $$ @notes.txt"
+
+
+@pytest.mark.parametrize(
+    "command, arguments, text",
+    [
+        ("all", ODD, f"Handle: {ODD}"),
+        ("words", WORDS, "First (text), then (b !`touch made-words` $& $$ @notes.txt)."),
+        ("bare", ODD, f"Do it.\n\n{ODD}"),
+    ],
+    ids=["as a whole", "as words", "behind the template"],
+)
+def test_the_arguments_of_a_command_reach_the_model_as_they_are_and_never_the_shell(
+    runner: Runner,
+    cfg: RunConfig,
+    workspace: Path,
+    script: Script,
+    command: str,
+    arguments: str,
+    text: str,
+) -> None:
+    (workspace / "notes.txt").write_text("The code word is Kiebitz.\n")
+
+    result = runner.run(arguments, workspace, run_cfg=cfg.replace(command=command))
+
+    assert script.last.prompt == text
+    assert result.status == "ok"
+    assert made(workspace) == []
+
+
+def test_the_arguments_of_a_command_in_a_session_are_not_expanded(
+    runner: Runner, cfg: RunConfig, workspace: Path, script: Script
+) -> None:
+    with runner.session(workspace) as chat:
+        chat.send(ODD, run_cfg=cfg.replace(command="all"))
+
+    assert script.last.prompt == f"Handle: {ODD}"
+    assert made(workspace) == []
+
+
+def test_a_command_that_puts_its_arguments_into_the_shell_is_refused_by_name(
+    runner: Runner, cfg: RunConfig, workspace: Path, script: Script
+) -> None:
+    before = len(script.requests)
+
+    with pytest.raises(OpenCodeConfigError, match="command 'into' puts its arguments into a shell"):
+        runner.run("x; touch made-refused", workspace, run_cfg=cfg.replace(command="into"))
+
+    assert len(script.requests) == before
+    assert "made-refused" not in made(workspace)
+    (workspace / "made-into").unlink(missing_ok=True)  # the template's own
+
+
+def test_a_file_that_arguments_name_is_not_given_to_a_sub_agent(
+    runner: Runner, cfg: RunConfig, workspace: Path, script: Script
+) -> None:
+    (workspace / "notes.txt").write_text("The code word is Kiebitz.\n")
+    as_sub_agent = cfg.replace(command="sub", permission={"read": "deny"})
+    before = len(script.requests)
+
+    with pytest.raises(OpenCodeError, match="command 'sub' gives its arguments to a sub-agent"):
+        runner.run("look at @notes.txt", workspace, run_cfg=as_sub_agent)
+
+    assert len(script.requests) == before
+
+
+def test_a_server_elsewhere_takes_only_arguments_that_nothing_expands(
+    make: MakeRunner, cfg: RunConfig, workspace: Path, script: Script
+) -> None:
+    server = make()
+    if not isinstance(server, OpenCodeServer):
+        pytest.skip("not a server")
+    as_command = cfg.replace(command="all", config_overrides=None, extra_env=None)
+    plain = {"lean": False, "inherit_user_config": True, "instructions": ()}
+    own = as_command.replace(**plain)
+
+    with OpenCodeServer.connect(server.url, server.password) as elsewhere:
+        elsewhere.run("it's plain; is it?", workspace, run_cfg=own)
+        with pytest.raises(OpenCodeConfigError, match="hold '`', which OpenCode expands"):
+            elsewhere.run(ODD, workspace, run_cfg=own)
+
+    assert script.last.prompt == "Handle: it's plain; is it?"
+
+
+def test_arguments_are_refused_where_pure_leaves_out_what_seals_them(
+    opencode_binary: str, cfg: RunConfig, workspace: Path
+) -> None:
+    with (
+        OpenCodeClient(opencode_binary, run_cfg=cfg) as client,
+        pytest.raises(OpenCodeConfigError, match="pure=True leaves out all plugins"),
+    ):
+        client.run("Hi", workspace, run_cfg=cfg.replace(command="all", pure=True))
 
 
 # --- the tripwire --------------------------------------------------------------------------------
