@@ -389,6 +389,7 @@ def test_a_process_that_does_not_enforce_denials_is_stopped_before_its_first_too
 
 
 def test_a_denied_tool_that_runs_all_the_same_ends_the_run(
+    kind: type[Runner],
     make: MakeRunner,
     cfg: RunConfig,
     workspace: Path,
@@ -399,8 +400,10 @@ def test_a_denied_tool_that_runs_all_the_same_ends_the_run(
     pretending = tmp_path / "pretending.js"
     words = _denials.ENFORCED.decode()
     pretending.write_text(f"require('fs').writeSync(2, {json.dumps(words)} + '\\n')\n")
-    monkeypatch.setattr(_command, "PRELOAD_FILE", pretending)
-    monkeypatch.setattr(_bodies, "permission_rules", lambda cfg, **allowed: [])
+    if kind is OpenCodeClient:
+        monkeypatch.setattr(_command, "PRELOAD_FILE", pretending)
+    else:
+        monkeypatch.setattr(_bodies, "permission_rules", lambda cfg, **allowed: [])
     prompt = script.to("Run it", shell("true"), Reply("Never said.", delay_s=60.0))
 
     with pytest.raises(OpenCodePermissionError, match="'bash' is denied, and has run") as caught:
