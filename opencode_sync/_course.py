@@ -1,6 +1,6 @@
 """One job's course: attempts, deadlines, limits, from the first process to the result.
 
-    open_source(cancelled) --> Source --receive()--> events --+--> log_file
+    open_source(scope) ------> Source --receive()--> events --+--> log_file
        ^                         |                            +--> RunResult
        +--- again, where safe ---+--settle()--> error         +--> ready
        +--- a further turn ------+--review()

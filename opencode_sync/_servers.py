@@ -173,14 +173,16 @@ class Elsewhere:
 
     def start(self) -> InUse:
         """Reach it; see :class:`Origin`."""
-        link = Link(
-            self._url,
-            username=self._username,
-            password=self._password,
-            any_version=self._any_version,
-            busy=self._busy,
-            scope=self._scope,
-        )
+        opening = _interrupt.CancelScope(time.monotonic() + OPEN_S)
+        with self._scope.waking(opening.cancel):
+            link = Link(
+                self._url,
+                username=self._username,
+                password=self._password,
+                any_version=self._any_version,
+                busy=self._busy,
+                scope=opening,
+            )
         return InUse(link)
 
     def give_up(self) -> None:

@@ -6,6 +6,7 @@ import gc
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -36,6 +37,7 @@ from opencode_sync._servers import Elsewhere, InUse
 from opencode_sync.server import OpenCodeServer
 from tests import serving
 from tests.standin import VERSION
+from tests.webserver import Answer, WebServer
 
 WITHIN_S = 30
 
@@ -660,6 +662,94 @@ def test_the_first_request_in_a_directory_may_take_minutes(
 
     assert patience["POST", "/session"] == FIRST_S
     assert patience["GET", "/session"] == FIRST_S
+
+
+# --- where it hangs; see live/test_hung_server.py too ---------------------------------------------
+
+
+SLACK_S = 2.0 + 3.0  # what is promised beyond a limit, and what a busy machine may add
+
+
+def test_a_start_that_hangs_is_left_at_the_limit(serve: Serve, workspace: Path) -> None:
+    silent = RunConfig(extra_env={"SERVING_START": "silent"})
+    server = serve(run_cfg=silent, startup_timeout_s=10_000)
+    for limit in ("timeout_s", "idle_timeout_s"):
+        started = time.monotonic()
+
+        with pytest.raises(OpenCodeTimeoutError) as caught:
+            server.run("say hello", workspace, **{limit: 0.5})
+
+        assert time.monotonic() - started < 0.5 + SLACK_S
+        assert caught.value.limit == limit
+        assert caught.value.result is not None
+        assert caught.value.result.status == "timed_out"
+    started = time.monotonic()
+    server.close()
+    assert time.monotonic() - started < SLACK_S
+
+
+def test_a_start_that_hangs_is_left_by_a_run_that_is_cancelled(
+    serve: Serve, workspace: Path
+) -> None:
+    silent = RunConfig(extra_env={"SERVING_START": "silent"})
+    future = serve(run_cfg=silent, startup_timeout_s=10_000).submit("say hello", workspace)
+    while not future.running():
+        time.sleep(0.01)
+    started = time.monotonic()
+
+    future.cancel()
+
+    assert time.monotonic() - started < SLACK_S
+    with pytest.raises(OpenCodeCancelledError, match="cancelled"):
+        future.result(SLACK_S)
+
+
+def test_a_turn_on_a_server_that_hangs_ends_at_its_limit(
+    server: OpenCodeServer, workspace: Path
+) -> None:
+    server.run("say warm", workspace)
+    stream = server.stream("tool", workspace, timeout_s=3)
+    next(event for event in stream if event["type"] == "text_delta")
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGSTOP)
+    started = time.monotonic()
+
+    with pytest.raises(OpenCodeTimeoutError, match=r"3 s \(timeout_s\)") as caught:
+        stream.wait()
+
+    assert time.monotonic() - started < 3 + SLACK_S
+    assert caught.value.result is stream.result
+    assert tools_of(stream.session_id) == []
+
+
+def test_a_server_elsewhere_that_never_answers_or_dribbles_ends_nobody_s_limit(
+    workspace: Path,
+) -> None:
+    released = threading.Event()
+
+    def dribble() -> Iterator[bytes]:
+        while not released.wait(0.05):
+            yield b" "
+
+    with WebServer() as web:
+        web.answers["/global/health"] = Answer({"version": "1.18.33"})
+        web.answers["/session"] = lambda: Answer(dribble())
+        with OpenCodeServer.connect(web.url) as dribbling:
+            started = time.monotonic()
+            with pytest.raises(OpenCodeTimeoutError, match="timeout_s"):
+                dribbling.run("x", workspace, timeout_s=1)
+            assert time.monotonic() - started < 1 + SLACK_S
+        released.set()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        mute = OpenCodeServer.connect(url)
+        started = time.monotonic()
+        with pytest.raises(OpenCodeTimeoutError, match="timeout_s"):
+            mute.run("x", workspace, timeout_s=1)
+        assert time.monotonic() - started < 1 + SLACK_S
+        started = time.monotonic()
+        mute.close()
+        assert time.monotonic() - started < SLACK_S
 
 
 # --- elsewhere -----------------------------------------------------------------------------------
