@@ -39,7 +39,8 @@ class RunConfig:
             shell command of its own is refused, and so are files that they name (``@file``) for a
             sub-agent, arguments with *pure*, and on a server that runs elsewhere arguments with
             ``$``, ``@`` or a backtick. In a process, arguments have OpenCode load a plugin, and so
-            wait for its own installations by npm.
+            wait for its own installations by npm: some 12 seconds once in a workspace that has a
+            ``.opencode`` directory, and a minute where an earlier run ended in the middle of one.
         continue_session: Continue this client's last session in the workspace.
         session_id: Continue this session.
         fork: Branch the continued session, leaving the original as it is.
