@@ -514,7 +514,10 @@ def secret_config(word: str) -> RunConfig:
         password=word,
         attach=f"http://user:{word}@127.0.0.1:1",
         extra_env={"ANTHROPIC_API_KEY": word},
-        mcp={"x": {"headers": {"X-Own": word}, "environment": {"X": word}}},
+        mcp={
+            "far": {"type": "remote", "url": "http://127.0.0.1:1", "headers": {"X-Own": word}},
+            "near": {"type": "local", "command": ["x"], "environment": {"X": word}},
+        },
         config_overrides={"provider": {"p": {"options": {"apiKey": word, "token": [word]}}}},
     )
 
