@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._checks import check_count, check_number, shown
-from ._reading import ended_well
+from ._reading import ended_well, void_call
 from .errors import (
     OpenCodeBudgetError,
     OpenCodeConfigError,
@@ -36,6 +36,9 @@ LIMITS_OF_A_JOB = ("timeout_s", "max_cost", "max_steps", "max_tokens")
 # Steps in a row without a tool call and without a good end. OpenCode 1.18.33 asks again at once
 # after each, 10 to 18 times a second, for ever. One or two may be a provider's hiccup.
 ENDLESS_STEPS = 3
+# The same where tools were called in vain. OpenCode asks again for whatever reason such a step
+# ended; but the model is told what was wrong, and may need some tries.
+VOID_STEPS = 5
 # After these OpenCode does not ask again. A sub-agent that is called often may end so each time.
 _LAST_REASONS = ("stop", "length", "content-filter")
 
@@ -198,6 +201,8 @@ class Meter:
         # By session, a sub-agent's too: steps in a row that led to nothing, and how the last ended.
         self._fruitless: dict[object, int] = {}
         self._last_reason = ""
+        self._void: dict[object, str] = {}  # among these steps, the tool last called in vain
+        self._has_void: set[object] = set()  # in the step under way
         self._has_warned = False
 
     def start(self, instant: float) -> None:
@@ -205,7 +210,10 @@ class Meter:
         if self._started_at is None:
             self._started_at = instant
         self._heard_at = time.monotonic()
-        self._fruitless.clear()  # what comes is asked by us, and not again by OpenCode
+        # What comes is asked by us, and not again by OpenCode.
+        self._fruitless.clear()
+        self._void.clear()
+        self._has_void.clear()
 
     def heard(self, events: Iterable[Event]) -> None:
         """Something came, if only a sign of life."""
@@ -285,13 +293,20 @@ class Meter:
 
     def endless(self) -> OpenCodeIncompleteError | None:
         """The error for a run whose model is asked again and again, and gets nothing done."""
-        n = max(self._fruitless.values(), default=0)
-        if n < ENDLESS_STEPS:
-            return None
-        return OpenCodeIncompleteError(
-            f"the model was asked {n} times in a row, and each answer called no tool and ended for "
-            f"the reason {self._last_reason!r}, upon which OpenCode asks again: the run was stopped"
-        )
+        for session, n in self._fruitless.items():
+            tool = self._void.get(session)
+            if n >= (ENDLESS_STEPS if tool is None else VOID_STEPS):
+                what = f"called no tool and ended for the reason {self._last_reason!r}"
+                if tool is not None:
+                    what = (
+                        f"called only tools that it has not, or with wrong arguments ({tool!r} "
+                        "was the last)"
+                    )
+                return OpenCodeIncompleteError(
+                    f"the model was asked {n} times in a row, and each answer {what}, upon which "
+                    "OpenCode asks again: the run was stopped"
+                )
+        return None
 
     def warning(self, result: RunResult) -> str | None:
         """What there is to warn of, once: a budget that cannot bind."""
@@ -303,15 +318,22 @@ class Meter:
 
     def _count_step(self, event: Mapping[str, Any]) -> None:
         kind, session = event.get("type"), event.get("sessionID")
-        if kind == "tool_use":
+        if kind == "tool_use" and (tool := void_call(event)) is not None:
+            self._void[session] = tool
+            self._has_void.add(session)
+        elif kind == "tool_use":
+            self._void.pop(session, None)
             self._fruitless[session] = -1  # the step that it is part of does not count
         elif kind == "step_finish" and isinstance(step := event.get("part"), Mapping):
             reason = step.get("reason")
-            if not isinstance(reason, str) or reason in _LAST_REASONS:
+            is_last = not isinstance(reason, str) or reason in _LAST_REASONS
+            if is_last and session not in self._has_void:
                 self._fruitless[session] = 0
+                self._void.pop(session, None)
             else:
                 self._fruitless[session] = self._fruitless.get(session, 0) + 1
-                self._last_reason = reason
+                self._last_reason = str(reason)
+            self._has_void.discard(session)
 
     def _idle(self) -> float:
         return time.monotonic() - self._heard_at

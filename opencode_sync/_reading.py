@@ -294,6 +294,24 @@ def called_session(event: Mapping[str, Any]) -> str | None:
     return session if isinstance(session, str) and session else None
 
 
+def void_call(event: Mapping[str, Any]) -> str | None:
+    """The tool that *event* tells was called in vain, or None where a tool has begun.
+
+    There is no such tool for the model, or its arguments are not JSON, or not those of the tool.
+    """
+    part = event.get("part")
+    state = part.get("state") if isinstance(part, Mapping) else None
+    if not isinstance(part, Mapping) or not isinstance(state, Mapping):
+        return None
+    tool, error = part.get("tool"), state.get("error")
+    if tool == "invalid":
+        asked = state.get("input")
+        return str(asked.get("tool") if isinstance(asked, Mapping) else tool)
+    is_void = isinstance(error, str) and (_NOT_OFFERED in error or _MISFITTING in error)
+    return str(tool) if is_void and state.get("status") == "error" else None
+
+
+_MISFITTING = "was called with invalid arguments"
 _REFUSALS = ("rejected permission", "a rule which prevents you", "user dismissed this question")
 
 

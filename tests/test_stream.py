@@ -364,6 +364,53 @@ def test_steps_that_call_tools_may_end_for_whatever_reason() -> None:
     assert stream_of(Script(*steps, [step()])).wait().turns == 10
 
 
+def call(tool: str, session: str = "ses_1", **state: Any) -> dict[str, Any]:
+    return {"type": "tool_use", "sessionID": session, "part": {"tool": tool, "state": state}}
+
+
+MALFORMED = {"tool": "write", "error": "Invalid input for tool write: JSON parsing failed"}
+VOID_CALLS = {
+    "malformed": call("invalid", status="completed", input=MALFORMED),
+    "of no tool": call("write", status="error", error="Model tried to call unavailable tool"),
+    "misfitting": call("write", status="error", error="... was called with invalid arguments: ..."),
+}
+
+
+def calling(event: Any, n: int, reason: str = "tool-calls") -> list[Any]:
+    """Steps that call a tool alone, each as a block of its own."""
+    return [[block[0], event, block[2]] for block in asked_again(n, reason)]
+
+
+@pytest.mark.parametrize("reason", ["tool-calls", "stop", "length", "unknown"])
+@pytest.mark.parametrize("void", VOID_CALLS)
+def test_a_run_whose_model_calls_tools_in_vain_again_and_again_is_stopped(
+    void: str, reason: str
+) -> None:
+    source = Script(*calling(VOID_CALLS[void], 5, reason), forever())
+    stream = stream_of(source)
+
+    with pytest.raises(OpenCodeIncompleteError, match=r"5 times in a row.*'write' was the last"):
+        stream.wait()
+
+    assert source.stops == 1
+    assert (stream.result.status, stream.result.turns) == ("incomplete", 5)
+
+
+def test_a_model_that_finds_the_right_call_in_the_end_goes_on() -> None:
+    void, mixed = VOID_CALLS["malformed"], [VOID_CALLS["malformed"], TOOL_USE, step("tool-calls")]
+    failing = call("read", status="error", error="File not found: /x")
+    steps = [*calling(void, 4), mixed, *calling(void, 4), *calling(failing, 9), *calling(void, 4)]
+
+    assert stream_of(Script(*steps, [step()])).wait().status == "ok"
+
+
+def test_calls_in_vain_and_answers_that_do_not_end_add_up() -> None:
+    steps = [*calling(VOID_CALLS["malformed"], 3), *asked_again(2)]
+
+    with pytest.raises(OpenCodeIncompleteError, match="5 times in a row"):
+        stream_of(Script(*steps, forever())).wait()
+
+
 def test_a_step_that_ends_for_no_known_reason_is_not_the_end_to_a_budget() -> None:
     stream = stream_of(Script(*asked_again(1), forever()), max_cost=0.0002)
 

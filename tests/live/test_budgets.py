@@ -27,7 +27,7 @@ from opencode_sync import (
 )
 from opencode_sync.config import merged
 from opencode_sync.runner import Runner
-from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
+from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, ToolCall, tool_call
 from tests.live.warm import config, open_connections, shell
 
 pytestmark = [
@@ -44,6 +44,10 @@ ANSWERS: dict[str, Answer] = {
     "Unknown": Reply("hi", finish_reason="weird"),
     "Empty": Reply("", finish_reason="weird"),
     "Toolless": Reply("hi", finish_reason="tool_calls"),
+    "Malformed": Reply(tool_calls=[ToolCall("write", '{"filePath": "x')], finish_reason="length"),
+    "Unoffered": tool_call("nonsense"),
+    "Misfitting": tool_call("bash", comand="ls"),
+    "Structured": ToolCall("StructuredOutput", '{"name": "x'),
     "Work": shell("echo here"),
     "Delegate": tool_call(
         "task", description="Help", prompt="Unknown to a sub-agent", subagent_type="general"
@@ -85,6 +89,10 @@ def errors(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Errors:
         "Unknown reason": {},
         "Empty answer": {},
         "Toolless step": {},
+        "Malformed call": {},
+        "Unoffered tool": {},
+        "Misfitting arguments": {},
+        "Structured output": {"max_repairs": 0, "schema": {"type": "object", "required": ["name"]}},
         "Unknown reason, paid for": {"max_cost": 1.5 * STEP_COST},
         "Delegate it": {},
         "Work by steps": {"max_steps": 2},
@@ -125,6 +133,22 @@ def test_a_model_that_is_asked_again_and_again_ends_the_run(
     # Until it was stopped it may have been asked some more times, at most 18 a second.
     asked = [request for request in model.requests if request.prompt == prompt]
     assert 3 <= error.result.turns <= len(asked)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Malformed call", "Unoffered tool", "Misfitting arguments", "Structured output"]
+)
+def test_a_model_that_calls_tools_in_vain_again_and_again_ends_the_run(
+    errors: Errors, prompt: str
+) -> None:
+    error = errors[prompt]
+
+    assert isinstance(error, OpenCodeIncompleteError)
+    assert "5 times in a row" in str(error)
+    assert error.result is not None
+    assert error.result.status == "incomplete"
+    assert error.result.turns >= 5  # it may have been asked some more times until it was stopped
+    assert error.result.total_cost == pytest.approx(error.result.turns * STEP_COST)
 
 
 def test_a_sub_agent_that_is_asked_again_and_again_ends_the_run(errors: Errors) -> None:
