@@ -99,11 +99,14 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _ctrl_c_as_in_a_terminal() -> Iterator[None]:
-    """A shell starts what runs in the background with SIGINT ignored, and so would all children."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def _signals_as_in_a_terminal() -> Iterator[None]:
+    """What a shell's "&" and nohup have this process ignore, all children would ignore too."""
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    if hasattr(signal, "SIGHUP"):
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 # --- an environment without the developer --------------------------------------------------------

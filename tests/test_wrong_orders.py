@@ -191,6 +191,8 @@ def test_of_two_threads_on_one_stream_one_is_told(client: OpenCodeClient) -> Non
     errors: list[OpenCodeError] = []
     are_ready = threading.Barrier(2)
     stream = client.stream("fall_silent")
+    for _ in range(2):  # all that comes: from then on, whoever iterates waits
+        next(stream)
 
     def iterate() -> None:
         are_ready.wait(WITHIN_S)
