@@ -150,6 +150,19 @@ class LogReader:
         return [event] if is_retried(status) else []
 
 
+def split_told(line: str) -> tuple[str, str | None]:
+    """What stands in *line* before what _preload.js tells, and that from its PRELOAD_PREFIX on.
+
+    None in its place where it tells nothing. A plugin may have printed without a newline before it.
+    """
+    if line.startswith(PRELOAD_PREFIX):
+        return "", line
+    before, is_told, told = line.partition(f"{PRELOAD_PREFIX}{{")
+    if not is_told or _LOG_LINE.match(line):
+        return line, None
+    return before, f"{PRELOAD_PREFIX}{{{told}"
+
+
 def asked_to_wait_s(retry_after: Any, retry_after_ms: Any = None) -> float | None:
     """The seconds that a provider asks to be left alone; None where it does not say.
 

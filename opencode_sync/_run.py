@@ -18,7 +18,7 @@ from pathlib import Path
 from . import _interrupt, _tree, _watchdog
 from ._datadir import Lease
 from ._denials import error_event
-from ._logs import PRELOAD_PREFIX, LogReader, no_agent, not_counted
+from ._logs import LogReader, no_agent, not_counted, split_told
 from ._output import LineSplitter
 from ._process import Process
 from ._reading import ARGUMENTS_ERROR, called_session, error_info
@@ -258,13 +258,15 @@ class ProcessRun:
     def _read_stderr(self, lines: bytes) -> list[Event]:
         events: list[Event] = []
         for line in lines.split(b"\n"):
-            text = line.decode("utf-8", "replace")
-            if text.startswith(PRELOAD_PREFIX):
-                told = self._logs.read_told(text)
+            text, said = split_told(line.decode("utf-8", "replace"))
+            if said is not None:
+                told = self._logs.read_told(said)
                 self._followed.update(str(event.get("childID")) for event in told)
                 events += told
                 self._not_said = self._not_said or _refused_by_plugin(told)
-                continue
+                if not text:
+                    continue
+                line = text.encode()
             is_log, found = self._logs.read(text)
             if self._keep_logs or not is_log:
                 self._stderr_lines.append(line)

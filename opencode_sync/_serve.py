@@ -25,7 +25,14 @@ from typing import Any
 
 from . import _interrupt, _tree
 from ._command import add_plugin, add_preload
-from ._logs import PRELOAD_PREFIX, asked_to_wait_s, no_space, refused_by_bun, unwritable_home
+from ._logs import (
+    PRELOAD_PREFIX,
+    asked_to_wait_s,
+    no_space,
+    refused_by_bun,
+    split_told,
+    unwritable_home,
+)
 from ._secrets import without_quotes
 from .errors import OpenCodeBinaryNotFoundError, OpenCodeServerError, strip_ansi
 
@@ -207,19 +214,24 @@ class Server:
                     self._take(line.decode("utf-8", "replace"))
 
     def _take(self, line: str) -> None:
-        if line.startswith(PRELOAD_PREFIX):
-            with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                seen = json.loads(line[len(PRELOAD_PREFIX) :])
-                if seen.get("type") == "error":
-                    self._on_error(str(seen["sessionID"]), seen["error"])
-                    return
-                wait_s = asked_to_wait_s(seen.get("retry_after"), seen.get("retry_after_ms"))
-                self._on_refusal(str(seen["session"]), int(seen["status"]), wait_s)
-            return
+        line, told = split_told(line)
+        if told is not None:
+            self._take_told(told[len(PRELOAD_PREFIX) :])
+            if not line:
+                return
         self._lines.append(strip_ansi(line))
         if not self.url and _LISTENING in line:
             self.url = line[line.index("http") :].strip()
             self._settled.set()
+
+    def _take_told(self, told: str) -> None:
+        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            seen = json.loads(told)
+            if seen.get("type") == "error":
+                self._on_error(str(seen["sessionID"]), seen["error"])
+                return
+            wait_s = asked_to_wait_s(seen.get("retry_after"), seen.get("retry_after_ms"))
+            self._on_refusal(str(seen["session"]), int(seen["status"]), wait_s)
 
     def _why_not(self, timeout_s: float) -> str:
         said = without_quotes("\n".join(self._lines)).strip()

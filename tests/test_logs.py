@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opencode_sync._logs import LogReader, asked_to_wait_s, is_retried, log_fields
+from opencode_sync._logs import LogReader, asked_to_wait_s, is_retried, log_fields, split_told
 
 REFUSED = (
     'timestamp=2026-11-23T11:24:33.362Z level=ERROR run=8dcf033d message="stream error" '
@@ -246,3 +246,20 @@ def test_an_event_of_the_preloaded_file_is_whole_however_long_it_is(reader: LogR
     event = {"type": "text", "sessionID": "ses_child", "part": {"text": "x" * 200_000}}
 
     assert reader.read_told(f"opencode-sync: {json.dumps(event)}") == [event]
+
+
+@pytest.mark.parametrize(
+    "line, before, told",
+    [
+        (STATUS_429, "", STATUS_429),
+        ("opencode-sync: [1]", "", "opencode-sync: [1]"),
+        (f"working ... {STATUS_429}", "working ... ", STATUS_429),
+        ("run opencode-sync: it helps", "run opencode-sync: it helps", None),
+        (f"timestamp=1 level=ERROR {STATUS_429}", f"timestamp=1 level=ERROR {STATUS_429}", None),
+    ],
+    ids=["at once", "at once, and odd", "after text", "text", "quoted in the log"],
+)
+def test_what_the_preloaded_file_tells_is_found_behind_text_without_a_newline(
+    line: str, before: str, told: str | None
+) -> None:
+    assert split_told(line) == (before, told)

@@ -205,6 +205,28 @@ def test_a_sub_agent_is_announced_before_its_events(family: Family) -> None:
     assert len(known) == 4
 
 
+NOISY = """
+export const Noisy = async () => ({ event: async () => { process.stderr.write("working ... ") } })
+"""
+
+
+def test_text_that_a_plugin_prints_takes_no_dollar_with_it(
+    runner: Runner, family: Family, tmp_path: Path
+) -> None:
+    plugin = tmp_path / ".opencode" / "plugin" / "noisy.js"
+    plugin.parent.mkdir(parents=True)
+    plugin.write_text(NOISY)
+
+    result = runner.run("delegate", tmp_path)
+
+    assert (result.status, result.warnings) == ("ok", [])
+    assert result.total_cost == pytest.approx(family.result.total_cost)
+    assert {each.agent for each in result.sub_agents} == {"general"}
+    if isinstance(runner, OpenCodeClient):  # a server's is its own
+        assert result.stderr.startswith("working ... ")
+        assert "opencode-sync: " not in result.stderr
+
+
 def test_a_sub_agent_that_is_taken_up_again_is_counted_from_there(
     runner: Runner, family: Family, cfg: RunConfig, script: Script, workspace: Path
 ) -> None:
