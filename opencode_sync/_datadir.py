@@ -1,7 +1,8 @@
 """Data directories: one for each run in flight, reused by later runs.
 
     root/0, root/1, ...     XDG_DATA_HOME of a run; leased to one run at a time, lowest first
-    root/N/opencode-sync-unpacked   libraries that OpenCode unpacks; emptied after each run
+    root/N/opencode-sync-unpacked   libraries that OpenCode unpacks; emptied after each run, and
+                            before a server takes another one's place
     root/config             an empty XDG_CONFIG_HOME for runs that leave the user's out
     root/sessions.jsonl     which directory holds which session (kept roots only)
     root/N.lock             held while leased (kept roots only: other processes may share them)
@@ -87,6 +88,10 @@ class Lease:
         """Record that *session_id* is here, and is the last one in *workspace*."""
         if self._holds_sessions:
             self._owner._remember(session_id, self._slot, workspace)
+
+    def empty(self) -> None:
+        """Remove what was unpacked; on Windows, what is not in use any more."""
+        _empty(self.unpacked)
 
     def release(self) -> None:
         """Give the directory to the next run; idempotent."""

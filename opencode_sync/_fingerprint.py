@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from ._secrets import VALUES_ARE_SECRET, is_secret
+from ._secrets import VALUES_ARE_SECRET, is_secret, setting_name
 from .config import RunConfig
 
 _DIGITS = 32  # 128 bits: no two of any number of jobs are alike by chance
@@ -38,14 +38,15 @@ def job_fingerprint(prompt: str, workspace: str, settings: str) -> str:
     return _hashed([prompt, workspace, settings])
 
 
-def _without_secrets(value: Any, *, names_only: bool = False) -> Any:
+def _without_secrets(value: Any, name: str = "") -> Any:
+    """*value*, a setting that is called *name*."""
     if isinstance(value, Mapping):
-        return {
-            str(key): None
-            if names_only or is_secret(str(key), each)
-            else _without_secrets(each, names_only=str(key) in VALUES_ARE_SECRET)
-            for key, each in value.items()
-        }
+        plain: dict[str, Any] = {}
+        for key, each in value.items():
+            below = setting_name(name, key)
+            is_left_out = name in VALUES_ARE_SECRET or is_secret(below, each)
+            plain[str(key)] = None if is_left_out else _without_secrets(each, below)
+        return plain
     if isinstance(value, (list, tuple)):
         return [_without_secrets(each) for each in value]
     return _USER_IN_URL.sub("://", value) if isinstance(value, str) else value

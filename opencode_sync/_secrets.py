@@ -32,6 +32,8 @@ _NAMED_IN_ENVIRONMENT = re.compile(
     r"(?:^|_)(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE
 )
 VALUES_ARE_SECRET = ("headers", "env", "environment")
+# What stands in these is called as somebody likes: an agent "keyword-finder" is no secret.
+NAMES_ARE_FREE = ("agent", "mode", "mcp", "provider", "models", "command", "tools", "permission")
 _WORDS = (None, True, False, "allow", "ask", "deny")  # of switches and permissions
 _NO_SECRETS = {"allow", "deny", "true", "false", "none", "null"}
 # Of what is only listed beside secrets: a path, a URL that has no login and no query, a number.
@@ -50,6 +52,11 @@ def is_secret(name: str, value: Any) -> bool:
     if value in _WORDS or (name.lower().endswith("tokens") and isinstance(value, (int, float))):
         return False  # "*token*": "deny", and maxTokens
     return _NAMED.search(name) is not None
+
+
+def setting_name(name: str, key: object) -> str:
+    """What the setting *key* in the setting *name* is called; "" where its user has named it."""
+    return "" if name in NAMES_ARE_FREE else str(key)
 
 
 class Secrets:
@@ -142,8 +149,8 @@ def _of_config(cfg: RunConfig) -> Iterator[str]:
         if name in _JSON_VARIABLES:
             yield from _of_json(name, value)
         yield from _wanted(value, is_named=is_secret(name, value))
-    for field in (cfg.mcp, cfg.tools, cfg.config_overrides):
-        yield from _of_setting(field)
+    yield from _of_setting({"mcp": cfg.mcp, "tools": cfg.tools})
+    yield from _of_setting(cfg.config_overrides)
 
 
 def _of_json(name: str, text: str) -> Iterator[str]:
@@ -154,19 +161,24 @@ def _of_json(name: str, text: str) -> Iterator[str]:
     yield from _of_setting(value, is_listed=name == "OPENCODE_AUTH_CONTENT")
 
 
-def _of_setting(value: Any, *, is_named: bool = False, is_listed: bool = False) -> Iterator[str]:
+def _of_setting(
+    value: Any, *, name: str = "", is_named: bool = False, is_listed: bool = False
+) -> Iterator[str]:
     """The secrets in one setting of OpenCode's configuration.
 
     Args:
-        is_named: What it is called says that it is a secret.
+        name: What it is called.
+        is_named: That, or what it stands in is called, says that it is a secret.
         is_listed: It stands where values are secrets as a rule: among headers, say.
     """
     if isinstance(value, Mapping):
         for key, each in value.items():
+            below = setting_name(name, key)
             yield from _of_setting(
                 each,
-                is_named=is_named or is_secret(str(key), each),
-                is_listed=is_listed or str(key) in VALUES_ARE_SECRET,
+                name=below,
+                is_named=is_named or is_secret(below, each),
+                is_listed=is_listed or below in VALUES_ARE_SECRET,
             )
     elif isinstance(value, (list, tuple)):
         flag = ""  # of a command line

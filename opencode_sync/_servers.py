@@ -247,7 +247,9 @@ class Own:
         _check_plugin(env)
         if self._watchdog:
             _watchdog.guard()
-        if not self._leases:
+        if self._leases:
+            self._leases[0].empty()  # the one before has loaded what it has unpacked
+        else:
             self._leases.append(self._directories.lease(env))
         data = self._leases[0].path
         env["XDG_DATA_HOME"] = str(data)

@@ -214,13 +214,17 @@ class Checkpoint:
             if not self._is_open:
                 return
             self._is_open = False
-            _unlock_and_close(self._descriptor)
         try:
+            if os.name == "nt":  # where a file that is open cannot be replaced
+                _unlock_and_close(self._descriptor)
             if self._superseded:
                 self._drop_superseded()
         except OSError as error:  # the file is as good as before, only longer
             _log.warning("checkpoint %s keeps old failures: %s", self._path, error.strerror)
         finally:
+            # Locked until now, or another batch's lines would go with the file that is replaced.
+            if os.name != "nt":
+                _unlock_and_close(self._descriptor)
             self._lock.release()
 
     # -- the file ----------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -25,6 +26,7 @@ from opencode_sync import (
     OpenCodeTimeoutError,
     RunConfig,
     RunResult,
+    _saved,
 )
 from opencode_sync.checkpoint import Checkpoint, Entry
 from tests.scripted import ScriptedRunner
@@ -333,6 +335,29 @@ def test_two_writers_are_refused_where_the_lock_s_file_was_removed(
             next(runner.map(["c"], checkpoint=path))
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows does not replace an open file")
+def test_the_file_is_held_until_it_has_one_line_a_job(
+    runner: ScriptedRunner, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(runner.map([Job("fail", key="k")], checkpoint=path, on_error="return"))
+    others: list[object] = []
+
+    def beside_another(target: Path, mode: int) -> AbstractContextManager[IO[bytes]]:
+        monkeypatch.undo()
+        Path(f"{path}.lock").unlink()
+        try:
+            others.append(list(runner.map(["c"], checkpoint=path)))
+        except OpenCodeConfigError as error:
+            others.append(error)
+        return _saved.replacing(target, mode)
+
+    monkeypatch.setattr("opencode_sync.checkpoint.replacing", beside_another)
+
+    list(runner.map([Job("better", key="k")], checkpoint=path))
+
+    assert [type(other) for other in others] == [OpenCodeConfigError]
+
+
 def test_a_file_with_two_names_stays_one_file(runner: ScriptedRunner, path: Path) -> None:
     list(runner.map([Job("fail", key="k")], checkpoint=path, on_error="return"))
     link = path.with_name("link.jsonl")
@@ -544,8 +569,10 @@ def test_a_new_secret_makes_no_new_job(runner: ScriptedRunner, path: Path) -> No
         lambda word: {"permission": {"read": {"*.key": word}}},
         lambda word: {"tools": {"get_token": word == "allow"}},
         lambda word: {"config_overrides": {"options": {"budgetTokens": len(word)}}},
+        lambda word: {"config_overrides": {"agent": {"keyword-finder": {"prompt": word}}}},
+        lambda word: {"mcp": {"env": {"type": "local", "command": ["x", word]}}},
     ],
-    ids=["permission", "tool", "number of tokens"],
+    ids=["permission", "tool", "number of tokens", "agent", "MCP server"],
 )
 def test_what_is_only_called_like_a_secret_is_a_setting(
     runner: ScriptedRunner, path: Path, setting: Callable[[str], dict[str, Any]]

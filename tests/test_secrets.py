@@ -185,6 +185,7 @@ def secrets_of(**settings: Any) -> Secrets:
         {"mcp": {"x": {"command": ["server", f"--token={QUOTED}"]}}},
         {"mcp": {"x": {"url": f"https://me:{QUOTED}@host/"}}},
         {"config_overrides": {"provider": {"p": {"options": {"apiKey": QUOTED}}}}},
+        {"config_overrides": {"mcp": {"auth": {"headers": {"X-Any": QUOTED}}}}},
         {"attach": f"http://me:{QUOTED}@127.0.0.1:1"},
     ],
 )
@@ -229,6 +230,8 @@ def test_a_short_value_is_masked_where_its_name_says_that_it_is_secret() -> None
         {"mcp": {"x": {"command": ["anthropic/claude"]}}},
         {"extra_env": {"HOME": "/home/anthropic/claude"}},
         {"extra_env": {"BASE_URL": "http://anthropic/claude"}},
+        {"config_overrides": {"agent": {"key-finder": {"model": "anthropic/claude"}}}},
+        {"mcp": {"auth": {"type": "remote", "url": "anthropic/claude"}}},
     ],
 )
 def test_what_is_no_secret_stays(settings: dict[str, Any]) -> None:

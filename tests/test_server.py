@@ -30,6 +30,7 @@ from opencode_sync import (
     RunConfig,
     _tree,
 )
+from opencode_sync._datadir import UNPACKED
 from opencode_sync._fleet import Fleet
 from opencode_sync._http import FIRST_S
 from opencode_sync._request import Request
@@ -410,6 +411,21 @@ def test_after_its_death_the_next_run_starts_it_again_and_sessions_go_on(
 
     assert second.final_text == "two"
     assert server.pid != pid
+
+
+def test_what_a_server_unpacked_goes_when_another_one_takes_its_place(
+    serve: Serve, workspace: Path, tmp_path: Path
+) -> None:
+    server = serve(data_dir=tmp_path / "kept")
+    server.run("say one", workspace)
+    library = tmp_path / "kept" / "0" / UNPACKED / ".1-0.so"
+    library.touch()
+    with pytest.raises(OpenCodeServerError, match="exited with status 3"):
+        server.run("die", workspace)
+
+    server.run("say two", workspace)
+
+    assert not library.exists()
 
 
 def test_a_prompt_that_may_have_been_taken_is_not_sent_to_the_next_server(

@@ -311,6 +311,19 @@ def test_a_signal_to_all_does_not_take_it_before_its_work(
     assert not any(map(is_alive, facts["pids"]))
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's resource limits")
+def test_an_outer_run_does_not_end_it_before_its_work(program: Callable[..., Program]) -> None:
+    outer = _tree.run_token()
+    guarded = program(
+        "_tree.mark(os.getpid(), sys.argv[1]); _watchdog.guard(); say(); wait()", outer
+    )
+    guarded.facts()
+
+    found = [process.pid for process in _tree.find(outer)]
+
+    assert found == [guarded.pid]
+
+
 def test_a_killed_watchdog_is_replaced_and_the_new_one_knows_all(
     program: Callable[..., Program], directory: Path
 ) -> None:
