@@ -18,7 +18,6 @@ import contextlib
 import json
 import logging
 import os
-import platform
 import shutil
 import tempfile
 import threading
@@ -45,6 +44,8 @@ UNPACKED = "opencode-sync-unpacked"  # in a data directory; _preload.js knows th
 
 def pid_space() -> str:
     """Return a name of where this process's pid counts: this machine, or a container on it."""
+    import platform
+
     names = [platform.node()]
     with contextlib.suppress(OSError):  # all but Linux
         names.append(os.readlink("/proc/self/ns/pid"))

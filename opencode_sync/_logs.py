@@ -21,7 +21,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import Any, cast
 
 from ._mcp import unavailable
@@ -177,6 +176,8 @@ def asked_to_wait_s(retry_after: Any, retry_after_ms: Any = None) -> float | Non
             continue
         if math.isfinite(wait_s) and wait_s >= 0:
             return wait_s
+    from email.utils import parsedate_to_datetime  # loads the network's modules
+
     try:
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
     except (TypeError, ValueError, OverflowError, AttributeError, IndexError):

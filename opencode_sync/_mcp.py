@@ -11,7 +11,6 @@ not work. Its schema of 1.18.33; starts nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from .errors import OpenCodeConfigError
@@ -129,6 +128,8 @@ def _check_keys(where: str, entry: Mapping[str, Any], keys: Mapping[str, _Key]) 
 
 
 def _use(key: object, keys: Mapping[str, _Key]) -> str:
+    from difflib import get_close_matches
+
     meant = _MEANT.get(str(key))
     near = [meant] if meant in keys else get_close_matches(str(key), keys, n=1)
     if near:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -98,6 +97,8 @@ def _near(name: str) -> str | None:
     folded = _folded(name)
     if folded in known:
         return known[folded]
+    from difflib import get_close_matches
+
     near = [each for each in known if abs(len(each) - len(folded)) <= _SLIP_CHARACTERS]
     found = get_close_matches(folded, near, n=1, cutoff=_SLIP)
     return known[found[0]] if found else None

@@ -21,7 +21,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from hashlib import sha256
 from pathlib import Path
 
 from ._command import TESTED_VERSION, managed_path
@@ -291,6 +290,8 @@ def _is_script(program: str) -> bool:
 
 def _record_of(program: str) -> Path | None:
     """Where the answer of *program* is kept between processes."""
+    from hashlib import sha256
+
     import platformdirs
 
     with contextlib.suppress(RuntimeError):  # there is no home

