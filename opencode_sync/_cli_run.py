@@ -85,7 +85,7 @@ def _show(result: RunResult, options: argparse.Namespace) -> None:
 
 
 def _text(result: RunResult, schema: str | None) -> str:
-    if schema is None or result.status != "ok":
+    if schema is None or result.status not in ("ok", "denied"):
         return result.final_text
     return json.dumps(result.parsed, ensure_ascii=False)
 

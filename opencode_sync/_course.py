@@ -42,7 +42,7 @@ _log = logging.getLogger("opencode_sync")
 
 DRAIN_S = 2.0  # bound on reading what a stopped source had still written
 
-Stopped = Literal["timed_out", "cancelled", "over_budget", "incomplete"]
+Stopped = Literal["timed_out", "cancelled", "over_budget", "incomplete", "error"]
 
 
 class Course:
@@ -233,6 +233,8 @@ class Course:
                 self._take(events)
 
     def _end(self, error: OpenCodeError | None, status: Stopped | None = None) -> None:
+        if status is None and error is not None and self._result.status in ("ok", "denied"):
+            status = "error"  # its answer is there, and was lost on the way to the caller
         if status is not None:
             self._result.mark_stopped(status)
         if error is not None:

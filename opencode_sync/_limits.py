@@ -39,6 +39,7 @@ ENDLESS_STEPS = 3
 # The same where tools were called in vain. OpenCode asks again for whatever reason such a step
 # ended; but the model is told what was wrong, and may need some tries.
 VOID_STEPS = 5
+_ROUNDING = 1e-12  # dollars: less than a token costs anywhere
 # After these OpenCode does not ask again. A sub-agent that is called often may end so each time.
 _LAST_REASONS = ("stop", "length", "content-filter")
 
@@ -167,6 +168,16 @@ NO_BUDGET = Budget()
 def is_of_batch(error: object) -> bool:
     """Whether it says that a batch's budget is spent, and not the job's own."""
     return isinstance(error, OpenCodeBudgetError) and error.limit_name.startswith("max_total_")
+
+
+def unpriced_tokens(result: RunResult) -> int:
+    """The tokens of *result* at $0.00: its own, and each sub-agent's, if they cost nothing."""
+    cost, tokens, free = result.total_cost, tokens_of(result.token_usage), 0
+    for each in result.sub_agents:
+        used = tokens_of(each.token_usage)
+        cost, tokens = cost - each.total_cost, tokens - used
+        free += 0 if each.total_cost else used
+    return free + (tokens if cost < _ROUNDING else 0)
 
 
 def unpriced(tokens: int, limit_name: str) -> str:
@@ -310,9 +321,9 @@ class Meter:
 
     def warning(self, result: RunResult) -> str | None:
         """What there is to warn of, once: a budget that cannot bind."""
-        if self.limits.max_cost is None or self._has_warned or result.total_cost:
+        if self.limits.max_cost is None or self._has_warned:
             return None
-        tokens = tokens_of(result.token_usage)
+        tokens = unpriced_tokens(result)
         self._has_warned = tokens > 0
         return unpriced(tokens, "max_cost") if tokens else None
 

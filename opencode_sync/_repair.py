@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 
+from ._denials import OUTPUT_TOOL
 from ._request import Request
 from ._schema import Fit, OutputSchema, SchemaMismatch
 from .errors import OpenCodeOutputError
@@ -83,10 +85,28 @@ def _found(schema: OutputSchema, result: RunResult, is_cut: bool) -> Fit | Schem
         # What a server took down, if it did; a model may have put it into words all the same.
         if result._json is None:
             return schema.find(result.answer, is_cut=is_cut)
+        if (n := _n_outputs(result)) > 1:
+            raise SchemaMismatch([f"{OUTPUT_TOOL} was called with {n} different values at once"])
         return schema.take(result._json)  # the tool is called with whole JSON, or not at all
     except SchemaMismatch as mismatch:
         # Without the traceback, whose frames would keep the run's stream in memory.
         return mismatch.with_traceback(None)
+
+
+def _n_outputs(result: RunResult) -> int:
+    """How many different values the last answer gave to the tool; OpenCode keeps the last one."""
+    message_id: object = None
+    values: set[str] = set()
+    for event in result.tool_calls:
+        part = event.get("part")
+        if not isinstance(part, Mapping) or part.get("tool") != OUTPUT_TOOL:
+            continue
+        state = part.get("state")
+        if isinstance(state, Mapping) and state.get("status") == "completed":
+            if part.get("messageID") != message_id:
+                message_id, values = part.get("messageID"), set()
+            values.add(json.dumps(state.get("input"), sort_keys=True))
+    return len(values)
 
 
 def is_cut_off(result: RunResult) -> bool:

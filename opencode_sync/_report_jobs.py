@@ -49,6 +49,7 @@ class Row:
         gist: The answer's beginning, or the error's.
         is_empty: It ended well, without an answer and without a tool call.
         tools: Names of the tools, in order, once for each use.
+        cost_before, tokens_before: On earlier tries at it, as the checkpoint has them.
         started_at, ended_at: Unix times in seconds; None where nothing tells of them.
     """
 
@@ -64,6 +65,8 @@ class Row:
     tokens: TokenUsage
     seconds: float
     started_at: float | None
+    cost_before: float = 0.0
+    tokens_before: int = 0
 
     @property
     def ended_at(self) -> float | None:
@@ -94,6 +97,8 @@ def row_of(record: Record, place: int) -> Row:
         tokens=_tokens(_mapping(record, "token_usage")),
         seconds=number_of(record.get("duration_s")),
         started_at=_started_at(record),
+        cost_before=number_of(record.get("cost_before")),
+        tokens_before=int(number_of(record.get("tokens_before"))),
     )
 
 

@@ -128,8 +128,9 @@ def _place(bar: Bar | None) -> dict[str, Any]:
 
 
 def _figures(rows: Sequence[Row], total_s: float, lanes: int) -> list[Figure]:
-    cost = sum(row.cost for row in rows)
-    tokens = sum(row.tokens.total for row in rows)
+    before = sum(row.cost_before for row in rows)
+    cost = sum(row.cost for row in rows) + before
+    tokens = sum(row.tokens.total + row.tokens_before for row in rows)
     out = sum(row.tokens.output + row.tokens.reasoning for row in rows)
     busy_s = sum(row.seconds for row in rows)
     bad = sum(row.status != "ok" for row in rows)
@@ -138,6 +139,8 @@ def _figures(rows: Sequence[Row], total_s: float, lanes: int) -> list[Figure]:
     took = sorted(row.seconds for row in rows if row.seconds) or [0.0]
     p95 = quantiles(took, n=20)[-1] if len(took) > 1 else took[0]
     each = f"{money(cost / len(rows) if rows else 0.0)} a job"
+    if before:
+        each += f"; {money(before)} of it on earlier tries"
     if unpriced := sum(row.tokens.total > 0 and not row.cost for row in rows):
         each += f"; {unpriced:,} used tokens at $0.00"
     return [

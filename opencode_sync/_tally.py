@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ._limits import Spent, tokens_of, unpriced
+from ._limits import Spent, tokens_of, unpriced, unpriced_tokens
 from ._markup import html_table
 from ._report_kept import Kept
 from .errors import OpenCodeError
@@ -270,8 +270,7 @@ class Tally:
         if result is not None:
             self._cost += result.total_cost
             self._tokens += result.token_usage
-            if not result.total_cost:
-                self._unpriced += tokens_of(result.token_usage)
+            self._unpriced += unpriced_tokens(result)
             if self._unpriced and self._cost_limit and not self._has_warned:
                 self._has_warned = True
                 _log.warning("%s", unpriced(self._unpriced, self._cost_limit))

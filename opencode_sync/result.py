@@ -184,9 +184,9 @@ class RunResult:
         self._texts.begin_turn()
 
     def mark_stopped(
-        self, status: Literal["timed_out", "cancelled", "over_budget", "incomplete"]
+        self, status: Literal["timed_out", "cancelled", "over_budget", "incomplete", "error"]
     ) -> None:
-        """Record that the run was ended from outside, which then is its status."""
+        """Record that the run was ended from outside, or by an error, which then is its status."""
         self._stopped = status
 
     def add_raw(self, blocks: Iterable[bytes]) -> None:
@@ -247,7 +247,7 @@ class RunResult:
         result._texts = Texts([Step(paragraphs=[before] if before else []), last])
         if not text.endswith(answer):  # OpenCode had gone on after it
             result._texts = Texts([Step(paragraphs=[text])], answered=last)
-        stopped = ("timed_out", "cancelled", "over_budget", "incomplete")
+        stopped = ("timed_out", "cancelled", "over_budget", "incomplete", "error")
         # A result that is incomplete by its events may still go on.
         if (status := data.get("status")) in stopped and status != result.status:
             result._stopped = status

@@ -212,6 +212,20 @@ def test_an_answer_with_a_schema_is_printed_as_json(shell: Shell, tmp_path: Path
     assert shell("run", "--schema", "schema.json", prompt)[:2] == (0, '{"n": 1}\n')
 
 
+def test_an_answer_with_a_schema_is_printed_as_json_where_a_tool_was_denied_too(
+    shell: Shell, tmp_path: Path
+) -> None:
+    (tmp_path / "schema.json").write_text(SCHEMA)
+    refusal = {"status": "error", "error": "The user rejected permission to use it"}
+    prompt = f"""step(tool=("bash", {refusal}), reason="tool-calls")
+step(text='Here it is: {{"n": 1}}')\n# end\n"""
+
+    status, out, err = shell("run", "--schema", "schema.json", prompt)
+
+    assert (status, out) == (0, '{"n": 1}\n')
+    assert "denied" in err
+
+
 def test_a_dash_reads_the_prompt_from_stdin(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(HELLO.encode())))
 

@@ -31,6 +31,8 @@ from opencode_sync import (
     RunStream,
 )
 from opencode_sync._interrupt import CancelScope
+from opencode_sync._repair import SchemaReview
+from opencode_sync._schema import OutputSchema
 from opencode_sync.events import Event
 from opencode_sync.runner import Request, Runner
 
@@ -42,6 +44,9 @@ COST = 0.25
 @dataclass
 class Bird:
     legs: int
+
+
+REQUEST = Request("Describe it", Path("/"), RunConfig(), OutputSchema(Bird))
 
 
 class Answering(Runner):
@@ -131,6 +136,53 @@ def test_what_a_tool_took_down_comes_before_words() -> None:
     runner = Answering({"legs": 2})
 
     assert runner.run("Describe it", schema=Bird).parsed == Bird(2)
+
+
+def outputs(*values: object) -> list[Any]:
+    """Calls of the tool for structured output, all in one answer."""
+    return [
+        {
+            "type": "tool_use",
+            "part": {
+                "tool": "StructuredOutput",
+                "messageID": "msg_1",
+                "state": {"status": "completed", "input": value},
+            },
+        }
+        for value in values
+    ]
+
+
+def test_a_tool_that_took_down_different_values_at_once_has_none_that_is_the_answer() -> None:
+    result = RunResult(tool_calls=outputs({"legs": 2}, {"legs": 4}))
+    result._json = {"legs": 4}
+    result.session_id = "ses_1"
+
+    further = SchemaReview(REQUEST, 1)(result)
+
+    assert further is not None
+    assert "StructuredOutput was called with 2 different values at once" in further.prompt
+    assert result.parsed is None
+
+
+def test_a_tool_may_take_down_the_same_value_twice_and_another_one_later() -> None:
+    (later,) = outputs({"legs": 2})
+    later["part"]["messageID"] = "msg_2"
+    result = RunResult(tool_calls=[*outputs({"legs": 4}), later, later])
+    result._json = {"legs": 2}
+
+    assert SchemaReview(REQUEST, 1)(result) is None
+    assert result.parsed == Bird(2)
+
+
+def test_a_run_that_ends_with_an_error_after_its_answer_is_not_ok() -> None:
+    with pytest.raises(OpenCodeConfigError, match="refers to what it does not hold") as caught:
+        Answering(GOOD).run("Describe it", schema={"$ref": "#/definitions/bird"})
+
+    result = caught.value.result
+    assert result is not None
+    assert (result.status, result.total_cost, result.parsed) == ("error", COST, None)
+    assert RunResult.from_dict(result.to_dict()) == result
 
 
 def test_without_a_schema_nothing_is_parsed() -> None:

@@ -661,3 +661,13 @@ def test_values_on_the_axis_are_round(top: float, values: list[float]) -> None:
 )
 def test_a_span_of_time_is_told_in_two_units_at_most(seconds: float, text: str) -> None:
     assert span(seconds) == text
+
+
+def test_the_page_counts_what_earlier_tries_have_cost(tmp_path: Path) -> None:
+    once_more = record(1, cost_before=0.5, tokens_before=1_000_000)
+
+    page = page_of(tmp_path / "page.html", [record(0), once_more])
+
+    words = " ".join(page.text.split())
+    assert "Cost$0.5200$0.2600 a job; $0.5000 of it on earlier tries" in words
+    assert "Tokens1 M" in words

@@ -472,6 +472,29 @@ def test_tokens_without_a_price_are_warned_of_once_where_dollars_are_to_bind(
     assert "max_tokens binds" in warning
 
 
+def test_a_sub_agent_without_a_price_is_warned_of_in_a_run_that_has_one() -> None:
+    tokens = {"total": 120, "input": 100, "output": 20}
+    free = {"reason": "stop", "cost": 0, "tokens": tokens}
+    child = {"type": "step_finish", "sessionID": "ses_2", "part": free}
+    paid = {"type": "step_finish", "sessionID": "ses_1", "part": {**free, "cost": 0.1}}
+    going_on = {**paid, "part": {**paid["part"], "reason": "tool-calls"}}
+
+    result = stream_of(Script([going_on], [child], [paid]), max_cost=1.0).wait()
+
+    assert result.total_cost == pytest.approx(0.2)
+    (warning,) = result.warnings
+    assert warning.startswith("120 tokens were counted at $0.00")
+
+
+def test_a_run_whose_steps_all_have_a_price_is_not_warned_of() -> None:
+    steps = []
+    for session in ("ses_1", "ses_2", "ses_3", "ses_2", "ses_1"):
+        part = {"reason": "stop", "cost": 0.1, "tokens": {"total": 120}}
+        steps.append([{"type": "step_finish", "sessionID": session, "part": part}])
+
+    assert stream_of(Script(*steps), max_cost=1.0).wait().warnings == []
+
+
 def test_without_a_limit_of_dollars_nobody_is_warned_of_a_free_model() -> None:
     part = {"reason": "stop", "cost": 0, "tokens": {"total": 120}}
     source = Script([{"type": "step_finish", "part": part}])
