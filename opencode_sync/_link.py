@@ -298,7 +298,7 @@ class Link:
         cfg = request.cfg
         session = sessions.known(session_id, directory)
         own = str(session.get("directory"))
-        if own != directory:
+        if own != directory and own != sessions.resolved(directory):
             raise OpenCodeConfigError(
                 f"session {session_id!r} works in {own!r}, not in {directory!r}: "
                 "pass that workspace"

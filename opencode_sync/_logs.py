@@ -233,7 +233,9 @@ def no_space(env: Mapping[str, str]) -> str | None:
         env: What it was started with; says where it writes.
     """
     home = env.get("XDG_DATA_HOME") or env.get("HOME")
-    places = (tempfile.gettempdir(), env.get("TMPDIR"), env.get("BUN_TMPDIR"), home)
+    places = [env.get("TMPDIR"), env.get("BUN_TMPDIR"), home]
+    with suppress(OSError):  # Python asked first now, and found none that takes a file
+        places.insert(0, tempfile.gettempdir())
     for place in filter(None, places):
         with suppress(OSError):
             free = shutil.disk_usage(place).free

@@ -71,8 +71,9 @@ class Secrets:
         values = {value for name, each in os.environ.items() for value in _of_parent(name, each)}
         for cfg in self._configs:
             values.update(_of_config(cfg))
-        # A configuration is quoted as JSON.
-        values |= {json.dumps(value)[1:-1] for value in values}
+        # A configuration is quoted as JSON, by OpenCode with letters of all languages as they are.
+        for is_ascii in (True, False):
+            values |= {json.dumps(value, ensure_ascii=is_ascii)[1:-1] for value in values}
         # The longest first: one may be a part of another.
         return sorted(values, key=len, reverse=True)
 

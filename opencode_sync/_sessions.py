@@ -75,6 +75,17 @@ class Sessions:
                     raise
         raise OpenCodeConfigError(f"session {session_id!r} is unknown to the server")
 
+    def resolved(self, directory: str) -> str | None:
+        """*directory* as the server calls it, without links; None where it has none."""
+        try:
+            where = self._connection.get("/path", timeout_s=FIRST_S, directory=directory)
+        except OpenCodeServerError as error:
+            if error.status_code is None:
+                raise
+            return None
+        own = mapping(where).get("directory")
+        return own if isinstance(own, str) else None
+
     def messages(self, session_id: str, directory: str) -> list[dict[str, Any]]:
         """All messages, oldest first; see :func:`stored_messages`."""
         try:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opencode_sync._logs import LogReader, asked_to_wait_s, is_retried, log_fields, split_told
+from opencode_sync._logs import (
+    LogReader,
+    asked_to_wait_s,
+    is_retried,
+    log_fields,
+    no_space,
+    split_told,
+)
 
 REFUSED = (
     'timestamp=2026-11-23T11:24:33.362Z level=ERROR run=8dcf033d message="stream error" '
@@ -263,3 +272,18 @@ def test_what_the_preloaded_file_tells_is_found_behind_text_without_a_newline(
     line: str, before: str, told: str | None
 ) -> None:
     assert split_told(line) == (before, told)
+
+
+# --- space ---------------------------------------------------------------------------------------
+
+
+def test_a_lack_of_space_is_told_where_python_finds_no_temporary_directory_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    monkeypatch.setattr("opencode_sync._logs.NEEDED_BYTES", 10**18)
+
+    assert f"left in {str(tmp_path)!r}" in str(no_space({"HOME": str(tmp_path)}))

@@ -203,11 +203,13 @@ def test_a_secret_of_the_environment_is_masked(monkeypatch: pytest.MonkeyPatch, 
     assert Secrets().cleaned(f"no: {QUOTED}!") == "no: ***!"
 
 
-@pytest.mark.parametrize("value", ['quo"ted\\value', "two\nlines"])
-def test_a_secret_is_masked_as_it_is_and_as_it_stands_in_json(value: str) -> None:
+@pytest.mark.parametrize("value", ['quo"ted\\value', "two\nlines", 'sés"âme-sésâme'])
+@pytest.mark.parametrize("is_ascii", [True, False])
+def test_a_secret_is_masked_as_it_is_and_as_it_stands_in_json(value: str, is_ascii: bool) -> None:
     secrets = secrets_of(password=value)
+    quoted = json.dumps([value], ensure_ascii=is_ascii)
 
-    assert secrets.cleaned(f"{value} and {json.dumps([value])}") == '*** and ["***"]'
+    assert secrets.cleaned(f"{value} and {quoted}") == '*** and ["***"]'
 
 
 def test_a_secret_that_is_a_part_of_another_one_leaves_nothing_of_it() -> None:

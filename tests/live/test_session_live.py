@@ -458,3 +458,22 @@ def test_a_client_has_conversations_too(
 
     assert past == ["My name is Bob.", "re My name is Bob.", "And mine?"]
     assert fork.session_id != chat.session_id
+
+
+@pytest.mark.parametrize("way", ["link", "slash"])
+def test_a_session_goes_on_in_a_directory_that_the_server_calls_by_another_name(
+    server: OpenCodeServer, script: Script, workspace: Path, tmp_path: Path, way: str
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(workspace)
+    named = str(link) if way == "link" else f"{workspace}/"
+    cfg = RunConfig(attach=server.url, password=server.password, remote_dir=named)
+
+    with (
+        OpenCodeClient(run_cfg=cfg.replace(model=server._run_cfg.model)) as client,
+        client.session() as talk,
+    ):
+        answers = [talk.send(prompt).answer for prompt in ("by name 1", "by name 2")]
+
+    assert answers == ["re by name 1", "re by name 2"]
+    assert "by name 1" in conversation(script.last)
