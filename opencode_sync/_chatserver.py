@@ -129,9 +129,9 @@ class _Connection(BaseHTTPRequestHandler):
         try:
             body = json.loads(content)
         except ValueError as error:
-            return self._refuse(400, f"the request is no JSON: {error}")
+            return self._refuse(400, f"the request is not valid JSON: {error}")
         if not isinstance(body, dict):
-            return self._refuse(400, "the request is no JSON object")
+            return self._refuse(400, "the request is not a JSON object")
         headers = {name.lower(): value for name, value in self.headers.items()}
         request = ChatRequest(body, headers, time.time())
         reply = self.server.admit(request)

@@ -68,7 +68,7 @@ def json_object(option: str, path: str) -> dict[str, Any]:
     except OSError as error:
         raise OpenCodeConfigError(f"{option} {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise OpenCodeConfigError(f"{option} {path} is no JSON: {error}") from None
+        raise OpenCodeConfigError(f"{option} {path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise OpenCodeConfigError(f"{option} {path}: a JSON object is needed")
     return value
@@ -88,4 +88,4 @@ def _permission(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise OpenCodeConfigError(f"--permission {text!r} is no JSON: {error}") from None
+        raise OpenCodeConfigError(f"--permission {text!r} is not valid JSON: {error}") from None

@@ -213,7 +213,7 @@ def build_env(run_cfg: RunConfig, base: Mapping[str, str] | None = None) -> dict
     A configuration that *base* carries in ``OPENCODE_CONFIG_CONTENT`` is merged under ours.
 
     Raises:
-        OpenCodeConfigError: If that configuration is no JSON object.
+        OpenCodeConfigError: If that configuration is not a JSON object.
     """
     env = dict(os.environ if base is None else base)
     if not run_cfg.inherit_user_config:
@@ -316,7 +316,7 @@ def _parent_config(content: str | None) -> dict[str, Any]:
         config = None
     if not isinstance(config, dict):
         raise OpenCodeConfigError(
-            "OPENCODE_CONFIG_CONTENT of the environment is no JSON object, so the run's own "
+            "OPENCODE_CONFIG_CONTENT of the environment is not a JSON object, so the run's own "
             "configuration cannot be merged over it: mend or unset it"
         )
     return config

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ._tool_names import PERMISSION_OF
+from ._tool_names import AGENT_KEYS, PERMISSION_OF, mapping
 from .config import RunConfig
 from .errors import OpenCodeConfigError, OpenCodePermissionError
 from .events import Event
@@ -37,7 +37,6 @@ OUTPUT_TOOL = "StructuredOutput"  # OpenCode gives it to the model where a promp
 # Of these tools, a rule's pattern is held against this argument as it is.
 _SUBJECT_OF = {"bash": "command", "webfetch": "url", "task": "subagent_type", "skill": "name"}
 _SEVERAL_COMMANDS = re.compile(r"[;&|<>()$`\\\"'\n]")
-_AGENTS = ("agent", "mode")  # the second is the older name of the first
 
 
 def rules_of(cfg: RunConfig) -> list[Rule]:
@@ -47,7 +46,7 @@ def rules_of(cfg: RunConfig) -> list[Rule]:
     """
     fields = _rules(cfg.tools or {}, cfg.permission)
     overrides = cfg.config_overrides or {}
-    below = _rules(_mapping(overrides.get("tools")), overrides.get("permission"))
+    below = _rules(mapping(overrides.get("tools")), overrides.get("permission"))
     return [*(below if _deny(below) else ()), *fields]
 
 
@@ -94,10 +93,10 @@ def enforced(env: dict[str, str], cfg: RunConfig, *, is_server: bool = False) ->
 def _denied_to_agents(config: Mapping[str, Any]) -> list[tuple[str, str, str, list[Rule]]]:
     """Key of the configuration, name, mark and rules of each agent that is denied something."""
     found = []
-    for key in _AGENTS:
-        for number, (name, agent) in enumerate(_mapping(config.get(key)).items()):
-            agent = _mapping(agent)
-            rules = _rules(_mapping(agent.get("tools")), agent.get("permission"))
+    for key in AGENT_KEYS:
+        for number, (name, agent) in enumerate(mapping(config.get(key)).items()):
+            agent = mapping(agent)
+            rules = _rules(mapping(agent.get("tools")), agent.get("permission"))
             if _deny(rules):
                 found.append((key, name, f"opencode-sync-{key}-{number}", rules))
     return found
@@ -107,7 +106,7 @@ def _rules(tools: Mapping[str, Any], permission: Any) -> list[Rule]:
     rules = []
     for tool, is_on in tools.items():
         rules.append(make_rule(PERMISSION_OF.get(tool, tool), "*", "allow" if is_on else "deny"))
-    for name, actions in _mapping(
+    for name, actions in mapping(
         {"*": permission} if isinstance(permission, str) else permission
     ).items():
         if isinstance(actions, Mapping):
@@ -120,10 +119,6 @@ def _rules(tools: Mapping[str, Any], permission: Any) -> list[Rule]:
 def make_rule(permission: str, pattern: str, action: str) -> Rule:
     """One rule, as OpenCode writes it."""
     return {"permission": permission, "pattern": pattern, "action": action}
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _deny(rules: Iterable[Rule]) -> bool:
@@ -168,21 +163,22 @@ class Tripwire:
     def broken(self, events: Iterable[Event]) -> OpenCodePermissionError | None:
         """The error for the first of *events* that tells of a denied tool's use."""
         for event in events if self._rules else ():
-            part = _mapping(event.get("part"))
+            part = mapping(event.get("part"))
             if event.get("type") != "tool_use" or not self._is_denied(part):
                 continue
             tool = str(part["tool"])
             return OpenCodePermissionError(
-                f"tool {tool!r} is denied, and has run all the same; the run was stopped",
+                f"tool {tool!r} is denied, and has run all the same; the run was stopped: see "
+                "result.tool_calls for what it has done",
                 tool=tool,
             )
         return None
 
     def _is_denied(self, part: Mapping[str, Any]) -> bool:
-        tool, state = part.get("tool"), _mapping(part.get("state"))
+        tool, state = part.get("tool"), mapping(part.get("state"))
         if state.get("status") != "completed" or not isinstance(tool, str):
             return False
-        given = _mapping(state.get("input"))
+        given = mapping(state.get("input"))
         # Not tools: a call that came to nothing, an answer, and the sub-agent that the caller
         # started by the name of its command.
         if tool in ("invalid", OUTPUT_TOOL) or (

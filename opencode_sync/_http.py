@@ -487,7 +487,7 @@ def _answer(response: httpx2.Response, content: bytes) -> Any:
     except (ValueError, RecursionError):
         # OpenCode shows its web page where it knows no such path.
         raise OpenCodeServerError(
-            f"the server answered {where} with no JSON: is it OpenCode 1.18 or later?"
+            f"the server answered {where} with no JSON: is it OpenCode 1.17 or later?"
         ) from None
 
 
@@ -510,5 +510,5 @@ def _odd_answer(method: str, path: str, wanted: str, got: object) -> OpenCodeSer
     kind = "null" if got is None else type(got).__name__
     return OpenCodeServerError(
         f"the server answered {method} {path} with {kind} where {wanted} was expected: "
-        "is it OpenCode 1.18 or later?"
+        "is it OpenCode 1.17 or later?"
     )

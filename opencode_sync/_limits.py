@@ -52,8 +52,8 @@ class Limits:
         timeout_s: Seconds from the first process's start, over all attempts; on a server, from
             when the run is handed to it.
         idle_timeout_s: Seconds without an event or a log line.
-        max_cost: US dollars; a run that passes it in mid-work is stopped at that step, be it a
-            sub-agent's.
+        max_cost: US dollars; a run that exceeds it is stopped at that step, also at a step of a
+            sub-agent.
         max_steps: Steps of the model, those of sub-agents not among them; a run that has taken
             them and is not done is stopped.
         max_tokens: Tokens, see :func:`tokens_of`; as for *max_cost*.
@@ -310,8 +310,8 @@ class Meter:
                 what = f"called no tool and ended for the reason {self._last_reason!r}"
                 if tool is not None:
                     what = (
-                        f"called only tools that it has not, or with wrong arguments ({tool!r} "
-                        "was the last)"
+                        "called only tools that do not exist, or with wrong arguments (the last "
+                        f"was {tool!r})"
                     )
                 return OpenCodeIncompleteError(
                     f"the model was asked {n} times in a row, and each answer {what}, upon which "

@@ -82,8 +82,8 @@ class Runs(abc.ABC):
             timeout_s: Seconds from the start of the process, over all attempts. On a server: from
                 when the run is handed to it, its own start included if it has none yet.
             idle_timeout_s: Seconds without an event or a log line.
-            max_cost: US dollars; a run that passes it in mid-work is stopped at that step, be it a
-                sub-agent's.
+            max_cost: US dollars; a run that exceeds it is stopped at that step, also at a step of
+                a sub-agent.
             max_steps: Steps of the model, those of sub-agents not among them. A run that has
                 taken them and is not done is stopped; nobody tells the model beforehand.
             max_tokens: Tokens of all kinds: input, output, reasoning, and what the cache read and

@@ -206,9 +206,9 @@ def _checked_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
         plain = _unwrapped(plain)
         validator_for(plain).check_schema(plain)
     except SchemaError as error:
-        raise OpenCodeConfigError(f"schema is no JSON Schema: {error.message}") from None
+        raise OpenCodeConfigError(f"schema is not a valid JSON Schema: {error.message}") from None
     except (TypeError, ValueError, RecursionError) as error:
-        raise OpenCodeConfigError(f"schema is no JSON: {error}") from None
+        raise OpenCodeConfigError(f"schema is not valid JSON: {error}") from None
     if not plain.keys() & (validator_for(plain).VALIDATORS.keys() - _SAYS_NOTHING):
         raise OpenCodeConfigError(_accepts_everything(plain))
     return plain
@@ -229,7 +229,7 @@ def _accepts_everything(schema: Mapping[str, Any]) -> str:
         return "schema is {}, which accepts every value: say what the answer has to look like"
     keys = ", ".join(map(repr, list(schema)[:_MOST_KEYS]))
     return (
-        f"schema is no JSON Schema: with none of its keywords (there are {keys}) it would accept "
+        f"schema is not a JSON Schema: it has {keys}, but none of the keywords, and so accepts "
         'every value; use {"type": "object", "properties": {...}}, not an example of an answer'
     )
 

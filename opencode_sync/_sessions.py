@@ -319,7 +319,9 @@ def id_of(session: Mapping[str, Any]) -> str:
     session_id = session.get("id")
     if isinstance(session_id, str):
         return session_id
-    raise OpenCodeServerError(f"the server described a session with the id {session_id!r}")
+    raise OpenCodeServerError(
+        f"the server described a session with the id {session_id!r}: is it OpenCode 1.17 or later?"
+    )
 
 
 def rules_of(session: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -26,6 +26,9 @@ _READING = ("list_mcp_resources", "list_mcp_resource_templates", "read_mcp_resou
 PERMISSION_OF = {**dict.fromkeys(_EDITING, "edit"), **dict.fromkeys(_READING, "read")}
 """Tools that ask for the permission of another one: a rule of their own name is never looked at."""
 
+AGENT_KEYS = ("agent", "mode")
+"""Keys of OpenCode's configuration that hold agents; the second is the older name of the first."""
+
 _OTHER_NAMES = {"shell": "bash", "subagent": "task", "fetch": "webfetch"}  # OpenCode 2's, others'
 
 _SLIP = 0.75  # of difflib: "edti" for "edit"
@@ -45,7 +48,7 @@ def check_names(config: Mapping[str, Any], others: Iterable[str] = ()) -> list[s
     Raises:
         OpenCodeConfigError: A name is nearly a known one, or OpenCode never asks for it.
     """
-    servers = [*_mapping(config.get("mcp")), *others]
+    servers = [*mapping(config.get("mcp")), *others]
     tools = [re.sub(r"[^\w-]", "_", str(name), flags=re.ASCII) for name in servers]
     warnings = []
     for setting, name in _names_in(config):
@@ -53,7 +56,7 @@ def check_names(config: Mapping[str, Any], others: Iterable[str] = ()) -> list[s
             raise OpenCodeConfigError(f"{setting} {name!r} has no effect: {fault}")
         if not _is_known(name, tools):
             warnings.append(
-                f"{setting} {name!r} is no permission or tool that is known here: it has no effect "
+                f"{setting} {name!r} is not a known permission or tool: it has no effect "
                 "unless a plugin or another configuration brings a tool of that name."
             )
     return warnings
@@ -62,12 +65,12 @@ def check_names(config: Mapping[str, Any], others: Iterable[str] = ()) -> list[s
 def _names_in(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Each name, and the setting that it stands in."""
     places = {"": config}
-    for key in ("agent", "mode"):  # the second is the older name of the first
-        for agent, settings in _mapping(config.get(key)).items():
-            places[f"{key}.{agent}."] = _mapping(settings)
+    for key in AGENT_KEYS:
+        for agent, settings in mapping(config.get(key)).items():
+            places[f"{key}.{agent}."] = mapping(settings)
     for prefix, place in places.items():
         for setting in ("permission", "tools"):
-            yield from ((prefix + setting, str(name)) for name in _mapping(place.get(setting)))
+            yield from ((prefix + setting, str(name)) for name in mapping(place.get(setting)))
 
 
 def _fault(setting: str, name: str, servers: Iterable[str]) -> str:
@@ -108,5 +111,6 @@ def _folded(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def mapping(value: Any) -> Mapping[str, Any]:
+    """*value*, or an empty mapping where it is something else."""
     return value if isinstance(value, Mapping) else {}

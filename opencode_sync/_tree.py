@@ -81,7 +81,7 @@ def mark(pid: int, token: str) -> None:
 
 
 def _limits(token: str) -> range:
-    """The limits that processes of *token* may bear; none where it has not the form of a token."""
+    """The limits that processes of *token* may bear; empty where it is not a token."""
     process, _, number = token.partition(".")
     with suppress(ValueError):
         first = _LEAST_LIMIT + (int(process.partition("-")[2][:10], 16) << _RUN_BITS)

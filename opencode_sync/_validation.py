@@ -120,7 +120,7 @@ def _check_serialisable(config: Mapping[str, Any]) -> None:
         try:
             json.dumps({key: value}, allow_nan=False, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
-            raise OpenCodeConfigError(f"config key {key!r} is no JSON: {error}") from None
+            raise OpenCodeConfigError(f"config key {key!r} is not valid JSON: {error}") from None
 
 
 def _check_combinations(cfg: RunConfig) -> None:

@@ -193,7 +193,8 @@ class Checkpoint:
             except OSError as error:
                 raise OpenCodeError(
                     f"checkpoint {str(self._path)!r}: {error.strerror}; "
-                    f"{len(entries)} finished jobs were not saved"
+                    f"{len(entries)} finished jobs were not saved: fix that, and run the batch "
+                    "again"
                 ) from error
             for entry, line in zip(entries, lines, strict=True):
                 failure = entry.end if isinstance(entry.end, OpenCodeError) else None
@@ -354,7 +355,8 @@ class Checkpoint:
 
     def _in_use(self) -> OpenCodeConfigError:
         return OpenCodeConfigError(
-            f"checkpoint {str(self._path)!r} is being written by another batch"
+            f"checkpoint {str(self._path)!r} is being written by another batch: wait for that "
+            "one, or name another file"
         )
 
     def _refusal(self, why: str) -> OpenCodeConfigError:

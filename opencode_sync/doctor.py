@@ -101,7 +101,7 @@ def _credentials() -> Finding:
             known = json.loads(content or file.read_text(encoding="utf-8"))
         except ValueError:
             source = "OPENCODE_AUTH_CONTENT" if content else str(file)
-            return Finding("credentials", "bad", f"{source} is no JSON", "mend or remove it")
+            return Finding("credentials", "bad", f"{source} is not valid JSON", "mend or remove it")
         names += sorted(known) if isinstance(known, Mapping) else []
     names += sorted(
         name for name, value in os.environ.items() if name.endswith("_API_KEY") and value

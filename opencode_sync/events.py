@@ -1,9 +1,9 @@
 """One line of output becomes one event: a plain dict, typed by its ``type``.
 
-Whatever the line holds, an event comes out and nothing of the line is lost: what is no JSON object
-becomes a ``diagnostic``. Where a plugin printed text without a newline, its line holds the next
-event too, and becomes several events. Types and keys that are not listed here pass through as they
-are, since newer versions of OpenCode add both.
+Whatever the line holds, an event comes out and nothing of the line is lost: what is not a JSON
+object becomes a ``diagnostic``. Where a plugin printed text without a newline, its line holds the
+next event too, and becomes several events. Types and keys that are not listed here pass through as
+they are, since newer versions of OpenCode add both.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class QuestionEvent(_Stamped):
 
 
 class DiagnosticEvent(TypedDict, total=False):
-    """A line that is no JSON object, or what stands beside the events of one."""
+    """A line that is not a JSON object, or what stands beside the events of one."""
 
     type: Literal["diagnostic"]
     kind: Literal["empty_line", "non_object_json", "json_decode_error"]
@@ -255,7 +255,7 @@ Event = Union[  # noqa: UP007 - evaluated at run time, where Python 3.10's Typed
 def parse_event_line(line: str | bytes) -> Event:
     """The event of one line of output, with or without its newline.
 
-    Undecodable bytes become U+FFFD. A line that is no JSON object becomes
+    Undecodable bytes become U+FFFD. A line that is not a JSON object becomes
     ``{"type": "diagnostic", "kind": ...}`` with the text as ``raw`` or the value as ``value``. So
     does one that holds other text beside events, since one event cannot keep both:
     :func:`iter_parse_lines` gives each of them. Never raises for what a line holds.
@@ -326,7 +326,7 @@ def parse_block(block: bytes) -> list[Event]:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 # Python's own reading of JSON takes NaN and Infinity for numbers.

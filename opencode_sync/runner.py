@@ -215,8 +215,8 @@ class Runner(Runs):
             max_cost, max_steps, max_tokens: For each job.
             max_total_cost: US dollars for all jobs together, with what *checkpoint* has spent. Once
                 they are spent, no job is started any more, and those under way are stopped. Each
-                has an OpenCodeBudgetError in its place, with what was got; a batch with a larger
-                budget and the same checkpoint runs them again. What a job in another process
+                has an OpenCodeBudgetError in its place, with its partial result; a batch with a
+                larger budget and the same checkpoint runs them again. What a job in another process
                 costs is seen at its end: there each job may spend what remains at its start.
             max_total_tokens: The same for tokens, counted as for *max_tokens*.
             max_workers: How many jobs at a time; None for as many workers as *executor* has, else

@@ -346,10 +346,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "variable without a name": ({"extra_env": {"": "x"}}, "extra_env['']: a name without '='"),
     "variable with =": ({"extra_env": {"A=B": "x"}}, "extra_env['A']: a name without '='"),
     "variable with NUL": ({"extra_env": {"A": "\0"}}, "extra_env['A']: a name without '=', and no"),
-    "no JSON": ({"config_overrides": {"x": {1, 2}}}, "config key 'x' is no JSON"),
-    "no value at all": ({"config_overrides": {"x": iter(())}}, "config key 'x' is no JSON"),
-    "no JSON key": ({"config_overrides": {(1, 2): "x"}}, "config key (1, 2) is no JSON"),
-    "no JSON number": ({"config_overrides": {"x": float("nan")}}, "config key 'x' is no JSON"),
+    "no JSON": ({"config_overrides": {"x": {1, 2}}}, "config key 'x' is not valid JSON"),
+    "no value at all": ({"config_overrides": {"x": iter(())}}, "config key 'x' is not valid JSON"),
+    "no JSON key": ({"config_overrides": {(1, 2): "x"}}, "config key (1, 2) is not valid JSON"),
+    "no JSON number": (
+        {"config_overrides": {"x": float("nan")}},
+        "config key 'x' is not valid JSON",
+    ),
 }
 
 

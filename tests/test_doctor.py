@@ -156,7 +156,7 @@ def test_credentials_that_are_no_json_are_bad(monkeypatch: pytest.MonkeyPatch) -
 
     found = finding("credentials")
 
-    assert (found.state, found.text) == ("bad", "OPENCODE_AUTH_CONTENT is no JSON")
+    assert (found.state, found.text) == ("bad", "OPENCODE_AUTH_CONTENT is not valid JSON")
 
 
 def test_a_directory_that_cannot_be_written_is_named(

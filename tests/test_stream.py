@@ -389,7 +389,7 @@ def test_a_run_whose_model_calls_tools_in_vain_again_and_again_is_stopped(
     source = Script(*calling(VOID_CALLS[void], 5, reason), forever())
     stream = stream_of(source)
 
-    with pytest.raises(OpenCodeIncompleteError, match=r"5 times in a row.*'write' was the last"):
+    with pytest.raises(OpenCodeIncompleteError, match=r"5 times in a row.*the last was 'write'"):
         stream.wait()
 
     assert source.stops == 1

@@ -58,8 +58,8 @@ def test_another_name_is_told(name: str) -> None:
     (warning,) = names(name)
 
     assert warning == (
-        f"permission {name!r} is no permission or tool that is known here: it has no effect unless "
-        "a plugin or another configuration brings a tool of that name."
+        f"permission {name!r} is not a known permission or tool: it has no effect unless a plugin "
+        "or another configuration brings a tool of that name."
     )
 
 

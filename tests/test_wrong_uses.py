@@ -135,7 +135,7 @@ ASKED: dict[str, tuple[dict[str, Any], str]] = {
     "log_file that is a number": ({"log_file": 3}, "log_file is 3: use the path of a file"),
     "name of a type as schema": ({"schema": "int"}, "schema is 'int': use a class, a type or"),
     "value as schema": ({"schema": Shape(line=1)}, "schema Shape(line=1) cannot be used"),
-    "schema that holds itself": ({"schema": holding_itself()}, "schema is no JSON"),
+    "schema that holds itself": ({"schema": holding_itself()}, "schema is not valid JSON"),
     "class in place of settings": ({"run_cfg": RunConfig}, "run_cfg is type: use a RunConfig"),
 }
 
@@ -157,9 +157,12 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "lone surrogate in a variable": ({"extra_env": {"A": "\ud800"}}, "it cannot be encoded"),
     "lone surrogate in the configuration": (
         {"config_overrides": {"theme": "\ud800"}},
-        "config key 'theme' is no JSON",
+        "config key 'theme' is not valid JSON",
     ),
-    "set in the configuration": ({"config_overrides": {"x": {1}}}, "config key 'x' is no JSON"),
+    "set in the configuration": (
+        {"config_overrides": {"x": {1}}},
+        "config key 'x' is not valid JSON",
+    ),
     "address without http": ({"attach": "localhost:4096"}, "use 'http://HOST:PORT'"),
 }
 

@@ -13,13 +13,19 @@ from typing_extensions import assert_type
 from opencode_sync import (
     ErrorInfo,
     Event,
+    Job,
+    OpenCodeBudgetError,
     OpenCodeClient,
     OpenCodeError,
+    OpenCodePermissionError,
     OpenCodeProcessError,
+    OpenCodeServer,
     OpenCodeTimeoutError,
     RunConfig,
     RunResult,
     RunStream,
+    Session,
+    SubAgent,
     TokenUsage,
     parse_event_line,
 )
@@ -27,7 +33,7 @@ from opencode_sync.testing import ScriptedModel
 
 
 def one_run(workspace: Path) -> str:
-    with OpenCodeClient() as client:
+    with OpenCodeClient(any_version=True) as client:
         assert_type(client, OpenCodeClient)
         result = client.run("Explain this", workspace, timeout_s=60, max_cost=0.5, max_steps=9)
     assert_type(result, RunResult)
@@ -35,6 +41,8 @@ def one_run(workspace: Path) -> str:
     assert_type(result.token_usage, TokenUsage)
     assert_type(result.error, ErrorInfo | None)
     assert_type(result.events, list[Event])
+    assert_type(result.warnings, list[str])
+    assert_type(result.sub_agents, list[SubAgent])
     return result.final_text
 
 
@@ -77,6 +85,32 @@ def events_by_type(event: Event) -> None:
     elif event["type"] == "diagnostic":
         raw: str = event["raw"]
         print(raw)
+    elif event["type"] == "warning":
+        sentence: str = event["message"]
+        print(sentence)
+    elif event["type"] == "sub_agent":
+        child: str = event["childID"]
+        print(child)
+    elif event["type"] == "compaction":
+        summary: str = event["messageID"]
+        print(summary)
+    elif event["type"] == "retry":
+        wait_s: float = event["retry_after_s"]
+        print(wait_s)
+
+
+def a_batch(server: OpenCodeServer) -> tuple[str, ...]:
+    job = Job("Say one.", max_cost=0.5, max_steps=9, max_tokens=1_000)
+    with server.map([job], ".", max_total_tokens=10_000, max_steps=20, max_tokens=2_000) as batch:
+        for result in batch:
+            assert_type(result, RunResult)
+    assert_type(batch.report.empty, int)
+    return batch.report.warnings
+
+
+def a_revert(session: Session) -> list[str]:
+    session.send("Write a file", max_steps=9, max_tokens=1_000)
+    return session.revert(all_files=False)
 
 
 def events_are_dicts(line: bytes) -> object:
@@ -101,6 +135,10 @@ def errors(client: OpenCodeClient) -> RunResult | None:
         assert_type(error.result, RunResult | None)
     except OpenCodeProcessError as error:
         assert_type(error.exit_code, int | None)
+    except OpenCodeBudgetError as error:
+        assert_type(error.limit_name, str)
+    except OpenCodePermissionError as error:
+        assert_type(error.tool, str | None)
     except OpenCodeError as error:
         return error.result
     return None

@@ -54,7 +54,7 @@ MCP = {
     "off": {"type": "local", "command": ["/nowhere/docs"], "enabled": False},
 }
 BROKEN = ("missing", "dying", "hanging", "ending")
-UNUSUAL = "permission 'deploy' is no permission or tool that is known here"
+UNUSUAL = "permission 'deploy' is not a known permission or tool"
 
 
 def png(width: int = 1) -> bytes:

@@ -58,7 +58,7 @@ def test_a_temporary_directory_that_is_full_is_told(
     scripted: MakeModel,
     small_disk: Path,
 ) -> None:
-    fill(small_disk, left=MEGABYTE // 4)  # there is room to begin in
+    fill(small_disk, left=MEGABYTE // 4)  # there is space to begin in
     runner: Runner = kind(opencode_binary, run_cfg=config(scripted("hello")))
 
     with (
