@@ -125,8 +125,8 @@ class Secrets:
     def _in(self, value: Any) -> Any:
         if isinstance(value, str):
             return self.cleaned(value)
-        if isinstance(value, dict):
-            return {key: self._in(each) for key, each in value.items()}
+        if isinstance(value, dict):  # its type says how it is read, and is no secret
+            return {key: each if key == "type" else self._in(each) for key, each in value.items()}
         return [self._in(each) for each in value] if isinstance(value, list) else value
 
 

@@ -79,7 +79,8 @@ class RunConfig:
         inherit_project_config: Use those found in the workspace. Without them, skills in
             ``.claude`` and ``.agents`` directories are left out, the user's too: OpenCode has one
             switch for both.
-        keep_background: Leave processes alone that tools left running at the run's normal end.
+        keep_background: Leave processes alone that tools left running at the run's normal end. On
+            an ``OpenCodeServer`` they go on as long as its server.
         lean: Switch off what a single run rarely needs, for some 2 % less time and 10 % less CPU:
             snapshots (and so OpenCode's undo), sharing, language servers, plugins that come with
             OpenCode, newer lists of models, pruning, watching files; JavaScript that is hot for

@@ -24,7 +24,7 @@ from opencode_sync import (
     build_argv,
 )
 from opencode_sync._secrets import Secrets, config_refusal, without_quotes
-from opencode_sync.events import Event
+from opencode_sync.events import Event, parse_event_line
 from opencode_sync.result import ErrorInfo
 from tests.faults import standin_client
 
@@ -324,6 +324,17 @@ def test_diagnostics_are_cleaned_in_events_and_raw_lines_and_nothing_else_is() -
     assert [QUOTED in json.dumps(event) for event in cleaned] == [False, False, False, True, True]
     assert [QUOTED in line for line in lines] == [False, False, False, True, True, False]
     assert lines[3:5] == [json.dumps(event) for event in events[3:]]
+
+
+def test_an_error_stays_one_where_a_secret_is_called_like_it() -> None:
+    error = {"type": "error", "error": {"name": "APIError", "data": {"message": "an error"}}}
+    secrets = secrets_of(password="error")
+
+    [cleaned] = secrets.clean_events([parse_event_line(json.dumps(error))])
+    [line] = secrets.clean_lines([json.dumps(error)])
+
+    assert cleaned["type"] == json.loads(line)["type"] == "error"
+    assert "an error" not in f"{cleaned}{line}"
 
 
 def test_events_without_a_secret_are_given_as_they_are() -> None:
