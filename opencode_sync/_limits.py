@@ -311,7 +311,7 @@ class Meter:
                 if tool is not None:
                     what = (
                         "called only tools that do not exist, or with wrong arguments (the last "
-                        f"was {tool!r})"
+                        f"was {tool[:80]!r})"
                     )
                 return OpenCodeIncompleteError(
                     f"the model was asked {n} times in a row, and each answer {what}, upon which "

@@ -11,7 +11,7 @@ pydantic validates classes and types, jsonschema validates mappings; both are im
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._extract import NoValueError, find_values
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _MOST_WORDS = 20  # faults told to the model at a time
 _WRAPPED = "value"
+_ROUNDED = 2**53  # by OpenCode, which reads what its tools are given as JavaScript does
 _MOST_KEYS = 5  # told in an error
 _WRAPPERS = ("schema", "json_schema", "input_schema", "parameters", "function")
 _WRAPPER_KEYS = {*_WRAPPERS, "type", "name", "title", "description", "strict"}
@@ -142,7 +143,13 @@ class OutputSchema:
             if not isinstance(arguments, Mapping) or _WRAPPED not in arguments:
                 raise SchemaMismatch([f"$: {_WRAPPED!r} is missing"])
             value = arguments[_WRAPPED]
-        return Fit(self.validate(value), value)
+        fit = Fit(self.validate(value), value)
+        for number in _whole_numbers(value):
+            if abs(number) >= _ROUNDED:
+                raise SchemaMismatch(
+                    [f"$: the tool rounds whole numbers from 2**53 on, such as {number}"]
+                )
+        return fit
 
     def validate(self, value: Any) -> Any:
         """The validated form of a JSON value.
@@ -277,6 +284,14 @@ def _validate_mapping(schema: dict[str, Any], value: Any) -> Any:
     if faults:
         raise SchemaMismatch(faults)
     return value
+
+
+def _whole_numbers(value: Any) -> Iterator[int]:
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, (list, Mapping)):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _whole_numbers(each)
 
 
 def _missing(package: str) -> OpenCodeConfigError:

@@ -268,6 +268,19 @@ def test_arguments_without_the_value_do_not_fit() -> None:
         OutputSchema(int).take({"number": 42})
 
 
+@pytest.mark.parametrize("value", [{"ids": [1, 2**53]}, {"id": -(2**60)}, {"a": {"b": 10**20}}])
+def test_a_tool_s_number_that_may_have_been_rounded_is_no_answer(value: Any) -> None:
+    with pytest.raises(SchemaMismatch, match=r"rounds whole numbers from 2\*\*53 on"):
+        OutputSchema({"type": "object"}).take(value)
+
+
+def test_numbers_that_are_exact_are_taken() -> None:
+    value = {"a": 2**53 - 1, "b": True, "c": 1e300, "d": [None, "9" * 30]}
+
+    assert OutputSchema({"type": "object"}).take(value).json == value
+    assert OutputSchema(int).parse(str(2**60)) == 2**60
+
+
 def test_a_schema_pickles() -> None:
     copy = pickle.loads(pickle.dumps(OutputSchema(Bird)))
 

@@ -222,6 +222,21 @@ def test_of_a_cut_answer_the_tool_s_arguments_count_if_they_are_whole(
     assert (result.parsed, result.status, result.turns) == (parsed, "ok", turns)
 
 
+def test_several_values_at_once_are_no_answer_and_neither_is_a_rounded_one(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    others = [tool_call("StructuredOutput", name=name, legs=2) for name in ("Kiebitz", "Star")]
+    script.to("Describe it", Reply.calls(*others))
+    script.to(REPAIR, tool_call("StructuredOutput", name="Kiebitz", legs=2**53 + 1))
+
+    with pytest.raises(OpenCodeOutputError, match="the tool rounds whole numbers") as caught:
+        server.run("Describe it", workspace, schema=Bird)
+
+    assert "with 2 different values at once" in script.last.prompt
+    assert caught.value.result is not None
+    assert caught.value.result.total_cost == pytest.approx(2 * COST)
+
+
 def test_words_that_fit_will_do(server: OpenCodeServer, workspace: Path, script: Script) -> None:
     script.to("Describe it", f"Gladly: {json.dumps(GOOD)}")
 
