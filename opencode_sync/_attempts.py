@@ -80,7 +80,7 @@ class Attempts:
         return error is None or (is_only_cut and self._review is not None)
 
     def has_further(self) -> bool:
-        """Whether a turn that has an answer is to be followed by another, which is up then.
+        """Whether another turn follows one that has an answer; if so, it is the next to open.
 
         Raises:
             OpenCodeError: What the run is to end with.

@@ -150,7 +150,7 @@ class Course:
             source.stop()
 
     def _ended_by(self) -> OpenCodeError | None:
-        """What the caller has ended the run by: a cancellation, or a limit."""
+        """The error for what has ended the run, a cancellation or a limit; None for neither."""
         return self._cancelled_error() if self._cancelled.is_set() else self._meter.timeout()
 
     def _end_attempt(self, source: Source) -> None:
@@ -203,7 +203,7 @@ class Course:
                 self._end(cause, self._status_of(cause))
 
     def _status_of(self, error: BaseException) -> Stopped | None:
-        """The status of a run whose opening failed with *error*; None for what it is itself."""
+        """The status of a run whose opening failed with *error*; None for that of its events."""
         if isinstance(error, OpenCodeTimeoutError):
             return "timed_out"
         return "cancelled" if self._cancelled.is_set() else None

@@ -43,7 +43,7 @@ UNPACKED = "opencode-sync-unpacked"  # in a data directory; _preload.js knows th
 
 
 def pid_space() -> str:
-    """Return a name of where this process's pid counts: this machine, or a container on it."""
+    """Return a name for where this process's pid is valid: this machine, or a container on it."""
     import platform
 
     names = [platform.node()]
@@ -53,7 +53,7 @@ def pid_space() -> str:
 
 
 def temporary_prefix() -> str:
-    """Return what our temporary names begin with: whose they are, as _leftovers reads it."""
+    """Return the prefix of our temporary names, which tells _leftovers whose they are."""
     return f"{TEMPORARY_PREFIX}{os.getpid()}-{pid_space()}-"
 
 

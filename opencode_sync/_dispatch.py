@@ -253,7 +253,7 @@ class Dispatch:
             self._work.stop("the budget of the batch is spent", spare_done=True)
 
     def _for_budget(self, outcome: Outcome, just_spent: Spent) -> Outcome:
-        """*outcome*, told as the budget's doing where that is what has ended it.
+        """*outcome*, with a budget error as its end where the spent budget has ended the job.
 
         Args:
             just_spent: By what has completed and is not entered yet.
@@ -332,7 +332,7 @@ class Dispatch:
             self._tell()
 
     def _count_unended(self) -> None:
-        """Count what those tasks have spent whose ends are waited for no longer."""
+        """Count what tasks have spent whose ends nobody waits for any longer."""
         with self._lock:
             for future, task in self._in_flight.items():
                 result = outcome_of(future).result if future.done() else None

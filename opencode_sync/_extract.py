@@ -79,7 +79,7 @@ def find_values(answer: str, *, is_cut: bool = False) -> Found:
 
 
 def _stated(text: str, where: str, is_cut: bool) -> Any:
-    """The value of *text*, which is to be JSON as a whole."""
+    """Parse *text*, all of which has to be JSON."""
     text = text.strip()
     try:
         value = _DECODER.decode(text)

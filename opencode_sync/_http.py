@@ -389,7 +389,7 @@ class _Backend:
 
 
 class _Stream:
-    """A ``httpcore2.NetworkStream`` that does so."""
+    """A ``httpcore2.NetworkStream`` that keeps to them too."""
 
     def __init__(self, stream: httpcore2.NetworkStream, here: _Here) -> None:
         self._stream, self._here = stream, here

@@ -80,5 +80,5 @@ class Ledger:
 
 
 def _is_to_save(outcome: Outcome) -> bool:
-    """Whether it belongs into the checkpoint: an end, or what was spent until it was ended."""
+    """Whether it belongs in the checkpoint: an end, or what was spent until it was ended."""
     return outcome.is_final or bool(Spent.on(outcome.result))

@@ -130,7 +130,7 @@ class Link:
         self._stream.put(Message(session_id, REFUSED, refusal))
 
     def note_error(self, session_id: str, error: Mapping[str, Any]) -> None:
-        """Our plugin has ended what was asked of this session."""
+        """Tell the session that our plugin has ended its prompt."""
         self._stream.put(Message(session_id, "session.error", {"error": error}))
 
     def close(self) -> None:
@@ -223,7 +223,7 @@ class Link:
 
     @contextmanager
     def _space_told(self) -> Iterator[None]:
-        """Have a failure that a full disk explains say so."""
+        """Add the reason to a failure that a full disk explains."""
         try:
             yield
         except OpenCodeServerError as error:

@@ -79,7 +79,7 @@ def _check_file(file: StrPath, workspace: Path) -> None:
     if not os.path.isfile(path):  # which, unlike Path.is_file, never raises
         raise OpenCodeConfigError(f"no file {name!r} (counted from {workspace})")
     if _names_an_image(path.name) and os.path.getsize(path) == 0:
-        raise OpenCodeConfigError(f"files: {name!r} is empty, and so not an image")
+        raise OpenCodeConfigError(f"files: {name!r} is empty, and so not an image: leave it out")
 
 
 def _names_an_image(name: str) -> bool:

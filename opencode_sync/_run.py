@@ -226,7 +226,7 @@ class ProcessRun:
         return events
 
     def _check_said(self) -> list[Event]:
-        """What is ours in OpenCode has said that it works before the first step, or it does not."""
+        """Stop the run at its first step if our code in OpenCode has not said that it works."""
         must_say, self._must_say = self._must_say, {}
         for words, error in must_say.items():
             if not self._was_stopped and not self._process.has_written("stderr", words):

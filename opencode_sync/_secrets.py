@@ -103,7 +103,7 @@ class Secrets:
         return events if cleaned == list(events) else cleaned
 
     def clean_lines(self, lines: Iterable[str]) -> list[str]:
-        """Lines of output, with those cleaned that are diagnostics."""
+        """Return *lines* of output, with the diagnostics among them cleaned."""
         return [self._clean_line(line) for line in lines]
 
     def clean_error(self, error: OpenCodeError) -> None:

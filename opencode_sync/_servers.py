@@ -97,7 +97,7 @@ class Health:
         self._thread.start()
 
     def close(self) -> None:
-        """Ask no more. Idempotent, from any thread."""
+        """Stop asking. Idempotent, from any thread."""
         self._closing.set()
         self._connection.close()
         if self._thread is not threading.current_thread():

@@ -70,7 +70,7 @@ def belongs(mark: str, token: str) -> bool:
 
 
 def mark(pid: int, token: str) -> None:
-    """Have our child *pid*, just started, and all that it will start, bear *token* in a second way.
+    """Mark our child *pid*, just started, and all that it will start with *token* once more.
 
     Linux hands resource limits down through every fork and exec, whatever becomes of environment,
     parent and session. The one for real-time processes that do not sleep is unlimited nearly
@@ -174,7 +174,7 @@ def stop(
 
 
 def stop_strays(token: str) -> Stopped:
-    """End what has lost all signs of *token* but its limit, and its parent, with all descendants.
+    """Stop what has lost its parent and all signs of *token* but the limit, with all descendants.
 
     Of a server's processes these are what no session can be told for: a tool cleaned their
     environment, and its shell has ended.
@@ -234,13 +234,13 @@ class Tree:
 
     @classmethod
     def of(cls, token: str) -> Tree:
-        """What bears *token*; it is looked at, and so remembered."""
+        """Find what bears *token*, and remember it."""
         tree = cls(_by_mark(token, ()), token)
         tree._look(on_sight=_nothing)
         return tree
 
     def stop(self, *, grace_s: float | None = None, bound_s: float | None = None) -> Stopped:
-        """End all of it; see :func:`stop`."""
+        """Stop all of it; see :func:`stop`."""
         import psutil
 
         started = time.monotonic()

@@ -204,7 +204,7 @@ class Turn:
         self._stop_tools()
 
     def _give_up(self) -> None:
-        """The server does not answer: wait for it no longer, and abort if it ever does."""
+        """Wait no longer for a server that does not answer, and abort the turn if it ever does."""
         if not self._is_done and self._connection.lost is None:
             path = f"{self._path('abort')}?directory={quote(self._directory)}"
             # A server that is stopped in the midst of a turn goes on with it when it is continued.

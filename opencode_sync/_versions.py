@@ -114,7 +114,7 @@ def check_program_version(program: str, cancelled: Callable[[], bool] = lambda: 
 
 
 def check_server_version(server: str, version: str) -> list[str]:
-    """The same of a *server*, a URL or the program of our own, by what it says of itself."""
+    """Refuse a *server*, a URL or the program of our own, that tells no known version."""
     if fault := fault_of(version):
         raise OpenCodeConfigError(
             f"nothing was sent to the server {server}: {fault}: use another one, or "
@@ -231,7 +231,7 @@ def no_process(error: OSError) -> OpenCodeError:
 
 @contextlib.contextmanager
 def _environment() -> Iterator[dict[str, str]]:
-    """One in which OpenCode, which makes its directories even for this, makes them elsewhere."""
+    """Give an environment whose directories, which OpenCode makes even for this, are temporary."""
     with contextlib.ExitStack() as stack:
         names = ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME")
         ours: dict[str, str] = {}
@@ -311,7 +311,7 @@ def _read(record: Path, file: list[int]) -> str:
 
 
 def _write(record: Path, file: list[int], version: str) -> None:
-    """Keep it as a whole, whoever else does so at the same time.
+    """Write *record* as a whole, also where others write it at the same time.
 
     Raises:
         OSError: If the directory cannot be written.

@@ -251,7 +251,7 @@ class Checkpoint:
             raise self._refusal(error.strerror or str(error)) from error
 
     def _begin(self) -> None:
-        """Hold the file against other batches, and see that it will be found again."""
+        """Lock the file against other batches, and make sure that it will be found again."""
         if not _locked(self._descriptor):
             raise self._in_use()
         try:
