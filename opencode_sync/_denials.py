@@ -36,7 +36,13 @@ OUTPUT_TOOL = "StructuredOutput"  # OpenCode gives it to the model where a promp
 
 # Of these tools, a rule's pattern is held against this argument as it is.
 _SUBJECT_OF = {"bash": "command", "webfetch": "url", "task": "subagent_type", "skill": "name"}
-_SEVERAL_COMMANDS = re.compile(r"[;&|<>()$`\\\"'\n]")
+# One command of plain words, which OpenCode asks for as it stands. It does not ask for a change of
+# directory, nor for what its parser takes for something else: an assignment, a declaration, a test.
+_PLAIN_COMMAND = re.compile(r"(?P<name>[\w./+-]+)([ \t]+[\w./+=:,@%^~*?-]+)*")
+_NOT_ASKED = frozenset({
+    "cd", "chdir", "popd", "pushd", "push-location", "set-location",
+    "declare", "export", "local", "readonly", "typeset", "unset", "unsetenv",
+})  # fmt: skip
 
 
 def rules_of(cfg: RunConfig) -> list[Rule]:
@@ -190,10 +196,16 @@ class Tripwire:
         if about and about[-1]["pattern"] == "*":
             return about[-1]["action"] == "deny"
         subject = given.get(_SUBJECT_OF.get(tool, ""))
-        if not isinstance(subject, str) or (tool == "bash" and _SEVERAL_COMMANDS.search(subject)):
+        if not isinstance(subject, str) or (tool == "bash" and not _is_asked(subject)):
             return False
         about = [rule for rule in about if _matches(subject.strip(), rule["pattern"])]
         return bool(about) and about[-1]["action"] == "deny"
+
+
+def _is_asked(command: str) -> bool:
+    """Whether OpenCode is sure to have held *command*, as a whole, against the rules."""
+    plain = _PLAIN_COMMAND.fullmatch(command.strip())
+    return plain is not None and plain["name"].lower() not in _NOT_ASKED
 
 
 def _matches(text: str, pattern: str) -> bool:

@@ -31,6 +31,7 @@ AGENT_KEYS = ("agent", "mode")
 
 _OTHER_NAMES = {"shell": "bash", "subagent": "task", "fetch": "webfetch"}  # OpenCode 2's, others'
 
+_OF_A_SERVER = re.compile(r"\w_")  # the tools of an MCP server are called SERVER_TOOL
 _SLIP = 0.75  # of difflib: "edti" for "edit"
 _SLIP_CHARACTERS = 2  # that one may be longer than the other: "search" is not "websearch"
 
@@ -83,7 +84,7 @@ def _fault(setting: str, name: str, servers: Iterable[str]) -> str:
     if _is_known(name, servers):
         return ""
     literal = re.split(r"[*?]", name, maxsplit=1)[0].rstrip("_-")
-    if (meant := _OTHER_NAMES.get(name.lower()) or _near(literal)) and meant != literal:
+    if (meant := _OTHER_NAMES.get(name.lower()) or _near(name, literal)) and meant != literal:
         return f"there is no such permission or tool: use {meant!r}"
     return ""
 
@@ -94,15 +95,21 @@ def _is_known(name: str, servers: Iterable[str]) -> bool:
     return any(name.startswith(f"{server}_") for server in servers)
 
 
-def _near(name: str) -> str | None:
-    """The known name that *name* is a slip of, or None."""
+def _near(name: str, literal: str) -> str | None:
+    """The known name that *name*, which begins with *literal*, is a slip of, or None."""
     known = {_folded(each): each for each in _NAMES}
-    folded = _folded(name)
+    folded = _folded(literal)
     if folded in known:
         return known[folded]
     from difflib import get_close_matches
 
-    near = [each for each in known if abs(len(each) - len(folded)) <= _SLIP_CHARACTERS]
+    near = [
+        each
+        for each in known
+        if abs(len(each) - len(folded)) <= _SLIP_CHARACTERS
+        # "tasks_*" is of an MCP server "tasks", which another configuration may have.
+        and ("_" in known[each] or not _OF_A_SERVER.search(name))
+    ]
     found = get_close_matches(folded, near, n=1, cutoff=_SLIP)
     return known[found[0]] if found else None
 

@@ -61,9 +61,10 @@ class RunConfig:
         permission: OpenCode's permission rules, each leaf ``"allow"`` or ``"deny"``. What is
             denied here, in *tools* or in *config_overrides* holds against all configuration of
             the workspace and the user, its agents and commands, and for sub-agents: a tool that
-            runs all the same ends the run with an OpenCodePermissionError. Plugins and custom
-            tools of the workspace are code that OpenCode itself runs: no rule holds for those
-            (*pure* leaves out plugins).
+            runs all the same ends the run with an OpenCodePermissionError. No rule holds for what
+            OpenCode itself runs at the word of the workspace's configuration: its plugins, custom
+            tools, MCP servers, formatters, language servers and shell, and the shell commands in
+            the template of a *command*. ``inherit_project_config=False`` leaves all that out.
             A name that has no effect is refused where it is nearly a known one, or a tool that asks
             for another permission (``"edit"`` stands for ``write`` and ``apply_patch``); of other
             names that are not known there is a warning in the result.

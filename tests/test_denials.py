@@ -119,6 +119,8 @@ def test_a_denial_is_refused_where_the_file_that_enforces_it_is_missing(
 
 # --- the tripwire --------------------------------------------------------------------------------
 
+ONLY_GIT = {"bash": {"*": "deny", "git status": "allow"}}
+
 
 @pytest.mark.parametrize(
     "permission, event",
@@ -154,6 +156,12 @@ def test_a_denied_tool_that_has_run_is_noticed(
         ({"*": "deny", "read": "allow"}, used("read")),
         ({"bash": {"*": "deny", "ls *": "allow"}}, used("bash", command="ls -l")),
         ({"bash": {"*": "allow", "rm *": "deny"}}, used("bash", command="echo 'rm x'")),
+        (ONLY_GIT, used("bash", command="cd src")),
+        (ONLY_GIT, used("bash", command="! git status")),
+        (ONLY_GIT, used("bash", command="git status # short")),
+        (ONLY_GIT, used("bash", command="PAGER=cat")),
+        (ONLY_GIT, used("bash", command="export PAGER=cat")),
+        (ONLY_GIT, used("bash", command="[[ -d src ]]")),
         ({"read": {"*.env": "deny"}}, used("read", filePath="/a/b.py")),
     ],
     ids=[
@@ -165,6 +173,12 @@ def test_a_denied_tool_that_has_run_is_noticed(
         "an exception",
         "a command that is an exception",
         "a command that only looks like it",
+        "a change of directory",
+        "a command the other way round",
+        "a command with a comment",
+        "an assignment",
+        "a declaration",
+        "a test",
         "a file",
     ],
 )

@@ -53,7 +53,9 @@ def test_a_slip_of_a_known_name_is_refused(name: str, meant: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["search", "deploy", "git_push", "jira_*", "todo"])
+@pytest.mark.parametrize(
+    "name", ["search", "deploy", "git_push", "jira_*", "todo", "tasks_*", "reads_get"]
+)
 def test_another_name_is_told(name: str) -> None:
     (warning,) = names(name)
 
