@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._checks import check_count, check_number, shown
-from ._reading import ended_well, void_call
+from ._reading import ended_well, gives_output, void_call
 from .errors import (
     OpenCodeBudgetError,
     OpenCodeConfigError,
@@ -214,6 +214,9 @@ class Meter:
         self._last_reason = ""
         self._void: dict[object, str] = {}  # among these steps, the tool last called in vain
         self._has_void: set[object] = set()  # in the step under way
+        # Sessions that have called a tool in their last step: OpenCode asks again with its result,
+        # also where the step ended with "stop", as it does with some providers.
+        self._has_called: set[object] = set()
         self._has_warned = False
 
     def start(self, instant: float) -> None:
@@ -225,6 +228,7 @@ class Meter:
         self._fruitless.clear()
         self._void.clear()
         self._has_void.clear()
+        self._has_called.clear()
 
     def heard(self, events: Iterable[Event]) -> None:
         """Something came, if only a sign of life."""
@@ -279,7 +283,8 @@ class Meter:
         """The error for a run that has spent a budget and is not done."""
         # A run that ended well is not taken from the user for its price. A refused tool is no end
         # here: mostly the model goes on.
-        if ended_well(result.finish_reason, was_denied=False):
+        is_end = result.session_id not in self._has_called
+        if is_end and ended_well(result.finish_reason, was_denied=False):
             return None
         limits, cost, tokens = self.limits, result.total_cost, tokens_of(result.token_usage)
         steps = f"after {result.turns} steps"
@@ -329,6 +334,10 @@ class Meter:
 
     def _count_step(self, event: Mapping[str, Any]) -> None:
         kind, session = event.get("type"), event.get("sessionID")
+        if kind == "step_start":
+            self._has_called.discard(session)
+        elif kind == "tool_use" and not gives_output(event):
+            self._has_called.add(session)
         if kind == "tool_use" and (tool := void_call(event)) is not None:
             self._void[session] = tool
             self._has_void.add(session)

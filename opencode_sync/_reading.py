@@ -294,6 +294,12 @@ def called_session(event: Mapping[str, Any]) -> str | None:
     return session if isinstance(session, str) and session else None
 
 
+def gives_output(event: Mapping[str, Any]) -> bool:
+    """Whether *event* is the call of OpenCode's tool for structured output, which ends a run."""
+    part = event.get("part")
+    return isinstance(part, Mapping) and part.get("tool") == "StructuredOutput"
+
+
 def void_call(event: Mapping[str, Any]) -> str | None:
     """The tool that *event* tells was called in vain, or None where a tool has begun.
 

@@ -432,6 +432,20 @@ def test_a_run_at_its_last_step_that_is_not_done_is_stopped() -> None:
     assert (stream.result.status, stream.result.turns) == ("over_budget", 4)
 
 
+def test_a_step_that_calls_a_tool_is_not_the_last_whatever_its_reason() -> None:
+    source = Script(*calling(TOOL_USE, 2, "stop"), forever())
+
+    with pytest.raises(OpenCodeBudgetError, match="max_steps of 2 reached"):
+        stream_of(source, max_steps=2).wait()
+
+
+def test_a_step_that_gives_structured_output_is_the_last() -> None:
+    output = call("StructuredOutput", status="completed", input={"n": 1})
+    source = Script(*calling(TOOL_USE, 1, "stop"), *calling(output, 1, "stop"))
+
+    assert stream_of(source, max_steps=2).wait().status == "ok"
+
+
 def test_a_run_that_is_done_with_its_last_step_is_ok() -> None:
     source = Script([step("tool-calls")], [step()])
 
