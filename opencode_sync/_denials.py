@@ -192,13 +192,13 @@ class Tripwire:
         ):
             return False
         permission = PERMISSION_OF.get(tool, tool)
-        about = [rule for rule in self._rules if _matches(permission, rule["permission"])]
+        about = [rule for rule in self._rules if matches(permission, rule["permission"])]
         if about and about[-1]["pattern"] == "*":
             return about[-1]["action"] == "deny"
         subject = given.get(_SUBJECT_OF.get(tool, ""))
         if not isinstance(subject, str) or (tool == "bash" and not _is_asked(subject)):
             return False
-        about = [rule for rule in about if _matches(subject.strip(), rule["pattern"])]
+        about = [rule for rule in about if matches(subject.strip(), rule["pattern"])]
         return bool(about) and about[-1]["action"] == "deny"
 
 
@@ -208,7 +208,7 @@ def _is_asked(command: str) -> bool:
     return plain is not None and plain["name"].lower() not in _NOT_ASKED
 
 
-def _matches(text: str, pattern: str) -> bool:
+def matches(text: str, pattern: str) -> bool:
     """Whether OpenCode takes *text* for a case of *pattern*, in which only * and ? are special."""
     wild = re.escape(pattern.replace("\\", "/")).replace(r"\*", ".*").replace(r"\?", ".")
     if wild.endswith(r"\ .*"):

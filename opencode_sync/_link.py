@@ -104,6 +104,9 @@ class Link:
         self._has_marks, self._env = has_marks, env
         self._busy = Busy() if busy is None else busy
         scope = CancelScope() if scope is None else scope
+        self._always: dict[
+            str, list[tuple[str, str]]
+        ] = {}  # permissions and patterns, by directory
         self._without_mcp: set[str] = set()  # directories whose configuration has no MCP server
         self._models: dict[tuple[str, str, str], list[str] | None] = {}  # variants of models
         try:
@@ -215,7 +218,9 @@ class Link:
             env=self._env,
             warnings=[*request.warnings, *self._warnings],
             at_end=lambda model: self._unheeded(cfg, directory, model, requests),
-            replies=Replies(requests, directory, permission, question),
+            replies=Replies(
+                requests, directory, permission, question, self._always.setdefault(directory, [])
+            ),
             scope=scope,
         )
         turn.on_close(lambda: self._busy.give_back(session_id))

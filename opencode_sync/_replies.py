@@ -3,7 +3,9 @@
     permission.asked --+--> note() --> give() --> the caller's answer --> server
     question.asked   --+               (in the caller's thread)
 
-Knows requests and the bodies of replies; nothing of turns.
+OpenCode puts what was answered with "always" after all rules, denials included (1.18.33). So it is
+told "once", and what comes later is allowed here, where no rule denies it. Knows requests and the
+bodies of replies; nothing of turns.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
+from ._denials import matches
 from ._http import REQUEST_S, Requests
 from ._request import PermissionAnswer, QuestionAnswer
 from ._sse import Message
@@ -47,9 +50,11 @@ class Replies:
         directory: str,
         permission: PermissionAnswer = reject,
         question: QuestionAnswer = decline,
+        always: list[tuple[str, str]] | None = None,
     ) -> None:
         """
         Args:
+            always: Permissions and patterns that were allowed for all later turns; added to.
             permission: Gives the body of the reply to a request.
             question: The same; None declines.
         """
@@ -57,6 +62,7 @@ class Replies:
         self._directory = directory
         self._permission = permission
         self._question = question
+        self._always = [] if always is None else always
         self._open: list[Message] = []
         self._seen: set[str] = set()
         self.timeout_s = REQUEST_S
@@ -79,12 +85,24 @@ class Replies:
             is_permission = kind == "permission.asked"
             path = f"/{'permission' if is_permission else 'question'}/{request.get('id')}"
             try:
-                body = self._permission(request) if is_permission else self._question(request)
+                body = self._permit(request) if is_permission else self._question(request)
             except BaseException:
                 with contextlib.suppress(OpenCodeServerError):
                     self._send(path, reject(request) if is_permission else None)
                 raise
             self._send(path, body)
+
+    def _permit(self, request: Body) -> Body:
+        permission = str(request.get("permission"))
+        allowed = [pattern for name, pattern in self._always if name == permission]
+        asked = [str(pattern) for pattern in request.get("patterns") or ()]
+        if asked and all(any(matches(each, pattern) for pattern in allowed) for each in asked):
+            return allow_once(request)
+        body = self._permission(request)
+        if body.get("reply") != "always":
+            return body
+        self._always += [(permission, str(pattern)) for pattern in request.get("always") or ()]
+        return allow_once(request)
 
     def _send(self, path: str, body: Body | None) -> None:
         verb = "reject" if body is None else "reply"

@@ -283,7 +283,7 @@ def test_ask_is_a_setting_of_a_session_and_not_of_a_run(server: OpenCodeServer) 
     "reply, sent",
     [
         ("once", {"reply": "once"}),
-        ("always", {"reply": "always"}),
+        ("always", {"reply": "once"}),
         ("reject", {"reply": "reject"}),
         (("reject", "use ls"), {"reply": "reject", "message": "use ls"}),
     ],

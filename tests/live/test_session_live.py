@@ -317,6 +317,27 @@ def test_always_is_asked_once_for_two_calls(
     assert (tmp_path / "two").exists()
 
 
+def test_always_allows_nothing_that_a_rule_denies(
+    server: OpenCodeServer, script: Script, tmp_path: Path
+) -> None:
+    paths = [str(tmp_path / name) for name in ("one.txt", "two.txt", "secret.txt")]
+    writes = [tool_call("write", filePath=path, content="x\n") for path in paths]
+    script.to("Write them", *writes, "Done.")
+    asked: list[PermissionRequest] = []
+    cfg = RunConfig(permission={"edit": {"*": "ask", "*secret*": "deny"}})
+
+    def always(request: PermissionRequest) -> Any:
+        asked.append(request)
+        return "always"
+
+    with server.session(tmp_path, run_cfg=cfg, on_permission=always) as chat:
+        result = chat.send("Write them")
+
+    assert len(asked) == 1
+    assert sorted(path.name for path in tmp_path.glob("*.txt")) == ["one.txt", "two.txt"]
+    assert result.denied_tools == ["write"]
+
+
 class Refusal(Exception):
     pass
 
