@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -198,9 +198,7 @@ class Runs(abc.ABC):
         """
         cfg = self._checked(run_cfg, may_ask=answers is not NO_ANSWERS)
         secrets = Secrets(self._run_cfg, cfg)
-        # A run on a server has the MCP servers that the server was started with.
-        shared = self._run_cfg.build_opencode_config_dict().get("mcp")
-        warnings = check_names(cfg.build_opencode_config_dict(), shared or ())
+        warnings = check_names(cfg.build_opencode_config_dict(), self._mcp_servers())
         request = Request(
             prompt,
             directory(workspace),
@@ -282,7 +280,11 @@ class Runs(abc.ABC):
 
     def _check(self, cfg: RunConfig, *, may_ask: bool = False) -> None:
         """Refuse settings that this kind of runner cannot follow."""
-        validate_config_for_run(cfg, may_ask=may_ask)
+        validate_config_for_run(cfg, may_ask=may_ask, mcp_servers=self._mcp_servers())
+
+    def _mcp_servers(self) -> Iterable[str]:
+        """Names of those that a run on a server has, since the server was started with them."""
+        return self._run_cfg.build_opencode_config_dict().get("mcp") or ()
 
     def _checked(self, run_cfg: RunConfig | None, *, may_ask: bool = False) -> RunConfig:
         cfg = checked_config(run_cfg, self._run_cfg)

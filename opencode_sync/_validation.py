@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -49,11 +49,14 @@ def validate_permission_actions(permission: Any, *, may_ask: bool = False, _path
         raise OpenCodeConfigError(f"{where} is {permission!r}: use 'allow' or 'deny'")
 
 
-def validate_config_for_run(cfg: RunConfig, *, may_ask: bool = False) -> None:
+def validate_config_for_run(
+    cfg: RunConfig, *, may_ask: bool = False, mcp_servers: Iterable[str] = ()
+) -> None:
     """Check settings that OpenCode would ignore, misread or hang on.
 
     Args:
         may_ask: There is somebody to ask, as with a session.
+        mcp_servers: Names of MCP servers that the run has beside those of *cfg*.
 
     Raises:
         OpenCodeConfigError: Names the field, its value unless it may be secret, and what to use.
@@ -62,7 +65,7 @@ def validate_config_for_run(cfg: RunConfig, *, may_ask: bool = False) -> None:
     config = cfg.build_opencode_config_dict()
     _check_permissions(config, may_ask)
     _check_tools(config)
-    check_names(config)
+    check_names(config, mcp_servers)
     check_servers(config.get("mcp"))
     _check_serialisable(config)
     _check_combinations(cfg)

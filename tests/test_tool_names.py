@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 import pytest
 
-from opencode_sync import OpenCodeConfigError, RunConfig, validate_config_for_run
+from opencode_sync import (
+    OpenCodeBinaryNotFoundError,
+    OpenCodeConfigError,
+    OpenCodeServer,
+    RunConfig,
+    validate_config_for_run,
+)
 from opencode_sync._tool_names import check_names
 
 MCP = {"my docs": {"type": "local", "command": ["docs"]}}
@@ -96,3 +103,12 @@ def test_the_names_of_agents_are_looked_at_too(key: str) -> None:
 def test_a_tool_is_on_or_off(value: Any) -> None:
     with pytest.raises(OpenCodeConfigError, match=r"tools 'bash' is .*: use True or False"):
         validate_config_for_run(RunConfig(tools={"bash": value}))
+
+
+def test_a_run_may_name_the_tools_of_its_server_s_mcp_servers() -> None:
+    mcp = {"edits": {"type": "local", "command": ["edits"]}}
+    server = OpenCodeServer("no-such-program", run_cfg=RunConfig(mcp=mcp))
+
+    # The settings are taken, and so the program is looked for.
+    with closing(server), pytest.raises(OpenCodeBinaryNotFoundError):
+        server.run("Hi", run_cfg=RunConfig(permission={"edits_*": "deny"}))
