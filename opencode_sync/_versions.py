@@ -87,7 +87,8 @@ def check_program_version(program: str, cancelled: Callable[[], bool] = lambda: 
     """Refuse a program whose version is not known, before a run of it.
 
     A file is asked once, which takes 0.6 s; its answer is kept in the user's cache directory. A
-    script may start something else tomorrow, so that its answer is kept for this process alone.
+    script may start something else tomorrow, and so may a version manager's program: their answers
+    are kept for this process alone.
 
     Args:
         cancelled: Asked while the program is waited for.
@@ -264,7 +265,7 @@ def _version_of(program: str, file: list[int], cancelled: Callable[[], bool]) ->
 
 
 def _asked(program: str, file: list[int], cancelled: Callable[[], bool]) -> str:
-    record = None if _is_script(program) else _record_of(program)
+    record = None if _starts_another(program) else _record_of(program)
     if record is not None and (version := _read(record, file)):
         return version
     version, fault = ask_version(program, cancelled)
@@ -282,7 +283,11 @@ def _identity(program: str) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
-def _is_script(program: str) -> bool:
+def _starts_another(program: str) -> bool:
+    """Whether it is a script, or a version manager's program under another name (Volta, mise)."""
+    name, own_name = os.path.basename(program), os.path.basename(os.path.realpath(program))
+    if own_name != name and "opencode" not in own_name.lower():
+        return True
     with contextlib.suppress(OSError), open(program, "rb") as file:
         return file.read(len(SCRIPT_MARK)) == SCRIPT_MARK
     return True

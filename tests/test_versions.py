@@ -226,6 +226,20 @@ def test_a_script_is_asked_by_each_process_since_it_may_start_another_program(
     assert records(tmp_path) == []
 
 
+def test_a_version_manager_s_program_is_asked_by_each_process(
+    program: Program, next_process: Callable[[], None], tmp_path: Path
+) -> None:
+    manager = Path(program.path).rename(tmp_path / "manager")
+    Path(program.path).symlink_to(manager)
+    program.check()
+    next_process()
+
+    program.check()
+
+    assert program.calls == ["--version"] * 2
+    assert records(tmp_path) == []
+
+
 @pytest.mark.parametrize("damage", [b"", b"[]", b'{"file": 1}', b"\xff{", b'{"version": null}'])
 def test_a_damaged_record_is_written_anew(
     program: Program, next_process: Callable[[], None], tmp_path: Path, damage: bytes
