@@ -125,10 +125,13 @@ class Fleet:
         try:
             return self._begin(server, ticket, request, before_send, scope)
         except OpenCodeServerError as error:
-            # A prompt that was sent may be at work: it is not sent twice.
-            if error.status_code is not None or has_sent or scope.is_over:
+            if error.status_code is not None or scope.is_over:
                 raise
-            if not _has_died(server):
+            has_died = _has_died(server)
+            # A prompt that was sent may be at work: it is not sent twice.
+            if has_sent or not has_died:
+                if (reason := server.link.connection.lost) is not None:
+                    raise OpenCodeServerError(reason) from error
                 raise
         # It had died before, and has taken nothing: the next one may.
         server = self.current(ticket, scope)

@@ -199,10 +199,13 @@ class Server:
 
     def _wait(self) -> None:
         status = self._popen.wait()
-        self._exited.set()
-        self._settled.set()
+        try:
+            if not self._is_stopping:  # told first: who sees the exit may ask why
+                self._on_exit(f"the server (pid {self.pid}) {_ending(status)}")
+        finally:
+            self._exited.set()
+            self._settled.set()
         if not self._is_stopping:
-            self._on_exit(f"the server (pid {self.pid}) {_ending(status)}")
             _tree.stop(self.token)
 
     def _read(self) -> None:
