@@ -68,6 +68,26 @@ class Request:
         _check_prompt(self.prompt, self.cfg)
         for file in self.cfg.files:
             _check_file(file, self.workspace)
+        if self.cfg.pure or not self.cfg.inherit_project_config:
+            _check_plugins(self.workspace, "pure" if self.cfg.pure else "inherit_project_config")
+
+
+def _check_plugins(workspace: Path, setting: str) -> None:
+    """Refuse a workspace with plugins of its own for a run that is to leave them out.
+
+    OpenCode 1.18.33 executes their files whatever it is told, from the workspace up to the root of
+    its repository.
+    """
+    for place in (workspace, *workspace.parents):
+        directory = place / ".opencode"
+        plugins = [*directory.glob("plugin/*.[jt]s"), *directory.glob("plugins/*.[jt]s")]
+        if plugins and str(place) != os.path.expanduser("~"):  # those there are the user's own
+            raise OpenCodeConfigError(
+                f"{setting}: OpenCode would execute {str(plugins[0])!r} all the same: remove the "
+                "workspace's plugins, or run it with its configuration"
+            )
+        if (place / ".git").exists():
+            return
 
 
 def _check_file(file: StrPath, workspace: Path) -> None:

@@ -64,10 +64,9 @@ class RunConfig:
             runs all the same ends the run with an OpenCodePermissionError. No rule holds for what
             OpenCode itself runs at the word of the workspace's configuration: its plugins, custom
             tools, MCP servers, formatters, language servers and shell, and the shell commands in
-            the template of a *command*. ``inherit_project_config=False`` leaves that out,
-            but for plugins: OpenCode 1.18.33 executes the files in ``.opencode/plugin`` and
-            ``.opencode/plugins`` even so, and with *pure*, though their hooks are not called.
-            Remove them from a workspace that you do not trust.
+            the template of a *command*. ``inherit_project_config=False`` leaves that out;
+            a workspace with plugins in ``.opencode/plugin`` or ``.opencode/plugins`` is refused
+            then, and with *pure*, since OpenCode 1.18.33 executes these files all the same.
             A name that has no effect is refused where it is nearly a known one, or a tool that asks
             for another permission (``"edit"`` stands for ``write`` and ``apply_patch``); of other
             names that are not known there is a warning in the result.
@@ -76,7 +75,7 @@ class RunConfig:
         tools: Tools by name, True or False; names are checked as those of *permission*.
         config_overrides: Any other OpenCode configuration; the fields above are merged over it.
         auto: Answer permission questions with yes; explicit denials hold.
-        pure: Run without plugins, but see *permission* for those in the workspace.
+        pure: Run without plugins; a workspace that has some of its own is refused.
         instructions: Paths, globs or URLs of instruction files, OpenCode's key of this name.
         inherit_user_config: Use the configuration, agents, skills and instructions of the user's
             home and environment. Without them, tools see an empty ``XDG_CONFIG_HOME``.

@@ -398,3 +398,47 @@ def test_a_finaliser_may_run_a_prompt(client: OpenCodeClient) -> None:
     Last()
 
     assert answers == ["last"]
+
+
+# --- plugins of the workspace, which OpenCode executes whatever it is told ------------------------
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """With a directory ``sub``."""
+    root = tmp_path / "outside" / "repository"
+    (root / ".git").mkdir(parents=True)
+    (root / "sub").mkdir()
+    return root
+
+
+def write_plugin(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text("")
+
+
+@pytest.mark.parametrize(
+    "file", [".opencode/plugin/own.js", "sub/.opencode/plugins/own.ts"], ids=["above", "here"]
+)
+@pytest.mark.parametrize(
+    "run_cfg", [RunConfig(pure=True), RunConfig(inherit_project_config=False)], ids=repr
+)
+def test_they_are_refused_where_they_are_to_be_left_out(
+    client: OpenCodeClient, repository: Path, file: str, run_cfg: RunConfig
+) -> None:
+    write_plugin(repository / file)
+
+    with pytest.raises(OpenCodeConfigError, match=r"would execute '.*own\.[jt]s' all the same"):
+        client.run("well", repository / "sub", run_cfg=run_cfg)
+
+    assert client.run("well", repository / "sub").status == "ok"
+
+
+def test_those_outside_of_the_repository_are_not_its_own(
+    client: OpenCodeClient, repository: Path
+) -> None:
+    write_plugin(repository.parent / ".opencode/plugin/own.js")
+
+    result = client.run("well", repository / "sub", run_cfg=RunConfig(pure=True))
+
+    assert result.status == "ok"
