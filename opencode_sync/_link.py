@@ -32,7 +32,7 @@ from ._sessions import Sessions, id_of, rules_of, stored_messages
 from ._sse import EventStream, Message, mapping
 from ._translate import REFUSED
 from ._turn import ABORT_S, Turn
-from ._versions import check_server_version
+from ._versions import check_server_version, unknown_variant
 from .config import RunConfig
 from .errors import OpenCodeConfigError, OpenCodeServerError
 
@@ -254,11 +254,7 @@ class Link:
         if cfg.variant is not None and model is not None:
             known = self._variants(directory, *model, requests)
             if known is not None and cfg.variant not in known:
-                there = f"it has {', '.join(known)}" if known else "it has none"
-                warnings.append(
-                    f"The variant {cfg.variant!r} is unknown to the model "
-                    f"{'/'.join(model)!r} ({there}), and was ignored."
-                )
+                warnings.append(unknown_variant(cfg.variant, "/".join(model), known))
         return warnings
 
     def _variants(

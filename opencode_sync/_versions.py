@@ -1,11 +1,12 @@
-"""Which version of OpenCode a program or a server is, and whether this package uses it.
+"""What a program says of itself: its version, and which variants a model has there.
 
     a program --> remembered in this process --> on the disk --> ``PROGRAM --version`` --+
     a server ---> what it says of itself ------------------------------------------------+--> check
 
 Asked once per program: as long as the file is the same, a run pays a look at it. OpenCode 2 takes
 the arguments of a run, but hands the prompt to a background service of the user's, which knows
-nothing of the run's permissions and configuration: so what is not known is not started.
+nothing of the run's permissions and configuration: so what is not known is not started. A run with
+an unknown variant goes on without it and without a word: so the program is asked for them too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ._command import TESTED_VERSION, managed_path
@@ -36,6 +37,7 @@ from .errors import (
 OLDEST_KNOWN = "1.17"
 KNOWN_VERSIONS = f"{OLDEST_KNOWN} up to, not including, 2"
 
+VARIANTS_TIMEOUT_S = 20.0  # 2 s on such a machine
 VERSION_TIMEOUT_S = 60.0  # 0.6 s on a machine that has nothing else to do
 SCRIPT_MARK = b"#!"
 SLICE_S = 0.05  # how soon a question that is waited for notices that it was cancelled
@@ -51,6 +53,7 @@ _log = logging.getLogger("opencode_sync")
 _asking = threading.RLock()  # so that threads that start at once ask once
 _known: dict[str, tuple[list[int], str]] = {}  # path -> which file it was, and its version
 _logged: set[str] = set()
+_variants: dict[tuple[str | None, ...], list[str] | None] = {}  # of a model, somewhere
 
 
 def numbers_in(version: str) -> tuple[int, ...] | None:
@@ -165,6 +168,81 @@ def _does_not_run(program: str | os.PathLike[str], fault: str) -> str:
         f"{os.fspath(program)} does not run: {fault}\n"
         "Run 'opencode-sync install', or name another with binary= or OPENCODE_BINARY."
     )
+
+
+def warn_of_variant(
+    program: str,
+    variant: str,
+    model: str,
+    env: Mapping[str, str],
+    workspace: str,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> list[str]:
+    """Say so where *model* has no *variant*; nothing where the program does not tell.
+
+    A program is asked once for a model in a configuration, which takes 2 s; and again in another
+    workspace where the variant was unknown, since a project's configuration may add some.
+
+    Args:
+        env: The run's environment, its configuration included.
+
+    Raises:
+        OpenCodeCancelledError: If *cancelled* comes true.
+    """
+    key = (program, model, env.get("OPENCODE_CONFIG_CONTENT"), env.get("XDG_CONFIG_HOME"))
+    if variant in (_variants.get(key) or ()):
+        return []
+    here = (*key, workspace)
+    if here not in _variants:
+        with contextlib.suppress(OSError):  # the run itself will tell
+            _variants[here] = _ask_variants(program, model, env, workspace, cancelled)
+            if _variants[here]:
+                _variants[key] = _variants[here]
+    known = _variants.get(here)
+    return [] if known is None or variant in known else [unknown_variant(variant, model, known)]
+
+
+def unknown_variant(variant: str, model: str, known: Sequence[str]) -> str:
+    """The warning for a variant that OpenCode passes over without a word."""
+    there = f"it has {', '.join(known)}" if known else "it has none"
+    return f"The variant {variant!r} is unknown to the model {model!r} ({there}), and was ignored."
+
+
+def _ask_variants(
+    program: str, model: str, env: Mapping[str, str], workspace: str, cancelled: Callable[[], bool]
+) -> list[str] | None:
+    # Into a file: what it writes to a pipe can be cut.
+    with tempfile.TemporaryFile() as out:
+        process = subprocess.Popen(
+            [program, "models", model.partition("/")[0], "--verbose"],
+            cwd=workspace,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.DEVNULL,
+            env={**env, "PWD": workspace},
+        )
+        _wait(process, VARIANTS_TIMEOUT_S, cancelled)
+        out.seek(0)
+        text = out.read().decode("utf-8", "replace")
+    # Of each model a line with its name, and then what it is, as JSON over many lines.
+    _, _, after = f"\n{text}".partition(f"\n{model}\n")
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):
+        return list(json.JSONDecoder().raw_decode(after)[0].get("variants", {}))
+    return None
+
+
+def _wait(process: subprocess.Popen[bytes], timeout: float, cancelled: Callable[[], bool]) -> None:
+    """Wait for the end of *process*, which comes after *timeout* seconds at the latest."""
+    deadline = time.monotonic() + timeout
+    with process:
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                if cancelled():
+                    raise OpenCodeCancelledError(_CANCELLED)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(SLICE_S)
+        finally:
+            process.kill()  # without effect on one that has ended
 
 
 def ask_version(

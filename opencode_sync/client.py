@@ -38,7 +38,7 @@ from ._run import ProcessRun
 from ._runs import NEEDS_SERVER
 from ._sessionindex import check_directory, stored_directory
 from ._userdata import in_words, link_credentials, user_database
-from ._versions import check_program_version
+from ._versions import check_program_version, warn_of_variant
 from .config import RunConfig
 from .errors import OpenCodeConfigError, OpenCodeError
 from .runner import Request, Runner, StrPath
@@ -238,7 +238,12 @@ class OpenCodeClient(Runner):
             env = self._placed(env, cfg, lease if isolated else None)
             if not isolated and cfg.session_id is not None:
                 _check_workspace(cfg.session_id, env, request.workspace)
-            env = add_preload(unpacking_in(lease.unpacked, env))
+            env = unpacking_in(lease.unpacked, env)
+            model = cfg.model or cfg.build_opencode_config_dict().get("model")
+            if cfg.variant is not None and isinstance(model, str):
+                place, cancelled = str(request.workspace), scope.is_cancelled
+                warnings += warn_of_variant(binary, cfg.variant, model, env, place, cancelled)
+            env = add_preload(env)
             with ExitStack() as starting:
                 if not isolated:
                     starting.enter_context(self._gate.slot(scope.is_cancelled))

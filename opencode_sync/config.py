@@ -50,8 +50,9 @@ class RunConfig:
         remote_dir: Directory on the server of *attach*.
         port: Accepted for compatibility; OpenCode's ``run`` does nothing with it.
         variant: The provider's name for a reasoning effort, such as ``"high"``. OpenCode ignores
-            one that the model does not have: on a server there is a warning in the result, while a
-            process tells nobody.
+            one that the model does not have, of which there is a warning in the result. For a
+            process, where *model* is given here, OpenCode is asked for the model's variants first,
+            which takes 2 s once.
         thinking: Give the model's reasoning as ``reasoning`` events.
         print_logs: Keep OpenCode's log lines in the result's ``stderr``.
         log_level: ``"DEBUG"``, ``"INFO"``, ``"WARN"`` or ``"ERROR"``. With *print_logs*, the last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +24,13 @@ from opencode_sync import (
     RunResult,
     _versions,
 )
-from opencode_sync._versions import binary_version, check_program_version, doubt_of, fault_of
+from opencode_sync._versions import (
+    binary_version,
+    check_program_version,
+    doubt_of,
+    fault_of,
+    warn_of_variant,
+)
 from tests import faults, serving
 
 WITHIN_S = 30
@@ -420,3 +427,58 @@ def test_a_server_elsewhere_that_is_not_known_gets_no_prompt(
     assert not list(tmp_path.rglob("sessions.json"))
     assert run_on(there, tmp_path, any_version=True).final_text == "hello"
     assert list(tmp_path.rglob("sessions.json"))
+
+
+# --- a model's variants --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program that lists models as OpenCode does, and notes in ``asked`` where it was asked."""
+    monkeypatch.setattr(_versions, "_variants", {})
+    listed = 'p/other\n{\n  "variants": {}\n}\np/m\n{\n  "variants": {"low": {}, "high": {}}\n}'
+    return executable(tmp_path / "opencode", f"pwd >> {tmp_path}/asked\necho '{listed}'")
+
+
+def variant_warnings(models: Path, variant: str, model: str, workspace: Path) -> list[str]:
+    workspace.mkdir(exist_ok=True)
+    return warn_of_variant(str(models), variant, model, os.environ, str(workspace))
+
+
+def test_a_variant_that_the_model_has_is_asked_for_once(models: Path, tmp_path: Path) -> None:
+    said = [variant_warnings(models, "high", "p/m", tmp_path / name) for name in "aba"]
+
+    assert said == [[], [], []]
+    assert (tmp_path / "asked").read_text().split() == [str(tmp_path / "a")]
+
+
+def test_an_unknown_variant_is_asked_for_in_each_workspace(models: Path, tmp_path: Path) -> None:
+    said = [variant_warnings(models, "top", "p/m", tmp_path / name) for name in "aba"]
+
+    words = "The variant 'top' is unknown to the model 'p/m' (it has low, high), and was ignored."
+    assert said == [[words]] * 3
+    assert (tmp_path / "asked").read_text().split() == [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_a_model_without_variants_has_none(models: Path, tmp_path: Path) -> None:
+    (said,) = variant_warnings(models, "top", "p/other", tmp_path / "a")
+
+    assert "unknown to the model 'p/other' (it has none)" in said
+
+
+@pytest.mark.parametrize("listed", ["", "p/m", "p/m\n{", "p/m\n[]", "nonsense"])
+def test_where_the_program_does_not_tell_nothing_is_said(
+    models: Path, tmp_path: Path, listed: str
+) -> None:
+    executable(models, f"echo '{listed}'")
+
+    assert variant_warnings(models, "top", "p/m", tmp_path / "a") == []
+
+
+def test_a_question_for_variants_ends_when_the_run_is_cancelled(
+    models: Path, tmp_path: Path
+) -> None:
+    executable(models, "exec sleep 60")
+
+    with pytest.raises(OpenCodeCancelledError):
+        warn_of_variant(str(models), "top", "p/m", os.environ, str(tmp_path), lambda: True)

@@ -15,7 +15,6 @@ Each test runs with both, and one model answers both. What cannot hold for one o
 | another attempt at a start | yes | never | all turns share a start that went well |
 | a flag that is unknown, a cut line | yes | never | there is neither argv nor stdout |
 | OpenCodeServerError | never | yes | there is no server to be lost |
-| a warning of an unknown ``variant`` | never | yes | neither output nor log of a run tells |
 
 Those of them that a caller can see have a test at the end; deaths of servers, broken connections
 and what only a stand-in can do have files of their own.
