@@ -178,12 +178,13 @@ def interrupt_runs(directory: Path) -> None:
 
         for _ in range(INTERRUPTIONS):
             try:
-                signal.setitimer(signal.ITIMER_REAL, dice.uniform(0.0002, 0.05))
-                client.run(dice.choice(prompts), workspace, timeout_s=0.1, retry_delay_s=0)
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, dice.uniform(0.0002, 0.05))
+                    client.run(dice.choice(prompts), workspace, timeout_s=0.1, retry_delay_s=0)
+                finally:  # where it may come too
+                    signal.setitimer(signal.ITIMER_REAL, 0)
             except (KeyboardInterrupt, OpenCodeTimeoutError) as error:
                 interrupted += isinstance(error, KeyboardInterrupt)
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
 
         assert interrupted > INTERRUPTIONS / 2
         left = leaks.left_behind(before, leaks.SETTLE_S)

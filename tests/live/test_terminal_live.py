@@ -109,7 +109,7 @@ def test_ctrl_c_ends_a_run_and_its_text_so_far_stays(
     screen.type(CTRL_C)
 
     assert screen.end() == 130
-    assert "So far.\n" in screen.text
+    assert "So far." in screen.text
     assert "cancelled, 1 step" in screen.text
     assert screen.text.endswith("opencode-sync: interrupted\n")
     assert "Traceback" not in screen.text
