@@ -165,6 +165,8 @@ class Soak:
         assert not leaks.left_behind(before, leaks.SETTLE_S)
         assert [path for path in self._temporary.rglob("*") if path.is_file()] == []
         assert objects() - kinds == {}
+        if "coverage" in sys.modules:
+            return  # it notes each thread and line that is new, in memory of its own
         assert blocks() - used < MOST_BLOCKS * self._number
         assert memory() - size < MOST_BYTES
 

@@ -278,7 +278,8 @@ def test_max_cost_ends_a_sub_agent_in_the_midst_of_its_work(
     result = caught.value.result
     assert result is not None
     [spender] = result.sub_agents
-    assert result.total_cost == spender.total_cost > 2.5 * STEP_COST
+    # What had come by the end of the process or the turn is counted too.
+    assert result.total_cost >= spender.total_cost > 2.5 * STEP_COST
     assert script.n_spent < MOST_STEPS
 
 
