@@ -252,7 +252,7 @@ def add_preload(env: dict[str, str]) -> dict[str, str]:
     It only adds detail: it is left out where the package stands in an archive, or where the
     variable is set, be it to nothing.
     """
-    if not env.get(PRELOAD, "unset"):  # Bun ends at once where that is no file
+    if not env.get(PRELOAD, "unset"):  # Bun exits at once where that is not a file
         return {name: value for name, value in env.items() if name != PRELOAD}
     return {PRELOAD: str(PRELOAD_FILE), **env} if PRELOAD_FILE.is_file() else env
 

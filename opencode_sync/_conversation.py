@@ -2,7 +2,7 @@
 
     send(), stream() --one at a time--> the runner's stream, in the session --> totals
 
-Knows turns and whose turn it is. What else a session can be asked for is in the room session.
+Runs one turn at a time. For what else a session can be asked, see `session`.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def enforced(env: dict[str, str], cfg: RunConfig, *, is_server: bool = False) ->
     if PRELOAD in env:
         why = f"{PRELOAD} is set: unset it"
     elif not PRELOAD_FILE.is_file():
-        why = "there is no file of it (a package in an archive?): install the package"
+        why = f"{PRELOAD_FILE.name} is not a file (a package in an archive?): install the package"
     else:
         return {**env, DENIALS: json.dumps(denials)}
     raise OpenCodeConfigError(
