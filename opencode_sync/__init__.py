@@ -11,12 +11,10 @@ A first script::
 from typing import TYPE_CHECKING, Any
 
 from ._command import TESTED_VERSION, build_argv, build_env, resolve_binary
-from ._futures import RunFuture
-from ._validation import validate_config_for_run, validate_permission_actions
 from ._version import __version__
 from .client import OpenCodeClient
-from .config import Job, RunConfig
-from .errors import (
+from .core.config import Job, RunConfig, validate_config_for_run, validate_permission_actions
+from .core.errors import (
     OpenCodeBinaryNotFoundError,
     OpenCodeBudgetError,
     OpenCodeCancelledError,
@@ -29,8 +27,9 @@ from .errors import (
     OpenCodeServerError,
     OpenCodeTimeoutError,
 )
-from .events import Event, iter_parse_lines, parse_event_line
-from .result import (
+from .core.events import Event, iter_parse_lines, parse_event_line
+from .core.future import RunFuture
+from .core.result import (
     ErrorInfo,
     RunResult,
     SubAgent,
@@ -38,20 +37,14 @@ from .result import (
     aggregate_run_result,
     run_result_fuzzy_text,
 )
-from .stream import RunStream
+from .core.stream import RunStream
 
 if TYPE_CHECKING:  # loaded when first asked for, see __getattr__
-    from ._asking import (
-        PermissionRequest,
-        QuestionRequest,
-        allow_all,
-        allow_reads,
-        ask_in_terminal,
-    )
-    from ._frame import results_to_frame, results_to_records
+    from ._asking import PermissionRequest, QuestionRequest, allow_all, allow_reads, ask_in_terminal
     from ._sessions import SessionInfo
     from ._tally import BatchReport
     from .batch import BatchRun
+    from .core.records import results_to_frame, results_to_records
     from .report import checkpoint_to_html, results_to_html
     from .server import OpenCodeServer
     from .session import Session

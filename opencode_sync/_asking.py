@@ -14,9 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
-from ._markup import count, spelled_out
-from ._request import Answers
-from .errors import OpenCodeConfigError
+from .core.errors import OpenCodeConfigError
+from .core.request import Answers
+from .core.text import count, spelled_out
 
 Reply = Literal["once", "always", "reject"]
 PermissionReply = Reply | tuple[Literal["reject"], str]

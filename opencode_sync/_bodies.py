@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ._command import UNTITLED
-from ._denials import OUTPUT_TOOL, Rule, make_rule, rules_of
-from ._schema import OutputSchema
-from .config import RunConfig
-from .errors import OpenCodeConfigError, OpenCodeError
+from .core.config import RunConfig
+from .core.denials import OUTPUT_TOOL, Rule, make_rule, rules_of
+from .core.errors import OpenCodeConfigError, OpenCodeError
+from .core.schema import OutputSchema
 
 TITLE_CHARACTERS = 50
 

@@ -22,10 +22,10 @@ from typing import Any, TextIO
 from ._asking import ask_in_terminal
 from ._cli_options import DONE, add_run_options, run_config, tell
 from ._command import managed_root
-from ._limits import Limits
-from ._markup import count, money, outcome
+from .core.errors import OpenCodeConfigError, OpenCodeError
+from .core.request import Limits
+from .core.text import count, money, outcome
 from .display import live
-from .errors import OpenCodeConfigError, OpenCodeError
 from .session import Session
 
 _HISTORY_LINES = 1_000

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ._markup import printable
-from .config import RunConfig
-from .errors import OpenCodeConfigError
+from .core.config import RunConfig
+from .core.errors import OpenCodeConfigError
+from .core.text import printable
 
 DONE, FAILED, REFUSED, TIMED_OUT, INTERRUPTED = 0, 1, 2, 124, 130
 

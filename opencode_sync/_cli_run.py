@@ -7,7 +7,6 @@ import json
 import sys
 from contextlib import ExitStack
 
-from . import _interrupt
 from ._cli_options import (
     DONE,
     FAILED,
@@ -17,12 +16,13 @@ from ._cli_options import (
     run_config,
     tell,
 )
-from ._markup import outcome, printable
 from .client import OpenCodeClient
+from .core import lifetime
+from .core.errors import OpenCodeConfigError
+from .core.events import to_json
+from .core.result import RunResult
+from .core.text import outcome, printable
 from .display import live
-from .errors import OpenCodeConfigError
-from .events import to_json
-from .result import RunResult
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     # without a gate, since this is the only run here.
     with OpenCodeClient(isolate_db=False, startup_concurrency=None) as client, ExitStack() as end:
         # A run that has been started is told of, also where a Ctrl-C comes at once.
-        with _interrupt.deferred():
+        with lifetime.deferred():
             stream = client.stream(
                 prompt,
                 options.workspace,

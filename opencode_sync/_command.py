@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ._denials import PRELOAD, PRELOAD_FILE, marked
-from .config import RunConfig, merged
-from .errors import OpenCodeBinaryNotFoundError, OpenCodeConfigError
+from .core.config import RunConfig, merged
+from .core.denials import PRELOAD, PRELOAD_FILE, marked
+from .core.errors import OpenCodeBinaryNotFoundError, OpenCodeConfigError
 
 TESTED_VERSION = "1.18.33"
 """The version of OpenCode that this package is tested with, and installs by default."""

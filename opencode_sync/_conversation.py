@@ -12,14 +12,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ._asking import OnPermission, OnQuestion, answers_of
-from ._pinned import Pinned
-from ._request import NO_ANSWERS, StrPath, absolute, checked_config, directory
-from ._schema import output_schema
 from ._turntaking import Account, TurnTaking
-from .config import RunConfig
-from .errors import OpenCodeCancelledError, OpenCodeConfigError
-from .result import RunResult, TokenUsage
-from .stream import Limits, RunStream
+from .core.config import RunConfig
+from .core.errors import OpenCodeCancelledError, OpenCodeConfigError
+from .core.lifetime import Pinned
+from .core.request import NO_ANSWERS, StrPath, absolute, checked_config, directory
+from .core.result import RunResult, TokenUsage
+from .core.schema import output_schema
+from .core.stream import Limits, RunStream
 
 if TYPE_CHECKING:
     from ._sessions import Sessions

@@ -27,11 +27,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import _interrupt
-from ._checks import checked_path
 from ._sessionindex import SessionHome, SessionIndex, check_directory
 from ._userdata import in_words, link_credentials
-from .errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
+from .core import lifetime
+from .core.config import checked_path
+from .core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -152,7 +152,7 @@ class DataDirectories:
             OpenCodeCancelledError: If this was closed in the meantime.
             OpenCodeError: If there is no place for a directory.
         """
-        with in_words(self._kept), _interrupt.deferred():
+        with in_words(self._kept), lifetime.deferred():
             return self._lease(env, session_id, workspace, fork, holds_sessions)
 
     def _lease(
@@ -193,7 +193,7 @@ class DataDirectories:
 
         It would load a package by npm, which takes 3 s, and the first prompt waits for it.
         """
-        with in_words(self._kept), _interrupt.deferred(), self._locked():
+        with in_words(self._kept), lifetime.deferred(), self._locked():
             path = self._root() / "config"
             directory = path / "opencode"
             lock_file = directory / "package-lock.json"
@@ -213,7 +213,7 @@ class DataDirectories:
         if root is not None:
             shutil.rmtree(root, ignore_errors=True)
             if not root.exists():  # else whoever was told of it may have more luck later
-                with _interrupt.deferred():
+                with lifetime.deferred():
                     self._on_remove(root)
 
     def _root(self) -> Path:

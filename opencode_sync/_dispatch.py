@@ -23,7 +23,6 @@ from dataclasses import replace
 from operator import attrgetter
 
 from ._ledger import Ledger
-from ._limits import NO_BUDGET, Budget, Spent, is_of_batch
 from ._shelf import Shelf
 from ._tally import BatchReport, Tally
 from ._task import (
@@ -40,7 +39,8 @@ from ._task import (
 from ._throttle import Throttle
 from ._work import Work
 from .checkpoint import Checkpoint, Saved
-from .errors import OpenCodeCancelledError, OpenCodeError
+from .core.errors import OpenCodeCancelledError, OpenCodeError
+from .core.request import NO_BUDGET, Budget, Spent, is_of_batch
 
 STOP_S = 8.0  # bound on waiting for tasks that were told to end; stopping one takes 5 s at most
 TRIES = 4  # of a task that fails of too many requests, with nothing done

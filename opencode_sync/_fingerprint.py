@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from ._secrets import VALUES_ARE_SECRET, is_secret, setting_name
-from .config import RunConfig
+from .core.config import RunConfig
+from .core.secrets import VALUES_ARE_SECRET, is_secret, setting_name
 
 _DIGITS = 32  # 128 bits: no two of any number of jobs are alike by chance
 _USER_IN_URL = re.compile(r"://[^/@\s]*@")

@@ -17,12 +17,12 @@ import logging
 import threading
 from collections.abc import Callable
 
-from ._interrupt import CancelScope, Flag
-from ._request import Request
 from ._servers import Elsewhere, InUse, Origin
 from ._turn import Turn
-from .config import RunConfig
-from .errors import OpenCodeCancelledError, OpenCodeServerError
+from .core.config import RunConfig
+from .core.errors import OpenCodeCancelledError, OpenCodeServerError
+from .core.lifetime import CancelScope, Flag
+from .core.request import Request
 
 _log = logging.getLogger("opencode_sync")
 

@@ -10,8 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from . import _interrupt
-from .errors import OpenCodeCancelledError
+from .core import lifetime
+from .core.errors import OpenCodeCancelledError
 
 SLICE_S = 0.05  # how soon a waiting start notices that it was cancelled
 
@@ -39,12 +39,12 @@ class Gate:
         is_held = False
         try:
             while not is_held:
-                with _interrupt.deferred():  # or a slot could be taken, and nobody know of it
+                with lifetime.deferred():  # or a slot could be taken, and nobody know of it
                     is_held = self._semaphore.acquire(timeout=SLICE_S)
                 if not is_held and cancelled():
                     raise OpenCodeCancelledError("the run was cancelled before it had started")
             yield
         finally:
             if is_held:
-                with _interrupt.deferred():  # its lock is entered in Python: see _dispatch
+                with lifetime.deferred():  # its lock is entered in Python: see _dispatch
                     self._semaphore.release()

@@ -23,9 +23,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from ._interrupt import CancelScope
-from ._secrets import config_refusal
-from .errors import OpenCodeConfigError, OpenCodeServerError
+from .core.errors import OpenCodeConfigError, OpenCodeServerError
+from .core.lifetime import CancelScope
+from .core.secrets import config_refusal
 
 if TYPE_CHECKING:  # imported where it is used: it takes 0.1 s
     import httpcore2

@@ -17,11 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ._limits import LIMITS_OF_A_JOB, Limits
-from ._request import Request, StrPath, directory
-from ._validation import validate_config_for_run
-from .config import Job, RunConfig
-from .errors import OpenCodeConfigError
+from .core.config import Job, RunConfig, validate_config_for_run
+from .core.errors import OpenCodeConfigError
+from .core.request import LIMITS_OF_A_JOB, Limits, Request, StrPath, directory
 
 STDIN = "-"
 

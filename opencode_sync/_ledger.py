@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ._limits import Spent, is_of_batch
 from ._shelf import Shelf
 from ._tally import Tally
 from ._task import Outcome, Task
 from ._throttle import Throttle
 from .checkpoint import Checkpoint, Entry
-from .errors import OpenCodeCancelledError, OpenCodeError
-from .result import RunResult
+from .core.errors import OpenCodeCancelledError, OpenCodeError
+from .core.request import Spent, is_of_batch
+from .core.result import RunResult
 
 
 class Ledger:

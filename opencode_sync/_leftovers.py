@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 from ._command import managed_root
 from ._datadir import TEMPORARY_PREFIX, pid_space
-from ._markup import one_line
 from ._tree import MARKER
+from .core.text import one_line
 
 if TYPE_CHECKING:
     import psutil

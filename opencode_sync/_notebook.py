@@ -16,9 +16,9 @@ from keyword import iskeyword
 from typing import Any, NoReturn
 
 from .client import OpenCodeClient
-from .config import RunConfig
+from .core.config import RunConfig
+from .core.errors import OpenCodeConfigError
 from .display import live
-from .errors import OpenCodeConfigError
 from .runner import Runner
 from .server import OpenCodeServer
 

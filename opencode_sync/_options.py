@@ -8,12 +8,11 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ._checks import check_count, check_number, checked_path
 from ._machine import workers_for_processes
-from ._schema import OutputSchema
-from .config import Job, RunConfig
-from .errors import OpenCodeConfigError
-from .stream import Limits
+from .core.config import Job, RunConfig, check_count, check_number, checked_path
+from .core.errors import OpenCodeConfigError
+from .core.schema import OutputSchema
+from .core.stream import Limits
 
 OnError = Literal["raise", "return"]
 

@@ -26,8 +26,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
-from . import _interrupt, _tree
+from . import _tree
 from ._output import Block, Channel, Output
+from .core import lifetime
 
 BACKLOG = 32  # blocks in the queue; a reader that is so far ahead leaves the rest on disk
 # How long a new line (or the exit, where the system has nothing to wait at) can go unseen: a
@@ -64,12 +65,12 @@ class Process:
         self._owner_pid = os.getpid()
         self._is_closed = False
         self._outputs: dict[Channel, Output] = {}
-        self._queue: _interrupt.Queue[Block | BaseException] = _interrupt.Queue()
+        self._queue: lifetime.Queue[Block | BaseException] = lifetime.Queue()
         self._readers: dict[Channel, threading.Thread] = {}
         self._popen: subprocess.Popen[bytes] | None = None
         self._exit_fd: int | None = None
         try:
-            with _interrupt.deferred():
+            with lifetime.deferred():
                 self._popen = self._start(argv, cwd, env, stdin)
                 self.pid = self._popen.pid
                 _tree.mark(self.pid, self._token)
@@ -130,7 +131,7 @@ class Process:
         if self._popen is None:
             return None
         if self._popen.returncode is None and _has_exited(self.pid):
-            with _interrupt.deferred():  # or it could leave Popen's own lock locked for ever
+            with lifetime.deferred():  # or it could leave Popen's own lock locked for ever
                 self._popen.poll()
         return self._popen.returncode
 
@@ -236,7 +237,7 @@ def _read(
     output: Output,
     popen: subprocess.Popen[bytes],
     exit_fd: int | None,
-    put: _interrupt.Queue[Block | BaseException],
+    put: lifetime.Queue[Block | BaseException],
 ) -> None:
     """Hand over what a child writes, block by block, and an empty block at the end."""
     longest_s, begun = LONGEST_PAUSE_S[channel], time.monotonic()

@@ -12,18 +12,18 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping, Sequence
 
-from ._checks import unencodable
 from ._logs import no_space, refused_by_bun, unwritable_home
-from ._reading import why_cut
 from ._versions import ask_version, is_of_the_machine, no_process
-from .errors import (
+from .core.config import unencodable
+from .core.errors import (
     OpenCodeBinaryNotFoundError,
     OpenCodeConfigError,
     OpenCodeError,
     stderr_tail,
     strip_ansi,
 )
-from .result import RunResult
+from .core.reading import why_cut
+from .core.result import RunResult
 
 _LONGEST_USAGE = 50_000
 

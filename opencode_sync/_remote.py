@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 
 from ._datadir import temporary_prefix
 from ._task import End, Outcome, Settings, Streams, Task, carry_out
-from .errors import OpenCodeCancelledError, OpenCodeOutputError
-from .result import ErrorInfo, RunResult
-from .stream import RunStream
+from .core.errors import OpenCodeCancelledError, OpenCodeOutputError
+from .core.result import ErrorInfo, RunResult
+from .core.stream import RunStream
 
 POLL_S = 0.2  # how soon a worker process notices that its batch is closed
 

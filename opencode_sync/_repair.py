@@ -13,11 +13,11 @@ import dataclasses
 import json
 from collections.abc import Mapping
 
-from ._denials import OUTPUT_TOOL
-from ._request import Request
-from ._schema import Fit, OutputSchema, SchemaMismatch
-from .errors import OpenCodeOutputError
-from .result import ErrorInfo, RunResult
+from .core.denials import OUTPUT_TOOL
+from .core.errors import OpenCodeOutputError
+from .core.request import Request
+from .core.result import ErrorInfo, RunResult, is_cut_off
+from .core.schema import Fit, OutputSchema, SchemaMismatch
 
 _NAME = "StructuredOutputError"  # OpenCode's own word for it
 
@@ -107,8 +107,3 @@ def _n_outputs(result: RunResult) -> int:
                 message_id, values = part.get("messageID"), set()
             values.add(json.dumps(state.get("input"), sort_keys=True))
     return len(values)
-
-
-def is_cut_off(result: RunResult) -> bool:
-    """Whether the model was stopped at its output limit, in what it said last."""
-    return result.finish_reason == "length"

@@ -14,11 +14,11 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from ._denials import matches
 from ._http import REQUEST_S, Requests
-from ._request import PermissionAnswer, QuestionAnswer
 from ._sse import Message
-from .errors import OpenCodeServerError
+from .core.denials import matches
+from .core.errors import OpenCodeServerError
+from .core.request import PermissionAnswer, QuestionAnswer
 
 Body = Mapping[str, Any]
 

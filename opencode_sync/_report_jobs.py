@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ._markup import one_line, printable
-from ._reading import TokenUsage, number_of
 from ._report_records import Record
-from ._saved import dumped
+from .core.reading import TokenUsage, number_of
+from .core.records import dumped
+from .core.text import one_line, printable
 
 STATUSES = ("ok", "error", "denied", "incomplete", "timed_out", "cancelled", "over_budget")
 _STATUS_OF = {  # of jobs that ended with an error, whatever their run had come to

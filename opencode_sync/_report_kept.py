@@ -16,9 +16,9 @@ from pathlib import Path
 
 from ._report_jobs import short_of
 from ._report_records import Record, records_in, records_of
-from ._saved import dumped
-from .errors import OpenCodeError
-from .result import RunResult
+from .core.errors import OpenCodeError
+from .core.records import dumped
+from .core.result import RunResult
 
 MOST = 10_000
 

@@ -14,7 +14,6 @@ from datetime import datetime, timezone
 from statistics import median, quantiles
 from typing import Any
 
-from ._markup import money
 from ._report_charts import (
     WIDTH,
     Bar,
@@ -31,7 +30,8 @@ from ._report_charts import (
     value_ticks,
 )
 from ._report_jobs import STATUSES, Row
-from .events import to_json
+from .core.events import to_json
+from .core.text import money
 
 _MAX_KINDS = 12
 

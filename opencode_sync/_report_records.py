@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ._saved import failure_of, judged
-from .errors import OpenCodeConfigError, OpenCodeError
-from .result import RunResult
+from .core.errors import OpenCodeConfigError, OpenCodeError
+from .core.records import failure_of, judged
+from .core.result import RunResult
 
 Record = Mapping[str, Any]
 

@@ -15,23 +15,24 @@ import queue
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from . import _interrupt, _tree, _watchdog
+from . import _tree, _watchdog
 from ._datadir import Lease
-from ._denials import error_event
 from ._logs import LogReader, no_agent, not_counted, split_told
 from ._output import LineSplitter
 from ._process import Process
-from ._reading import ARGUMENTS_ERROR, called_session, error_info
 from ._reasons import may_be_repeated, reason, start_error, what_is_missing
-from ._secrets import Secrets
-from .errors import (
+from .core import lifetime
+from .core.denials import error_event
+from .core.errors import (
     OpenCodeConfigError,
     OpenCodeError,
     OpenCodeIncompleteError,
     OpenCodeProcessError,
 )
-from .events import Event, is_cut, parse_block, warning_events
-from .result import RunResult
+from .core.events import Event, is_cut, parse_block, warning_events
+from .core.reading import ARGUMENTS_ERROR, called_session, error_info
+from .core.result import RunResult
+from .core.secrets import Secrets
 
 _log = logging.getLogger("opencode_sync")
 
@@ -42,7 +43,7 @@ _STEPS = ("step_start", "tool_use")
 
 
 class ProcessRun:
-    """A started run; see :class:`~opencode_sync._source.Source` for what it promises."""
+    """A started run; see :class:`~opencode_sync.core.request.Source` for what it promises."""
 
     def __init__(
         self,
@@ -125,7 +126,7 @@ class ProcessRun:
         return self._process.returncode is not None
 
     def receive(self, timeout: float | None) -> list[Event] | None:
-        """The next events; see :meth:`~opencode_sync._source.Source.receive`."""
+        """The next events; see :meth:`~opencode_sync.core.request.Source.receive`."""
         if not self._is_done and not self._ready:
             try:
                 self._process.wait(self._patience(timeout))
@@ -134,7 +135,7 @@ class ProcessRun:
                     return events
                 raise
             # A Ctrl-C that comes while a block is read would lose what stands in it.
-            with _interrupt.deferred():
+            with lifetime.deferred():
                 self._ready = self._next_events()
         events, self._ready = self._ready, []
         return events if events or not self._is_done else None
@@ -154,7 +155,7 @@ class ProcessRun:
         return self._events(lines) if channel == "stdout" else self._read_stderr(lines)
 
     def stop(self) -> None:
-        """End it with its tools; see :meth:`~opencode_sync._source.Source.stop`."""
+        """End it with its tools; see :meth:`~opencode_sync.core.request.Source.stop`."""
         if self._is_gone:
             return
         self._was_stopped = True
@@ -165,7 +166,7 @@ class ProcessRun:
         """Complete *result* with exit status, stderr and raw lines, and say what went wrong."""
         if not self._was_stopped:
             if self._keep_background:
-                with _interrupt.deferred():
+                with lifetime.deferred():
                     _watchdog.spare(self._token)
             elif self._process.stop():
                 _log.info("%s had left processes running; they were stopped", self.label)

@@ -17,19 +17,18 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ._denials import Tripwire
-from ._futures import cancel_together
-from ._interrupt import CancelScope
 from ._repair import SchemaReview
-from ._request import NO_ANSWERS, Answers, Request, StrPath, checked_config, directory
-from ._schema import OutputSchema, output_schema
-from ._secrets import Secrets
-from ._tool_names import check_names
-from ._validation import validate_config_for_run
-from .config import RunConfig
-from .errors import OpenCodeCancelledError, OpenCodeConfigError
-from .result import RunResult
-from .stream import Limits, OpenSource, RunStream, Source
+from .core.config import RunConfig, validate_config_for_run
+from .core.denials import Tripwire
+from .core.errors import OpenCodeCancelledError, OpenCodeConfigError
+from .core.future import cancel_together
+from .core.lifetime import CancelScope
+from .core.mcp import check_names
+from .core.request import NO_ANSWERS, Answers, Request, StrPath, checked_config, directory
+from .core.result import RunResult
+from .core.schema import OutputSchema, output_schema
+from .core.secrets import Secrets
+from .core.stream import Limits, OpenSource, RunStream, Source
 
 if TYPE_CHECKING:
     from ._sessions import Sessions

@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import _interrupt, _tree
+from . import _tree
 from ._command import add_plugin, add_preload
 from ._logs import (
     PRELOAD_PREFIX,
@@ -33,8 +33,9 @@ from ._logs import (
     split_told,
     unwritable_home,
 )
-from ._secrets import without_quotes
-from .errors import OpenCodeBinaryNotFoundError, OpenCodeServerError, strip_ansi
+from .core import lifetime
+from .core.errors import OpenCodeBinaryNotFoundError, OpenCodeServerError, strip_ansi
+from .core.secrets import without_quotes
 
 _log = logging.getLogger("opencode_sync")
 
@@ -61,7 +62,7 @@ class Server:
         directory: Path,
         *,
         timeout_s: float,
-        scope: _interrupt.CancelScope,
+        scope: lifetime.CancelScope,
         on_exit: Callable[[str], None],
         on_refusal: Callable[[str, int, float | None], None],
         on_error: Callable[[str, Mapping[str, Any]], None],
@@ -86,9 +87,9 @@ class Server:
         self._on_refusal = on_refusal
         self._on_error = on_error
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
-        self._settled = _interrupt.Flag()  # it listens, or has ended
+        self._settled = lifetime.Flag()  # it listens, or has ended
         self._env = env
-        self._exited = _interrupt.Flag()
+        self._exited = lifetime.Flag()
         self._is_stopping = False
         self._output, childs_end = socket.socketpair()
         try:

@@ -17,17 +17,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import _interrupt, _tree, _watchdog
+from . import _tree, _watchdog
 from ._command import PLUGIN, build_env, resolve_binary, unpacking_in, without_user_config
 from ._datadir import DataDirectories, Lease
-from ._denials import PRELOAD, enforced
 from ._http import Connection
 from ._link import Busy, Link, dispose
-from ._secrets import Secrets
 from ._serve import Server
 from ._versions import check_program_version
-from .config import RunConfig
-from .errors import OpenCodeConfigError, OpenCodeError, OpenCodeServerError
+from .core import lifetime
+from .core.config import RunConfig
+from .core.denials import PRELOAD, enforced
+from .core.errors import OpenCodeConfigError, OpenCodeError, OpenCodeServerError
+from .core.secrets import Secrets
 
 _log = logging.getLogger("opencode_sync")
 
@@ -91,7 +92,7 @@ class Health:
         link = server.link
         self._server, self._process = server, process
         self._connection = Connection(link.connection.url, password=link.connection.password)
-        self._closing = _interrupt.Flag()
+        self._closing = lifetime.Flag()
         name = f"opencode-{process.pid}-health"
         self._thread = threading.Thread(target=self._ask, name=name, daemon=True)
         self._thread.start()
@@ -169,11 +170,11 @@ class Elsewhere:
         self._url, self._username, self._password = url, username, password
         self._any_version = any_version
         self._busy = Busy()
-        self._scope = _interrupt.CancelScope()
+        self._scope = lifetime.CancelScope()
 
     def start(self) -> InUse:
         """Reach it; see :class:`Origin`."""
-        opening = _interrupt.CancelScope(time.monotonic() + OPEN_S)
+        opening = lifetime.CancelScope(time.monotonic() + OPEN_S)
         with self._scope.waking(opening.cancel):
             link = Link(
                 self._url,
@@ -228,7 +229,7 @@ class Own:
         )
         self._leases: list[Lease] = []  # one, from the first start on
         self._busy = Busy()
-        self._scope = _interrupt.CancelScope()  # of all starts
+        self._scope = lifetime.CancelScope()  # of all starts
 
     def start(self) -> InUse:
         """Start one; see :class:`Origin`."""
@@ -282,7 +283,7 @@ class Own:
             on_refusal=on_refusal,
             on_error=on_error,
         )
-        opening = _interrupt.CancelScope(max(deadline, time.monotonic() + OPEN_S))
+        opening = lifetime.CancelScope(max(deadline, time.monotonic() + OPEN_S))
         try:
             with self._scope.waking(opening.cancel):
                 link = Link(

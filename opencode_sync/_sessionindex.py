@@ -16,7 +16,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import OpenCodeConfigError
+from .core.errors import OpenCodeConfigError
 
 
 @dataclass

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from ._denials import OUTPUT_TOOL
 from ._http import FIRST_S, MAX_LIST_BYTES, REQUEST_S, Requests
-from ._reading import denied_tool, number_of
 from ._sse import mapping
-from .errors import OpenCodeConfigError, OpenCodeServerError
+from .core.denials import OUTPUT_TOOL
+from .core.errors import OpenCodeConfigError, OpenCodeServerError
+from .core.reading import denied_tool, number_of
 
 MOST = 10_000  # sessions to be listed; by default OpenCode gives 100
 

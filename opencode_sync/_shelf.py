@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from ._task import End
 from .checkpoint import Saved
-from .errors import OpenCodeError
+from .core.errors import OpenCodeError
 
 
 class Shelf:

@@ -22,9 +22,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from . import _interrupt
 from ._http import CONNECT_S, MAX_BYTES, Connection
-from .errors import OpenCodeServerError
+from .core import lifetime
+from .core.errors import OpenCodeServerError
 
 _log = logging.getLogger("opencode_sync")
 
@@ -70,7 +70,7 @@ class Mailbox:
 
     def __init__(self, routes: dict[str, Mailbox], session_id: str) -> None:
         # Its put() may interrupt itself, so a finaliser can use it in any thread.
-        self._queue: _interrupt.Queue[_Sized | _Lost] = _interrupt.Queue()
+        self._queue: lifetime.Queue[_Sized | _Lost] = lifetime.Queue()
         # Of the reader alone, and of who receives alone: the difference is what waits.
         self._put_size = self._taken_size = 0
         self._is_full = False
@@ -158,8 +158,8 @@ class EventStream:
         # A plain dict, whose single operations are atomic: the reader is not to wait for a lock,
         # nor a finaliser for one that its own thread holds.
         self._routes: dict[str, Mailbox] = {}
-        self._opened = _interrupt.Flag()  # at least once; or lost before
-        self._closing = _interrupt.Flag()
+        self._opened = lifetime.Flag()  # at least once; or lost before
+        self._closing = lifetime.Flag()
         self._is_reading = False
         self._reader: threading.Thread | None = None
 
@@ -167,7 +167,7 @@ class EventStream:
         state = self._connection.lost or f"{len(self._routes)} sessions"
         return f"<EventStream of {self._connection.url}, {state}>"
 
-    def open(self, scope: _interrupt.CancelScope | None = None) -> None:
+    def open(self, scope: lifetime.CancelScope | None = None) -> None:
         """Start reading. What is begun after the return is not missed. Once.
 
         Args:
@@ -180,7 +180,7 @@ class EventStream:
             target=self._guarded, name=f"opencode-{self._connection.label}-events", daemon=True
         )
         self._reader.start()
-        scope = _interrupt.CancelScope() if scope is None else scope
+        scope = lifetime.CancelScope() if scope is None else scope
         if not scope.wait(self._opened, CONNECT_S + SILENCE_S):
             self.lose(f"the server at {self._connection.url} opens no event stream")
         if self._connection.lost is not None:

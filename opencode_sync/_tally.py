@@ -15,11 +15,11 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ._limits import Spent, tokens_of, unpriced, unpriced_tokens
-from ._markup import html_table
 from ._report_kept import Kept
-from .errors import OpenCodeError
-from .result import RunResult, TokenUsage
+from .core.errors import OpenCodeError
+from .core.request import Spent, tokens_of, unpriced, unpriced_tokens
+from .core.result import RunResult, TokenUsage
+from .core.text import html_table
 
 _log = logging.getLogger("opencode_sync")
 

@@ -14,12 +14,12 @@ from concurrent.futures import BrokenExecutor, CancelledError, Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from ._schema import OutputSchema
 from ._throttle import is_rate_limit, retry_after_s
-from .config import RunConfig
-from .errors import OpenCodeCancelledError, OpenCodeError
-from .result import RunResult
-from .stream import Limits, RunStream
+from .core.config import RunConfig
+from .core.errors import OpenCodeCancelledError, OpenCodeError
+from .core.result import RunResult
+from .core.schema import OutputSchema
+from .core.stream import Limits, RunStream
 
 End = RunResult | OpenCodeError
 

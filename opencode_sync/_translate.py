@@ -19,9 +19,9 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-from ._denials import OUTPUT_TOOL
 from ._sse import Message, mapping
-from .events import Event
+from .core.denials import OUTPUT_TOOL
+from .core.events import Event
 
 REFUSED = "provider.refused"  # ours: what _preload.js saw of a provider's refusal
 ANSWER = "answer"  # ours: the end of a request that is answered when all is done

@@ -19,24 +19,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from . import _interrupt, _tree
+from . import _tree
 from ._http import REQUEST_S, Connection, Within
-from ._interrupt import CancelScope
 from ._logs import no_space
-from ._reading import ARGUMENTS_ERROR, why_cut
 from ._replies import Replies
 from ._sessions import is_prompt_with_format, stored_messages
 from ._sse import GAP, Mailbox, Message, mapping
 from ._translate import Translator, parts_of
-from .errors import (
+from .core import lifetime
+from .core.errors import (
     OpenCodeConfigError,
     OpenCodeError,
     OpenCodeIncompleteError,
     OpenCodeProcessError,
     OpenCodeServerError,
 )
-from .events import Event, warning_events
-from .result import RunResult
+from .core.events import Event, warning_events
+from .core.lifetime import CancelScope
+from .core.reading import ARGUMENTS_ERROR, why_cut
+from .core.result import RunResult
 
 DOUBT_S = 0.5  # silence after which the server is asked whether the turn is over, if it may be
 LOOK_S = 2.0  # the same where nothing speaks for it; doubled each time
@@ -50,7 +51,7 @@ PAUSE_S = 0.02
 
 
 class Turn:
-    """A turn under way; see :class:`~opencode_sync._source.Source` for what it promises.
+    """A turn under way; see :class:`~opencode_sync.core.request.Source` for what it promises.
 
     Attributes:
         session_id: The session it is a turn of.
@@ -147,7 +148,7 @@ class Turn:
         self._connection.in_background(path, body, answered, scope=self._scope)
 
     def receive(self, timeout: float | None) -> list[Event] | None:
-        """The next events; see :meth:`~opencode_sync._source.Source.receive`."""
+        """The next events; see :meth:`~opencode_sync.core.request.Source.receive`."""
         if self._is_done and not self._ready:
             return None
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -182,7 +183,7 @@ class Turn:
         return events or (None if self._is_done else [])
 
     def stop(self) -> None:
-        """Abort the turn, and end its tools; see :meth:`~opencode_sync._source.Source.stop`."""
+        """Abort the turn, and end its tools; see :meth:`.request.Source.stop`."""
         self._translator.stopped()
         was_done, self._was_stopped = self._is_done, True
         self._scope = CancelScope()  # the run's has ended
@@ -258,13 +259,13 @@ class Turn:
     def _read(self) -> None:
         """Read what has come. A Ctrl-C meanwhile loses none of it."""
         self._look_s, self._idle_looks = LOOK_S, 0
-        with _interrupt.deferred(), contextlib.suppress(queue.Empty):
+        with lifetime.deferred(), contextlib.suppress(queue.Empty):
             self._messages += self._mailbox.receive(0)
         while self._messages:
             if self._messages[0] is GAP:
                 self._ready += self._catch_up()
                 self._messages.popleft()
-            with _interrupt.deferred():
+            with lifetime.deferred():
                 while self._messages and self._messages[0] is not GAP:
                     message = self._messages.popleft()
                     self._ready += self._translator.read(message)

@@ -11,9 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ._reading import number_of, usage_of
-from .errors import OpenCodeConfigError
-from .result import RunResult, TokenUsage
+from .core.errors import OpenCodeConfigError
+from .core.reading import number_of, usage_of
+from .core.result import RunResult, TokenUsage
 
 
 class TurnTaking:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import OpenCodeError
+from .core.errors import OpenCodeError
 
 _log = logging.getLogger("opencode_sync")
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from ._command import TESTED_VERSION, managed_path
 from ._datadir import temporary_prefix
-from .errors import (
+from .core.errors import (
     OpenCodeBinaryNotFoundError,
     OpenCodeCancelledError,
     OpenCodeConfigError,

@@ -10,13 +10,13 @@ import pickle
 from dataclasses import dataclass, field
 from typing import Any
 
-from ._futures import cancel_together
-from ._limits import Spent
-from ._reading import ended_well
 from ._remote import Lifeline, RemoteWork
 from ._task import Listener, Outcome, Settings, Streams, Task, carry_out
-from .result import RunResult
-from .stream import RunStream
+from .core.future import cancel_together
+from .core.reading import ended_well
+from .core.request import Spent
+from .core.result import RunResult
+from .core.stream import RunStream
 
 
 @dataclass(repr=False)

@@ -21,21 +21,19 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
 from ._dispatch import Dispatch
-from ._exits import REASON, UnderWay
 from ._fingerprint import job_fingerprint, settings_fingerprint
-from ._limits import LIMITS_OF_A_JOB, Budget
 from ._options import Options, fault_of
-from ._pinned import Pinned
 from ._progress import Progress
 from ._report_kept import Kept
-from ._request import absolute
 from ._tally import BatchReport, Tally
 from ._task import End, Settings, Streams, Task
 from ._throttle import Throttle
 from .checkpoint import Checkpoint, Saved
-from .config import Job, RunConfig
-from .errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
-from .result import RunResult
+from .core.config import Job, RunConfig
+from .core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
+from .core.lifetime import REASON, Pinned, UnderWay
+from .core.request import LIMITS_OF_A_JOB, Budget, absolute
+from .core.result import RunResult
 
 T = TypeVar("T", bound=RunResult | OpenCodeError, covariant=True)
 

@@ -22,8 +22,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
-from ._limits import Spent
-from ._saved import (
+from .core.errors import OpenCodeConfigError, OpenCodeError
+from .core.records import (
     Entry,
     end_of,
     failure_of,
@@ -35,9 +35,9 @@ from ._saved import (
     replacing,
     spent_in,
 )
-from ._schema import OutputSchema, SchemaMismatch
-from .errors import OpenCodeConfigError, OpenCodeError
-from .result import RunResult
+from .core.request import Spent
+from .core.result import RunResult
+from .core.schema import OutputSchema, SchemaMismatch
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock

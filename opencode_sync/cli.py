@@ -25,14 +25,14 @@ from . import _cli_chat, _cli_map, _cli_run
 from ._cli_options import DONE, FAILED, INTERRUPTED, REFUSED, TIMED_OUT
 from ._cli_options import tell as _tell
 from ._command import TESTED_VERSION
-from ._markup import printable
 from ._version import __version__
-from .errors import (
+from .core.errors import (
     OpenCodeCancelledError,
     OpenCodeConfigError,
     OpenCodeError,
     OpenCodeTimeoutError,
 )
+from .core.text import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,8 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _interrupt, _watchdog
-from ._checks import check_count, check_flag, check_number, check_program, checked_path
+from . import _watchdog
 from ._command import (
     DEFAULT_BINARY,
     PLUGIN,
@@ -31,18 +30,26 @@ from ._command import (
     without_user_config,
 )
 from ._datadir import DataDirectories, Lease
-from ._denials import DENIALS, ENFORCED, enforced, not_enforced
 from ._gate import Gate
-from ._interrupt import CancelScope
 from ._run import ProcessRun
 from ._runs import NEEDS_SERVER
 from ._sessionindex import check_directory, stored_directory
 from ._userdata import in_words, link_credentials, user_database
 from ._versions import check_program_version, warn_of_variant
-from .config import RunConfig
-from .errors import OpenCodeConfigError, OpenCodeError
+from .core import lifetime
+from .core.config import (
+    RunConfig,
+    check_count,
+    check_flag,
+    check_number,
+    check_program,
+    checked_path,
+)
+from .core.denials import DENIALS, ENFORCED, enforced, not_enforced
+from .core.errors import OpenCodeConfigError, OpenCodeError
+from .core.lifetime import CancelScope
+from .core.stream import Source
 from .runner import Request, Runner, StrPath
-from .stream import Source
 
 if TYPE_CHECKING:
     from ._fleet import Attached
@@ -211,7 +218,7 @@ class OpenCodeClient(Runner):
             self._gate = Gate(self._settings["startup_concurrency"])
             self._make_directories()
         if self._watchdog:
-            with _interrupt.deferred():
+            with lifetime.deferred():
                 _watchdog.guard()
         cfg = request.cfg
         env = enforced(build_env(cfg), cfg)

@@ -14,12 +14,12 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TextIO
 
-from ._markup import markdown, one_line, outcome, printable, verbatim
-from ._reading import is_unsaid
-from .errors import OpenCodeConfigError
-from .events import Event
-from .result import RunResult
-from .stream import RunStream
+from .core.errors import OpenCodeConfigError
+from .core.events import Event
+from .core.reading import is_unsaid
+from .core.result import RunResult
+from .core.stream import RunStream
+from .core.text import markdown, one_line, outcome, printable, verbatim
 
 LINE_WIDTH = 100
 UPDATE_S = 0.1  # between updates of a cell while text comes in deltas

@@ -22,10 +22,10 @@ from typing import Literal
 from ._command import TESTED_VERSION, managed_root, resolve_binary
 from ._leftovers import Leftovers
 from ._machine import available_cores, available_memory, workers_for_processes
-from ._markup import count, one_line
 from ._userdata import user_data
 from ._versions import binary_version, doubt_of, fault_of, how_to_replace, is_older, numbers_in
-from .errors import OpenCodeBinaryNotFoundError
+from .core.errors import OpenCodeBinaryNotFoundError
+from .core.text import count, one_line
 
 RUN_DISK_BYTES = 100 * 2**20  # a fresh data directory is small; snapshots and tool output grow
 

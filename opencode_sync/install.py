@@ -26,11 +26,7 @@ from typing import Any
 
 from ._command import TESTED_VERSION, managed_path, managed_root
 from ._versions import ask_version, fault_of
-from .errors import (
-    OpenCodeBinaryNotFoundError,
-    OpenCodeConfigError,
-    OpenCodeError,
-)
+from .core.errors import OpenCodeBinaryNotFoundError, OpenCodeConfigError, OpenCodeError
 
 NPM_TIMEOUT_S = 1_800.0  # 130 MB to load, over a slow line as well
 

@@ -17,14 +17,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from ._markup import money
 from ._report_charts import span
 from ._report_jobs import Row, detail_of, row_of
 from ._report_page import page_of, script_json, short
 from ._report_records import Record, records_in, records_of
-from ._saved import replacing
-from .errors import OpenCodeConfigError, OpenCodeError
-from .result import RunResult
+from .core.errors import OpenCodeConfigError, OpenCodeError
+from .core.records import replacing
+from .core.result import RunResult
+from .core.text import money
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -16,17 +16,16 @@ from collections.abc import Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from ._checks import check_count
-from ._exits import UnderWay
-from ._futures import RunFuture
 from ._machine import workers_for_processes
-from ._request import Request, StrPath, absolute
 from ._runs import CLOSE_S, Runs
-from ._schema import output_schema
-from .config import Job, RunConfig
-from .errors import OpenCodeError
-from .result import RunResult
-from .stream import Limits
+from .core.config import Job, RunConfig, check_count
+from .core.errors import OpenCodeError
+from .core.future import RunFuture
+from .core.lifetime import UnderWay
+from .core.request import Request, StrPath, absolute
+from .core.result import RunResult
+from .core.schema import output_schema
+from .core.stream import Limits
 
 if TYPE_CHECKING:
     from ._options import OnError

@@ -10,15 +10,21 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from ._bodies import check_server_wide
-from ._checks import check_count, check_flag, check_number, check_program, checked_path
 from ._command import DEFAULT_BINARY
 from ._fleet import Attached, Fleet
-from ._interrupt import CancelScope
-from ._request import directory
 from ._servers import Elsewhere, InUse, Own
 from ._turn import Turn
-from .config import RunConfig
-from .errors import OpenCodeConfigError
+from .core.config import (
+    RunConfig,
+    check_count,
+    check_flag,
+    check_number,
+    check_program,
+    checked_path,
+)
+from .core.errors import OpenCodeConfigError
+from .core.lifetime import CancelScope
+from .core.request import directory
 from .runner import Request, Runner, StrPath
 
 if TYPE_CHECKING:

@@ -15,11 +15,10 @@ from types import TracebackType
 from typing import Any
 
 from ._conversation import CLOSED, Conversation
-from ._request import directory
 from ._turntaking import Account, TurnTaking
-from ._validation import validate_config_for_run
-from .config import RunConfig
-from .errors import OpenCodeConfigError, OpenCodeError
+from .core.config import RunConfig, validate_config_for_run
+from .core.errors import OpenCodeConfigError, OpenCodeError
+from .core.request import directory
 
 SUMMARY_S = 600.0  # bound on a summary, where the conversation has no timeout_s
 

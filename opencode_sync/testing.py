@@ -28,8 +28,8 @@ from typing import Any
 
 from ._chat import Answer, ChatRequest, Chunk, Reply, ToolCall, as_reply, tool_call
 from ._chatserver import ChatServer
-from .config import RunConfig, merged
-from .result import TokenUsage
+from .core.config import RunConfig, merged
+from .core.result import TokenUsage
 
 __all__ = [
     "Answer",

@@ -20,7 +20,7 @@ import pytest
 from opencode_sync._command import TESTED_VERSION, managed_binary
 from opencode_sync._datadir import DataDirectories
 from opencode_sync._versions import binary_version
-from opencode_sync.errors import OpenCodeBinaryNotFoundError, OpenCodeError
+from opencode_sync.core.errors import OpenCodeBinaryNotFoundError, OpenCodeError
 from opencode_sync.install import install
 from tests import leaks
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from opencode_sync._markup import strip_ansi
+from opencode_sync.core.text import strip_ansi
 
 WITHIN_S = 30.0
 ROWS, COLUMNS = 24, 120

@@ -22,10 +22,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from opencode_sync._interrupt import CancelScope
-from opencode_sync.errors import OpenCodeError, OpenCodeProcessError
-from opencode_sync.events import Event
-from opencode_sync.result import RunResult
+from opencode_sync.core.errors import OpenCodeError, OpenCodeProcessError
+from opencode_sync.core.events import Event
+from opencode_sync.core.lifetime import CancelScope
+from opencode_sync.core.result import RunResult
 from opencode_sync.runner import Request, Runner
 
 STEP_COST = 0.01

@@ -34,7 +34,7 @@ from opencode_sync import (
 )
 from opencode_sync._task import Outcome, Settings, Task
 from opencode_sync._work import Work
-from opencode_sync.stream import Limits
+from opencode_sync.core.stream import Limits
 from tests.scripted import STEP_COST, STEP_TOKENS, ScriptedRunner
 
 ROOT = Path(__file__).parent.parent

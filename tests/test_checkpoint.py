@@ -26,9 +26,9 @@ from opencode_sync import (
     OpenCodeTimeoutError,
     RunConfig,
     RunResult,
-    _saved,
 )
 from opencode_sync.checkpoint import Checkpoint, Entry
+from opencode_sync.core import records
 from tests.scripted import ScriptedRunner
 
 ROOT = Path(__file__).parent.parent
@@ -349,7 +349,7 @@ def test_the_file_is_held_until_it_has_one_line_a_job(
             others.append(list(runner.map(["c"], checkpoint=path)))
         except OpenCodeConfigError as error:
             others.append(error)
-        return _saved.replacing(target, mode)
+        return records.replacing(target, mode)
 
     monkeypatch.setattr("opencode_sync.checkpoint.replacing", beside_another)
 

@@ -20,7 +20,7 @@ from opencode_sync import (
     validate_config_for_run,
     validate_permission_actions,
 )
-from opencode_sync.config import merged
+from opencode_sync.core.config import merged
 
 
 def full_config() -> RunConfig:

@@ -9,10 +9,11 @@ from typing import Any, cast
 
 import pytest
 
-from opencode_sync import OpenCodeConfigError, OpenCodePermissionError, RunConfig, _denials
+from opencode_sync import OpenCodeConfigError, OpenCodePermissionError, RunConfig
 from opencode_sync._command import build_env
-from opencode_sync._denials import Tripwire, enforced, rules_of
-from opencode_sync.events import Event
+from opencode_sync.core import denials as _denials
+from opencode_sync.core.denials import Tripwire, enforced, rules_of
+from opencode_sync.core.events import Event
 from tests.scripted import ScriptedRunner
 
 

@@ -12,10 +12,10 @@ from typing import Any, cast
 import pytest
 
 from opencode_sync import display
+from opencode_sync.core.errors import OpenCodeError
+from opencode_sync.core.result import RunResult
+from opencode_sync.core.stream import RunStream
 from opencode_sync.display import event_line, live, tool_line
-from opencode_sync.errors import OpenCodeError
-from opencode_sync.result import RunResult
-from opencode_sync.stream import RunStream
 
 
 def text(words: str, part: str = "a") -> dict[str, Any]:

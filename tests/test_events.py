@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from opencode_sync import RunResult, iter_parse_lines, parse_event_line, run_result_fuzzy_text
-from opencode_sync.events import dump_event, is_cut, parse_block
+from opencode_sync.core.events import dump_event, is_cut, parse_block
 
 SCALARS = (
     st.none()

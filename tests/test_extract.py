@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from opencode_sync._extract import NoValueError, find_values
-from opencode_sync._schema import OutputSchema, SchemaMismatch
+from opencode_sync.core.schema import NoValueError, OutputSchema, SchemaMismatch, find_values
 
 
 class Node(BaseModel):

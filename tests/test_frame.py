@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import pytest
 
-from opencode_sync._frame import results_to_frame, results_to_records
-from opencode_sync.errors import OpenCodeConfigError, OpenCodeTimeoutError
-from opencode_sync.result import ErrorInfo, RunResult, SubAgent, TokenUsage
+from opencode_sync.core.errors import OpenCodeConfigError, OpenCodeTimeoutError
+from opencode_sync.core.records import results_to_frame, results_to_records
+from opencode_sync.core.result import ErrorInfo, RunResult, SubAgent, TokenUsage
 
 
 def test_a_result_is_one_flat_row() -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from opencode_sync._http import MAX_BYTES, Connection
-from opencode_sync._interrupt import CancelScope
-from opencode_sync.errors import OpenCodeConfigError, OpenCodeServerError
+from opencode_sync.core.errors import OpenCodeConfigError, OpenCodeServerError
+from opencode_sync.core.lifetime import CancelScope
 from tests.webserver import WITHIN_S, Answer, WebServer
 
 SECRET = "a-secret-word"

@@ -18,7 +18,7 @@ import pytest
 from opencode_sync import install as install_module
 from opencode_sync._command import TESTED_VERSION, managed_binary, managed_path, managed_root
 from opencode_sync._versions import binary_version
-from opencode_sync.errors import OpenCodeBinaryNotFoundError, OpenCodeConfigError
+from opencode_sync.core.errors import OpenCodeBinaryNotFoundError, OpenCodeConfigError
 from opencode_sync.install import install
 
 WITHIN_S = 30

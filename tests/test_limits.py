@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from opencode_sync import Job, OpenCodeBudgetError
-from opencode_sync._limits import Budget, Spent
+from opencode_sync.core.request import Budget, Spent
 from opencode_sync.session import Session
 from tests.scripted import STEP_COST, STEP_TOKENS, ScriptedRunner
 

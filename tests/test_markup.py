@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
-from opencode_sync._markup import (
+from opencode_sync.core.config import validate_permission_actions
+from opencode_sync.core.errors import OpenCodeConfigError, OpenCodeTimeoutError
+from opencode_sync.core.result import ErrorInfo, RunResult, TokenUsage
+from opencode_sync.core.text import (
     error_html,
     error_lines,
     html_table,
@@ -22,9 +25,6 @@ from opencode_sync._markup import (
     tools_used,
     verbatim,
 )
-from opencode_sync._validation import validate_permission_actions
-from opencode_sync.errors import OpenCodeConfigError, OpenCodeTimeoutError
-from opencode_sync.result import ErrorInfo, RunResult, TokenUsage
 
 
 def test_a_terminal_gets_nothing_to_obey() -> None:

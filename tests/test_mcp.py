@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from opencode_sync import OpenCodeConfigError, RunConfig, validate_config_for_run
-from opencode_sync._mcp import warnings_of
+from opencode_sync.core.mcp import warnings_of
 
 LOCAL = {"type": "local", "command": ["docs", "--stdio"]}
 REMOTE = {"type": "remote", "url": "https://mcp.example"}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from opencode_sync import ErrorInfo, TokenUsage
-from opencode_sync._reading import (
+from opencode_sync.core.reading import (
     Texts,
     denied_tool,
     error_info,

@@ -30,10 +30,10 @@ from opencode_sync import (
     RunResult,
     RunStream,
 )
-from opencode_sync._interrupt import CancelScope
 from opencode_sync._repair import SchemaReview
-from opencode_sync._schema import OutputSchema
-from opencode_sync.events import Event
+from opencode_sync.core.events import Event
+from opencode_sync.core.lifetime import CancelScope
+from opencode_sync.core.schema import OutputSchema
 from opencode_sync.runner import Request, Runner
 
 GOOD, BAD, WORDS = '{"legs": 2}', '{"legs": "two"}', "I would rather not."

@@ -21,7 +21,7 @@ from opencode_sync import (
     aggregate_run_result,
     run_result_fuzzy_text,
 )
-from opencode_sync.result import Status, SubAgent
+from opencode_sync.core.result import Status, SubAgent
 
 STEP: Event = {"type": "step_start", "sessionID": "ses_1", "part": {}}
 REJECTION = "The user rejected permission to use this specific tool call."

@@ -15,8 +15,8 @@ from jsonschema import Draft202012Validator
 from pydantic import BaseModel, Field, field_validator
 from typing_extensions import TypedDict
 
-from opencode_sync._schema import OutputSchema, SchemaMismatch
-from opencode_sync.errors import OpenCodeConfigError
+from opencode_sync.core.errors import OpenCodeConfigError
+from opencode_sync.core.schema import OutputSchema, SchemaMismatch
 
 
 class Bird(BaseModel):

@@ -23,9 +23,9 @@ from opencode_sync import (
     RunConfig,
     build_argv,
 )
-from opencode_sync._secrets import Secrets, config_refusal, without_quotes
-from opencode_sync.events import Event, parse_event_line
-from opencode_sync.result import ErrorInfo
+from opencode_sync.core.events import Event, parse_event_line
+from opencode_sync.core.result import ErrorInfo
+from opencode_sync.core.secrets import Secrets, config_refusal, without_quotes
 from tests.faults import standin_client
 
 SECRET = "s3cr3t-in-no-text"

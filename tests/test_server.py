@@ -33,8 +33,8 @@ from opencode_sync import (
 from opencode_sync._datadir import UNPACKED
 from opencode_sync._fleet import Fleet
 from opencode_sync._http import FIRST_S
-from opencode_sync._request import Request
 from opencode_sync._servers import Elsewhere, InUse
+from opencode_sync.core.request import Request
 from opencode_sync.server import OpenCodeServer
 from tests import serving
 from tests.standin import VERSION
@@ -595,7 +595,7 @@ def test_a_program_that_ends_takes_its_server_along(binary: str, workspace: Path
 import os, sys
 from opencode_sync._fleet import Fleet
 from opencode_sync._http import FIRST_S
-from opencode_sync._request import Request
+from opencode_sync.core.request import Request
 from opencode_sync._servers import Elsewhere, InUse
 from opencode_sync.server import OpenCodeServer
 server = OpenCodeServer({binary!r})

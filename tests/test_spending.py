@@ -24,7 +24,7 @@ from opencode_sync import (
     _task,
 )
 from opencode_sync.checkpoint import Checkpoint
-from opencode_sync.events import Event
+from opencode_sync.core.events import Event
 
 from .test_repair import COST, GOOD, Answering, Bird, _Source
 
@@ -181,7 +181,7 @@ def test_a_job_that_does_not_end_in_time_has_cost_what_it_has_by_then(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_dispatch, "STOP_S", 0.05)
-    monkeypatch.setattr("opencode_sync.stream.TURN_S", 0.05)
+    monkeypatch.setattr("opencode_sync.core.stream.TURN_S", 0.05)
     runner = Stubborn()
     batch = runner.map([GOOD])
     consumer = threading.Thread(target=lambda: list(batch))

@@ -12,7 +12,7 @@ import pytest
 from opencode_sync import _sse
 from opencode_sync._http import Connection
 from opencode_sync._sse import GAP, EventStream, Mailbox, Message
-from opencode_sync.errors import OpenCodeServerError
+from opencode_sync.core.errors import OpenCodeServerError
 from tests.webserver import WITHIN_S, Answer, Feed, WebServer
 
 

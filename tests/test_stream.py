@@ -28,8 +28,8 @@ from opencode_sync import (
     RunResult,
     RunStream,
 )
-from opencode_sync._interrupt import CancelScope
-from opencode_sync.stream import Limits
+from opencode_sync.core.lifetime import CancelScope
+from opencode_sync.core.stream import Limits
 
 LONG_S = 20.0
 

@@ -19,7 +19,7 @@ import pytest
 
 from opencode_sync import testing
 from opencode_sync._command import build_env
-from opencode_sync.config import RunConfig
+from opencode_sync.core.config import RunConfig
 from opencode_sync.testing import (
     Answer,
     ChatRequest,

@@ -14,7 +14,7 @@ from opencode_sync import (
     RunConfig,
     validate_config_for_run,
 )
-from opencode_sync._tool_names import check_names
+from opencode_sync.core.mcp import check_names
 
 MCP = {"my docs": {"type": "local", "command": ["docs"]}}
 

@@ -10,8 +10,8 @@ import pytest
 
 from opencode_sync._sse import Message
 from opencode_sync._translate import ANSWER, REFUSED, Translator
-from opencode_sync.errors import OpenCodeServerError
-from opencode_sync.events import Event
+from opencode_sync.core.errors import OpenCodeServerError
+from opencode_sync.core.events import Event
 
 ROOT, CHILD = "ses_root", "ses_child"
 TRACE = "\n    at somewhere (/$bunfs/root/chunk.js:1:1)"

@@ -15,7 +15,7 @@ from opencode_sync._replies import Replies
 from opencode_sync._sse import EventStream
 from opencode_sync._translate import Translator
 from opencode_sync._turn import Turn
-from opencode_sync.events import Event
+from opencode_sync.core.events import Event
 from tests.interrupting import interrupt_once
 from tests.webserver import WITHIN_S, Answer, Feed, WebServer
 

@@ -28,8 +28,8 @@ from opencode_sync import (
     RunResult,
     _bodies,
     _command,
-    _denials,
 )
+from opencode_sync.core import denials
 from opencode_sync.runner import Runner
 from opencode_sync.testing import Reply, ScriptedModel, ToolCall, tool_call
 from tests.live.warm import Script, config, open_connections
@@ -398,7 +398,7 @@ def test_a_denied_tool_that_runs_all_the_same_ends_the_run(
     tmp_path: Path,
 ) -> None:
     pretending = tmp_path / "pretending.js"
-    words = _denials.ENFORCED.decode()
+    words = denials.ENFORCED.decode()
     pretending.write_text(f"require('fs').writeSync(2, {json.dumps(words)} + '\\n')\n")
     if kind is OpenCodeClient:
         monkeypatch.setattr(_command, "PRELOAD_FILE", pretending)

@@ -11,7 +11,7 @@ import pytest
 
 from opencode_sync._command import TESTED_VERSION, managed_root
 from opencode_sync._versions import binary_version
-from opencode_sync.errors import OpenCodeBinaryNotFoundError, OpenCodeConfigError
+from opencode_sync.core.errors import OpenCodeBinaryNotFoundError, OpenCodeConfigError
 from opencode_sync.install import install
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(900)]  # some 10 s on a fast line

@@ -26,7 +26,7 @@ from opencode_sync import (
     OpenCodeServerError,
     RunConfig,
 )
-from opencode_sync.events import Event
+from opencode_sync.core.events import Event
 from opencode_sync.server import OpenCodeServer
 from opencode_sync.testing import Reply, ScriptedModel, tool_call
 from tests import leaks

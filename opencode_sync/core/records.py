@@ -7,24 +7,30 @@
 
 All lines have the same keys, so that ``pandas.read_json(path, lines=True)`` reads them. A file that
 takes the place of another one, theirs or the page's, is written beside it: :func:`replacing`.
+
+Results as rows, for pandas and for whoever else takes a list of mappings.
+
+Knows results and errors; where they come from is the caller's matter.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from . import errors
-from ._limits import Spent, tokens_of
-from ._reading import number_of, why_cut
 from .errors import OpenCodeError
 from .events import to_json
+from .reading import number_of, why_cut
+from .request import Spent, tokens_of
 from .result import RunResult, TokenUsage
+from .text import tools_used
 
 _BEGINNING = b'{"key": "'  # of each line; what begins otherwise is none of ours
 # Attributes of an error that its result, in the same line, has too.
@@ -184,3 +190,57 @@ def replacing(target: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
 
 
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # beside O_EXCL, which says the same on most systems
+
+
+def results_to_records(results: Iterable[RunResult | OpenCodeError]) -> list[dict[str, Any]]:
+    """One flat row for each result, or each error that stands in a result's place.
+
+    All rows have the same keys: those of RunResult that are plain values, ``error`` as one str or
+    None, ``tools``, ``denied_tools`` and ``warnings`` as one str each, and the tokens as
+    ``tokens_input`` and so on.
+    """
+    return [_record(result) for result in results]
+
+
+def results_to_frame(results: Iterable[RunResult | OpenCodeError]) -> Any:
+    """The same as a ``pandas.DataFrame``, also where there are no results.
+
+    Raises:
+        ImportError: If pandas, which this package does not ask for, is not installed.
+    """
+    try:
+        pandas = importlib.import_module("pandas")
+    except ImportError as error:
+        raise ImportError("results_to_frame needs pandas: run 'pip install pandas'") from error
+    columns = list(_record(RunResult()))
+    return pandas.DataFrame.from_records(results_to_records(results), columns=columns)
+
+
+def _record(end: RunResult | OpenCodeError) -> dict[str, Any]:
+    if isinstance(end, RunResult):
+        result, reason = end, None if end.error is None else str(end.error)
+    else:
+        result = end.result or RunResult(prompt=end.prompt or "", index=end.index, key=end.key)
+        reason = f"{type(end).__name__}: {end}".partition("\n")[0]
+    has_begun = isinstance(end, RunResult) or end.result is not None
+    return {
+        "index": result.index,
+        "key": result.key,
+        "status": result.status if has_begun else "error",
+        "error": reason,
+        "prompt": result.prompt,
+        "answer": result.answer,
+        "tools": ", ".join(tools_used(result)),
+        "denied_tools": ", ".join(result.denied_tools),
+        "warnings": "; ".join(result.warnings),
+        "total_cost": result.total_cost,
+        **{f"tokens_{name}": value for name, value in asdict(result.token_usage).items()},
+        "sub_agents": len(result.sub_agents),
+        "turns": result.turns,
+        "duration_s": result.duration_s,
+        "attempts": result.attempts,
+        "finish_reason": result.finish_reason,
+        "workspace": result.workspace,
+        "session_id": result.session_id,
+        "parsed": result.parsed,
+    }

@@ -19,16 +19,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ._tool_names import AGENT_KEYS, PERMISSION_OF, mapping
 from .config import RunConfig
 from .errors import OpenCodeConfigError, OpenCodePermissionError
 from .events import Event
+from .mcp import AGENT_KEYS, PERMISSION_OF, mapping
 
 Rule = Mapping[str, str]
 
 DENIALS = "OPENCODE_SYNC_DENIALS"
 PRELOAD = "BUN_INSPECT_PRELOAD"
-PRELOAD_FILE = Path(__file__).with_name("_preload.js")
+PRELOAD_FILE = Path(__file__).parent.parent / "_preload.js"
 ENFORCED = b'opencode-sync: {"denials":true}'
 """What _preload.js says on stderr when OpenCode looks for rules the first time."""
 

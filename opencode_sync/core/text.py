@@ -37,7 +37,8 @@ _HIDDEN = re.compile(f"{_CONTROLS.pattern}|{_JOINERS}")
 _FENCE = re.compile(r" {0,3}(?P<marks>`{3,}(?=[^`]*$)|~{3,})\s*(?P<language>[\w+#.-]*)")
 _CODE = re.compile(r"(?<![\\`])(`+)(?!`)(.+?)(?<!`)\1(?!`)")
 _CODE_CHARS = 10_000  # of a line in which code is looked for: it takes time in the square of them
-_LIBRARIES = (os.path.dirname(__file__), os.path.dirname(os.__file__))  # ours, and Python's
+_OURS = os.path.dirname(os.path.dirname(__file__))
+_LIBRARIES = (_OURS, os.path.dirname(os.__file__))
 _PUNCTUATION = re.compile(r"[^\w\s]")
 
 

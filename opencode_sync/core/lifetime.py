@@ -6,19 +6,36 @@ Flag        to be set in a handler that interrupts who sets the same one, or wai
 Queue       to be waited for without taking, and so to be taken from while Ctrl-C is held back
 CancelScope a deadline and a cancellation for all that waits in its name; to be cancelled in a
             handler that interrupts who waits
+
+What is under way, ended before the interpreter waits for its threads.
+
+    main thread ends --> what was registered last, first: batches, submitted runs, streams
+                     --> concurrent.futures waits for its workers, which wait for runs
+                     --> atexit's own calls
+
+Knows weak references; what is to be ended, and how, is its maker's matter.
+
+What stays in its process: threads and a run hang on it, which no copy would have.
 """
 
 from __future__ import annotations
 
+import atexit
+import concurrent.futures.thread  # noqa: F401 - has to be registered before us
 import math
+import os
 import queue
 import signal
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Generic, NoReturn, SupportsIndex, TypeVar
+
+from .errors import OpenCodeConfigError
 
 T = TypeVar("T")
 
@@ -141,3 +158,63 @@ class CancelScope:
         with self.waking(flag.set):
             flag.wait(min(timeout, self.left(), threading.TIMEOUT_MAX))
         return flag.is_set() and not self._is_cancelled
+
+
+REASON = "the interpreter is shutting down"
+
+
+class UnderWay(Generic[T]):
+    """Things that a forked child does not own, and that end with the interpreter.
+
+    They are in a plain dict, whose single operations are atomic: a lock could be held by the very
+    thread that a finaliser interrupts.
+    """
+
+    def __init__(self, end: Callable[[T], Any], *, is_minded: bool = True) -> None:
+        """
+        Args:
+            end: Called at the interpreter's exit with each that is there.
+            is_minded: Register at once; else :meth:`mind_exit` does.
+        """
+        self._end = end
+        self._there: dict[int, weakref.ref[T]] = {}
+        self._minded: set[bool] = set()
+        if is_minded:
+            self.mind_exit()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._there.clear)
+
+    def add(self, item: T) -> None:
+        self._there[id(item)] = weakref.ref(item)
+
+    def discard(self, item: T) -> None:
+        self._there.pop(id(item), None)
+
+    def mind_exit(self) -> None:
+        """Be called at the exit, before all that have been registered until now.
+
+        Once; and once more if it was since then that the pools of processes were first imported,
+        which wait for their own.
+        """
+        has_processes = "concurrent.futures.process" in sys.modules
+        if has_processes in self._minded:
+            return
+        self._minded.add(has_processes)
+        # concurrent.futures waits for its workers before atexit's own calls are made, and runs that
+        # they wait for have to end before that. CPython has no public door to this (bpo-39812).
+        getattr(threading, "_register_atexit", atexit.register)(self._end_all)
+
+    def _end_all(self) -> None:
+        for ref in list(self._there.values()):
+            if (item := ref()) is not None:
+                self._end(item)
+
+
+class Pinned:
+    """Neither pickled nor copied."""
+
+    _instead: ClassVar[str] = "pass on its result"
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        kind = type(self).__name__
+        raise OpenCodeConfigError(f"a {kind} cannot leave its process: {self._instead}")

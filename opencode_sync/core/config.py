@@ -2,6 +2,18 @@
 
 Knows the names of settings and how they merge; _validation, which of them will do; neither knows of
 flags, files or processes.
+
+What an argument has to be: looked at before anything is started.
+
+Each check raises OpenCodeConfigError, with the argument's name, its value, and what to use.
+
+Settings of a run, looked at before anything is started.
+
+validate_config_for_run(RunConfig): types --> permissions, tools, MCP servers --> JSON
+                                    --> combinations --> words
+
+Each check raises OpenCodeConfigError, with the field's name, its value unless it may be secret, and
+what to use. Knows what OpenCode would ignore, misread or hang on; starts nothing.
 """
 
 from __future__ import annotations
@@ -9,12 +21,90 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import OpenCodeConfigError
+from .mcp import check_names, check_servers
+
+
+def check_number(
+    name: str, value: object, *, optional: bool = False, positive: bool = False
+) -> None:
+    """Check for a finite number: above 0, or of 0 or more; None where *optional*."""
+    if value is None and optional:
+        return
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # Not math.isfinite: that raises for an int of hundreds of digits.
+    is_in_range = is_number and 0 <= value <= sys.float_info.max  # type: ignore[operator]
+    if not is_in_range or (positive and value == 0):
+        bound = "above 0" if positive else "of 0 or more"
+        none = ", or None for no limit" if optional else ""
+        raise OpenCodeConfigError(f"{name} is {shown(value)}: use a number {bound}{none}")
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Check for a whole number of *least* or more, or None."""
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    if value is not None and not is_count:
+        raise OpenCodeConfigError(f"{name} is {shown(value)}: use {least} or more, or None")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Check for a bool: of other values ``"no"`` would be true."""
+    if not isinstance(value, bool):
+        raise OpenCodeConfigError(f"{name} is {shown(value)}: use True or False")
+
+
+def check_program(name: str, value: object) -> None:
+    """Check for what may name a program."""
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise OpenCodeConfigError(f"{name} is {shown(value)}: use a path, or a name on PATH")
+
+
+def checked_path(name: str, value: str | os.PathLike[str], kind: str = "a file") -> Path:
+    """*value* as an absolute path, ``~`` expanded; there need be nothing there.
+
+    Args:
+        kind: What it is the path of, in words.
+    """
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise OpenCodeConfigError(f"{name} is {shown(value)}: use the path of {kind}")
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise OpenCodeConfigError(f"{name} {text!r}: there is no such home: use an absolute path")
+    try:
+        path = os.path.abspath(path)
+        os.fsencode(path)
+    except FileNotFoundError:
+        raise OpenCodeConfigError(f"{name} {text!r}: {NO_CURRENT_DIRECTORY}") from None
+    except UnicodeEncodeError as error:
+        raise OpenCodeConfigError(f"{name} {text!r}: {unencodable(error)}") from None
+    return Path(path)
+
+
+NO_CURRENT_DIRECTORY = "the current directory has vanished: use an absolute path"
+
+
+def unencodable(error: UnicodeEncodeError) -> str:
+    """What is wrong with a text that the system cannot take, and what to do."""
+    if sys.getfilesystemencoding() == "utf-8":
+        return f"it cannot be encoded: {error}"
+    return f"{error}: run Python with PYTHONUTF8=1, or in a UTF-8 locale"
+
+
+def shown(value: object) -> str:
+    """*value* as it is written, if that is short; else its type."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - a stranger's repr, or an int too long to be written
+        text = ""
+    return text if 0 < len(text) <= 200 else type(value).__name__
+
 
 # Fields that may hold passwords, tokens or keys: they show in a repr as "...", and so does what
 # stands before the "@" of a URL.
@@ -210,3 +300,147 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
             value = merged(below, value)
         result[key] = value
     return result
+
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARN", "ERROR")
+_ACTIONS = ("allow", "deny")
+
+
+def validate_permission_actions(permission: Any, *, may_ask: bool = False, _path: str = "") -> None:
+    """Check that every leaf of a permission setting is ``"allow"`` or ``"deny"``; None has none.
+
+    Args:
+        may_ask: There is somebody to ask, so that ``"ask"`` will do too.
+
+    Raises:
+        OpenCodeConfigError: Also a ValueError; names the leaf by its dotted path.
+    """
+    where = f"permission {_path!r}" if _path else "permission"
+    if isinstance(permission, Mapping):
+        for key, value in permission.items():
+            path = f"{_path}.{key}" if _path else str(key)
+            validate_permission_actions(value, may_ask=may_ask, _path=path)
+    elif permission == "ask" and may_ask:
+        return
+    elif permission == "ask":
+        raise OpenCodeConfigError(
+            f"{where} is 'ask', but a run has nobody to ask: "
+            "use 'allow' or 'deny', or a session with on_permission"
+        )
+    elif permission not in _ACTIONS and (_path or permission is not None):
+        raise OpenCodeConfigError(f"{where} is {permission!r}: use 'allow' or 'deny'")
+
+
+def validate_config_for_run(
+    cfg: RunConfig, *, may_ask: bool = False, mcp_servers: Iterable[str] = ()
+) -> None:
+    """Check settings that OpenCode would ignore, misread or hang on.
+
+    Args:
+        may_ask: There is somebody to ask, as with a session.
+        mcp_servers: Names of MCP servers that the run has beside those of *cfg*.
+
+    Raises:
+        OpenCodeConfigError: Names the field, its value unless it may be secret, and what to use.
+    """
+    _check_types(cfg)
+    config = cfg.build_opencode_config_dict()
+    _check_permissions(config, may_ask)
+    _check_tools(config)
+    check_names(config, mcp_servers)
+    check_servers(config.get("mcp"))
+    _check_serialisable(config)
+    _check_combinations(cfg)
+    _check_words(cfg)
+    _check_environment(cfg.extra_env or {})
+
+
+def _check_types(cfg: RunConfig) -> None:
+    for field in fields(RunConfig):
+        value = getattr(cfg, field.name)
+        accepted, words = _ACCEPTED[str(field.type)]
+        odd = [v for v in (value if isinstance(value, tuple) else (value,)) if not accepted(v)]
+        if odd:
+            kind = type(odd[0]).__name__
+            raise OpenCodeConfigError(f"{field.name} is of type {kind}: use {words}")
+
+
+def _optional(*types: type) -> Callable[[object], bool]:
+    return lambda value: value is None or isinstance(value, types)
+
+
+# By annotation; of a tuple, each entry is looked at.
+_ACCEPTED: dict[str, tuple[Callable[[object], bool], str]] = {
+    "str | None": (_optional(str), "a str"),
+    "bool": (lambda value: isinstance(value, bool), "True or False"),
+    "bool | None": (_optional(bool), "True or False, or None"),
+    "int | None": (lambda value: value is None or type(value) is int, "an int"),
+    "tuple[str, ...]": (lambda value: isinstance(value, str), "strings"),
+    "tuple[str | Path, ...]": (lambda value: isinstance(value, (str, os.PathLike)), "paths"),
+    "Mapping[str, str] | None": (_optional(Mapping), "a mapping"),
+    "Mapping[str, Any] | None": (_optional(Mapping), "a mapping"),
+    "str | Mapping[str, Any] | None": (_optional(str, Mapping), "a str or a mapping"),
+}
+
+
+def _check_permissions(config: Mapping[str, Any], may_ask: bool) -> None:
+    validate_permission_actions(config.get("permission"), may_ask=may_ask)
+    for key in ("agent", "mode"):  # the second is the older name of the first
+        agents = config.get(key)
+        for name, agent in agents.items() if isinstance(agents, Mapping) else ():
+            if isinstance(agent, Mapping) and agent.get("permission") is not None:
+                path = f"{key}.{name}.permission"
+                validate_permission_actions(agent["permission"], may_ask=may_ask, _path=path)
+
+
+def _check_tools(config: Mapping[str, Any]) -> None:
+    tools = config.get("tools")
+    for name, is_on in tools.items() if isinstance(tools, Mapping) else ():
+        if not isinstance(is_on, bool):  # of other values "no" would be true
+            raise OpenCodeConfigError(f"tools {name!r} is {is_on!r}: use True or False")
+
+
+def _check_serialisable(config: Mapping[str, Any]) -> None:
+    for key, value in config.items():
+        try:
+            json.dumps({key: value}, allow_nan=False, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise OpenCodeConfigError(f"config key {key!r} is not valid JSON: {error}") from None
+
+
+def _check_combinations(cfg: RunConfig) -> None:
+    if cfg.fork and not (cfg.session_id or cfg.continue_session):
+        raise OpenCodeConfigError("fork=True has no session: set session_id or continue_session")
+    if cfg.session_id and cfg.continue_session:
+        raise OpenCodeConfigError("session_id and continue_session exclude each other: set one")
+    for name in ("password", "username", "remote_dir"):
+        if getattr(cfg, name) is not None and cfg.attach is None:
+            raise OpenCodeConfigError(f"{name} is set without attach: it belongs to a server's URL")
+
+
+def _check_words(cfg: RunConfig) -> None:
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        for word in value if isinstance(value, tuple) else (value,):
+            text = os.fspath(word) if isinstance(word, os.PathLike) else word
+            if not isinstance(text, str):
+                continue
+            if "\0" in text or not (text.strip() or field.name == "title"):
+                shown = "" if field.name in SECRET_FIELDS else f" {text!r}"
+                what = URL_LOGIN.sub("...", f"{field.name}{shown}")
+                raise OpenCodeConfigError(f"{what} is blank or holds a NUL character")
+    if cfg.model is not None and not all(part.strip() for part in cfg.model.partition("/")):
+        raise OpenCodeConfigError(f"model {cfg.model!r} names no provider: use 'provider/model'")
+    if cfg.log_level is not None and cfg.log_level not in LOG_LEVELS:
+        raise OpenCodeConfigError(
+            f"log_level {cfg.log_level!r}: use one of {', '.join(LOG_LEVELS)}"
+        )
+
+
+def _check_environment(env: Mapping[str, str]) -> None:
+    for name, value in env.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise OpenCodeConfigError(f"extra_env[{name!r}]: names and values must be str")
+        if not name or "=" in name or "\0" in name + value:
+            shown = name.partition("=")[0]  # what follows may be a secret
+            raise OpenCodeConfigError(f"extra_env[{shown!r}]: a name without '=', and no NUL bytes")

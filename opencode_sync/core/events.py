@@ -4,6 +4,11 @@ Whatever the line holds, an event comes out and nothing of the line is lost: wha
 object becomes a ``diagnostic``. Where a plugin printed text without a newline, its line holds the
 next event too, and becomes several events. Types and keys that are not listed here pass through as
 they are, since newer versions of OpenCode add both.
+
+A run's log file: each event as a line of JSON, in the file before the next one is waited for.
+
+{"type": "attempt", ...}       before each attempt
+{"type": "step_start", ...}    and so on, as they come
 """
 
 from __future__ import annotations
@@ -17,6 +22,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 from typing import Any, Literal, NoReturn, TypedDict, Union, cast
+
+from .config import checked_path
+from .errors import OpenCodeConfigError, OpenCodeError
 
 
 class _Stamped(TypedDict, total=False):
@@ -381,3 +389,50 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class EventLog:
+    """Truncated when made; written unbuffered, so that a kill of ours loses nothing.
+
+    Runs that share one do not write over one another: each adds at the end, whole lines at a time.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """
+        Raises:
+            OpenCodeConfigError: If it cannot be opened.
+        """
+        absolute = checked_path("log_file", path)
+        try:
+            self._file = open(absolute, "wb", buffering=0, opener=_at_its_end)
+        except OSError as error:
+            raise OpenCodeConfigError(f"log_file {os.fspath(path)!r}: {error.strerror}") from error
+
+    def mark_attempt(self) -> None:
+        """Write the line that stands before an attempt's events."""
+        mark: OtherEvent = {"type": "attempt", "timestamp": time.time_ns() // 1_000_000}
+        self.write([mark])
+
+    def write(self, events: Iterable[Event]) -> None:
+        """
+        Raises:
+            OpenCodeError: If the disk is full, say; nothing more is written then.
+        """
+        if self._file.closed:
+            return
+        data = memoryview(b"".join(map(dump_event, events)))
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            self.close()
+            raise OpenCodeError(
+                f"log_file {os.fspath(self._file.name)!r}: {error.strerror}; the run was stopped"
+            ) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _at_its_end(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_APPEND, 0o666)  # as open() does, within the umask

@@ -12,8 +12,8 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, wait
 
-from ._pinned import Pinned
 from .errors import OpenCodeCancelledError
+from .lifetime import Pinned
 from .result import RunResult
 from .stream import RunStream
 
