@@ -10,7 +10,6 @@ A first script::
 
 from typing import TYPE_CHECKING, Any
 
-from ._command import TESTED_VERSION, build_argv, build_env, resolve_binary
 from ._version import __version__
 from .client import OpenCodeClient
 from .core.config import Job, RunConfig, validate_config_for_run, validate_permission_actions
@@ -38,6 +37,7 @@ from .core.result import (
     run_result_fuzzy_text,
 )
 from .core.stream import RunStream
+from .process.command import TESTED_VERSION, build_argv, build_env, resolve_binary
 
 if TYPE_CHECKING:  # loaded when first asked for, see __getattr__
     from ._asking import PermissionRequest, QuestionRequest, allow_all, allow_reads, ask_in_terminal

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ._command import UNTITLED
 from .core.config import RunConfig
 from .core.denials import OUTPUT_TOOL, Rule, make_rule, rules_of
 from .core.errors import OpenCodeConfigError, OpenCodeError
 from .core.schema import OutputSchema
+from .process.command import UNTITLED
 
 TITLE_CHARACTERS = 50
 
@@ -189,7 +189,7 @@ OPENED = b'opencode-sync: {"arguments":true}'
 def not_opened() -> OpenCodeError:
     """The error for an OpenCode that would give the model sealed arguments."""
     return OpenCodeError(
-        "this opencode did not load _plugin.js, so that the command's arguments would reach the "
+        "this opencode did not load plugin.js, so that the command's arguments would reach the "
         "model as letters without a meaning; the run was stopped: give its text as the prompt"
     )
 

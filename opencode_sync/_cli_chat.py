@@ -21,11 +21,11 @@ from typing import Any, TextIO
 
 from ._asking import ask_in_terminal
 from ._cli_options import DONE, add_run_options, run_config, tell
-from ._command import managed_root
 from .core.errors import OpenCodeConfigError, OpenCodeError
 from .core.request import Limits
 from .core.text import count, money, outcome
 from .display import live
+from .process.command import managed_root
 from .session import Session
 
 _HISTORY_LINES = 1_000

@@ -24,13 +24,13 @@ from ._cli_options import (
     tell,
 )
 from ._jobs import STDIN, read_jobs
-from ._versions import check_program_version
 from .batch import BatchRun
 from .client import OpenCodeClient
 from .core.config import Job, RunConfig
 from .core.errors import OpenCodeBudgetError, OpenCodeConfigError, OpenCodeError
 from .core.result import RunResult
 from .core.text import count, one_line, printable
+from .process.versions import check_program_version
 from .runner import Runner
 
 _OPTIONS = {"max_total_cost": "--max-cost", "max_total_tokens": "--max-tokens"}

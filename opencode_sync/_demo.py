@@ -18,16 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ._command import TESTED_VERSION, resolve_binary
-from ._datadir import temporary_prefix
-from ._versions import binary_version, check_program_version, fault_of, is_older
 from .client import OpenCodeClient
 from .core.config import RunConfig
 from .core.errors import OpenCodeBinaryNotFoundError, OpenCodeError
 from .core.result import RunResult
 from .core.text import table
 from .display import event_line, tool_line, tool_name
-from .install import install
+from .process.command import TESTED_VERSION, resolve_binary
+from .process.data_dirs import temporary_prefix
+from .process.install import install
+from .process.versions import binary_version, check_program_version, fault_of, is_older
 from .testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
 
 TIMEOUT_S = 180.0  # for a run; it takes some 3 s where it has the machine for itself

@@ -23,18 +23,18 @@ from ._bodies import (
     session_body,
 )
 from ._http import FIRST_S, Connection, Requests, Within
-from ._logs import no_space
 from ._replies import Replies, allow_once, decline, reject
 from ._sessions import Sessions, id_of, rules_of, stored_messages
 from ._sse import EventStream, Message, mapping
 from ._translate import REFUSED
 from ._turn import ABORT_S, Turn
-from ._versions import check_server_version, unknown_variant
 from .core.config import RunConfig
 from .core.errors import OpenCodeConfigError, OpenCodeServerError
 from .core.lifetime import CancelScope
 from .core.mcp import warnings_of
 from .core.request import Request
+from .process.stderr import no_space
+from .process.versions import check_server_version, unknown_variant
 
 DISPOSE_S = 1.5  # bound on asking a server to end what it runs; it takes 0.3 s
 

@@ -8,11 +8,11 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ._machine import workers_for_processes
 from .core.config import Job, RunConfig, check_count, check_number, checked_path
 from .core.errors import OpenCodeConfigError
 from .core.schema import OutputSchema
 from .core.stream import Limits
+from .process.capacity import workers_for_processes
 
 OnError = Literal["raise", "return"]
 

@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from ._datadir import temporary_prefix
 from ._task import End, Outcome, Settings, Streams, Task, carry_out
 from .core.errors import OpenCodeCancelledError, OpenCodeOutputError
 from .core.result import ErrorInfo, RunResult
 from .core.stream import RunStream
+from .process.data_dirs import temporary_prefix
 
 POLL_S = 0.2  # how soon a worker process notices that its batch is closed
 

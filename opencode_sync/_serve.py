@@ -3,8 +3,8 @@
     child stdout, stderr --> output thread --> the URL, refusals, the last lines
     child exit ------------> exit thread ----> on_exit(why), then its tools are stopped
 
-The password goes out in the child's environment: _preload.js writes it over where others could
-read it, and _plugin.js takes it from what tools get. Knows a process and its lines; nothing of
+The password goes out in the child's environment: preload.js writes it over where others could
+read it, and plugin.js takes it from what tools get. Knows a process and its lines; nothing of
 requests.
 """
 
@@ -23,9 +23,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import _tree
-from ._command import add_plugin, add_preload
-from ._logs import (
+from .core import lifetime
+from .core.errors import OpenCodeBinaryNotFoundError, OpenCodeServerError, strip_ansi
+from .core.secrets import without_quotes
+from .process import tree
+from .process.command import add_plugin, add_preload
+from .process.stderr import (
     PRELOAD_PREFIX,
     asked_to_wait_s,
     no_space,
@@ -33,9 +36,6 @@ from ._logs import (
     split_told,
     unwritable_home,
 )
-from .core import lifetime
-from .core.errors import OpenCodeBinaryNotFoundError, OpenCodeServerError, strip_ansi
-from .core.secrets import without_quotes
 
 _log = logging.getLogger("opencode_sync")
 
@@ -80,7 +80,7 @@ class Server:
             OpenCodeBinaryNotFoundError: If the binary cannot be run.
             OpenCodeServerError: If it ends, or does not listen *timeout_s* seconds; with its words.
         """
-        self.token = _tree.run_token()
+        self.token = tree.run_token()
         self.password = secrets.token_urlsafe(32)
         self.url = ""
         self._on_exit = on_exit
@@ -96,12 +96,12 @@ class Server:
             self._popen = self._start(binary, env, directory, childs_end)
         except BaseException:
             self._output.close()
-            _tree.stop(self.token)
+            tree.stop(self.token)
             raise
         finally:
             childs_end.close()
         self.pid = self._popen.pid
-        _tree.mark(self.pid, self.token)
+        tree.mark(self.pid, self.token)
         self._threads = [self._thread("output", self._read), self._thread("exit", self._wait)]
         try:
             if not scope.wait(self._settled, timeout_s) or not self.url:
@@ -128,7 +128,7 @@ class Server:
                     "OPENCODE_SERVER_PASSWORD": self.password,
                     "OPENCODE_SERVER_USERNAME": "opencode",
                     "PWD": str(directory),
-                    _tree.MARKER: _tree.chain(self.token, env),
+                    tree.MARKER: tree.chain(self.token, env),
                 },
                 start_new_session=True,
             )
@@ -187,7 +187,7 @@ class Server:
         self._is_stopping = True
         if at_once and not self.has_exited:
             self._popen.kill()
-        _tree.stop(self.token, roots=() if self.has_exited else (self.pid,))
+        tree.stop(self.token, roots=() if self.has_exited else (self.pid,))
         self._exited.wait(JOIN_S)
         with suppress(OSError):
             self._output.shutdown(socket.SHUT_RDWR)
@@ -207,7 +207,7 @@ class Server:
             self._exited.set()
             self._settled.set()
         if not self._is_stopping:
-            _tree.stop(self.token)
+            tree.stop(self.token)
 
     def _read(self) -> None:
         rest = b""

@@ -17,18 +17,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import _tree, _watchdog
-from ._command import PLUGIN, build_env, resolve_binary, unpacking_in, without_user_config
-from ._datadir import DataDirectories, Lease
 from ._http import Connection
 from ._link import Busy, Link, dispose
 from ._serve import Server
-from ._versions import check_program_version
 from .core import lifetime
 from .core.config import RunConfig
 from .core.denials import PRELOAD, enforced
 from .core.errors import OpenCodeConfigError, OpenCodeError, OpenCodeServerError
 from .core.secrets import Secrets
+from .process import tree
+from .process.command import PLUGIN, build_env, resolve_binary, unpacking_in, without_user_config
+from .process.data_dirs import DataDirectories, Lease
+from .process.versions import check_program_version
+from .process.watchdog import add_directory, discard_directory, guard
 
 _log = logging.getLogger("opencode_sync")
 
@@ -68,7 +69,7 @@ class InUse:
     def stop_strays(self) -> None:
         """End what tools have left running without a session's mark; only between turns."""
         if self.process is not None and not self.is_gone:
-            _tree.stop_strays(self.process.token)
+            tree.stop_strays(self.process.token)
 
     def close(self) -> None:
         """Stop a server of ours with all that it started; let go of another one."""
@@ -224,8 +225,8 @@ class Own:
         self._is_kept = data_dir is not None
         self._directories = DataDirectories(
             data_dir,
-            on_make=_watchdog.add_directory if watchdog else _nothing,
-            on_remove=_watchdog.discard_directory if watchdog else _nothing,
+            on_make=add_directory if watchdog else _nothing,
+            on_remove=discard_directory if watchdog else _nothing,
         )
         self._leases: list[Lease] = []  # one, from the first start on
         self._busy = Busy()
@@ -247,7 +248,7 @@ class Own:
         env = enforced(env, self._cfg, is_server=True)
         _check_plugin(env)
         if self._watchdog:
-            _watchdog.guard()
+            guard()
         if self._leases:
             self._leases[0].empty()  # the one before has loaded what it has unpacked
         else:

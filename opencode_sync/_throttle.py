@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ._logs import asked_to_wait_s
+from .process.stderr import asked_to_wait_s
 
 BURST_S = 1.0  # refusals this close together have one cause
 MAX_PAUSE_S = 300.0  # a retry-after of hours is a quota that is used up: jobs are to fail of it

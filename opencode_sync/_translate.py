@@ -23,7 +23,7 @@ from ._sse import Message, mapping
 from .core.denials import OUTPUT_TOOL
 from .core.events import Event
 
-REFUSED = "provider.refused"  # ours: what _preload.js saw of a provider's refusal
+REFUSED = "provider.refused"  # ours: what preload.js saw of a provider's refusal
 ANSWER = "answer"  # ours: the end of a request that is answered when all is done
 
 _STEPS = {"step-start": "step_start", "step-finish": "step_finish"}

@@ -19,9 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from . import _tree
 from ._http import REQUEST_S, Connection, Within
-from ._logs import no_space
 from ._replies import Replies
 from ._sessions import is_prompt_with_format, stored_messages
 from ._sse import GAP, Mailbox, Message, mapping
@@ -38,6 +36,8 @@ from .core.events import Event, warning_events
 from .core.lifetime import CancelScope
 from .core.reading import ARGUMENTS_ERROR, why_cut
 from .core.result import RunResult
+from .process import tree
+from .process.stderr import no_space
 
 DOUBT_S = 0.5  # silence after which the server is asked whether the turn is over, if it may be
 LOOK_S = 2.0  # the same where nothing speaks for it; doubled each time
@@ -105,7 +105,7 @@ class Turn:
         self._on_close: list[Callable[[], None]] = []
         self._look_s, self._idle_looks = LOOK_S, 0
         self._loss: OpenCodeServerError | None = None
-        self._trees: dict[str, _tree.Tree] = {}  # of the sessions' tools, when last looked at
+        self._trees: dict[str, tree.Tree] = {}  # of the sessions' tools, when last looked at
         self._messages: deque[Message] = deque()  # taken, not read yet
         self._ready = warning_events(warnings)
         self._at_end = at_end
@@ -386,16 +386,16 @@ class Turn:
         """Remember their processes: with its shell, one may lose the only sign that it is ours."""
         if self._has_marks:
             for session_id in tuple(self._mailbox.sessions):
-                self._trees[session_id] = _tree.Tree.of(session_id)
+                self._trees[session_id] = tree.Tree.of(session_id)
 
     def _stop_tools(self) -> None:
         if self._has_marks:
             for session_id in tuple(self._mailbox.sessions):
-                tree = self._trees.pop(session_id, None)
-                if tree is None:
-                    _tree.stop(session_id)
+                found = self._trees.pop(session_id, None)
+                if found is None:
+                    tree.stop(session_id)
                 else:
-                    tree.stop()
+                    found.stop()
 
 
 def _nothing(error: OpenCodeServerError | None) -> None:

@@ -24,7 +24,6 @@ from typing import Any, NoReturn
 from . import _cli_chat, _cli_map, _cli_run
 from ._cli_options import DONE, FAILED, INTERRUPTED, REFUSED, TIMED_OUT
 from ._cli_options import tell as _tell
-from ._command import TESTED_VERSION
 from ._version import __version__
 from .core.errors import (
     OpenCodeCancelledError,
@@ -33,6 +32,7 @@ from .core.errors import (
     OpenCodeTimeoutError,
 )
 from .core.text import printable
+from .process.command import TESTED_VERSION
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,8 +149,8 @@ def _doctor_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from ._leftovers import Leftovers
     from .doctor import examine
+    from .process.leftovers import Leftovers
 
     removed = ""
     if options.fix and (leftovers := Leftovers.find()):
@@ -169,7 +169,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _install(options: argparse.Namespace) -> int:
-    from .install import install
+    from .process.install import install
 
     install(options.opencode_version)
     return DONE

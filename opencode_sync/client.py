@@ -15,27 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _watchdog
-from ._command import (
-    DEFAULT_BINARY,
-    PLUGIN,
-    add_plugin,
-    add_preload,
-    build_argv,
-    build_env,
-    resolve_binary,
-    unpacking_in,
-    with_title,
-    without_database,
-    without_user_config,
-)
-from ._datadir import DataDirectories, Lease
-from ._gate import Gate
-from ._run import ProcessRun
 from ._runs import NEEDS_SERVER
-from ._sessionindex import check_directory, stored_directory
-from ._userdata import in_words, link_credentials, user_database
-from ._versions import check_program_version, warn_of_variant
 from .core import lifetime
 from .core.config import (
     RunConfig,
@@ -49,6 +29,32 @@ from .core.denials import DENIALS, ENFORCED, enforced, not_enforced
 from .core.errors import OpenCodeConfigError, OpenCodeError
 from .core.lifetime import CancelScope
 from .core.stream import Source
+from .process.capacity import Gate
+from .process.command import (
+    DEFAULT_BINARY,
+    PLUGIN,
+    add_plugin,
+    add_preload,
+    build_argv,
+    build_env,
+    resolve_binary,
+    unpacking_in,
+    with_title,
+    without_database,
+    without_user_config,
+)
+from .process.data_dirs import (
+    DataDirectories,
+    Lease,
+    check_directory,
+    in_words,
+    link_credentials,
+    stored_directory,
+    user_database,
+)
+from .process.run import ProcessRun
+from .process.versions import check_program_version, warn_of_variant
+from .process.watchdog import add_directory, discard_directory, guard
 from .runner import Request, Runner, StrPath
 
 if TYPE_CHECKING:
@@ -127,8 +133,8 @@ class OpenCodeClient(Runner):
         self._owner_pid = os.getpid()
         self._directories = DataDirectories(
             self._shared_data if self._isolate_db else None,
-            on_make=_watchdog.add_directory if self._watchdog else _nothing,
-            on_remove=_watchdog.discard_directory if self._watchdog else _nothing,
+            on_make=add_directory if self._watchdog else _nothing,
+            on_remove=discard_directory if self._watchdog else _nothing,
         )
         weakref.finalize(self, _close_in, self._owner_pid, self._directories)
 
@@ -219,7 +225,7 @@ class OpenCodeClient(Runner):
             self._make_directories()
         if self._watchdog:
             with lifetime.deferred():
-                _watchdog.guard()
+                guard()
         cfg = request.cfg
         env = enforced(build_env(cfg), cfg)
         must_say: dict[bytes, OpenCodeError] = {ENFORCED: not_enforced()} if DENIALS in env else {}

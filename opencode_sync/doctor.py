@@ -19,13 +19,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from ._command import TESTED_VERSION, managed_root, resolve_binary
-from ._leftovers import Leftovers
-from ._machine import available_cores, available_memory, workers_for_processes
-from ._userdata import user_data
-from ._versions import binary_version, doubt_of, fault_of, how_to_replace, is_older, numbers_in
 from .core.errors import OpenCodeBinaryNotFoundError
 from .core.text import count, one_line
+from .process.capacity import available_cores, available_memory, workers_for_processes
+from .process.command import TESTED_VERSION, managed_root, resolve_binary
+from .process.data_dirs import user_data
+from .process.leftovers import Leftovers
+from .process.versions import (
+    binary_version,
+    doubt_of,
+    fault_of,
+    how_to_replace,
+    is_older,
+    numbers_in,
+)
 
 RUN_DISK_BYTES = 100 * 2**20  # a fresh data directory is small; snapshots and tool output grow
 

@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from ._machine import workers_for_processes
 from ._runs import CLOSE_S, Runs
 from .core.config import Job, RunConfig, check_count
 from .core.errors import OpenCodeError
@@ -26,6 +25,7 @@ from .core.request import Request, StrPath, absolute
 from .core.result import RunResult
 from .core.schema import output_schema
 from .core.stream import Limits
+from .process.capacity import workers_for_processes
 
 if TYPE_CHECKING:
     from ._options import OnError

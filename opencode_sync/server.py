@@ -10,7 +10,6 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from ._bodies import check_server_wide
-from ._command import DEFAULT_BINARY
 from ._fleet import Attached, Fleet
 from ._servers import Elsewhere, InUse, Own
 from ._turn import Turn
@@ -25,6 +24,7 @@ from .core.config import (
 from .core.errors import OpenCodeConfigError
 from .core.lifetime import CancelScope
 from .core.request import directory
+from .process.command import DEFAULT_BINARY
 from .runner import Request, Runner, StrPath
 
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from opencode_sync._command import TESTED_VERSION, managed_binary
-from opencode_sync._datadir import DataDirectories
-from opencode_sync._versions import binary_version
 from opencode_sync.core.errors import OpenCodeBinaryNotFoundError, OpenCodeError
-from opencode_sync.install import install
+from opencode_sync.process.command import TESTED_VERSION, managed_binary
+from opencode_sync.process.data_dirs import DataDirectories
+from opencode_sync.process.install import install
+from opencode_sync.process.versions import binary_version
 from tests import leaks
 
 _BINARY = pytest.StashKey["str | OpenCodeError"]()  # its path, or why there is none

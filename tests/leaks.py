@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from opencode_sync import _proctable, _watchdog
+from opencode_sync.process import tree, watchdog
 
 # The environment of every process that a test starts holds SESSION with MARK, or with what begins
 # with it: a test may run a session of tests of its own.
@@ -158,7 +158,7 @@ def _lifelong() -> tuple[set[int], set[int]]:
     """Pids and descriptors that are kept on purpose until the interpreter ends."""
     # The watchdog's process needs no leave: it is nobody's child and bears no mark.
     pids: set[int] = set()
-    descriptors = {*_proctable.descriptors(), *_watchdog.descriptors()}
+    descriptors = {*tree.descriptors(), *watchdog.descriptors()}
     # Started by multiprocessing with the first process that is spawned and not forked.
     if module := sys.modules.get("multiprocessing.resource_tracker"):
         pids.add(module._resource_tracker._pid)

@@ -12,7 +12,7 @@ from pathlib import Path
 from opencode_sync import TESTED_VERSION
 
 # How a program begins that is a shell script: it has the version that the tests are of, and says
-# what _preload.js says where something is denied.
+# what preload.js says where something is denied.
 _TOLD = """[ -z "$OPENCODE_SYNC_DENIALS" ] || echo 'opencode-sync: {"denials":true}' >&2\n"""
 VERSION = f'#!/bin/sh\n[ "$1" = --version ] && {{ echo {TESTED_VERSION}; exit; }}\n{_TOLD}'
 
@@ -39,7 +39,7 @@ def fail(message, status=401):
 if sys.argv[1:] == ["--version"]:
     print("1.18.33")
 else:
-    if "OPENCODE_SYNC_DENIALS" in os.environ:  # as _preload.js says it
+    if "OPENCODE_SYNC_DENIALS" in os.environ:  # as preload.js says it
         print('opencode-sync: {"denials":true}', file=sys.stderr, flush=True)
     exec(sys.stdin.read().partition("\\n# end\\n")[0])
 """

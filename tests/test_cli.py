@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
-from opencode_sync import __version__, _demo, cli, install
-from opencode_sync._command import TESTED_VERSION
+from opencode_sync import __version__, _demo, cli
+from opencode_sync.process import install
+from opencode_sync.process.command import TESTED_VERSION
 from tests import serving
 from tests.standin import VERSION, write_standin
 

@@ -19,7 +19,7 @@ from opencode_sync import (
     build_env,
     resolve_binary,
 )
-from opencode_sync._command import (
+from opencode_sync.process.command import (
     PLUGIN,
     PRELOAD,
     add_plugin,

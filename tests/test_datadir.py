@@ -15,9 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from opencode_sync import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError, _datadir
-from opencode_sync._datadir import DataDirectories
-from opencode_sync._userdata import CREDENTIALS, link_credentials, user_data
+from opencode_sync import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
+from opencode_sync.process import data_dirs
+from opencode_sync.process.data_dirs import (
+    CREDENTIALS,
+    DataDirectories,
+    link_credentials,
+    user_data,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -235,7 +240,7 @@ def test_what_a_run_unpacked_stays_for_another_one_on_the_same_directory(
 
 
 def test_what_a_killed_process_left_unpacked_goes_with_the_next_run(tmp_path: Path) -> None:
-    left = tmp_path / "0" / _datadir.UNPACKED
+    left = tmp_path / "0" / data_dirs.UNPACKED
     left.mkdir(parents=True)
     (left / ".1-0.so").write_bytes(b"library")
     pool = DataDirectories(tmp_path)
@@ -377,7 +382,7 @@ def test_processes_that_share_a_root_do_not_share_a_directory(tmp_path: Path) ->
     lease.remember("ses_1", "/a")
     program = """
 import sys
-from opencode_sync._datadir import DataDirectories
+from opencode_sync.process.data_dirs import DataDirectories
 pool = DataDirectories(sys.argv[1])
 print(pool.lease({}).path.name)
 try:
@@ -471,11 +476,11 @@ def test_a_directory_that_cannot_be_removed_is_left_to_others(
     pool = DataDirectories(None, on_remove=removed.append)
     root = pool.lease({}).path.parent
     with monkeypatch.context() as patch:
-        patch.setattr(_datadir.shutil, "rmtree", lambda *args, **options: None)
+        patch.setattr(data_dirs.shutil, "rmtree", lambda *args, **options: None)
         pool.close()
 
     assert removed == []
-    _datadir.shutil.rmtree(root)
+    data_dirs.shutil.rmtree(root)
 
 
 def test_nothing_is_made_before_the_first_lease() -> None:

@@ -10,10 +10,10 @@ from typing import Any, cast
 import pytest
 
 from opencode_sync import OpenCodeConfigError, OpenCodePermissionError, RunConfig
-from opencode_sync._command import build_env
 from opencode_sync.core import denials as _denials
 from opencode_sync.core.denials import Tripwire, enforced, rules_of
 from opencode_sync.core.events import Event
+from opencode_sync.process.command import build_env
 from tests.scripted import ScriptedRunner
 
 
@@ -27,7 +27,7 @@ def used(tool: str, /, status: str = "completed", **given: Any) -> Event:
 
 
 def denials(cfg: RunConfig, *, is_server: bool = False) -> Any:
-    """What _preload.js is told."""
+    """What preload.js is told."""
     env = enforced(build_env(cfg, {}), cfg, is_server=is_server)
     return json.loads(env.get("OPENCODE_SYNC_DENIALS", "[]"))
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from opencode_sync import _leftovers, cli, doctor
-from opencode_sync._command import TESTED_VERSION, managed_path, managed_root
-from opencode_sync._datadir import pid_space
-from opencode_sync._leftovers import Leftovers
-from opencode_sync._tree import MARKER, process_token
+from opencode_sync import cli, doctor
 from opencode_sync.doctor import Finding, examine
+from opencode_sync.process import leftovers
+from opencode_sync.process.command import TESTED_VERSION, managed_path, managed_root
+from opencode_sync.process.data_dirs import pid_space
+from opencode_sync.process.leftovers import Leftovers
+from opencode_sync.process.tree import MARKER, process_token
 from tests.standin import write_standin
 
 WITHIN_S = 30
@@ -335,7 +336,7 @@ def test_fix_ends_processes_and_removes_directories(
 def test_fix_kills_what_does_not_end_when_asked(
     crashed: int, tool: Callable[[str], psutil.Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_leftovers, "GRACE_S", 0.1)
+    monkeypatch.setattr(leftovers, "GRACE_S", 0.1)
     process = tool(f"{crashed}-abc.1")
     process.suspend()  # a stopped process does not see the asking
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from opencode_sync import OpenCodeCancelledError
-from opencode_sync._gate import Gate
+from opencode_sync.process.capacity import Gate
 
 LONG_S = 20.0
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from opencode_sync import install as install_module
-from opencode_sync._command import TESTED_VERSION, managed_binary, managed_path, managed_root
-from opencode_sync._versions import binary_version
 from opencode_sync.core.errors import OpenCodeBinaryNotFoundError, OpenCodeConfigError
-from opencode_sync.install import install
+from opencode_sync.process import install as install_module
+from opencode_sync.process.command import TESTED_VERSION, managed_binary, managed_path, managed_root
+from opencode_sync.process.install import install
+from opencode_sync.process.versions import binary_version
 
 WITHIN_S = 30
 PLAIN = "opencode-linux-x64"
@@ -399,7 +399,9 @@ def test_what_a_killed_install_left_is_removed_by_the_next(
     half_way = tmp_path / "half way"
     os.mkfifo(half_way)
     npm.does(f"{npm.bring}; echo there > '{half_way}'; exec sleep 600")
-    program = "from opencode_sync.install import install; install(report=lambda sentence: None)"
+    program = (
+        "from opencode_sync.process.install import install; install(report=lambda sentence: None)"
+    )
     with subprocess.Popen([sys.executable, "-c", program], start_new_session=True) as killed:
         half_way.read_text()
         os.killpg(killed.pid, signal.SIGKILL)

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from opencode_sync import OpenCodeTimeoutError
-from opencode_sync._run import ProcessRun
 from opencode_sync.core.lifetime import Flag, deferred
+from opencode_sync.process.run import ProcessRun
 from tests import leaks
 from tests.faults import standin_client
 

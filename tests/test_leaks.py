@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from opencode_sync import _tree, _watchdog
+from opencode_sync.process import tree, watchdog
 from tests import leaks
 from tests.leaks import Footprint, footprint, left_behind
 
@@ -184,8 +184,8 @@ def test_what_the_garbage_collector_takes_is_not_left_behind(before: Footprint) 
 
 
 def test_what_is_kept_until_the_interpreter_ends_is_not_left_behind(before: Footprint) -> None:
-    _watchdog.guard()
-    _tree.run_token()
+    watchdog.guard()
+    tree.run_token()
     multiprocessing.get_context("spawn").Lock()
 
     assert not left_behind(before, AT_ONCE)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opencode_sync._logs import (
+from opencode_sync.process.stderr import (
     LogReader,
     asked_to_wait_s,
     is_retried,
@@ -284,6 +284,6 @@ def test_a_lack_of_space_is_told_where_python_finds_no_temporary_directory_for_i
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
 
     monkeypatch.setattr("tempfile.gettempdir", none)
-    monkeypatch.setattr("opencode_sync._logs.NEEDED_BYTES", 10**18)
+    monkeypatch.setattr("opencode_sync.process.stderr.NEEDED_BYTES", 10**18)
 
     assert f"left in {str(tmp_path)!r}" in str(no_space({"HOME": str(tmp_path)}))

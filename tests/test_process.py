@@ -19,9 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
-from opencode_sync import _output, _process, _tree
-from opencode_sync._output import BLOCK_BYTES, LineSplitter
-from opencode_sync._process import Process
+from opencode_sync.process import child, tree
+from opencode_sync.process.child import BLOCK_BYTES, LineSplitter, Process
 
 Start = Callable[..., Process]
 
@@ -41,7 +40,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
                 cwd=str(tmp_path),
                 env=dict(os.environ),
                 stdin=stdin,
-                token=_tree.run_token(),
+                token=tree.run_token(),
             )
         )
         return processes[-1]
@@ -191,12 +190,12 @@ def test_what_goes_wrong_in_a_reader_is_raised_where_the_caller_waits(
 def test_a_flood_that_nobody_takes_stays_on_disk(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_output, "BLOCK_BYTES", 1_000)
+    monkeypatch.setattr(child, "BLOCK_BYTES", 1_000)
     process = start("os.write(1, b'x' * 1_000_000)")
     while process.returncode is None:
         process.wait_started(0.01)
 
-    assert process._queue.qsize() <= _process.BACKLOG + 2  # one more for each reader
+    assert process._queue.qsize() <= child.BACKLOG + 2  # one more for each reader
     assert len(read_all(process)["stdout"]) == 1_000_000
 
 
@@ -267,7 +266,7 @@ def test_ctrl_c_in_the_middle_of_the_start_leaves_no_child(
 
 def test_a_process_that_nobody_kept_is_stopped(tmp_path: Path) -> None:
     argv = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
-    token = _tree.run_token()
+    token = tree.run_token()
     process = Process(argv, cwd=str(tmp_path), env=dict(os.environ), stdin=b"", token=token)
     pid = process.pid
 
@@ -280,7 +279,7 @@ def test_a_process_in_a_cycle_is_stopped_by_the_collector_in_whichever_thread(
     tmp_path: Path,
 ) -> None:
     argv = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
-    token = _tree.run_token()
+    token = tree.run_token()
     process = Process(argv, cwd=str(tmp_path), env=dict(os.environ), stdin=b"", token=token)
     process.itself = process  # type: ignore[attr-defined]
     pid = process.pid
@@ -344,7 +343,7 @@ def test_stopping_twice_and_from_many_threads_is_harmless(start: Start) -> None:
 
 
 def test_deafness_ends_with_sigkill(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tree, "GRACE_S", 0.1)
+    monkeypatch.setattr(tree, "GRACE_S", 0.1)
     process = start(
         "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True)\n"
         "time.sleep(600)"
@@ -367,7 +366,7 @@ def test_stopping_tells_whether_the_child_left_something(start: Start) -> None:
 # Between the opening of a file in /proc and its first use, the collector closes it.
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*FileIO")
 def test_ctrl_c_while_stopping_still_stops(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tree, "GRACE_S", 60.0)
+    monkeypatch.setattr(tree, "GRACE_S", 60.0)
     process = start(
         "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True)\n"
         "time.sleep(600)"
@@ -390,8 +389,8 @@ def test_ctrl_c_while_stopping_still_stops(start: Start, monkeypatch: pytest.Mon
 def test_a_child_that_somebody_else_has_reaped_has_ended(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    has_exited, is_reaped = _process._has_exited, threading.Event()
-    monkeypatch.setattr(_process, "_has_exited", lambda pid: is_reaped.is_set() and has_exited(pid))
+    has_exited, is_reaped = child._has_exited, threading.Event()
+    monkeypatch.setattr(child, "_has_exited", lambda pid: is_reaped.is_set() and has_exited(pid))
     process = start("")
     os.waitpid(process.pid, 0)  # before our own readers do
     is_reaped.set()

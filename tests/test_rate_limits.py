@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from opencode_sync import _dispatch
-from opencode_sync._logs import asked_to_wait_s
 from opencode_sync._task import Outcome, Settings, Task, carry_out
 from opencode_sync.core.errors import OpenCodeError, OpenCodeProcessError
 from opencode_sync.core.events import Event
 from opencode_sync.core.lifetime import CancelScope
 from opencode_sync.core.request import Limits
 from opencode_sync.core.result import RunResult
+from opencode_sync.process.stderr import asked_to_wait_s
 from opencode_sync.runner import Request, Runner
 from opencode_sync.testing import Reply, ScriptedModel
 

@@ -20,13 +20,12 @@ from opencode_sync import (
     OpenCodeIncompleteError,
     OpenCodeProcessError,
     RunResult,
-    _reasons,
-    _run,
-    _tree,
-    _watchdog,
 )
-from opencode_sync._output import LineSplitter
-from opencode_sync._run import ProcessRun
+from opencode_sync.process import run as _reasons
+from opencode_sync.process import run as _run
+from opencode_sync.process import tree, watchdog
+from opencode_sync.process.child import LineSplitter
+from opencode_sync.process.run import ProcessRun
 from tests.faults import write_standin
 from tests.interrupting import interrupt_once
 
@@ -235,14 +234,14 @@ def test_what_a_run_leaves_behind_is_stopped(start: Start) -> None:
 
     finish(run)
 
-    assert _tree.find(run._token) == []
+    assert tree.find(run._token) == []
 
 
 def test_what_a_run_leaves_behind_can_be_kept_also_from_the_watchdog(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spared: list[str] = []
-    monkeypatch.setattr(_watchdog, "spare", spared.append)
+    monkeypatch.setattr(watchdog, "spare", spared.append)
     run = start("leave_tools", keep_background=True)
 
     finish(run)

@@ -28,13 +28,13 @@ from opencode_sync import (
     OpenCodeServerError,
     OpenCodeTimeoutError,
     RunConfig,
-    _tree,
 )
-from opencode_sync._datadir import UNPACKED
 from opencode_sync._fleet import Fleet
 from opencode_sync._http import FIRST_S
 from opencode_sync._servers import Elsewhere, InUse
 from opencode_sync.core.request import Request
+from opencode_sync.process import tree
+from opencode_sync.process.data_dirs import UNPACKED
 from opencode_sync.server import OpenCodeServer
 from tests import serving
 from tests.standin import VERSION
@@ -271,7 +271,7 @@ def test_plugins_switched_off_are_refused_for_a_server(
 
 def tools_of(session_id: str | None) -> list[psutil.Process]:
     assert session_id is not None
-    return _tree.find(session_id)
+    return tree.find(session_id)
 
 
 def stop_by_closing(server: OpenCodeServer, workspace: Path) -> str | None:

@@ -19,7 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
-from opencode_sync import OpenCodeError, OpenCodeServer, RunStream, _proctable
+from opencode_sync import OpenCodeError, OpenCodeServer, RunStream
+from opencode_sync.process import tree
 from opencode_sync.runner import Runner
 from tests import leaks, serving
 from tests.faults import standin_client
@@ -131,7 +132,7 @@ def objects() -> collections.Counter[str]:
 
 def blocks() -> int:
     """How many small blocks of memory are in use."""
-    _proctable._known.clear()  # of processes that were seen; bounded, and kept on purpose
+    tree._known.clear()  # of processes that were seen; bounded, and kept on purpose
     gc.collect()
     return sys.getallocatedblocks()
 

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from opencode_sync import testing
-from opencode_sync._command import build_env
 from opencode_sync.core.config import RunConfig
+from opencode_sync.process.command import build_env
 from opencode_sync.testing import (
     Answer,
     ChatRequest,

@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from opencode_sync import _proctable, _tree
+from opencode_sync.process import tree as _proctable
+from opencode_sync.process import tree as _tree
 
 BOUND_S = 5.0
 ROOT = Path(__file__).parents[1]
@@ -143,7 +144,7 @@ def test_a_run_inside_a_run_is_marked_with_both() -> None:
 def test_a_forked_child_has_a_process_token_of_its_own() -> None:
     program = """
 import os
-from opencode_sync import _tree
+from opencode_sync.process import tree as _tree
 print(_tree.process_token(), flush=True)
 if not os.fork():
     print(_tree.process_token(), flush=True)
@@ -518,7 +519,7 @@ def test_an_interrupted_stop_still_leaves_nothing_alive(
 def test_with_no_file_descriptor_left_tools_are_stopped_all_the_same() -> None:
     program = """
 import os, subprocess, sys
-from opencode_sync import _tree
+from opencode_sync.process import tree as _tree
 token = _tree.run_token()
 env = {**os.environ, _tree.MARKER: token}
 child = subprocess.Popen(["sh", "-c", "sleep 923 & sleep 923"], env=env, start_new_session=True)
@@ -542,7 +543,7 @@ sys.exit(f"{left} {child.wait()}" if left or child.wait() != -15 else 0)
 def test_what_we_may_not_end_is_returned_without_waiting() -> None:
     program = """
 import os, subprocess, sys
-from opencode_sync import _tree
+from opencode_sync.process import tree as _tree
 token = _tree.run_token()
 child = subprocess.Popen(["sleep", "924"])
 os.setresuid(65534, 65534, 0)

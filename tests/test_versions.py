@@ -22,9 +22,9 @@ from opencode_sync import (
     OpenCodeServer,
     RunConfig,
     RunResult,
-    _versions,
 )
-from opencode_sync._versions import (
+from opencode_sync.process import versions as _versions
+from opencode_sync.process.versions import (
     binary_version,
     check_program_version,
     doubt_of,

@@ -20,20 +20,22 @@ from typing import Any
 import psutil
 import pytest
 
-from opencode_sync import _tree, _watchdog
+from opencode_sync.process import tree
+from opencode_sync.process import watchdog as _watchdog
 
 BOUND_S = 5.0
 ROOT = Path(__file__).parents[1]
 
 PRELUDE = """
 import json, os, signal, subprocess, sys, threading
-from opencode_sync import _tree, _watchdog
+from opencode_sync.process import tree
+from opencode_sync.process import watchdog as _watchdog
 
 def tool(script, count=1):
-    token = _tree.run_token()
+    token = tree.run_token()
     process = subprocess.Popen(
         ["sh", "-c", script],
-        env={**os.environ, _tree.MARKER: _tree.chain(token, os.environ)},
+        env={**os.environ, tree.MARKER: tree.chain(token, os.environ)},
         stdout=subprocess.PIPE,
         start_new_session=True,
     )
@@ -313,13 +315,13 @@ def test_a_signal_to_all_does_not_take_it_before_its_work(
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's resource limits")
 def test_an_outer_run_does_not_end_it_before_its_work(program: Callable[..., Program]) -> None:
-    outer = _tree.run_token()
+    outer = tree.run_token()
     guarded = program(
-        "_tree.mark(os.getpid(), sys.argv[1]); _watchdog.guard(); say(); wait()", outer
+        "tree.mark(os.getpid(), sys.argv[1]); _watchdog.guard(); say(); wait()", outer
     )
     guarded.facts()
 
-    found = [process.pid for process in _tree.find(outer)]
+    found = [process.pid for process in tree.find(outer)]
 
     assert found == [guarded.pid]
 
@@ -462,7 +464,7 @@ say()
 
 @pytest.fixture
 def tool() -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(["sleep", "940"], env={**os.environ, _tree.MARKER: "7-ab.1"})
+    process = subprocess.Popen(["sleep", "940"], env={**os.environ, tree.MARKER: "7-ab.1"})
     with process:
         yield process
         process.kill()
@@ -489,7 +491,7 @@ def test_one_that_was_never_told_anything_ends_without_touching_anything(
 CLEAN_UP = """
 import sys
 sys.path.append(sys.argv[1])
-import _watchdog
+import watchdog as _watchdog
 _watchdog.LIFE_S = float(sys.argv[2])
 _watchdog._clean_up("7-ab", sys.argv[3], {_watchdog._directory_entry(sys.argv[4])})
 """

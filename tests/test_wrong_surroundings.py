@@ -102,7 +102,7 @@ def test_a_home_that_opencode_itself_cannot_write_is_told_with_what_to_set(
 @pytest.mark.parametrize(
     "words, remedy",
     [
-        ('preload not found "/hidden/_preload.js"', 'set extra_env={"BUN_INSPECT_PRELOAD": ""}'),
+        ('preload not found "/hidden/preload.js"', 'set extra_env={"BUN_INSPECT_PRELOAD": ""}'),
         ("invalid JSC environment variable BUN_JSC_x=1", "does not know BUN_JSC_x: set lean=False"),
     ],
     ids=["a wrapper that hides our files", "a Bun without an option of ours"],

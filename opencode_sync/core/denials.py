@@ -1,12 +1,12 @@
 """What a caller denies: the rules, where they are enforced, and what breaks them.
 
     RunConfig --+--> rules_of() ------> a session's rules, on a server
-                +--> enforced() ------> OPENCODE_SYNC_DENIALS, for _preload.js
+                +--> enforced() ------> OPENCODE_SYNC_DENIALS, for preload.js
                 +--> Tripwire(cfg) ---> broken(events): a denied tool has run
 
 OpenCode puts the rules of an agent after those of the configuration, the last one that matches
 counts, and whoever wrote the workspace can write agents. The rules of a session come after all of
-them, which is how a server is told; in a process of its own _preload.js has the last word.
+them, which is how a server is told; in a process of its own preload.js has the last word.
 Measured with OpenCode 1.18.33. Starts nothing.
 """
 
@@ -28,9 +28,9 @@ Rule = Mapping[str, str]
 
 DENIALS = "OPENCODE_SYNC_DENIALS"
 PRELOAD = "BUN_INSPECT_PRELOAD"
-PRELOAD_FILE = Path(__file__).parent.parent / "_preload.js"
+PRELOAD_FILE = Path(__file__).parent.parent / "process" / "preload.js"
 ENFORCED = b'opencode-sync: {"denials":true}'
-"""What _preload.js says on stderr when OpenCode looks for rules the first time."""
+"""What preload.js says on stderr when OpenCode looks for rules the first time."""
 
 OUTPUT_TOOL = "StructuredOutput"  # OpenCode gives it to the model where a prompt has a format
 
@@ -69,13 +69,13 @@ def marked(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def enforced(env: dict[str, str], cfg: RunConfig, *, is_server: bool = False) -> dict[str, str]:
-    """*env* with what *cfg* denies, for _preload.js; unchanged where that is nothing.
+    """*env* with what *cfg* denies, for preload.js; unchanged where that is nothing.
 
     Args:
         is_server: Only what is denied to single agents: a session there has rules of its own.
 
     Raises:
-        OpenCodeConfigError: If _preload.js cannot be loaded.
+        OpenCodeConfigError: If preload.js cannot be loaded.
     """
     found = _denied_to_agents(cfg.build_opencode_config_dict())
     denials: list[dict[str, Any]] = [{"agent": mark, "rules": rules} for _, _, mark, rules in found]
@@ -142,7 +142,7 @@ def _at_home(pattern: str) -> str:
 def not_enforced() -> OpenCodePermissionError:
     """The error for an OpenCode that does not look for what is denied; without a tool's name."""
     return OpenCodePermissionError(
-        "this opencode does not load _preload.js, or looks for permissions in another way, so that "
+        "this opencode does not load preload.js, or looks for permissions in another way, so that "
         "the workspace's own configuration could allow what is denied; the run was stopped before "
         "its first tool: install the tested version with 'opencode-sync install', or use "
         "OpenCodeServer"

@@ -28,8 +28,8 @@ import platformdirs
 import psutil
 
 from opencode_sync import OpenCodeError, resolve_binary
-from opencode_sync._datadir import DataDirectories
-from opencode_sync._versions import binary_version
+from opencode_sync.process.data_dirs import DataDirectories
+from opencode_sync.process.versions import binary_version
 
 RIVAL = "py-opencode-wrapper"
 RIVAL_VERSIONS = ("0.1.2", "0.3.8")

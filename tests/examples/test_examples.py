@@ -14,8 +14,8 @@ import nbformat
 import pytest
 
 from opencode_sync import build_env
-from opencode_sync._command import without_user_config
-from opencode_sync._datadir import DataDirectories
+from opencode_sync.process.command import without_user_config
+from opencode_sync.process.data_dirs import DataDirectories
 from opencode_sync.testing import ChatRequest, Reply, ScriptedModel, tool_call
 
 HERE = Path(__file__).parent

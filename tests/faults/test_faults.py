@@ -312,7 +312,7 @@ def test_a_disk_that_fills_up_under_the_child_leaves_what_was_written(
 def test_what_fails_where_no_space_is_left_says_so(
     client: OpenCodeClient, workspace: Path, monkeypatch: pytest.MonkeyPatch, prompt: str
 ) -> None:
-    monkeypatch.setattr("opencode_sync._logs.NEEDED_BYTES", 10**18)
+    monkeypatch.setattr("opencode_sync.process.stderr.NEEDED_BYTES", 10**18)
     where = re.escape(repr(tempfile.gettempdir()))
 
     with pytest.raises(OpenCodeError, match=rf"only \d+\.\d MB are left in {where}"):
@@ -322,7 +322,7 @@ def test_what_fails_where_no_space_is_left_says_so(
 def test_what_fails_for_a_known_reason_says_nothing_of_space(
     client: OpenCodeClient, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("opencode_sync._logs.NEEDED_BYTES", 10**18)
+    monkeypatch.setattr("opencode_sync.process.stderr.NEEDED_BYTES", 10**18)
 
     with pytest.raises(OpenCodeProcessError) as caught:
         client.run("refused_for nothing", workspace)

@@ -15,13 +15,8 @@ from typing import Any
 
 import pytest
 
-from opencode_sync import (
-    OpenCodeClient,
-    OpenCodeProcessError,
-    OpenCodeServer,
-    RunResult,
-    _versions,
-)
+from opencode_sync import OpenCodeClient, OpenCodeProcessError, OpenCodeServer, RunResult
+from opencode_sync.process import versions
 from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
 
 pytestmark = [
@@ -146,12 +141,12 @@ def test_warnings_are_events_too_and_change_no_status(warned: Warned) -> None:
 def test_the_real_program_is_asked_for_its_version_once_per_file(
     warned: Warned, opencode_binary: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = _versions.binary_version(opencode_binary)
-    monkeypatch.setattr(_versions, "_known", {})
-    monkeypatch.setattr(_versions, "VERSION_TIMEOUT_S", 0.0)  # nobody answers so fast
+    version = versions.binary_version(opencode_binary)
+    monkeypatch.setattr(versions, "_known", {})
+    monkeypatch.setattr(versions, "VERSION_TIMEOUT_S", 0.0)  # nobody answers so fast
 
-    assert _versions.check_program_version(opencode_binary) == []
-    assert _versions._known[opencode_binary][1] == version
+    assert versions.check_program_version(opencode_binary) == []
+    assert versions._known[opencode_binary][1] == version
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -27,9 +27,9 @@ from opencode_sync import (
     RunConfig,
     RunResult,
     _bodies,
-    _command,
 )
 from opencode_sync.core import denials
+from opencode_sync.process import command as _command
 from opencode_sync.runner import Runner
 from opencode_sync.testing import Reply, ScriptedModel, ToolCall, tool_call
 from tests.live.warm import Script, config, open_connections
@@ -439,7 +439,7 @@ def test_a_fallback_that_opencode_words_in_another_way_is_an_error_of_its_own(
     script: Script,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("opencode_sync._logs.FALLBACK", "never said")
+    monkeypatch.setattr("opencode_sync.process.stderr.FALLBACK", "never said")
     before = len(script.requests)
 
     with (

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from opencode_sync import _sse
-from opencode_sync._command import build_env
 from opencode_sync._http import Connection
 from opencode_sync._sse import EventStream, Mailbox, Message
 from opencode_sync.core.errors import OpenCodeServerError
+from opencode_sync.process.command import build_env
 from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes")

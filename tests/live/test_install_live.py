@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from opencode_sync._command import TESTED_VERSION, managed_root
-from opencode_sync._versions import binary_version
 from opencode_sync.core.errors import OpenCodeBinaryNotFoundError, OpenCodeConfigError
-from opencode_sync.install import install
+from opencode_sync.process.command import TESTED_VERSION, managed_root
+from opencode_sync.process.install import install
+from opencode_sync.process.versions import binary_version
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(900)]  # some 10 s on a fast line
 

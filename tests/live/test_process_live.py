@@ -17,8 +17,8 @@ from opencode_sync import (
     OpenCodeConfigError,
     OpenCodeProcessError,
     OpenCodeTimeoutError,
-    _command,
 )
+from opencode_sync.process import command as _command
 from opencode_sync.testing import Reply, ScriptedModel, tool_call
 from tests.endings import COMMAND, Tools, script
 

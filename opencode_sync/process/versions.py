@@ -24,15 +24,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ._command import TESTED_VERSION, managed_path
-from ._datadir import temporary_prefix
-from .core.errors import (
+from ..core.errors import (
     OpenCodeBinaryNotFoundError,
     OpenCodeCancelledError,
     OpenCodeConfigError,
     OpenCodeError,
     OpenCodeProcessError,
 )
+from .command import TESTED_VERSION, managed_path
+from .data_dirs import temporary_prefix
 
 OLDEST_KNOWN = "1.17"
 KNOWN_VERSIONS = f"{OLDEST_KNOWN} up to, not including, 2"

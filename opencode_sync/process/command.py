@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .core.config import RunConfig, merged
-from .core.denials import PRELOAD, PRELOAD_FILE, marked
-from .core.errors import OpenCodeBinaryNotFoundError, OpenCodeConfigError
+from ..core.config import RunConfig, merged
+from ..core.denials import PRELOAD, PRELOAD_FILE, marked
+from ..core.errors import OpenCodeBinaryNotFoundError, OpenCodeConfigError
 
 TESTED_VERSION = "1.18.33"
 """The version of OpenCode that this package is tested with, and installs by default."""
@@ -25,7 +25,7 @@ DEFAULT_BINARY = "opencode"
 UNTITLED = "opencode-sync"
 """The title of a session whose prompt has no text to take one from."""
 
-PLUGIN = Path(__file__).with_name("_plugin.js")
+PLUGIN = Path(__file__).parent.parent / "server" / "plugin.js"
 BUN_TEMPORARY = "BUN_TMPDIR"
 
 # What carries configuration of the user's own; left out with inherit_user_config=False.

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._command import managed_root
-from ._datadir import TEMPORARY_PREFIX, pid_space
-from ._tree import MARKER
-from .core.text import one_line
+from ..core.text import one_line
+from .command import managed_root
+from .data_dirs import TEMPORARY_PREFIX, pid_space
+from .tree import MARKER
 
 if TYPE_CHECKING:
     import psutil

@@ -10,6 +10,21 @@
 Parallel runs on one OpenCode database lock one another out; with a directory each they do not. A
 session lives in the directory of the run that began it. A finaliser may return a lease in the
 middle of anything: returning waits for no lock.
+
+A directory that stands in for the one where OpenCode keeps the user's data.
+
+    ~/.local/share/opencode/auth.json  <-- link --  DATA/opencode/auth.json
+
+Credentials are never copied: OpenCode writes a refreshed OAuth token in place, so a copy would
+leave the user with a revoked one. Knows where they are; nothing of what is in them.
+
+Which data directory holds which session, and where each was last used.
+
+    note() --> in memory, the last used last
+    keep() --> root/sessions.jsonl, a line each (kept roots only) --> found by later processes too
+
+Takes no lock: its owner has one. What OpenCode's own database knows of a session is looked up here,
+too, for runs that share one.
 """
 
 from __future__ import annotations
@@ -24,22 +39,176 @@ import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._sessionindex import SessionHome, SessionIndex, check_directory
-from ._userdata import in_words, link_credentials
-from .core import lifetime
-from .core.config import checked_path
-from .core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
+from ..core import lifetime
+from ..core.config import checked_path
+from ..core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 _log = logging.getLogger("opencode_sync")
 
+CREDENTIALS = ("auth.json", "mcp-auth.json", "account.json")
+
+
+def user_data(env: Mapping[str, str]) -> Path:
+    """OpenCode's own data directory under *env*."""
+    # Of a user without a home there is none, and nothing is found below a directory "~".
+    home = env.get("HOME") or os.path.expanduser("~")
+    return Path(env.get("XDG_DATA_HOME") or Path(home) / ".local/share") / "opencode"
+
+
+def user_database(env: Mapping[str, str]) -> Path | None:
+    """OpenCode's database under *env*; None for one in memory."""
+    name = env.get("OPENCODE_DB") or "opencode.db"
+    return None if name == ":memory:" else user_data(env) / name  # which an absolute one replaces
+
+
+def link_credentials(env: Mapping[str, str], data: Path, *, is_ours: bool = True) -> None:
+    """Make *data* an ``XDG_DATA_HOME``, with links to the credentials that *env* leads to.
+
+    Args:
+        is_ours: Links to another place are out of date. If not, what is there stays.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    target, source = data / "opencode", user_data(env).absolute()
+    target.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name in CREDENTIALS:
+        link, original = target / name, source / name
+        if is_ours and link.is_symlink() and Path(os.readlink(link)) != original:
+            link.unlink(missing_ok=True)  # the user's directory has moved since
+        try:
+            is_there = original.exists()
+        except OSError as error:  # a directory that may not be searched, say
+            _log.warning("credentials %s cannot be used: %s", original, error.strerror)
+            continue
+        if is_there:
+            # It may be there already, also made by another run in between.
+            with suppress(FileExistsError):
+                link.symlink_to(original)
+
+
+@contextmanager
+def in_words(kept: Path | None) -> Iterator[None]:
+    """Raise OpenCodeError for what cannot be read or written inside the block."""
+    try:
+        yield
+    except OSError as error:
+        # There may be no place for a temporary one, and then there is no name to tell.
+        where = error.filename or kept
+        name = "data directory" if where is None else f"data directory {str(where)!r}"
+        raise OpenCodeError(f"{name}: {error.strerror}") from error
+
+
+@dataclass
+class SessionHome:
+    """Where a session is, and the workspace that it was last used in."""
+
+    slot: int
+    workspace: str
+
+
+class SessionIndex:
+    """The sessions of a pool of data directories."""
+
+    def __init__(self, root: Path | None) -> None:
+        """
+        Args:
+            root: Where to keep it; None for in memory alone.
+        """
+        self._file = None if root is None else root / "sessions.jsonl"
+        self._homes: dict[str, SessionHome] = {}  # in the order of their last use
+
+    def find(self, session_id: str) -> SessionHome | None:
+        """Where *session_id* is, or None."""
+        if session_id not in self._homes:
+            self._read()
+        return self._homes.get(session_id)
+
+    def last_in(self, workspace: str) -> str | None:
+        """The session last used in *workspace*, by other processes too; or None."""
+        self._read()
+        found = (
+            each for each, home in reversed(self._homes.items()) if home.workspace == workspace
+        )
+        return next(found, None)
+
+    def note(self, session_id: str, home: SessionHome) -> None:
+        """Have *session_id* as the last used, in memory."""
+        self._homes.pop(session_id, None)
+        self._homes[session_id] = home
+
+    def keep(self, session_id: str, home: SessionHome) -> None:
+        """Write it down for later processes.
+
+        Raises:
+            OSError: If it cannot be written; it stays noted.
+        """
+        if self._file is None:
+            return
+        entry = {"session": session_id, "slot": home.slot, "workspace": home.workspace}
+        fd = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        # One write of one line: processes that share the root do not mix theirs.
+        with open(fd, "wb", buffering=0) as index:
+            index.write(json.dumps(entry).encode() + b"\n")
+
+    def clear(self) -> None:
+        """Forget what is in memory."""
+        self._homes.clear()
+
+    def _read(self) -> None:
+        for session_id, home in self._entries():
+            self.note(session_id, home)
+
+    def _entries(self) -> Iterator[tuple[str, SessionHome]]:
+        if self._file is None:
+            return
+        try:
+            lines = self._file.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return
+        for line in lines:
+            # A line that a full disk cut short costs one session, not all of them.
+            with suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                home = SessionHome(int(entry["slot"]), str(entry["workspace"]))
+                yield str(entry["session"]), home
+
+
+def check_directory(session_id: str, own: str | None, workspace: str | None) -> None:
+    """Refuse to continue a session elsewhere than in *own*, the directory that it works in.
+
+    OpenCode would carry the prompt out there all the same, print nothing, and not end (1.18.33).
+    None stands for any directory.
+    """
+    if own is not None and workspace is not None and own != workspace:
+        raise OpenCodeConfigError(
+            f"session {session_id!r} works in {own!r}, not in {workspace!r}: pass that workspace"
+        )
+
+
+def stored_directory(database: Path, session_id: str) -> str | None:
+    """The directory of a session in OpenCode's *database*; None where it does not say."""
+    import sqlite3
+
+    with suppress(sqlite3.Error):  # there is none yet, or its tables are another version's
+        uri = f"{database.absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=1.0)) as connection:
+            query = "select directory from session where id = ?"
+            row = connection.execute(query, (session_id,)).fetchone()
+            return None if row is None else str(row[0])
+    return None
+
+
 TEMPORARY_PREFIX = "opencode-sync-"
-UNPACKED = "opencode-sync-unpacked"  # in a data directory; _preload.js knows the name
+UNPACKED = "opencode-sync-unpacked"  # in a data directory; preload.js knows the name
 
 
 def pid_space() -> str:

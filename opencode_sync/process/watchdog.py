@@ -116,7 +116,7 @@ class Watchdog:
     def _start(self) -> None:
         import logging
 
-        from . import _tree
+        from . import tree
 
         log = logging.getLogger("opencode_sync")
         if reason := _why_not():
@@ -124,7 +124,7 @@ class Watchdog:
             log.debug("no watchdog process: %s", reason)
             return
         try:
-            self._channel, self._pid = _launch(_tree.process_token(), self._entries.copy())
+            self._channel, self._pid = _launch(tree.process_token(), self._entries.copy())
         except (OSError, ValueError) as error:
             # Not to be waited for again; where there was no process to be had, there may be later.
             self._is_unavailable = isinstance(error, (TimeoutError, ValueError))
@@ -264,14 +264,14 @@ def _clean_up(token: str, site: str, entries: Iterable[bytes]) -> None:
     faulthandler.dump_traceback_later(LIFE_S, exit=True)
     sys.path.append(site)
     package = types.ModuleType("opencode_sync")  # without all that is in __init__
-    package.__path__ = [os.path.dirname(os.path.abspath(__file__))]
+    package.__path__ = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
     sys.modules[package.__name__] = package
     words = [entry.split(b" ", 1) for entry in entries]
     spared = [word.decode() for kind, word in words if kind == b"spare"]
     # Twice: a process that was just being started when we died bore no mark yet.
     for _ in range(2):
         with suppress(Exception):  # the files may have gone with an upgrade; go on with the rest
-            tree = importlib.import_module("opencode_sync._tree")
+            tree = importlib.import_module("opencode_sync.process.tree")
             if tree.find(token):
                 tree.stop(token, spare=spared)
         for kind, word in words:

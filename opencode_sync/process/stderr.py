@@ -1,4 +1,4 @@
-"""Lines of stderr that mean something: OpenCode's log, what _preload.js tells, and warnings.
+"""Lines of stderr that mean something: OpenCode's log, what preload.js tells, and warnings.
 
     timestamp=... level=ERROR message="stream error" ... error.error="AI_APICallError: slow down"
     timestamp=... level=WARN message="server unavailable" key=NAME type=local status=failed
@@ -23,9 +23,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from .core.errors import strip_ansi
-from .core.events import Event, RetryEvent, warning_events
-from .core.mcp import unavailable
+from ..core.errors import strip_ansi
+from ..core.events import Event, RetryEvent, warning_events
+from ..core.mcp import unavailable
 
 PRELOAD_PREFIX = "opencode-sync: "
 FALLBACK = "Falling back to"
@@ -150,7 +150,7 @@ class LogReader:
 
 
 def split_told(line: str) -> tuple[str, str | None]:
-    """What stands in *line* before what _preload.js tells, and that from its PRELOAD_PREFIX on.
+    """What stands in *line* before what preload.js tells, and that from its PRELOAD_PREFIX on.
 
     None in its place where it tells nothing. A plugin may have printed without a newline before it.
     """

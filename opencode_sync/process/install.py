@@ -24,9 +24,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ._command import TESTED_VERSION, managed_path, managed_root
-from ._versions import ask_version, fault_of
-from .core.errors import OpenCodeBinaryNotFoundError, OpenCodeConfigError, OpenCodeError
+from ..core.errors import OpenCodeBinaryNotFoundError, OpenCodeConfigError, OpenCodeError
+from .command import TESTED_VERSION, managed_path, managed_root
+from .versions import ask_version, fault_of
 
 NPM_TIMEOUT_S = 1_800.0  # 130 MB to load, over a slow line as well
 

@@ -36,7 +36,7 @@ if (denials.length) {
 
 // What a process was started with stays readable in /proc/PID/environ and to ps: a tool could take the
 // server's password from there, and grant itself what it must ask for. So it is written over in place;
-// process.env keeps it until _plugin.js takes it out, since OpenCode reads it only later.
+// process.env keeps it until plugin.js takes it out, since OpenCode reads it only later.
 const overwrite = (name) => {
   const value = process.env[name]
   const { dlopen, FFIType, toArrayBuffer } = require("bun:ffi")

@@ -12,6 +12,12 @@ delays nothing.
 
 The readers are daemons, know nothing of us, and take no lock: a finaliser may run in them. What
 goes wrong in them is raised where the caller waits. Knows bytes, nothing of OpenCode.
+
+What a child writes, on its way to who reads it.
+
+    unnamed file --Output.read()--> block --LineSplitter--> whole lines
+
+Knows bytes; nothing of processes and threads.
 """
 
 from __future__ import annotations
@@ -25,10 +31,60 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import IO, Literal
 
-from . import _tree
-from ._output import Block, Channel, Output
-from .core import lifetime
+from ..core import lifetime
+from . import tree
+
+BLOCK_BYTES = 256 * 1024
+
+Channel = Literal["stdout", "stderr"]
+Block = tuple[Channel, bytes]
+
+
+class Output:
+    """A file that a child writes, read as it grows.
+
+    Attributes:
+        is_wanted: Whether somebody still reads it. A plain flag, since a lock could be held by
+            the very thread that a finaliser interrupts.
+    """
+
+    def __init__(self) -> None:
+        self.file: IO[bytes] = tempfile.TemporaryFile(buffering=0)
+        self.is_wanted = True
+        self._offset = 0
+
+    def read(self) -> bytes:
+        """The next block of what is there; empty where there is nothing new."""
+        # The child's own position in the file is not touched.
+        block = os.pread(self.file.fileno(), BLOCK_BYTES, self._offset)
+        self._offset += len(block)
+        return block
+
+
+class LineSplitter:
+    """Blocks of bytes in, whole lines out; only ``\\n`` ends a line."""
+
+    def __init__(self) -> None:
+        self._pending: list[bytes] = []
+
+    def feed(self, block: bytes) -> bytes | None:
+        """The lines that *block* completes, in one piece without the last newline; or None."""
+        head, newline, tail = block.rpartition(b"\n")
+        if not newline:
+            self._pending.append(block)
+            return None
+        self._pending.append(head)
+        lines = b"".join(self._pending)
+        self._pending = [tail] if tail else []
+        return lines
+
+    def rest(self) -> bytes:
+        """What stands after the last newline; taken out."""
+        rest, self._pending = b"".join(self._pending), []
+        return rest
+
 
 BACKLOG = 32  # blocks in the queue; a reader that is so far ahead leaves the rest on disk
 # How long a new line (or the exit, where the system has nothing to wait at) can go unseen: a
@@ -73,8 +129,8 @@ class Process:
             with lifetime.deferred():
                 self._popen = self._start(argv, cwd, env, stdin)
                 self.pid = self._popen.pid
-                _tree.mark(self.pid, self._token)
-                self._born = _tree.born(self.pid)
+                tree.mark(self.pid, self._token)
+                self._born = tree.born(self.pid)
                 self._exit_fd = _exit_fd(self.pid)
                 self.started_at = time.monotonic()
                 self._start_readers(self._popen)
@@ -101,7 +157,7 @@ class Process:
                 stderr=stderr.file,
                 cwd=cwd,
                 # OpenCode takes $PWD for its working directory, whatever the real one is.
-                env={**env, "PWD": cwd, _tree.MARKER: _tree.chain(self._token, env)},
+                env={**env, "PWD": cwd, tree.MARKER: tree.chain(self._token, env)},
                 start_new_session=True,
             )
 
@@ -180,7 +236,7 @@ class Process:
         Returns whether there was anything to end.
         """
         assert self._popen is not None
-        stopped = _tree.stop(self._token, roots=(self.pid,), since=self._born)
+        stopped = tree.stop(self._token, roots=(self.pid,), since=self._born)
         begun = time.monotonic()
         while self.returncode is None and _pause(begun, REAP_S, exit_fd=self._exit_fd):
             pass
@@ -215,8 +271,8 @@ class Process:
         A signal's handler that raises (SystemExit, say) can do so in the middle of Popen.
         """
         with suppress(OSError):  # where there is no descriptor left, no child was started
-            pids = [process.pid for process in _tree.find(self._token)]
-            _tree.stop(self._token)
+            pids = [process.pid for process in tree.find(self._token)]
+            tree.stop(self._token)
             for pid in pids:
                 with suppress(ChildProcessError):  # a child's child
                     os.waitpid(pid, os.WNOHANG)

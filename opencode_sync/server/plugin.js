@@ -27,7 +27,7 @@ function refuse(sessionID, message) {
 }
 
 export const OpencodeSync = async ({ client }) => {
-  // A tool that knew it could grant itself what it must ask for (see _preload.js). The server has read
+  // A tool that knew it could grant itself what it must ask for (see preload.js). The server has read
   // it by now and goes on asking for it; tools get what process.env holds when they start.
   delete process.env.OPENCODE_SERVER_PASSWORD
   const formatted = new Map() // prompts with a format: when each was made
