@@ -45,7 +45,7 @@ if TYPE_CHECKING:  # loaded when first asked for, see __getattr__
     from ._tally import BatchReport
     from .batch import BatchRun
     from .core.records import results_to_frame, results_to_records
-    from .report import checkpoint_to_html, results_to_html
+    from .display.report import checkpoint_to_html, results_to_html
     from .server import OpenCodeServer
     from .session import Session
 
@@ -110,10 +110,10 @@ _LOADED_LATER = {
     "allow_all": "_asking",
     "allow_reads": "_asking",
     "ask_in_terminal": "_asking",
-    "checkpoint_to_html": "report",
-    "results_to_frame": "_frame",
-    "results_to_html": "report",
-    "results_to_records": "_frame",
+    "checkpoint_to_html": "display.report",
+    "results_to_frame": "core.records",
+    "results_to_html": "display.report",
+    "results_to_records": "core.records",
 }
 
 

@@ -24,7 +24,7 @@ from ._cli_options import DONE, add_run_options, run_config, tell
 from .core.errors import OpenCodeConfigError, OpenCodeError
 from .core.request import Limits
 from .core.text import count, money, outcome
-from .display import live
+from .display.stream import live
 from .process.command import managed_root
 from .session import Session
 

@@ -132,7 +132,7 @@ def _check_page(options: argparse.Namespace) -> None:
 
 
 def _write_page(options: argparse.Namespace) -> None:
-    from .report import checkpoint_to_html, write_html
+    from .display.report import checkpoint_to_html, write_html
 
     if Path(options.output).expanduser().exists():
         checkpoint_to_html(options.output, options.report)

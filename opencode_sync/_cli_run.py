@@ -22,7 +22,7 @@ from .core.errors import OpenCodeConfigError
 from .core.events import to_json
 from .core.result import RunResult
 from .core.text import outcome, printable
-from .display import live
+from .display.stream import live
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ from .core.config import RunConfig
 from .core.errors import OpenCodeBinaryNotFoundError, OpenCodeError
 from .core.result import RunResult
 from .core.text import table
-from .display import event_line, tool_line, tool_name
+from .display.stream import event_line, tool_line, tool_name
 from .process.command import TESTED_VERSION, resolve_binary
 from .process.data_dirs import temporary_prefix
 from .process.install import install

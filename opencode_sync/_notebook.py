@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from .client import OpenCodeClient
 from .core.config import RunConfig
 from .core.errors import OpenCodeConfigError
-from .display import live
+from .display.stream import live
 from .runner import Runner
 from .server import OpenCodeServer
 

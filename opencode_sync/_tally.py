@@ -15,11 +15,11 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ._report_kept import Kept
 from .core.errors import OpenCodeError
 from .core.request import Spent, tokens_of, unpriced, unpriced_tokens
 from .core.result import RunResult, TokenUsage
 from .core.text import html_table
+from .display.report import Kept
 
 _log = logging.getLogger("opencode_sync")
 
@@ -103,7 +103,7 @@ class BatchReport:
         Raises:
             OpenCodeConfigError: Jinja2 is not installed, or *path* cannot be written.
         """
-        from .report import write_html
+        from .display.report import write_html
 
         kept = self.kept or Kept()
         write_html(kept.records(), path, title=title or kept.title)

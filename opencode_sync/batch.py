@@ -24,7 +24,6 @@ from ._dispatch import Dispatch
 from ._fingerprint import job_fingerprint, settings_fingerprint
 from ._options import Options, fault_of
 from ._progress import Progress
-from ._report_kept import Kept
 from ._tally import BatchReport, Tally
 from ._task import End, Settings, Streams, Task
 from ._throttle import Throttle
@@ -34,6 +33,7 @@ from .core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeEr
 from .core.lifetime import REASON, Pinned, UnderWay
 from .core.request import LIMITS_OF_A_JOB, Budget, absolute
 from .core.result import RunResult
+from .display.report import Kept
 
 T = TypeVar("T", bound=RunResult | OpenCodeError, covariant=True)
 

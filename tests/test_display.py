@@ -11,11 +11,11 @@ from typing import Any, cast
 
 import pytest
 
-from opencode_sync import display
 from opencode_sync.core.errors import OpenCodeError
 from opencode_sync.core.result import RunResult
 from opencode_sync.core.stream import RunStream
-from opencode_sync.display import event_line, live, tool_line
+from opencode_sync.display import stream as display
+from opencode_sync.display.stream import event_line, live, tool_line
 
 
 def text(words: str, part: str = "a") -> dict[str, Any]:

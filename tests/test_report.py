@@ -19,16 +19,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opencode_sync import (
-    Job,
-    OpenCodeConfigError,
-    OpenCodeError,
-    OpenCodeTimeoutError,
-    RunResult,
-    _report_kept,
-)
-from opencode_sync import report as report_room
-from opencode_sync._report_charts import (
+from opencode_sync import Job, OpenCodeConfigError, OpenCodeError, OpenCodeTimeoutError, RunResult
+from opencode_sync._tally import kind_of
+from opencode_sync.display import report as _report_kept
+from opencode_sync.display import report as report_room
+from opencode_sync.display.charts import (
     Clock,
     curves_of,
     lanes_of,
@@ -36,12 +31,14 @@ from opencode_sync._report_charts import (
     time_ticks,
     value_ticks,
 )
-from opencode_sync._report_jobs import detail_of, row_of, short_of
-from opencode_sync._report_kept import Kept
-from opencode_sync._report_page import script_json
-from opencode_sync._report_records import records_in, records_of
-from opencode_sync._tally import kind_of
-from opencode_sync.report import checkpoint_to_html, results_to_html, write_html
+from opencode_sync.display.jobs import detail_of, records_in, records_of, row_of, short_of
+from opencode_sync.display.report import (
+    Kept,
+    checkpoint_to_html,
+    results_to_html,
+    script_json,
+    write_html,
+)
 from tests.scripted import ScriptedRunner
 
 HOSTILE = (

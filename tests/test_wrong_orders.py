@@ -23,8 +23,8 @@ from opencode_sync import (
     OpenCodeError,
     OpenCodeServer,
     OpenCodeServerError,
-    display,
 )
+from opencode_sync.display import stream as display
 from tests.wrong import client, workspace
 
 __all__ = ["client", "workspace"]  # fixtures

@@ -37,7 +37,8 @@ ASCII_ALONE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 
 _CHILD = """
 import atexit, os, resource, signal, sys
-from opencode_sync import OpenCodeClient, OpenCodeConfigError, OpenCodeError, RunConfig, display
+from opencode_sync import OpenCodeClient, OpenCodeConfigError, OpenCodeError, RunConfig
+from opencode_sync.display import stream as display
 
 client = OpenCodeClient(sys.argv[1])
 

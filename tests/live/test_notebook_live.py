@@ -13,7 +13,8 @@ from tests.kernel import Kernel
 # The prompts name what the model does: "say X", "tool X", "fail".
 SETUP = """
 import os
-from opencode_sync import OpenCodeClient, display
+from opencode_sync import OpenCodeClient
+from opencode_sync.display import stream
 from opencode_sync.testing import Reply, ScriptedModel, tool_call
 
 def answer(request):
@@ -60,7 +61,7 @@ def test_a_result_shows_as_markdown(kernel: Kernel) -> None:
 
 
 def test_a_live_stream_is_one_cell_that_updates(kernel: Kernel) -> None:
-    (output,) = kernel.run("result = display.live(client.stream('tool ls'))")
+    (output,) = kernel.run("result = stream.live(client.stream('tool ls'))")
 
     page = output["data"]["text/markdown"]
     assert output["output_type"] == "display_data"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from opencode_sync import RunResult
-from opencode_sync.report import write_html
+from opencode_sync.display.report import write_html
 from tests.browser import Chromium, Page, find_chromium
 
 JOBS = 2_000

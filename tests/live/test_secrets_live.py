@@ -23,7 +23,7 @@ from opencode_sync import (
     RunConfig,
     RunResult,
 )
-from opencode_sync.report import checkpoint_to_html
+from opencode_sync.display.report import checkpoint_to_html
 from opencode_sync.runner import Runner
 from opencode_sync.testing import Reply
 from tests.live.conftest import MakeModel

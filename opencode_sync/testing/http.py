@@ -22,7 +22,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from ._chat import ChatRequest, Reply, finish_reason, wire_calls, wire_usage
+from .replies import ChatRequest, Reply, finish_reason, wire_calls, wire_usage
 
 _NO_HEADERS: Mapping[str, str] = {}
 # Characters of text per SSE chunk. OpenCode takes 3 s longer for 8 MB in pieces of 16 kB.

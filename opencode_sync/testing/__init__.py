@@ -26,10 +26,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from ._chat import Answer, ChatRequest, Chunk, Reply, ToolCall, as_reply, tool_call
-from ._chatserver import ChatServer
-from .core.config import RunConfig, merged
-from .core.result import TokenUsage
+from ..core.config import RunConfig, merged
+from ..core.result import TokenUsage
+from .http import ChatServer
+from .replies import Answer, ChatRequest, Chunk, Reply, ToolCall, as_reply, tool_call
 
 __all__ = [
     "Answer",

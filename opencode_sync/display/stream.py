@@ -14,12 +14,12 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TextIO
 
-from .core.errors import OpenCodeConfigError
-from .core.events import Event
-from .core.reading import is_unsaid
-from .core.result import RunResult
-from .core.stream import RunStream
-from .core.text import markdown, one_line, outcome, printable, verbatim
+from ..core.errors import OpenCodeConfigError
+from ..core.events import Event
+from ..core.reading import is_unsaid
+from ..core.result import RunResult
+from ..core.stream import RunStream
+from ..core.text import markdown, one_line, outcome, printable, verbatim
 
 LINE_WIDTH = 100
 UPDATE_S = 0.1  # between updates of a cell while text comes in deltas

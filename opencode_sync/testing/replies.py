@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .core.result import TokenUsage
+from ..core.result import TokenUsage
 
 _USAGE = TokenUsage(input=100, output=20)
 

@@ -3,18 +3,45 @@
     rows --page_of()--> Page: figures, charts, kinds of errors, and the table's rows as JSON
 
 Knows what is shown; how it looks is the template's.
+
+What a batch keeps of its jobs for its page: what no checkpoint has, in short.
+
+    ends --add()--> the last MOST, compressed, some 500 bytes each --+
+    the checkpoint's file, where there is one -----------------------+--records()--> a page
+
+So the memory that a batch takes does not grow with its length, nor with its events.
+
+A batch as a page: one file, which asks nothing of the network.
+
+    records --+--> rows --> charts, figures, the table's JSON --+--> report.html.j2 --> FILE
+              +--> details, each put aside on disk at once -----+
+
+In memory is a short row for each job. The page forbids itself every script and style but its own
+two, whose hashes it names, and every request; what jobs say is in it as JSON and becomes text.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import base64
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from ._report_charts import (
+from ..core.errors import OpenCodeConfigError, OpenCodeError
+from ..core.events import to_json
+from ..core.records import dumped, replacing
+from ..core.result import RunResult
+from ..core.text import money
+from .charts import (
     WIDTH,
     Bar,
     Break,
@@ -29,9 +56,41 @@ from ._report_charts import (
     timeline_of,
     value_ticks,
 )
-from ._report_jobs import STATUSES, Row
-from .core.events import to_json
-from .core.text import money
+from .jobs import STATUSES, Record, Row, detail_of, records_in, records_of, row_of, short_of
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+MOST = 10_000
+
+
+class Kept:
+    """The jobs of one batch, as far as a page can still tell of them; from any thread, picklable.
+
+    Attributes:
+        checkpoint: The batch's checkpoint, or None.
+    """
+
+    def __init__(self, checkpoint: Path | None = None) -> None:
+        self.checkpoint = checkpoint
+        self._lines: deque[bytes] = deque(maxlen=MOST)
+
+    @property
+    def title(self) -> str:
+        return "Batch" if self.checkpoint is None else self.checkpoint.name
+
+    def add(self, end: RunResult | OpenCodeError) -> None:
+        """Keep in short how a job ended that is in no checkpoint."""
+        (record,) = records_of([end])
+        self._lines.append(zlib.compress(dumped(short_of(record)), 1))
+
+    def records(self) -> Iterator[Record]:
+        """All that is in the checkpoint, of whichever run, and then what was kept."""
+        if self.checkpoint is not None and self.checkpoint.exists():
+            yield from records_in(self.checkpoint)
+        for line in list(self._lines):
+            yield json.loads(zlib.decompress(line))
+
 
 _MAX_KINDS = 12
 
@@ -218,3 +277,107 @@ def script_json(value: Any) -> str:
     # ASCII: neither U+2028 nor half of a surrogate pair is there to be misread.
     text = to_json(value, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+__all__ = ["checkpoint_to_html", "results_to_html", "write_html"]
+
+_ASSETS = Path(__file__).parent
+_PAGE_CHARS = 80_000_000  # of all details; a browser takes that in a second or two
+_WORDS = {
+    "ok": "ok",
+    "error": "error",
+    "denied": "denied",
+    "incomplete": "incomplete",
+    "timed_out": "timed out",
+    "cancelled": "cancelled",
+    "over_budget": "over budget",
+}
+
+
+def results_to_html(
+    results: Iterable[RunResult | OpenCodeError],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "Batch",
+) -> None:
+    """Write the page of results, or of errors that stand in a result's place, to *path*.
+
+    Raises:
+        OpenCodeConfigError: Jinja2 is not installed, or *path* cannot be written.
+    """
+    write_html(records_of(results), path, title=title)
+
+
+def checkpoint_to_html(
+    checkpoint: str | os.PathLike[str], path: str | os.PathLike[str], *, title: str | None = None
+) -> None:
+    """Write the page of all jobs in a checkpoint's file to *path*; also while a batch writes it.
+
+    Raises:
+        OpenCodeConfigError: As above, or there is no such checkpoint.
+    """
+    write_html(records_in(checkpoint), path, title=title or Path(checkpoint).name)
+
+
+def write_html(
+    records: Iterable[Record], path: str | os.PathLike[str], *, title: str = "Batch"
+) -> None:
+    """Write the page of *records* to *path*; a file that is there is replaced, once all is well.
+
+    Args:
+        records: One mapping for each job, in the shape of a checkpoint's lines: the keys of
+            ``RunResult.to_dict()``, and ``failure``, None or ``{"type", "message", ...}``. They
+            are drawn one by one and not kept. Those without ``started_at``, a Unix time in
+            seconds, are placed in time by their first event, or not at all.
+
+    Raises:
+        OpenCodeConfigError: Jinja2 is not installed, or *path* cannot be written.
+    """
+    template = _template()
+    target = Path(os.path.realpath(Path(path).expanduser()))
+    with tempfile.TemporaryFile("w+", prefix="opencode-sync-", encoding="ascii") as aside:
+        rows = list(_drawn(records, aside))
+        aside.seek(0)
+        page = template.stream(page=page_of(rows, title), details=map(str.rstrip, aside))
+        page.enable_buffering(50)
+        try:
+            _write(target, page)
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise OpenCodeConfigError(f"report {str(target)!r}: {why}") from error
+
+
+def _drawn(records: Iterable[Record], aside: TextIO) -> Iterator[Row]:
+    """The rows of *records*, while the details go to *aside*, a line each."""
+    written = 0
+    for place, record in enumerate(records):
+        written += aside.write(script_json(detail_of(record, brief=written > _PAGE_CHARS)) + "\n")
+        yield row_of(record, place)
+
+
+def _write(target: Path, pieces: Iterable[str]) -> None:
+    if target.exists() and not target.is_file():  # /dev/stdout, a pipe
+        with open(target, "w", encoding="utf-8", errors="replace") as file:
+            file.writelines(pieces)
+        return
+    with replacing(target) as new:
+        new.writelines(piece.encode("utf-8", "replace") for piece in pieces)
+
+
+def _template() -> Template:
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError:
+        raise OpenCodeConfigError(
+            "a report page needs Jinja2: run 'pip install \"opencode-sync-sdk[report]\"'"
+        ) from None
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"money": money, "span": span, "short": short, "words": _WORDS.get}
+    for name, file in (("style", "report.css"), ("script", "report.js")):
+        text = (_ASSETS / file).read_text(encoding="utf-8")
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        environment.globals[name] = text
+        environment.globals[f"{name}_hash"] = f"sha256-{digest}"
+    return environment.from_string((_ASSETS / "report.html.j2").read_text(encoding="utf-8"))

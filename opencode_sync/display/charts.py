@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ._report_jobs import STATUSES, Row
+from .jobs import STATUSES, Row
 
 WIDTH = 10_000  # units of all charts
 IDLE_S = 120.0  # time in which nothing ran, from this length on, is left out
