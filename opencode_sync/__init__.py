@@ -11,7 +11,7 @@ A first script::
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .client import OpenCodeClient
+from .api.client import OpenCodeClient
 from .core.config import Job, RunConfig, validate_config_for_run, validate_permission_actions
 from .core.errors import (
     OpenCodeBinaryNotFoundError,
@@ -40,14 +40,20 @@ from .core.stream import RunStream
 from .process.command import TESTED_VERSION, build_argv, build_env, resolve_binary
 
 if TYPE_CHECKING:  # loaded when first asked for, see __getattr__
-    from ._asking import PermissionRequest, QuestionRequest, allow_all, allow_reads, ask_in_terminal
-    from ._sessions import SessionInfo
-    from ._tally import BatchReport
-    from .batch import BatchRun
+    from .api.permissions import (
+        PermissionRequest,
+        QuestionRequest,
+        allow_all,
+        allow_reads,
+        ask_in_terminal,
+    )
+    from .api.server import OpenCodeServer
+    from .api.session import Session
+    from .batch.batch import BatchRun
+    from .batch.tally import BatchReport
     from .core.records import results_to_frame, results_to_records
     from .display.report import checkpoint_to_html, results_to_html
-    from .server import OpenCodeServer
-    from .session import Session
+    from .server.sessions import SessionInfo
 
 __all__ = [
     "TESTED_VERSION",
@@ -100,16 +106,16 @@ __all__ = [
 
 # What most scripts never use; loading all of it would take as long again as the rest.
 _LOADED_LATER = {
-    "BatchReport": "_tally",
-    "BatchRun": "batch",
-    "OpenCodeServer": "server",
-    "PermissionRequest": "_asking",
-    "QuestionRequest": "_asking",
-    "Session": "session",
-    "SessionInfo": "_sessions",
-    "allow_all": "_asking",
-    "allow_reads": "_asking",
-    "ask_in_terminal": "_asking",
+    "BatchReport": "batch.tally",
+    "BatchRun": "batch.batch",
+    "OpenCodeServer": "api.server",
+    "PermissionRequest": "api.permissions",
+    "QuestionRequest": "api.permissions",
+    "Session": "api.session",
+    "SessionInfo": "server.sessions",
+    "allow_all": "api.permissions",
+    "allow_reads": "api.permissions",
+    "ask_in_terminal": "api.permissions",
     "checkpoint_to_html": "display.report",
     "results_to_frame": "core.records",
     "results_to_html": "display.report",
@@ -127,13 +133,13 @@ def __getattr__(name: str) -> Any:
 
 def load_ipython_extension(ipython: Any) -> None:
     """``%load_ext opencode_sync``: adds the cell magic ``%%opencode``."""
-    from ._notebook import load
+    from .notebook import load
 
     load(ipython)
 
 
 def unload_ipython_extension(ipython: Any) -> None:
     """``%unload_ext opencode_sync``: ends what its cells have started."""
-    from ._notebook import unload
+    from .notebook import unload
 
     unload(ipython)

@@ -22,11 +22,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from opencode_sync.api.runner import Request, Runner
 from opencode_sync.core.errors import OpenCodeError, OpenCodeProcessError
 from opencode_sync.core.events import Event
 from opencode_sync.core.lifetime import CancelScope
 from opencode_sync.core.result import RunResult
-from opencode_sync.runner import Request, Runner
 
 STEP_COST = 0.01
 STEP_TOKENS = 10

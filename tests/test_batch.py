@@ -32,8 +32,7 @@ from opencode_sync import (
     RunConfig,
     RunResult,
 )
-from opencode_sync._task import Outcome, Settings, Task
-from opencode_sync._work import Work
+from opencode_sync.batch.job import Outcome, Settings, Task, Work
 from opencode_sync.core.stream import Limits
 from tests.scripted import STEP_COST, STEP_TOKENS, ScriptedRunner
 

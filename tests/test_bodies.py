@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from opencode_sync import OpenCodeConfigError, RunConfig
-from opencode_sync._bodies import (
+from opencode_sync.api.server.protocol import (
     check_command,
     check_server_wide,
     command_body,
@@ -19,6 +17,8 @@ from opencode_sync._bodies import (
     sealed,
     session_body,
 )
+
+from opencode_sync import OpenCodeConfigError, RunConfig
 
 
 def rule(permission: str, action: str, pattern: str = "*") -> dict[str, str]:

@@ -27,7 +27,7 @@ from opencode_sync import (
     RunConfig,
     RunResult,
 )
-from opencode_sync.checkpoint import Checkpoint, Entry
+from opencode_sync.batch.checkpoint import Checkpoint, Entry
 from opencode_sync.core import records
 from tests.scripted import ScriptedRunner
 
@@ -351,7 +351,7 @@ def test_the_file_is_held_until_it_has_one_line_a_job(
             others.append(error)
         return records.replacing(target, mode)
 
-    monkeypatch.setattr("opencode_sync.checkpoint.replacing", beside_another)
+    monkeypatch.setattr("opencode_sync.batch.checkpoint.replacing", beside_another)
 
     list(runner.map([Job("better", key="k")], checkpoint=path))
 

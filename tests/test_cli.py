@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from opencode_sync import __version__, _demo, cli
+from opencode_sync import __version__
+from opencode_sync.cli import demo, main
 from opencode_sync.process import install
 from opencode_sync.process.command import TESTED_VERSION
 from tests import serving
@@ -47,7 +48,7 @@ def shell(capfd: pytest.CaptureFixture[str]) -> Shell:
 
     def run(*words: str) -> tuple[int, str, str]:
         try:
-            status = cli.main(words)
+            status = main.main(words)
         except SystemExit as end:
             status = int(end.code or 0)
         return status, *capfd.readouterr()
@@ -77,7 +78,7 @@ def program() -> Iterator[Program]:
 # --- help and usage ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [[], *([command.name] for command in cli._COMMANDS)])
+@pytest.mark.parametrize("words", [[], *([command.name] for command in main._COMMANDS)])
 def test_help_fits_a_screen_and_shows_an_example(shell: Shell, words: list[str]) -> None:
     status, out, _ = shell(*words, "--help")
 
@@ -142,7 +143,7 @@ def test_the_session_s_id_is_told_without_what_a_terminal_would_obey(shell: Shel
 def test_log_lines_are_shown_without_what_a_terminal_would_obey(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with cli._log_lines(True):
+    with main._log_lines(True):
         logging.getLogger("opencode_sync").info("turn in %s", "ses\x1b[2J_1")
 
     assert capsys.readouterr().err == "turn in ses_1\n"
@@ -792,7 +793,7 @@ def test_install_installs_the_version_asked_for(
 def test_a_demo_in_which_something_did_not_work_exits_with_1(
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_demo, "demo", lambda: ["run: status: 'error', and not 'ok'"])
+    monkeypatch.setattr(demo, "demo", lambda: ["run: status: 'error', and not 'ok'"])
 
     status, out, err = shell("demo")
 
@@ -803,7 +804,7 @@ def test_a_demo_in_which_something_did_not_work_exits_with_1(
 def test_the_demo_notices_that_its_runs_do_not_work() -> None:
     said: list[str] = []
 
-    faults = _demo.demo(said.append)  # its prompts are no Python
+    faults = demo.demo(said.append)  # its prompts are no Python
 
     assert [fault.partition(":")[0] for fault in faults] == ["run", "stream", "four_at_once"]
 
@@ -813,9 +814,9 @@ def test_the_demo_installs_opencode_where_there_is_none(
 ) -> None:
     monkeypatch.delenv("OPENCODE_BINARY")
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(_demo, "install", lambda report: standin)
+    monkeypatch.setattr(demo, "install", lambda report: standin)
 
-    assert _demo.find_program(lambda line: None) == str(standin)
+    assert demo.find_program(lambda line: None) == str(standin)
 
 
 def test_the_demo_takes_no_opencode_that_is_older_than_the_tested(
@@ -827,17 +828,17 @@ def test_the_demo_takes_no_opencode_that_is_older_than_the_tested(
     old.chmod(0o755)
     monkeypatch.delenv("OPENCODE_BINARY")
     monkeypatch.setenv("PATH", str(old.parent))
-    monkeypatch.setattr(_demo, "install", lambda report: standin)
+    monkeypatch.setattr(demo, "install", lambda report: standin)
     said: list[str] = []
 
-    program = _demo.find_program(said.append)
+    program = demo.find_program(said.append)
 
     assert program == str(standin)
     assert "1.1.0" in said[0]
 
 
 def test_the_demo_takes_an_opencode_that_was_chosen_as_it_is(standin: Path) -> None:
-    assert _demo.find_program(lambda line: None) == str(standin)
+    assert demo.find_program(lambda line: None) == str(standin)
 
 
 def test_the_demo_installs_a_known_opencode_beside_one_that_is_not(
@@ -847,10 +848,10 @@ def test_the_demo_installs_a_known_opencode_beside_one_that_is_not(
     new.write_text(new.read_text().replace(TESTED_VERSION, "opencode v2.0.10"))
     monkeypatch.delenv("OPENCODE_BINARY")
     monkeypatch.setenv("PATH", str(new.parent))
-    monkeypatch.setattr(_demo, "install", lambda report: standin)
+    monkeypatch.setattr(demo, "install", lambda report: standin)
     said: list[str] = []
 
-    program = _demo.find_program(said.append)
+    program = demo.find_program(said.append)
 
     assert program == str(standin)
     assert "OpenCode 2.0.10 is newer than the known versions" in said[0]

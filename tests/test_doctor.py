@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from opencode_sync import cli, doctor
-from opencode_sync.doctor import Finding, examine
+from opencode_sync.cli import doctor, main
+from opencode_sync.cli.doctor import Finding, examine
 from opencode_sync.process import leftovers
 from opencode_sync.process.command import TESTED_VERSION, managed_path, managed_root
 from opencode_sync.process.data_dirs import pid_space
@@ -325,7 +325,7 @@ def test_fix_ends_processes_and_removes_directories(
     directory.mkdir()
     has_opencode(machine)
 
-    status = cli.main(["doctor", "--fix"])
+    status = main.main(["doctor", "--fix"])
 
     assert status == 0
     assert not process.is_running()
@@ -353,7 +353,7 @@ def test_the_command_prints_a_line_for_each_point(
 ) -> None:
     has_opencode(machine)
 
-    status = cli.main(["doctor"])
+    status = main.main(["doctor"])
 
     lines = capsys.readouterr().out.splitlines()
     assert status == 0
@@ -363,13 +363,13 @@ def test_the_command_prints_a_line_for_each_point(
 def test_the_command_exits_with_1_where_something_stops_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert cli.main(["doctor"]) == 1
+    assert main.main(["doctor"]) == 1
 
 
 def test_the_command_prints_json(machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program = has_opencode(machine)
 
-    cli.main(["doctor", "--json"])
+    main.main(["doctor", "--json"])
 
     told = json.loads(capsys.readouterr().out)
     assert told["removed"] == ""

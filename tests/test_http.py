@@ -15,8 +15,8 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from opencode_sync.api.server.connection import MAX_BYTES, Connection
 
-from opencode_sync._http import MAX_BYTES, Connection
 from opencode_sync.core.errors import OpenCodeConfigError, OpenCodeServerError
 from opencode_sync.core.lifetime import CancelScope
 from tests.webserver import WITHIN_S, Answer, WebServer

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from opencode_sync import Job, OpenCodeConfigError, RunConfig
-from opencode_sync._jobs import read_jobs
+from opencode_sync.cli.map import read_jobs
 
 Read = Callable[..., list[Job]]
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from opencode_sync import Job, OpenCodeBudgetError
+from opencode_sync.api.session import Session
 from opencode_sync.core.request import Budget, Spent
-from opencode_sync.session import Session
 from tests.scripted import STEP_COST, STEP_TOKENS, ScriptedRunner
 
 PROMPT = "spend 9 steps"

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from IPython.core.error import UsageError
 
-from opencode_sync import OpenCodeConfigError, OpenCodeProcessError, _notebook
-from opencode_sync._notebook import Magic, filled
+from opencode_sync import OpenCodeConfigError, OpenCodeProcessError, notebook
+from opencode_sync.notebook import Magic, filled
 from tests.standin import write_standin
 
 
@@ -95,12 +95,12 @@ def test_loading_registers_and_unloading_ends(monkeypatch: pytest.MonkeyPatch) -
         user_ns={}, register_magic_function=lambda *words: registered.append(words)
     )
 
-    _notebook.load(shell)
-    _notebook.load(shell)
-    _notebook.unload(shell)
+    notebook.load(shell)
+    notebook.load(shell)
+    notebook.unload(shell)
 
     assert [words[1:] for words in registered] == [("cell", "opencode")] * 2
-    assert _notebook._loaded is None
+    assert notebook._loaded is None
 
 
 # --- filling -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from contextlib import redirect_stderr
 
 import pytest
 
-from opencode_sync import _progress
+from opencode_sync.batch import tally
 from tests.scripted import ScriptedRunner
 
 
@@ -85,4 +85,4 @@ def test_no_stderr_at_all_is_no_error(runner: ScriptedRunner) -> None:
     "n, text", [(0, "0"), (999, "999"), (1500, "1.5k"), (2_500_000, "2.5M"), (4e12, "4000.0G")]
 )
 def test_large_numbers_are_short(n: float, text: str) -> None:
-    assert _progress._short(n) == text
+    assert tally._short(n) == text

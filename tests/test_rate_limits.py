@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from opencode_sync import _dispatch
-from opencode_sync._task import Outcome, Settings, Task, carry_out
+from opencode_sync.api.runner import Request, Runner
+from opencode_sync.batch import dispatch
+from opencode_sync.batch.job import Outcome, Settings, Task, carry_out
 from opencode_sync.core.errors import OpenCodeError, OpenCodeProcessError
 from opencode_sync.core.events import Event
 from opencode_sync.core.lifetime import CancelScope
 from opencode_sync.core.request import Limits
 from opencode_sync.core.result import RunResult
 from opencode_sync.process.stderr import asked_to_wait_s
-from opencode_sync.runner import Request, Runner
 from opencode_sync.testing import Reply, ScriptedModel
 
 ALLOWED = 3
@@ -106,7 +106,7 @@ class _Asking:
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "REPEAT_S", RETRY_AFTER_S)
+    monkeypatch.setattr(dispatch, "REPEAT_S", RETRY_AFTER_S)
 
 
 def ask(n: int, *, tries: int, **options: Any) -> tuple[list[Any], int, Any]:

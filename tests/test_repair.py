@@ -30,11 +30,10 @@ from opencode_sync import (
     RunResult,
     RunStream,
 )
-from opencode_sync._repair import SchemaReview
+from opencode_sync.api.runner import Request, Runner, SchemaReview
 from opencode_sync.core.events import Event
 from opencode_sync.core.lifetime import CancelScope
 from opencode_sync.core.schema import OutputSchema
-from opencode_sync.runner import Request, Runner
 
 GOOD, BAD, WORDS = '{"legs": 2}', '{"legs": "two"}', "I would rather not."
 CUT, WHOLE_BUT_CUT = '{"legs": 2, "wi', '```json\n{"legs": 2}\n```'  # at the output limit

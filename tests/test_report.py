@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from opencode_sync import Job, OpenCodeConfigError, OpenCodeError, OpenCodeTimeoutError, RunResult
-from opencode_sync._tally import kind_of
+from opencode_sync.batch.tally import kind_of
 from opencode_sync.display import report as _report_kept
 from opencode_sync.display import report as report_room
 from opencode_sync.display.charts import (

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opencode_sync.api.server.connection import Requests
+from opencode_sync.api.server.protocol import OUTPUT_TOOL, missing_rules
+from opencode_sync.api.server.sessions import stored_messages
 
 from opencode_sync import (
     OpenCodeCancelledError,
@@ -30,10 +33,7 @@ from opencode_sync import (
     allow_reads,
     ask_in_terminal,
 )
-from opencode_sync._asking import answers_of, permission_request, question_request
-from opencode_sync._bodies import OUTPUT_TOOL, missing_rules
-from opencode_sync._http import Requests
-from opencode_sync._sessions import stored_messages
+from opencode_sync.api.permissions import answers_of, permission_request, question_request
 from tests import serving
 from tests.scripted import STEP_COST, ScriptedRunner
 from tests.standin import VERSION

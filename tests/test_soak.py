@@ -20,8 +20,8 @@ import psutil
 import pytest
 
 from opencode_sync import OpenCodeError, OpenCodeServer, RunStream
+from opencode_sync.api.runner import Runner
 from opencode_sync.process import tree
-from opencode_sync.runner import Runner
 from tests import leaks, serving
 from tests.faults import standin_client
 from tests.standin import VERSION

@@ -20,10 +20,9 @@ from opencode_sync import (
     OpenCodeError,
     OpenCodeOutputError,
     RunResult,
-    _dispatch,
-    _task,
 )
-from opencode_sync.checkpoint import Checkpoint
+from opencode_sync.batch import dispatch, job
+from opencode_sync.batch.checkpoint import Checkpoint
 from opencode_sync.core.events import Event
 
 from .test_repair import COST, GOOD, Answering, Bird, _Source
@@ -81,7 +80,7 @@ def test_a_job_that_ends_by_a_fault_of_ours_has_cost_what_it_has(
     def fault(event: Event) -> bool:
         return bool(event["type"] == "step_finish" and 1 / 0)
 
-    monkeypatch.setattr(_task, "_is_refusal", fault)
+    monkeypatch.setattr(job, "_is_refusal", fault)
 
     with Answering() as runner:
         batch = runner.map([GOOD], on_error="return")
@@ -180,7 +179,7 @@ class Stubborn(Answering):
 def test_a_job_that_does_not_end_in_time_has_cost_what_it_has_by_then(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_dispatch, "STOP_S", 0.05)
+    monkeypatch.setattr(dispatch, "STOP_S", 0.05)
     monkeypatch.setattr("opencode_sync.core.stream.TURN_S", 0.05)
     runner = Stubborn()
     batch = runner.map([GOOD])

@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from opencode_sync.api.server.connection import Connection
+from opencode_sync.api.server.feed import GAP, EventStream, Mailbox, Message
 
-from opencode_sync import _sse
-from opencode_sync._http import Connection
-from opencode_sync._sse import GAP, EventStream, Mailbox, Message
+from opencode_sync.api.server import feed as _sse
 from opencode_sync.core.errors import OpenCodeServerError
 from tests.webserver import WITHIN_S, Answer, Feed, WebServer
 

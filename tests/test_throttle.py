@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from opencode_sync.api.server.launch import Server
 
-from opencode_sync._serve import Server
-from opencode_sync._throttle import MAX_PAUSE_S, Throttle, is_rate_limit, retry_after_s
+from opencode_sync.batch.throttle import MAX_PAUSE_S, Throttle, is_rate_limit, retry_after_s
 from opencode_sync.process.stderr import PRELOAD_PREFIX
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from opencode_sync.api.server.feed import Message
+from opencode_sync.api.server.protocol import ANSWER, REFUSED, Translator
 
-from opencode_sync._sse import Message
-from opencode_sync._translate import ANSWER, REFUSED, Translator
 from opencode_sync.core.errors import OpenCodeServerError
 from opencode_sync.core.events import Event
 

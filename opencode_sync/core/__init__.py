@@ -1,0 +1,1 @@
+"""One prompt, without processes and HTTP: what goes in, what comes out, and its life."""

@@ -1,0 +1,1 @@
+"""Operating-system processes, and ``opencode run`` as one."""

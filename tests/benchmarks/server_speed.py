@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from opencode_sync.server import OpenCodeServer
+from opencode_sync.api.server import OpenCodeServer
 from opencode_sync.testing import Reply, ScriptedModel
 
 PROMPTS, WORKERS = 96, 8

@@ -22,8 +22,8 @@ from opencode_sync import (
     RunConfig,
     RunResult,
 )
+from opencode_sync.api.runner import Runner
 from opencode_sync.core.config import merged
-from opencode_sync.runner import Runner
 from opencode_sync.testing import Reply, ScriptedModel, TokenUsage
 from tests.live.warm import Script, config, open_connections, shell
 

@@ -54,8 +54,8 @@ from opencode_sync import (
     RunStream,
     TokenUsage,
 )
+from opencode_sync.api.runner import Runner
 from opencode_sync.process.data_dirs import DataDirectories
-from opencode_sync.runner import Runner
 from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
 from tests.live.warm import config, conversation, open_connections, shell
 

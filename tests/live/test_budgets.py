@@ -25,8 +25,8 @@ from opencode_sync import (
     RunResult,
     RunStream,
 )
+from opencode_sync.api.runner import Runner
 from opencode_sync.core.config import merged
-from opencode_sync.runner import Runner
 from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, ToolCall, tool_call
 from tests.live.warm import config, open_connections, shell
 

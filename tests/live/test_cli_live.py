@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from opencode_sync import cli
+from opencode_sync.cli import main
 from opencode_sync.testing import Reply, ScriptedModel, tool_call
 
 Scripted = Callable[..., ScriptedModel]
@@ -30,7 +30,7 @@ def shell(
     monkeypatch.chdir(workspace)
 
     def run(*words: str) -> tuple[int, str, str]:
-        return cli.main(words), *capfd.readouterr()
+        return main.main(words), *capfd.readouterr()
 
     return run
 

@@ -26,11 +26,11 @@ from opencode_sync import (
     OpenCodeServer,
     RunConfig,
     RunResult,
-    _bodies,
 )
+from opencode_sync.api.runner import Runner
+from opencode_sync.api.server import protocol
 from opencode_sync.core import denials
 from opencode_sync.process import command as _command
-from opencode_sync.runner import Runner
 from opencode_sync.testing import Reply, ScriptedModel, ToolCall, tool_call
 from tests.live.warm import Script, config, open_connections
 
@@ -403,7 +403,7 @@ def test_a_denied_tool_that_runs_all_the_same_ends_the_run(
     if kind is OpenCodeClient:
         monkeypatch.setattr(_command, "PRELOAD_FILE", pretending)
     else:
-        monkeypatch.setattr(_bodies, "permission_rules", lambda cfg, **allowed: [])
+        monkeypatch.setattr(protocol, "permission_rules", lambda cfg, **allowed: [])
     prompt = script.to("Run it", shell("true"), Reply("Never said.", delay_s=60.0))
 
     with pytest.raises(OpenCodePermissionError, match="'bash' is denied, and has run") as caught:

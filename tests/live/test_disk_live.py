@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from opencode_sync import OpenCodeClient, OpenCodeError, OpenCodeServer
-from opencode_sync.runner import Runner
+from opencode_sync.api.runner import Runner
 from tests.live.conftest import MakeModel
 from tests.live.warm import config
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opencode_sync.api.server.connection import Connection
+from opencode_sync.api.server.feed import EventStream, Mailbox, Message
 
-from opencode_sync import _sse
-from opencode_sync._http import Connection
-from opencode_sync._sse import EventStream, Mailbox, Message
+from opencode_sync.api.server import feed
 from opencode_sync.core.errors import OpenCodeServerError
 from opencode_sync.process.command import build_env
 from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
@@ -216,7 +216,7 @@ def test_an_unknown_session_is_refused_in_the_server_s_words(connection: Connect
 def test_a_killed_server_fails_who_waits(  # the last test: it ends the server
     served: Served, begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_sse, "REOPEN_S", 0.2)
+    monkeypatch.setattr(feed, "REOPEN_S", 0.2)
     released = threading.Event()
     served.answers["hold"] = lambda request: Reply(["held", released])
     _, mailbox = begin("hold")

@@ -19,8 +19,8 @@ from opencode_sync import (
     OpenCodeServerError,
     OpenCodeTimeoutError,
     RunConfig,
-    _servers,
 )
+from opencode_sync.api.server import pool
 from opencode_sync.testing import Reply, ScriptedModel
 
 from .warm import Script, config, model, script, shell
@@ -68,7 +68,7 @@ def timed_out_after_s(work: Callable[[], object], limit: str) -> float:
 def test_what_waits_for_a_server_that_hangs_ends_in_time_and_by_its_name(
     server: OpenCodeServer, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_servers, "ANSWER_S", WITHIN_S)  # or it is ended by what is tested below
+    monkeypatch.setattr(pool, "ANSWER_S", WITHIN_S)  # or it is ended by what is tested below
     gate = threading.Event()
     script.to("Warm up", "Warm.")
     slow = script.to("Take your time", Reply(["Begun. ", gate, "Done."]))

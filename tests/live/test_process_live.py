@@ -36,7 +36,7 @@ def test_a_flag_that_the_binary_does_not_know_is_named_with_its_version(
     def argv(*args: Any) -> list[str]:
         return [*_command.build_argv(*args), "--from-the-future"]
 
-    monkeypatch.setattr("opencode_sync.client.build_argv", argv)
+    monkeypatch.setattr("opencode_sync.api.client.build_argv", argv)
     version = subprocess.check_output([opencode_binary, "--version"], text=True).strip()
 
     with pytest.raises(OpenCodeProcessError) as caught:

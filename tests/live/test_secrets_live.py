@@ -23,8 +23,8 @@ from opencode_sync import (
     RunConfig,
     RunResult,
 )
+from opencode_sync.api.runner import Runner
 from opencode_sync.display.report import checkpoint_to_html
-from opencode_sync.runner import Runner
 from opencode_sync.testing import Reply
 from tests.live.conftest import MakeModel
 from tests.live.warm import config, shell

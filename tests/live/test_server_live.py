@@ -26,8 +26,8 @@ from opencode_sync import (
     OpenCodeServerError,
     RunConfig,
 )
+from opencode_sync.api.server import OpenCodeServer
 from opencode_sync.core.events import Event
-from opencode_sync.server import OpenCodeServer
 from opencode_sync.testing import Reply, ScriptedModel, tool_call
 from tests import leaks
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from opencode_sync import OpenCodeCancelledError, OpenCodeServer
-from opencode_sync.runner import Runner
+from opencode_sync.api.runner import Runner
 from opencode_sync.testing import Answer, ChatRequest, ScriptedModel
 from tests.live.warm import config, shell
 from tests.test_soak import (

@@ -1,0 +1,1 @@
+"""What users hold: the verbs, the two runners, sessions, permissions."""

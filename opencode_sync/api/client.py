@@ -1,0 +1,347 @@
+"""A process per run: the default runner, which needs nothing running.
+
+Request --> _command: argv, env --+
+            _datadir: lease ------+--> _process --> _run: a source of events
+            _gate: start-up slot -+
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core import lifetime
+from ..core.config import (
+    RunConfig,
+    check_count,
+    check_flag,
+    check_number,
+    check_program,
+    checked_path,
+)
+from ..core.denials import DENIALS, ENFORCED, enforced, not_enforced
+from ..core.errors import OpenCodeConfigError, OpenCodeError
+from ..core.lifetime import CancelScope
+from ..core.stream import Source
+from ..process.capacity import Gate
+from ..process.command import (
+    DEFAULT_BINARY,
+    PLUGIN,
+    add_plugin,
+    add_preload,
+    build_argv,
+    build_env,
+    resolve_binary,
+    unpacking_in,
+    with_title,
+    without_database,
+    without_user_config,
+)
+from ..process.data_dirs import (
+    DataDirectories,
+    Lease,
+    check_directory,
+    in_words,
+    link_credentials,
+    stored_directory,
+    user_database,
+)
+from ..process.run import ProcessRun
+from ..process.versions import check_program_version, warn_of_variant
+from ..process.watchdog import add_directory, discard_directory, guard
+from .runner import NEEDS_SERVER, Request, Runner, StrPath
+
+if TYPE_CHECKING:
+    from ..server.pool import Attached
+    from .session import Session
+
+
+class OpenCodeClient(Runner):
+    """Runs each prompt in an ``opencode run`` process of its own.
+
+    Safe to share between threads, picklable as its settings, and a context manager: closing it
+    ends the runs under way and removes what it made.
+    """
+
+    def __init__(
+        self,
+        binary: StrPath = DEFAULT_BINARY,
+        startup_concurrency: int | None = 1,
+        startup_delay_s: float = 0.3,
+        isolate_db: bool = True,
+        *,
+        data_dir: StrPath | None = None,
+        run_cfg: RunConfig | None = None,
+        max_workers: int | None = None,
+        watchdog: bool = True,
+        any_version: bool = False,
+    ) -> None:
+        """
+        Args:
+            binary: A path, or a name on ``PATH``; looked for with the first run.
+            startup_concurrency: How many runs that share a database may start at a time; 0 or
+                None for any number. With *isolate_db* none share one.
+            startup_delay_s: Seconds after which a start no longer holds up the next one.
+            isolate_db: Give runs data directories of the client's own, so that parallel ones do
+                not lock one another's database. Credentials are linked from the user's.
+            data_dir: Where to keep these directories, with the sessions in them; None for
+                temporary ones. With ``isolate_db=False``, the one directory that all runs share.
+            run_cfg: Settings of runs that bring none of their own.
+            max_workers: Threads for ``submit`` and ``map``; None for what the machine carries.
+            watchdog: Keep a small process that stops the runs if this process is killed outright.
+            any_version: Use whatever OpenCode there is, at your own risk. Without it, a program or
+                an attached server of a version that is not known (from 1.17 up to, not including,
+                2) is refused with OpenCodeConfigError before anything is started; of an older
+                one there is a warning in the result.
+        """
+        super().__init__(run_cfg, max_workers)
+        check_program("binary", binary)
+        check_count("startup_concurrency", startup_concurrency, 0)
+        check_number("startup_delay_s", startup_delay_s)
+        check_flag("isolate_db", isolate_db)
+        check_flag("any_version", any_version)
+        self._settings: dict[str, Any] = {
+            "binary": binary,
+            "startup_concurrency": startup_concurrency,
+            "startup_delay_s": startup_delay_s,
+            "isolate_db": isolate_db,
+            "data_dir": data_dir,
+            "run_cfg": run_cfg,
+            "max_workers": max_workers,
+            "watchdog": watchdog,
+            "any_version": any_version,
+        }
+        self._resolved: str | None = None
+        self._gate = Gate(startup_concurrency)
+        self._startup_delay_s = startup_delay_s
+        self._isolate_db = isolate_db
+        self._shared_data = (
+            None if data_dir is None else checked_path("data_dir", data_dir, "a directory")
+        )
+        self._watchdog = watchdog
+        self._attached: Attached | None = None  # servers that settings name, once they do
+        self._attach_lock = threading.Lock()
+        self._make_directories()
+
+    def _make_directories(self) -> None:
+        self._owner_pid = os.getpid()
+        self._directories = DataDirectories(
+            self._shared_data if self._isolate_db else None,
+            on_make=add_directory if self._watchdog else _nothing,
+            on_remove=discard_directory if self._watchdog else _nothing,
+        )
+        weakref.finalize(self, _close_in, self._owner_pid, self._directories)
+
+    def resolved_binary(self) -> str:
+        """The absolute path of the program that runs use; looked for once.
+
+        Raises:
+            OpenCodeBinaryNotFoundError: Names what was looked for, and how to get it.
+        """
+        if self._resolved is None:
+            self._resolved = resolve_binary(self._settings["binary"])
+        return self._resolved
+
+    def session(
+        self,
+        workspace: StrPath = ".",
+        *,
+        session_id: str | None = None,
+        title: str | None = None,
+        run_cfg: RunConfig | None = None,
+        on_permission: object = None,
+        on_question: object = None,
+        timeout_s: float | None = None,
+        delete: bool = False,
+    ) -> Session:
+        """A conversation: prompts one after another, each of which knows what was before.
+
+        Arguments are as for ``OpenCodeServer.session``. What needs a server is refused: a
+        process per turn asks nobody, and there is nothing to look into a session with.
+        """
+        from .session import Session
+
+        for name, value in (
+            ("on_permission", on_permission),
+            ("on_question", on_question),
+            ("delete", delete),
+        ):
+            if value:
+                raise OpenCodeConfigError(f"{name} {NEEDS_SERVER}")
+        self._check_open()
+        return Session(
+            self,
+            workspace,
+            session_id=session_id,
+            title=title,
+            run_cfg=run_cfg,
+            timeout_s=timeout_s,
+            may_ask=False,
+        )
+
+    def close(self) -> None:
+        super().close()
+        if self._attached is not None and os.getpid() == self._owner_pid:
+            self._attached.close()
+        _close_in(self._owner_pid, self._directories)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._streams)} running"
+        risk = "any_version, " if self._settings["any_version"] else ""
+        return f"<OpenCodeClient binary={os.fspath(self._settings['binary'])!r}, {risk}{state}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._settings
+
+    def __setstate__(self, settings: dict[str, Any]) -> None:
+        self.__init__(**settings)  # type: ignore[misc]
+
+    def _check(self, cfg: RunConfig, *, may_ask: bool = False) -> None:
+        super()._check(cfg, may_ask=may_ask)
+        if cfg.attach is not None:
+            from ..server.protocol import check_server_wide
+
+            check_server_wide(cfg, RunConfig())
+
+    def _counts_opening(self, cfg: RunConfig) -> bool:
+        return cfg.attach is not None
+
+    def _open(self, request: Request, scope: CancelScope, keep_raw: bool) -> Source:
+        if request.cfg.attach is not None:
+            return self._attach(request, scope)
+        binary = self.resolved_binary()
+        warnings = list(request.warnings)
+        if not self._settings["any_version"]:
+            warnings += check_program_version(binary, scope.is_cancelled)
+        if os.getpid() != self._owner_pid:  # forked: the directories are the parent's
+            self._streams.clear()
+            self._gate = Gate(self._settings["startup_concurrency"])
+            self._make_directories()
+        if self._watchdog:
+            with lifetime.deferred():
+                guard()
+        cfg = request.cfg
+        env = enforced(build_env(cfg), cfg)
+        must_say: dict[bytes, OpenCodeError] = {ENFORCED: not_enforced()} if DENIALS in env else {}
+        prompt = request.instructed
+        if cfg.command is not None and prompt.strip():
+            from ..server.protocol import OPENED, not_opened, sealed
+
+            _check_plugins(cfg, env)
+            env, prompt = add_plugin(env), sealed(prompt)
+            must_say[OPENED] = not_opened()
+        isolated = self._isolate_db and "XDG_DATA_HOME" not in (cfg.extra_env or {})
+        with ExitStack() as undo:
+            if isolated:
+                cfg = self._own_session(cfg, request.workspace)
+            lease = self._directories.lease(
+                env,
+                session_id=cfg.session_id if isolated else None,
+                workspace=str(request.workspace),
+                fork=cfg.fork,
+                holds_sessions=isolated,
+            )
+            undo.callback(lease.release)
+            env = self._placed(env, cfg, lease if isolated else None)
+            if not isolated and cfg.session_id is not None:
+                _check_workspace(cfg.session_id, env, request.workspace)
+            env = unpacking_in(lease.unpacked, env)
+            model = cfg.model or cfg.build_opencode_config_dict().get("model")
+            if cfg.variant is not None and isinstance(model, str):
+                place, cancelled = str(request.workspace), scope.is_cancelled
+                warnings += warn_of_variant(binary, cfg.variant, model, env, place, cancelled)
+            env = add_preload(env)
+            with ExitStack() as starting:
+                if not isolated:
+                    starting.enter_context(self._gate.slot(scope.is_cancelled))
+                run = ProcessRun(
+                    build_argv(binary, None, with_title(_with_logs(cfg), request.instructed)),
+                    env,
+                    prompt,
+                    request.workspace,
+                    lease=lease,
+                    keep_background=cfg.keep_background,
+                    keep_raw=keep_raw,
+                    keep_logs=bool(cfg.print_logs),
+                    warnings=warnings,
+                    secrets=request.secrets,
+                    must_say=must_say,
+                )
+                undo.callback(run.close)  # a Ctrl-C's traceback would keep it alive
+                if not isolated and self._gate.is_limited:
+                    run.wait_started(self._startup_delay_s, scope.is_cancelled)
+            undo.pop_all()
+        return run
+
+    def _attach(self, request: Request, scope: CancelScope) -> Source:
+        # Over HTTP: the binary's own --attach loses events, 18 runs of 18.
+        with self._attach_lock:
+            if self._attached is None:
+                from ..server.pool import Attached  # takes as long to load as all the rest
+
+                self._attached = Attached(any_version=self._settings["any_version"])
+        return self._attached.of(request.cfg).begin(request, scope)
+
+    def _own_session(self, cfg: RunConfig, workspace: Path) -> RunConfig:
+        """*cfg* with the session named that ``continue_session`` means."""
+        if not cfg.continue_session:
+            return cfg
+        last = self._directories.last_session(str(workspace))
+        if last is None and cfg.fork:
+            raise OpenCodeConfigError(f"fork=True, but there is no session yet in {workspace}")
+        return cfg.replace(continue_session=False, session_id=last)
+
+    def _placed(self, env: dict[str, str], cfg: RunConfig, lease: Lease | None) -> dict[str, str]:
+        """*env* with the directories that this run is to use."""
+        if lease is not None:
+            env = without_database(env, cfg) | {"XDG_DATA_HOME": str(lease.path)}
+        elif not self._isolate_db and self._shared_data is not None:
+            with in_words(self._shared_data):
+                link_credentials(env, self._shared_data, is_ours=False)
+            env = env | {"XDG_DATA_HOME": str(self._shared_data)}
+        if not cfg.inherit_user_config:
+            env = without_user_config(env, cfg, self._directories.empty_config())
+        return env
+
+
+def _check_plugins(cfg: RunConfig, env: Mapping[str, str]) -> None:
+    """Refuse a command's arguments where our plugin cannot keep them from being expanded."""
+    if cfg.pure or env.get("OPENCODE_PURE", "").lower() in ("1", "true"):
+        why = "pure=True leaves out all plugins"
+    elif not PLUGIN.is_file():
+        why = "there is no file of our plugin (a package in an archive?)"
+    else:
+        return
+    raise OpenCodeConfigError(
+        f"{why}, and ours keeps the arguments of command {cfg.command!r} from the shell: run it "
+        "without arguments, or give its text as the prompt"
+    )
+
+
+def _with_logs(cfg: RunConfig) -> RunConfig:
+    # Without errors a provider's refusals, which OpenCode retries for minutes, would be silent, and
+    # without warnings an MCP server that does not work.
+    if cfg.print_logs:
+        return cfg
+    is_enough = cfg.log_level in ("DEBUG", "INFO", "WARN")
+    return cfg.replace(print_logs=True, log_level=cfg.log_level if is_enough else "WARN")
+
+
+def _check_workspace(session_id: str, env: Mapping[str, str], workspace: Path) -> None:
+    database = user_database(env)
+    own = None if database is None else stored_directory(database, session_id)
+    check_directory(session_id, own, str(workspace))
+
+
+def _close_in(pid: int, directories: DataDirectories) -> None:
+    if os.getpid() == pid:
+        directories.close()
+
+
+def _nothing(path: Path) -> None:
+    pass

@@ -1,0 +1,1 @@
+"""Many jobs on threads, or on other processes; knows nothing of OpenCode."""

@@ -1,0 +1,449 @@
+"""Finished jobs on disk, one line of JSON each, found again by key.
+
+    write(entries) --> lines, synced           (how one is written: _saved)
+    find(key) -------> Saved --load()--> the result or error as it was
+
+In memory are the keys and where their lines begin. A line is complete and synced, or it is cut off
+by the next to open the file. One batch writes: it locks ``PATH.lock``, which stays behind, and the
+file itself, which may have other names. Knows results; nothing of how they came about.
+
+Fingerprints of jobs: equal for what asks the same of OpenCode, and no secret goes into them.
+
+Passwords, variables' values and whatever a key of a configuration calls a secret are left out
+before anything is hashed, so a fingerprint tells nothing of them, and a new key is no new job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from ..core.config import RunConfig
+from ..core.errors import OpenCodeConfigError, OpenCodeError
+from ..core.records import (
+    Entry,
+    end_of,
+    failure_of,
+    is_unfinished,
+    judged,
+    line_of,
+    may_be_torn,
+    parsed,
+    replacing,
+    spent_in,
+)
+from ..core.request import Spent
+from ..core.result import RunResult
+from ..core.schema import OutputSchema, SchemaMismatch
+from ..core.secrets import VALUES_ARE_SECRET, is_secret, setting_name
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+_DIGITS = 32  # 128 bits: no two of any number of jobs are alike by chance
+_USER_IN_URL = re.compile(r"://[^/@\s]*@")
+
+
+def settings_fingerprint(cfg: RunConfig, schema: Mapping[str, Any] | None = None) -> str:
+    """What *cfg* asks for, without its secrets, and what the answers have to look like."""
+    settings = {
+        field.name: value
+        for field in fields(cfg)
+        if field.name != "password" and (value := getattr(cfg, field.name)) != field.default
+    }
+    if isinstance(environment := settings.get("extra_env"), Mapping):
+        settings["extra_env"] = sorted(environment)
+    plain = _without_secrets(settings)
+    return _hashed(plain if schema is None else [plain, schema])
+
+
+def job_fingerprint(prompt: str, workspace: str, settings: str) -> str:
+    """A job's, given that of its settings."""
+    return _hashed([prompt, workspace, settings])
+
+
+def _without_secrets(value: Any, name: str = "") -> Any:
+    """*value*, a setting that is called *name*."""
+    if isinstance(value, Mapping):
+        plain: dict[str, Any] = {}
+        for key, each in value.items():
+            below = setting_name(name, key)
+            is_left_out = name in VALUES_ARE_SECRET or is_secret(below, each)
+            plain[str(key)] = None if is_left_out else _without_secrets(each, below)
+        return plain
+    if isinstance(value, (list, tuple)):
+        return [_without_secrets(each) for each in value]
+    return _USER_IN_URL.sub("://", value) if isinstance(value, str) else value
+
+
+def _hashed(value: Any) -> str:
+    # ASCII, so that lone surrogates pass.
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+
+
+__all__ = ["Checkpoint", "Entry", "Saved"]
+
+_log = logging.getLogger("opencode_sync")
+
+# What a system says of a directory that it cannot sync: a network file system, or a directory that
+# may be written and not read. Its entry is as safe there as that system makes it.
+_NOT_SYNCED = {
+    *(errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF),
+    *(errno.EACCES, errno.EPERM),
+}
+
+
+class Saved(NamedTuple):
+    """Where a finished job stands."""
+
+    offset: int
+    is_failure: bool
+    fingerprint: str
+    spent: Spent = Spent()  # on all tries at it
+    is_unfinished: bool = False
+
+
+class Checkpoint:
+    """The finished jobs of a batch, in a file that outlives it."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        settings: str,
+        output: OutputSchema | None = None,
+    ) -> None:
+        """Open *path*, or make it.
+
+        Args:
+            settings: Fingerprint of what all jobs have in common.
+            output: What values are made of again that stand there as JSON.
+
+        Raises:
+            OpenCodeConfigError: It is in use, damaged, no checkpoint, or of other settings.
+        """
+        # What a link leads to, so that two names of one file have one lock.
+        self._path = Path(os.path.realpath(os.path.expanduser(path)))
+        self._named = os.path.abspath(os.path.expanduser(path))
+        self._settings = settings
+        self._output = output
+        self._index: dict[str, Saved] = {}
+        self._taken: dict[str, int] = {}  # how often a key was given out by this batch
+        self._superseded = 0
+        self.spent = Spent()  # by earlier batches
+        # Held against close(), after which the descriptor is another's.
+        self._writing = threading.Lock()
+        self._lock = self._acquire()
+        try:
+            self._descriptor = self._open()
+            try:
+                self._identity = os.fstat(self._descriptor)
+                self._begin()
+                self._size = self._scan()
+                for saved in self._index.values():
+                    self.spent += saved.spent
+            except BaseException:
+                _unlock_and_close(self._descriptor)
+                raise
+        except BaseException:
+            self._lock.release()
+            raise
+        self._is_open = True
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def take_key(self, key: str | None, fingerprint: str) -> str:
+        """The key of this batch's next job: its own, or one made of its *fingerprint*.
+
+        Raises:
+            OpenCodeConfigError: If *key* was taken before, or cannot be written.
+        """
+        wanted = fingerprint if key is None else key
+        taken = self._taken[wanted] = self._taken.get(wanted, 0) + 1
+        if key is None:
+            return wanted if taken == 1 else f"{wanted}#{taken}"  # the same prompt once more
+        if taken > 1:
+            raise OpenCodeConfigError(f"two jobs have the key {key!r}: a checkpoint needs one each")
+        try:
+            key.encode()
+        except UnicodeEncodeError:
+            raise OpenCodeConfigError(f"the key {key!r} cannot be encoded as UTF-8") from None
+        return key
+
+    def find(self, key: str, fingerprint: str, *, failures: bool = True) -> Saved | None:
+        """Where *key* stands; None if it does not, or has failed and *failures* are not wanted.
+
+        A job that was ended from outside does not stand there: it is to be run again.
+
+        Raises:
+            OpenCodeConfigError: If what stands there was another prompt, workspace or settings.
+        """
+        saved = self._index.get(key)
+        if saved is None or saved.is_unfinished or (saved.is_failure and not failures):
+            return None
+        if saved.fingerprint != fingerprint:
+            raise OpenCodeConfigError(
+                f"checkpoint {str(self._path)!r} has the job {key!r} with another prompt, "
+                "workspace or other settings: use another file, or another key"
+            )
+        return saved
+
+    def has_failed(self, key: str) -> bool:
+        """Whether *key* stands there with a failure."""
+        saved = self._index.get(key)
+        return saved is not None and saved.is_failure
+
+    def load(self, saved: Saved) -> RunResult | OpenCodeError:
+        """The finished job as it was.
+
+        Raises:
+            OpenCodeConfigError: If the line is damaged, or its value does not fit the schema any
+                more.
+        """
+        try:
+            with self._reading() as file:
+                file.seek(saved.offset)
+                line = file.readline()
+        except OSError as error:
+            raise self._refusal(error.strerror or str(error)) from error
+        try:
+            end = end_of(judged(json.loads(line)))
+        except (TypeError, ValueError, AttributeError, KeyError) as error:  # edited by hand
+            raise self._refusal(f"byte {saved.offset} begins a damaged line: {error}") from None
+        if self._output is not None and isinstance(end, RunResult):
+            try:
+                end._json, end.parsed = end.parsed, self._output.validate(end.parsed)
+            except SchemaMismatch as mismatch:
+                raise self._refusal(f"a value in it does not fit the schema: {mismatch}") from None
+        return end
+
+    def write(self, entries: Sequence[Entry]) -> None:
+        """Append *entries*; returns when they are on the disk.
+
+        Raises:
+            OpenCodeError: If the system does not take them, or the file was removed or replaced;
+                none of them is in the file then.
+        """
+        entries = [self._with_earlier_tries(entry) for entry in entries]
+        lines = [line_of(entry, self._settings) for entry in entries]
+        with self._writing:
+            try:
+                self._append(b"".join(lines))
+            except OSError as error:
+                raise OpenCodeError(
+                    f"checkpoint {str(self._path)!r}: {error.strerror}; "
+                    f"{len(entries)} finished jobs were not saved: fix that, and run the batch "
+                    "again"
+                ) from error
+            for entry, line in zip(entries, lines, strict=True):
+                failure = entry.end if isinstance(entry.end, OpenCodeError) else None
+                result = entry.end if isinstance(entry.end, RunResult) else entry.end.result
+                saved = Saved(
+                    self._size,
+                    failure is not None,
+                    entry.fingerprint,
+                    entry.before + Spent.on(result),
+                    failure is not None and is_unfinished(failure_of(failure)),
+                )
+                self._note(entry.key, saved)
+                self._size += len(line)
+
+    def close(self) -> None:
+        """Give the file back, with one line a job. Idempotent."""
+        with self._writing:
+            if not self._is_open:
+                return
+            self._is_open = False
+        try:
+            if os.name == "nt":  # where a file that is open cannot be replaced
+                _unlock_and_close(self._descriptor)
+            if self._superseded:
+                self._drop_superseded()
+        except OSError as error:  # the file is as good as before, only longer
+            _log.warning("checkpoint %s keeps old failures: %s", self._path, error.strerror)
+        finally:
+            # Locked until now, or another batch's lines would go with the file that is replaced.
+            if os.name != "nt":
+                _unlock_and_close(self._descriptor)
+            self._lock.release()
+
+    # -- the file ----------------------------------------------------------------------------------
+
+    def _acquire(self) -> BaseFileLock:
+        from filelock import FileLock, Timeout
+
+        if not self._path.parent.is_dir():  # the lock would make it
+            raise self._refusal(f"there is no directory {str(self._path.parent)!r}")
+        lock = FileLock(f"{self._path}.lock", timeout=0, thread_local=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise self._in_use() from None
+        except OSError as error:
+            raise self._refusal(error.strerror or str(error)) from error
+        return lock
+
+    def _open(self) -> int:
+        try:
+            return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise self._refusal(error.strerror or str(error)) from error
+
+    def _begin(self) -> None:
+        """Lock the file against other batches, and make sure that it will be found again."""
+        if not _locked(self._descriptor):
+            raise self._in_use()
+        try:
+            self._check_in_place()
+            self._sync_directory()
+        except OSError as error:
+            raise self._refusal(error.strerror or str(error)) from error
+
+    def _check_in_place(self) -> None:
+        """Raise OSError unless the path leads to the file that is written here."""
+        try:
+            there = os.stat(self._named)
+        except (FileNotFoundError, NotADirectoryError):
+            raise _not_in_place() from None
+        if not os.path.samestat(there, self._identity):
+            raise _not_in_place()
+
+    def _scan(self) -> int:
+        """Index all lines, and repair the last one; returns the file's size."""
+        offset = 0
+        for number, line in enumerate(self._lines(), 1):
+            entry = parsed(line)
+            if entry is None and not line.endswith(b"\n") and may_be_torn(line):
+                _log.warning(
+                    "checkpoint %s: line %d was cut off, and is removed", self._path, number
+                )
+                os.ftruncate(self._descriptor, offset)
+                os.fsync(self._descriptor)
+                break
+            if entry is None:
+                raise self._refusal(f"line {number} is damaged, or no line of a checkpoint")
+            if entry["settings"] != self._settings:
+                raise self._refusal(f"line {number} is of other settings: use another file")
+            is_failure = entry["failure"] is not None
+            unfinished = is_unfinished(entry["failure"])
+            saved = Saved(offset, is_failure, entry["fingerprint"], spent_in(entry), unfinished)
+            self._note(entry["key"], saved)
+            offset += len(line)
+            if not line.endswith(b"\n"):  # complete all the same
+                _write_all(self._descriptor, b"\n")
+                offset += 1
+                break
+        return offset
+
+    def _with_earlier_tries(self, entry: Entry) -> Entry:
+        before = self._index.get(entry.key)
+        return entry if before is None else entry._replace(before=before.spent)
+
+    def _lines(self) -> Iterator[bytes]:
+        with self._reading() as file:
+            yield from file
+
+    def _reading(self) -> IO[bytes]:
+        """The file from its beginning, and not another one that has its name by now."""
+        file = open(self._path, "rb")
+        if os.path.samestat(os.fstat(file.fileno()), self._identity):
+            return file
+        file.close()
+        raise _not_in_place()
+
+    def _append(self, data: bytes) -> None:
+        if not self._is_open:
+            raise OSError(errno.EBADF, "it is closed")
+        try:
+            _write_all(self._descriptor, data)
+            os.fsync(self._descriptor)
+            self._check_in_place()
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._size)
+            raise
+
+    def _note(self, key: str, saved: Saved) -> None:
+        self._superseded += key in self._index
+        self._index[key] = saved
+
+    def _drop_superseded(self) -> None:
+        """Keep the last line of each key: a failure gives way to what a later run made of it."""
+        if os.stat(self._path).st_nlink > 1:  # under its other names it would stay as it is
+            return
+        current = {saved.offset for saved in self._index.values()}
+        offset = 0
+        with replacing(self._path, 0o600) as file:
+            for line in self._lines():
+                if offset in current:
+                    file.write(line)
+                offset += len(line)
+            shutil.copymode(self._path, file.name)
+        self._sync_directory()
+
+    def _sync_directory(self) -> None:
+        try:
+            descriptor = os.open(self._path.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno not in _NOT_SYNCED:
+                raise
+
+    def _in_use(self) -> OpenCodeConfigError:
+        return OpenCodeConfigError(
+            f"checkpoint {str(self._path)!r} is being written by another batch: wait for that "
+            "one, or name another file"
+        )
+
+    def _refusal(self, why: str) -> OpenCodeConfigError:
+        return OpenCodeConfigError(f"checkpoint {str(self._path)!r}: {why}")
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def _not_in_place() -> OSError:
+    return OSError(errno.ESTALE, "the file was removed or replaced while it was in use")
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock the file itself; False where somebody else has."""
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError:  # a file system without locks: that of the name has to do
+            pass
+    return True
+
+
+def _unlock_and_close(descriptor: int) -> None:
+    if sys.platform != "win32":
+        import fcntl
+
+        # Said, since a forked child may have the descriptor too, and would hold the lock with it.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)

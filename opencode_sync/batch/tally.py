@@ -1,0 +1,360 @@
+"""What a batch did, counted as it goes: BatchReport is one look at it.
+
+Holds numbers, the few slowest jobs, and of the others a bounded number in short, so that its size
+does not grow with the batch.
+
+One bar for a batch, on a terminal or in a notebook.
+
+Only the thread that iterates the batch touches it. tqdm is imported with the first bar.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import OpenCodeError
+from ..core.request import Spent, tokens_of, unpriced, unpriced_tokens
+from ..core.result import RunResult, TokenUsage
+from ..core.text import html_table
+from ..display.report import Kept
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+_log = logging.getLogger("opencode_sync")
+
+SLOWEST = 5
+_PROMPT_CHARS = 60
+_MAX_KINDS = 100  # of errors told apart; a provider may put anything into a name
+
+
+@dataclass(frozen=True)
+class SlowJob:
+    """One of the jobs that took longest."""
+
+    seconds: float
+    index: int
+    key: str | None
+    prompt: str  # its beginning
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """A batch at one moment, during it or after its end; ``str()`` of it is for people.
+
+    Attributes:
+        done: Jobs that ended well, those from the checkpoint not among them.
+        failed: Jobs that ended with an error.
+        empty: Of those done, the ones without an answer and without a tool call.
+        cached: Jobs whose result or error came from the checkpoint.
+        retried: Jobs that were begun again: after a start-up failure, a refusal for too many
+            requests, or since the checkpoint has them as failed.
+        not_run: Jobs that were drawn and not run to an end: the budget was spent, or the batch was
+            left.
+        running: Jobs under way.
+        cost: US dollars spent by this batch: on failed jobs too, not on those of the checkpoint.
+        tokens: Tokens, counted in the same way.
+        wall_s: Seconds from the first job to now, or to the end.
+        busy_s: Seconds that the jobs took, summed: more than *wall_s* where several run at once.
+        rate_limits: How often a provider refused for too many requests.
+        max_workers: How many jobs may be in flight without refusals.
+        lowest_workers: The least that the refusals brought that down to.
+        slowest: The jobs that took longest, slowest first.
+        errors: How many errors there were, by kind.
+        warnings: Full sentences, such as that no limit of dollars binds tokens at $0.00.
+        kept: What :meth:`to_html` tells of the single jobs.
+    """
+
+    done: int = 0
+    failed: int = 0
+    empty: int = 0
+    cached: int = 0
+    retried: int = 0
+    not_run: int = 0
+    running: int = 0
+    cost: float = 0.0
+    tokens: TokenUsage = field(default_factory=TokenUsage)
+    wall_s: float = 0.0
+    busy_s: float = 0.0
+    rate_limits: int = 0
+    max_workers: int = 0
+    lowest_workers: int = 0
+    slowest: tuple[SlowJob, ...] = ()
+    errors: dict[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    kept: Kept | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers as values that ``json`` takes."""
+        data = asdict(replace(self, kept=None))
+        del data["kept"]
+        return data
+
+    def to_html(self, path: str | os.PathLike[str], *, title: str | None = None) -> None:
+        """Write a page for looking through the jobs, one file that needs nothing else.
+
+        With a checkpoint it has all jobs that are in it, with their tools and events, those of
+        earlier batches too. Without one it has the last 10,000 jobs and the beginnings of their
+        texts; a page of results that were kept is made by ``results_to_html``.
+
+        Args:
+            title: What stands at its head; the checkpoint's name, unless given.
+
+        Raises:
+            OpenCodeConfigError: Jinja2 is not installed, or *path* cannot be written.
+        """
+        from ..display.report import write_html
+
+        kept = self.kept or Kept()
+        write_html(kept.records(), path, title=title or kept.title)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the same as a small table."""
+        first, *rest = str(self).split("\n")
+        return html_table([("batch", first), ("", "\n".join(rest))])
+
+    def __str__(self) -> str:
+        counts = [f"{self.done} done", f"{self.failed} failed"]
+        for n, word in (
+            (self.empty, "with an empty answer"),
+            (self.cached, "from the checkpoint"),
+            (self.retried, "retried"),
+            (self.not_run, "not run"),
+            (self.running, "running"),
+        ):
+            counts += [f"{n} {word}"] if n else []
+        tokens = self.tokens
+        lines = [
+            ", ".join(counts),
+            f"${self.cost:.4f}, {tokens.total} tokens ({tokens.input} in, {tokens.output} out)",
+            f"{self.wall_s:.1f} s, jobs {self.busy_s:.1f} s in all",
+        ]
+        if self.rate_limits:
+            lines.append(
+                f"refused {self.rate_limits} times for too many requests: "
+                f"down to {self.lowest_workers} of {self.max_workers} at once"
+            )
+        lines += [f"{n} x {kind}" for kind, n in self.errors.items()]
+        lines += [f"warning: {message}" for message in self.warnings]
+        if self.slowest:
+            lines.append("slowest:")
+            lines += [
+                f"  {job.seconds:.1f} s  {job.key or f'job {job.index}'}: {job.prompt}"
+                for job in self.slowest
+            ]
+        return "\n".join(lines)
+
+
+class Tally:
+    """Counts what happens to a batch's jobs; from any thread."""
+
+    def __init__(self, kept: Kept | None = None, cost_limit: str | None = None) -> None:
+        """
+        Args:
+            cost_limit: Name of the limit of dollars that there is, to warn where it cannot bind.
+        """
+        self._kept = kept or Kept()
+        self._cost_limit = cost_limit
+        self._unpriced = 0  # tokens at $0.00
+        self._has_warned = False
+        self._lock = threading.Lock()
+        self._began: float | None = None
+        self._ended: float | None = None
+        self._report = BatchReport()
+        self._counts: Counter[str] = Counter()
+        self._cost = 0.0
+        self._busy_s = 0.0
+        self._tokens = TokenUsage()
+        self._errors: Counter[str] = Counter()
+        self._slowest: list[tuple[float, int, SlowJob]] = []
+
+    @property
+    def spent(self) -> Spent:
+        """What the finished jobs have cost."""
+        with self._lock:
+            return Spent(self._cost, tokens_of(self._tokens))
+
+    @property
+    def mean(self) -> Spent:
+        """What a finished job has cost on average; nothing before the first."""
+        finished = self._counts["done"] + self._counts["failed"]
+        spent = self.spent
+        return Spent(spent.cost / finished, spent.tokens // finished) if finished else Spent()
+
+    def begin(self) -> None:
+        """Start the clock, with the first job."""
+        self._began = self._began or time.monotonic()
+
+    def end(self) -> None:
+        """Stop the clock."""
+        self._ended = self._ended or time.monotonic()
+
+    def count(self, what: str, n: int = 1) -> None:
+        """Add to one of the plain numbers: ``"cached"``, ``"retried"``, ``"not_run"``."""
+        with self._lock:
+            self._counts[what] += n
+
+    def cut_short(self, end: OpenCodeError, *, is_saved: bool) -> None:
+        """Count a job that was stopped since the batch's budget is spent."""
+        if not is_saved:
+            self._kept.add(end)
+        self.spend(end.result)
+        self.count("not_run")
+
+    def spend(self, result: RunResult | None) -> None:
+        """Add what a run cost that is not counted as done or failed."""
+        with self._lock:
+            self._spend(result)
+
+    def finish(
+        self,
+        index: int,
+        prompt: str,
+        key: str | None,
+        end: RunResult | OpenCodeError,
+        busy_s: float = 0.0,
+        *,
+        is_saved: bool = False,
+    ) -> None:
+        """Count a job that has ended; one that is in no checkpoint is kept in short."""
+        result = end.result if isinstance(end, OpenCodeError) else end
+        with self._lock:
+            self._counts["failed" if isinstance(end, OpenCodeError) else "done"] += 1
+            if isinstance(end, OpenCodeError):
+                self._count_error(kind_of(end))
+            else:
+                self._counts["empty"] += end._is_empty
+            self._spend(result)
+            self._busy_s += busy_s
+            beginning = " ".join(prompt[: 2 * _PROMPT_CHARS].split())[:_PROMPT_CHARS]
+            job = SlowJob(busy_s, index, key, beginning)
+            heapq.heappush(self._slowest, (busy_s, -index, job))
+            if len(self._slowest) > SLOWEST:
+                heapq.heappop(self._slowest)
+        if not is_saved:
+            self._kept.add(end)
+
+    def report(
+        self, *, running: int, rate_limits: int, max_workers: int, lowest: int
+    ) -> BatchReport:
+        """The batch as it stands; the arguments are what others count."""
+        with self._lock:
+            began, ended = self._began, self._ended or time.monotonic()
+            return BatchReport(
+                done=self._counts["done"],
+                failed=self._counts["failed"],
+                empty=self._counts["empty"],
+                cached=self._counts["cached"],
+                retried=self._counts["retried"],
+                not_run=self._counts["not_run"],
+                running=running,
+                cost=self._cost,
+                tokens=self._tokens,
+                wall_s=0.0 if began is None else ended - began,
+                busy_s=self._busy_s,
+                rate_limits=rate_limits,
+                max_workers=max_workers,
+                lowest_workers=lowest,
+                slowest=tuple(job for *_, job in sorted(self._slowest, reverse=True)),
+                errors=dict(self._errors.most_common()),
+                warnings=self._warnings(),
+                kept=self._kept,
+            )
+
+    def _warnings(self) -> tuple[str, ...]:
+        if not self._unpriced or self._cost_limit is None:
+            return ()
+        return (unpriced(self._unpriced, self._cost_limit),)
+
+    def _spend(self, result: RunResult | None) -> None:
+        if result is not None:
+            self._cost += result.total_cost
+            self._tokens += result.token_usage
+            self._unpriced += unpriced_tokens(result)
+            if self._unpriced and self._cost_limit and not self._has_warned:
+                self._has_warned = True
+                _log.warning("%s", unpriced(self._unpriced, self._cost_limit))
+
+    def _count_error(self, kind: str) -> None:
+        known = kind in self._errors or len(self._errors) < _MAX_KINDS
+        self._errors[kind if known else "others"] += 1
+
+
+def kind_of(error: OpenCodeError) -> str:
+    """What an error is counted under, such as ``"OpenCodeProcessError (APIError 401)"``."""
+    kind = type(error).__name__
+    info = error.result.error if error.result is not None else None
+    if info is None:
+        return kind
+    status = f" {info.status_code}" if info.status_code else ""
+    return f"{kind} ({info.name}{status})"
+
+
+class Progress:
+    """A bar with what is done, failed, spent and left."""
+
+    def __init__(self, total: int | None, *, always: bool = False) -> None:
+        """
+        Args:
+            total: How many jobs there are, or None where nobody knows.
+            always: Show it, also where stderr is neither a terminal nor a notebook.
+        """
+        self._bar: tqdm[Any] | None = None
+        if _is_seen(always):
+            from tqdm.auto import tqdm
+
+            # Its own check of the terminal would hide it in notebooks, hence disable=False.
+            self._bar = tqdm(total=total, unit="job", dynamic_ncols=True, disable=False)
+
+    def show(self, report: BatchReport) -> None:
+        """Bring the bar up to date."""
+        if self._bar is None:
+            return
+        finished = report.done + report.failed + report.cached
+        self._bar.set_postfix_str(_summary(report), refresh=False)
+        if finished > self._bar.n:
+            self._bar.update(finished - self._bar.n)
+
+    def close(self) -> None:
+        """Leave the bar as it stands. Idempotent."""
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.close()
+            self._bar = None
+
+
+def _is_seen(always: bool) -> bool:
+    stream = sys.stderr
+    if stream is None or always:  # a service, or a program without a console, has none
+        return stream is not None
+    # A notebook's stream says that it is no terminal, and shows a bar all the same.
+    return stream.isatty() or type(stream).__module__.partition(".")[0] == "ipykernel"
+
+
+def _summary(report: BatchReport) -> str:
+    parts = [
+        f"{report.failed} failed",
+        f"${report.cost:.4f}",
+        f"{_short(report.tokens.total)} tokens",
+    ]
+    if report.cached:
+        parts.insert(1, f"{report.cached} cached")
+    if report.rate_limits:
+        parts.append(f"{report.rate_limits} rate limits")
+    return ", ".join(parts)
+
+
+def _short(n: float) -> str:
+    for unit in ("", "k", "M"):
+        if n < 1000:
+            return f"{n:.0f}{unit}" if not unit else f"{n:.1f}{unit}"
+        n /= 1000
+    return f"{n:.1f}G"

@@ -1,0 +1,175 @@
+"""``opencode-sync chat``: a conversation in the terminal, on a warm server.
+
+    input() --prompt--> session.stream() --live()--> the screen
+                               ^--- ask_in_terminal, while a tool waits for permission
+
+Ctrl-C ends the turn under way, and at the prompt the conversation; so does Ctrl-D there. Sessions
+are kept, to be gone on with by their ids. Where stdin is no terminal its lines are the prompts, and
+nobody is asked for permission.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..api.permissions import ask_in_terminal
+from ..api.session import Session
+from ..core.errors import OpenCodeConfigError, OpenCodeError
+from ..core.request import Limits
+from ..core.text import count, money, outcome
+from ..display.stream import live
+from ..process.command import managed_root
+from .options import DONE, add_run_options, run_config, tell
+
+_HISTORY_LINES = 1_000
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_run_options(parser)
+    add = parser.add_argument
+    add("--max-cost", metavar="USD", type=float, help="stop an answer that has cost more")
+    add("--max-tokens", metavar="N", type=int, help="stop an answer that has used more")
+    add("-s", "--session", metavar="ID", help="go on with this session of an earlier chat")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Talk until stdin ends, and return the exit status.
+
+    Raises:
+        OpenCodeError: There is no server or no such session; or, where stdin is no terminal, a
+            turn went wrong.
+        KeyboardInterrupt: Ctrl-C at the prompt.
+    """
+    from ..api.server import OpenCodeServer
+
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    ask = ask_in_terminal if is_terminal else None
+    limits = {
+        "idle_timeout_s": options.idle_timeout,
+        "max_cost": options.max_cost,
+        "max_steps": options.max_steps,
+        "max_tokens": options.max_tokens,
+    }
+    Limits(**limits)  # refused before a server is started
+    with (
+        OpenCodeServer(run_cfg=run_config(options), data_dir=_kept("chat")) as server,
+        server.session(
+            options.workspace,
+            session_id=options.session,
+            on_permission=ask,
+            on_question=ask,
+            timeout_s=options.timeout,
+        ) as session,
+    ):
+        if options.session:
+            tell(f"{count(len(session.messages()), 'message')} so far")  # or there is no such one
+        try:
+            with _prompts(is_terminal) as prompts:
+                for prompt in prompts:
+                    _turn(session, prompt, limits, goes_on=is_terminal)
+        finally:
+            _tell_end(session)
+    return DONE
+
+
+def _turn(session: Session, prompt: str, limits: dict[str, Any], *, goes_on: bool) -> None:
+    """One prompt and its answer.
+
+    Args:
+        limits: Arguments of ``stream``.
+        goes_on: Whether the conversation outlives what goes wrong with this turn.
+    """
+    try:
+        result = live(session.stream(prompt, **limits), notes=sys.stderr)
+        print(outcome(result), file=sys.stderr)
+    except KeyboardInterrupt:
+        if not goes_on:
+            raise
+        tell("interrupted; Ctrl-D ends the conversation")
+    except OpenCodeError as error:
+        if not goes_on:
+            raise
+        tell(str(error))
+
+
+def _tell_end(session: Session) -> None:
+    if session.session_id is not None:
+        command = f"opencode-sync chat --session {shlex.quote(session.session_id)}"
+        tell(f"{money(session.total_cost)}; to go on: {command}")
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _prompts(is_terminal: bool) -> Iterator[Iterator[str]]:
+    """The prompts that are typed, or the lines of stdin."""
+    if not is_terminal:
+        yield _lines(sys.stdin)
+        return
+    with _history(_kept("chat-history")) as remember:
+        yield _typed(remember)
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    try:
+        for line in file:
+            if line.strip():
+                yield line.removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise OpenCodeConfigError(
+            f"the prompts on stdin are not {error.encoding}: {error.reason}"
+        ) from None
+
+
+def _typed(remember: Callable[[str], None]) -> Iterator[str]:
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            raise
+        if prompt.strip():
+            remember(prompt)
+            yield prompt
+
+
+@contextmanager
+def _history(path: Path) -> Iterator[Callable[[str], None]]:
+    """Earlier prompts at the arrow keys, kept in *path*; gives what adds one to them."""
+    try:
+        import readline
+    except ImportError:  # Windows
+        yield lambda prompt: None
+        return
+    readline.set_auto_history(False)  # answers to questions are no prompts
+    with suppress(OSError):  # the first chat, or a history that is somebody else's
+        readline.read_history_file(path)
+    try:
+        yield readline.add_history
+    finally:
+        readline.set_history_length(_HISTORY_LINES)
+        with suppress(OSError):  # no reason to end with an error
+            # For nobody else's eyes.
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+            readline.write_history_file(path)
+
+
+def _kept(name: str) -> Path:
+    """A place that outlives the conversation."""
+    home = managed_root().parent
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OpenCodeConfigError(f"{str(home)!r}: {error.strerror}") from None
+    return home / name

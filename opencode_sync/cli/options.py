@@ -1,0 +1,91 @@
+"""What the commands have in common: settings of runs, words to the user, exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..core.config import RunConfig
+from ..core.errors import OpenCodeConfigError
+from ..core.text import printable
+
+DONE, FAILED, REFUSED, TIMED_OUT, INTERRUPTED = 0, 1, 2, 124, 130
+
+
+def tell(text: str) -> None:
+    """Say *text*, which may quote a model, to the user, who reads stderr."""
+    print(f"opencode-sync: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What a run, a batch of runs and a conversation have in common."""
+    add = parser.add_argument
+    add("-w", "--workspace", metavar="DIR", default=".", help="where to work (default: here)")
+    add("-m", "--model", metavar="P/M", help="provider/model")
+    add("--agent", metavar="NAME", help="name of the agent")
+    add("--config", metavar="FILE", help="OpenCode configuration (JSON), laid over your own")
+    add("--permission", metavar="JSON", help="""such as '{"edit": "deny"}', or allow""")
+    add("--timeout", metavar="S", type=float, help="seconds for a run")
+    add("--idle-timeout", metavar="S", type=float, help="seconds without a sign of life")
+    add("--max-steps", metavar="N", type=int, help="stop a run that takes more steps")
+
+
+def add_file_option(parser: argparse.ArgumentParser) -> None:
+    """Files for a prompt."""
+    parser.add_argument(
+        "-f", "--file", metavar="F", dest="files", action="append", default=[],
+        help="attach a file; may be given again",
+    )  # fmt: skip
+
+
+def run_config(options: argparse.Namespace) -> RunConfig:
+    """The settings that *options* name.
+
+    Raises:
+        OpenCodeConfigError: Names the file or option, and what is wrong with it.
+    """
+    return RunConfig(
+        agent=options.agent,
+        model=options.model,
+        files=tuple(map(_attachment, getattr(options, "files", ()))),
+        config_overrides=options.config and json_object("--config", options.config),
+        permission=options.permission and _permission(options.permission),
+    )
+
+
+def json_object(option: str, path: str) -> dict[str, Any]:
+    """The JSON object in the file *path*, which *option* names.
+
+    Raises:
+        OpenCodeConfigError: Names both, and what is wrong.
+    """
+    try:
+        value = json.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OpenCodeConfigError(f"{option} {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise OpenCodeConfigError(f"{option} {path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise OpenCodeConfigError(f"{option} {path}: a JSON object is needed")
+    return value
+
+
+def _attachment(file: str) -> str:
+    # In a shell a path counts from where one is, not from the workspace.
+    path = os.path.abspath(os.path.expanduser(file))
+    if not os.path.isfile(path):
+        raise OpenCodeConfigError(f"--file {file}: no such file")
+    return path
+
+
+def _permission(text: str) -> Any:
+    if text in ("allow", "deny", "ask"):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise OpenCodeConfigError(f"--permission {text!r} is not valid JSON: {error}") from None

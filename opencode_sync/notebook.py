@@ -1,0 +1,140 @@
+"""``%load_ext opencode_sync``: a cell that begins with ``%%opencode`` is a prompt.
+
+    %%opencode --workspace repo --into result
+    Which tests are missing?
+
+What comes is shown in the cell as it comes. Knows IPython; is loaded by nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Mapping
+from keyword import iskeyword
+from typing import Any, NoReturn
+
+from .api.client import OpenCodeClient
+from .api.runner import Runner
+from .api.server import OpenCodeServer
+from .core.config import RunConfig
+from .core.errors import OpenCodeConfigError
+from .display.stream import live
+
+_VARIABLE = re.compile(r"\{\{([^\W\d]\w*)\}\}|\{([^\W\d]\w*)\}")
+
+_loaded: Magic | None = None
+
+
+def load(shell: Any) -> None:
+    """Register the magic with IPython's *shell*."""
+    global _loaded
+    unload(shell)
+    _loaded = Magic(shell)
+    shell.register_magic_function(_loaded.opencode, "cell", "opencode")
+
+
+def unload(shell: Any) -> None:
+    """End what the magic has started; its cells then do nothing but start it again."""
+    global _loaded
+    if _loaded is not None:
+        _loaded.close()
+        _loaded = None
+
+
+class Magic:
+    """The magic, with the runners that its cells share."""
+
+    def __init__(self, shell: Any) -> None:
+        self._shell = shell
+        self._runners: dict[type[Runner], Runner] = {}
+
+    def opencode(self, line: str, cell: str) -> None:
+        """Run the cell as a prompt, and show what comes as it comes.
+
+        %%opencode [--workspace W] [--model M] [--server] [--into NAME] [--fill]
+
+        --workspace W  where to work (default: the notebook's directory)
+        --model M      provider/model
+        --server       on one warm server, started with the first such cell
+        --into NAME    put the result into a variable, also where the run fails or is stopped
+        --fill         put the value of each {variable} into the prompt; {{name}} stays {name}
+        """
+        options = _options(line)
+        names = self._shell.user_ns
+        prompt = cell.removesuffix("\n")
+        if options.fill:
+            prompt = filled(prompt, names)
+        stream = self._runner(OpenCodeServer if options.server else OpenCodeClient).stream(
+            prompt, options.workspace, run_cfg=RunConfig(model=options.model)
+        )
+        try:
+            live(stream)
+        finally:
+            if options.into:
+                names[options.into] = stream.result
+
+    def close(self) -> None:
+        """End the runs under way, and the server. Idempotent."""
+        for runner in self._runners.values():
+            runner.close()
+        self._runners.clear()
+
+    def _runner(self, kind: type[OpenCodeClient | OpenCodeServer]) -> Runner:
+        if kind not in self._runners:
+            self._runners[kind] = kind()
+        return self._runners[kind]
+
+
+def filled(template: str, names: Mapping[str, Any]) -> str:
+    """*template* with each ``{name}`` replaced by its value; other braces stay as they are.
+
+    Raises:
+        OpenCodeConfigError: If there is no such name; ``{{name}}`` is how to write the braces.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        if (literal := match[1]) is not None:
+            return f"{{{literal}}}"
+        name = match[2]
+        if name not in names:
+            raise OpenCodeConfigError(
+                f"--fill: there is no variable {name!r}: define it, or write {{{{{name}}}}} for "
+                "the braces"
+            )
+        return str(names[name])
+
+    return _VARIABLE.sub(value, template)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        from IPython.core.error import UsageError  # IPython shows it in one line
+
+        raise UsageError(f"{message}; see %%opencode?")
+
+
+def _options(line: str) -> argparse.Namespace:
+    parser = _parser()
+    try:
+        words = shlex.split(line)
+    except ValueError as error:  # a quotation mark without its other
+        parser.error(str(error))
+    return parser.parse_args(words)
+
+
+def _variable(text: str) -> str:
+    if not text.isidentifier() or iskeyword(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a variable")
+    return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="%%opencode", add_help=False, allow_abbrev=False)
+    parser.add_argument("-w", "--workspace", default=".")
+    parser.add_argument("-m", "--model")
+    parser.add_argument("--server", action="store_true")
+    parser.add_argument("--into", type=_variable)
+    parser.add_argument("--fill", action="store_true")
+    return parser

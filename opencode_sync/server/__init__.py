@@ -1,0 +1,1 @@
+"""A warm ``opencode serve``."""

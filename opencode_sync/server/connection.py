@@ -1,0 +1,514 @@
+"""HTTP to one OpenCode server.
+
+    any thread --> request() ------------------------------+
+    helper thread --> events(), in_background() ---------- +--> pool of connections --> server
+                                                           |
+    deadline, CancelScope.cancel(), cut(), close() --------+ end whatever is under way
+
+A request has a bound on its whole, however slowly the server answers, and goes over a connection
+that is shut down when its scope is cancelled. What comes back is bounded in size too. Knows
+requests and answers, nothing of prompts, sessions or processes.
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+import math
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from ..core.errors import OpenCodeConfigError, OpenCodeServerError
+from ..core.lifetime import CancelScope
+from ..core.secrets import config_refusal
+
+if TYPE_CHECKING:  # imported where it is used: it takes 0.1 s
+    import httpcore2
+    import httpx2
+
+USER = "opencode"  # OpenCode's own default
+
+CONNECT_S = 5.0
+REQUEST_S = 60.0
+# The first request in a directory reads its configuration: 1 to 4 s were seen. Where there is a
+# .opencode, OpenCode installs by npm into it before it answers: 90 s on a slow network.
+FIRST_S = 300.0
+
+# An answer of 8 MB is one message, and a turn's whole messages are asked for at once.
+MAX_BYTES = 64_000_000
+MAX_LIST_BYTES = 4 * MAX_BYTES
+_PIECE = 65_536
+
+
+class Requests(abc.ABC):
+    """What can be asked of a server; see :class:`Connection`."""
+
+    @abc.abstractmethod
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        timeout_s: float = REQUEST_S,
+        max_bytes: int = MAX_BYTES,
+        **params: Any,
+    ) -> Any:
+        """Return the answer, parsed as JSON, or None where it is empty.
+
+        Args:
+            body: Goes out as JSON; None for none.
+            timeout_s: Bound on the whole request.
+            max_bytes: Bound on the answer.
+            params: For the query; what is None is left out.
+
+        Raises:
+            OpenCodeServerError: If the server refuses, with its status and words, or does not
+                answer in time.
+        """
+
+    def get(self, path: str, **params: Any) -> Any:
+        """Return the answer to a GET; see :meth:`request`."""
+        return self.request("GET", path, **params)
+
+    def post(self, path: str, body: Any = None, **params: Any) -> Any:
+        """Return the answer to a POST; see :meth:`request`."""
+        return self.request("POST", path, body, **params)
+
+    def object(self, method: str, path: str, body: Any = None, **params: Any) -> dict[str, Any]:
+        """Return the answer, which has to be a JSON object; see :meth:`request`."""
+        answer = self.request(method, path, body, **params)
+        if isinstance(answer, dict):
+            return answer
+        raise _odd_answer(method, path, "an object", answer)
+
+    def objects(self, path: str, **params: Any) -> list[dict[str, Any]]:
+        """Return the answer to a GET, which has to be a list of JSON objects."""
+        answer = self.request("GET", path, **params)
+        if isinstance(answer, list) and all(isinstance(each, dict) for each in answer):
+            return answer
+        raise _odd_answer("GET", path, "a list of objects", answer)
+
+
+class Connection(Requests):
+    """One server, reached by HTTP. Safe to share between threads; not across a fork.
+
+    Attributes:
+        url: Where it is, without credentials.
+        label: Its host and port.
+        password: What it asks for, or None.
+        lost: Why it is gone, once somebody knows; requests that fail then say so.
+        is_silent: It left the last request that has ended without an answer.
+    """
+
+    def __init__(
+        self, url: str, *, username: str | None = None, password: str | None = None
+    ) -> None:
+        """Connects nowhere yet. Credentials may stand in *url* too; the arguments come first.
+
+        Raises:
+            OpenCodeConfigError: If *url* is not an HTTP URL.
+        """
+        import httpx2
+
+        parts = _parsed(url)
+        self.label = parts.netloc.rpartition("@")[2]
+        self.url = parts._replace(netloc=self.label).geturl().rstrip("/")
+        self.lost: str | None = None
+        self.is_silent = False
+        username = username or unquote(parts.username or "") or USER
+        password = password if password is not None else unquote(parts.password or "")
+        _check_credentials(username, password)
+        self.password = password or None
+        self._auth = httpx2.BasicAuth(username, password) if password else None
+        # Certificates take 70 ms to load, and without TLS are of no use.
+        self._tls = httpx2.create_ssl_context() if parts.scheme == "https" else None
+        self._here = _Here()
+        self._client = self._make_client()
+        self._life = CancelScope()
+        self._asked: dict[int, _Call] = {}  # under way, but for those that are long by nature
+
+    def _make_client(self) -> httpx2.Client:
+        import httpcore2
+        import httpx2
+
+        transport = httpx2.HTTPTransport(verify=False)
+        # The transport takes no network backend, and only there a total bound can be kept.
+        transport._pool = httpcore2.ConnectionPool(
+            ssl_context=self._tls,
+            max_connections=None,
+            # OpenCode keeps idle connections open as long as we do.
+            max_keepalive_connections=20,
+            keepalive_expiry=None,
+            network_backend=cast(Any, _Backend(httpcore2.SyncBackend(), self._here)),
+        )
+        return httpx2.Client(
+            base_url=self.url,
+            auth=self._auth,
+            transport=transport,
+            # The environment's proxy, and credentials in a .netrc, are not meant for us.
+            trust_env=False,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Connection to {self.url}>"
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a request waits for its answer."""
+        return bool(self._asked)
+
+    def within(self, scope: CancelScope) -> Within:
+        """Return what makes requests that end with *scope*."""
+        return Within(self, scope)
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        timeout_s: float = REQUEST_S,
+        max_bytes: int = MAX_BYTES,
+        scope: CancelScope | None = None,
+        keeps_open: bool = True,
+        **params: Any,
+    ) -> Any:
+        """Return the answer; see :meth:`Requests.request`.
+
+        Args:
+            scope: Ends the request too.
+            keeps_open: Leave the connection to further requests.
+        """
+        headers = dict(_JSON) if body is not None else {}
+        if not keeps_open:
+            headers["Connection"] = "close"
+        with (
+            self._translated(method, path),
+            self._calling(timeout_s, scope, self._asked) as client,
+            client.stream(
+                method,
+                path,
+                content=_json(body),
+                headers=headers,
+                params={name: value for name, value in params.items() if value is not None},
+                timeout=_timeout(),
+            ) as response,
+        ):
+            content = _read(response, max_bytes)
+        self.is_silent = False
+        return _answer(response, content)
+
+    def in_background(
+        self,
+        path: str,
+        body: Any,
+        then: Callable[[OpenCodeServerError | None], None],
+        *,
+        timeout_s: float = math.inf,
+        scope: CancelScope | None = None,
+    ) -> None:
+        """POST what the server answers only when all is done, without waiting for it.
+
+        *then* is called in a helper thread, with what went wrong or None.
+        """
+
+        def post() -> None:
+            error: OpenCodeServerError | None = None
+            try:
+                with (
+                    self._translated("POST", path),
+                    self._calling(timeout_s, scope) as client,
+                    client.stream(
+                        "POST", path, content=_json(body), headers=_JSON, timeout=_timeout()
+                    ) as response,
+                ):
+                    content = _read(response, MAX_BYTES)
+                _answer(response, content)
+            except OpenCodeServerError as refusal:
+                error = refusal
+            then(error)
+
+        name = f"opencode-{self.label}-request"
+        threading.Thread(target=post, name=name, daemon=True).start()
+
+    def events(self, path: str, silence_s: float) -> Iterator[str]:
+        """Yield the data of each server-sent event, until the server ends the stream.
+
+        Raises:
+            OpenCodeServerError: If the server refuses, or nothing came for *silence_s* seconds,
+                or the stream broke.
+            ValueError: If what comes is not such a stream, or an event is larger than
+                ``MAX_BYTES``.
+        """
+        import httpx2
+
+        with (
+            self._translated("GET", path),
+            self._calling(math.inf) as client,
+            client.sse(path, timeout=_timeout(silence_s), max_event_size=MAX_BYTES) as source,
+        ):
+            if source.response.status_code != 200:
+                _answer(source.response, _read(source.response, MAX_BYTES))
+            try:
+                for event in source:
+                    yield event.data
+            except httpx2.SSEError as error:
+                raise ValueError(f"the server at {self.url} (GET {path}): {error}") from error
+
+    def cut(self) -> None:
+        """End the requests under way, and those yet to come; from any thread."""
+        self._life.cancel()
+
+    def close(self) -> None:
+        """Give the connections back; nobody is to use them any more."""
+        self.cut()
+        self._client.close()
+
+    @contextmanager
+    def _calling(
+        self,
+        timeout_s: float,
+        scope: CancelScope | None = None,
+        calls: dict[int, _Call] | None = None,
+    ) -> Iterator[httpx2.Client]:
+        """Give the client for one request, which ends in time or when it is cut.
+
+        A finaliser may interrupt this thread's own request, and then this very thread may hold
+        the pool's locks, and its lists be half changed: that one gets a client of its own.
+        """
+        import httpx2
+
+        call = _Call(time.monotonic() + min(timeout_s, scope.left() if scope else math.inf))
+        outer = self._here.call
+        with ExitStack() as ending:
+            ending.enter_context(self._life.waking(call.cut))
+            if scope is not None:
+                ending.enter_context(scope.waking(call.cut))
+            if calls is not None:
+                calls[id(call)] = call
+                ending.callback(calls.pop, id(call), None)
+            client = self._client if outer is None else self._make_client()
+            if outer is not None:
+                ending.callback(client.close)
+            self._here.call = call
+            try:
+                yield client
+            finally:
+                self._here.call = outer
+            if call.is_cut:  # an answer without a length may look whole then
+                raise httpx2.ReadError("the request was cut")
+
+    @contextmanager
+    def _translated(self, method: str, path: str) -> Iterator[None]:
+        """Have what httpx2 raises leave as OpenCodeServerError."""
+        import httpx2
+
+        try:
+            yield
+        # RuntimeError is what a closed client raises.
+        except (httpx2.HTTPError, httpx2.InvalidURL, RuntimeError) as error:
+            if isinstance(error, httpx2.TimeoutException):
+                self.is_silent = True
+            words = str(error) or type(error).__name__
+            reason = self.lost or f"the server at {self.url} does not answer: {words}"
+            raise OpenCodeServerError(f"{reason} ({method} {path})") from error
+
+
+class Within(Requests):
+    """The requests of one run to a server, which end with the run's scope."""
+
+    def __init__(self, connection: Connection, scope: CancelScope) -> None:
+        self.connection, self.scope = connection, scope
+
+    def request(self, method: str, path: str, body: Any = None, **settings: Any) -> Any:
+        """Return the answer; see :meth:`Requests.request`."""
+        return self.connection.request(method, path, body, scope=self.scope, **settings)
+
+
+# -- bounds on what the network does -------------------------------------------------------------
+
+
+class _Call:
+    """One request under way: its deadline, and its socket, which :meth:`cut` shuts down."""
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+        self._socket: socket.socket | None = None
+        self.is_cut = False
+
+    def cut(self) -> None:
+        self.is_cut = True
+        if (connected := self._socket) is not None:
+            _shut_down(connected)
+
+    def bound(self, timeout: float | None, connected: socket.socket | None = None) -> float | None:
+        """Return how long the next step may take, at most *timeout*; None for ever."""
+        import httpcore2
+
+        self._socket = connected  # before the look at the flag: cut() does it the other way round
+        if self.is_cut:
+            raise httpcore2.ReadError("the request was cut")
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise httpcore2.ReadTimeout("timed out")
+        shortest = left if timeout is None else min(left, timeout)
+        return None if shortest == math.inf else shortest
+
+
+class _Here(threading.local):
+    """The request that this thread has under way."""
+
+    call: _Call | None = None
+
+    def bound(self, timeout: float | None, stream: Any = None) -> float | None:
+        if self.call is None:
+            return timeout
+        return self.call.bound(timeout, stream and stream.get_extra_info("socket"))
+
+
+class _Backend:
+    """A ``httpcore2.NetworkBackend`` that keeps to the bounds of the thread's request."""
+
+    def __init__(self, backend: httpcore2.NetworkBackend, here: _Here) -> None:
+        self._backend, self._here = backend, here
+
+    def connect_tcp(
+        self, host: str, port: int, timeout: float | None = None, **more: Any
+    ) -> _Stream:
+        bound = self._here.bound(CONNECT_S)
+        return _Stream(self._backend.connect_tcp(host, port, bound, **more), self._here)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+
+class _Stream:
+    """A ``httpcore2.NetworkStream`` that keeps to them too."""
+
+    def __init__(self, stream: httpcore2.NetworkStream, here: _Here) -> None:
+        self._stream, self._here = stream, here
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._stream.read(max_bytes, self._here.bound(timeout, self._stream))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        # In pieces: a single write may wait for each part of what it has to say.
+        for start in range(0, len(buffer), _PIECE):
+            piece = buffer[start : start + _PIECE]
+            self._stream.write(piece, self._here.bound(timeout, self._stream))
+
+    def start_tls(
+        self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None
+    ) -> _Stream:
+        bound = self._here.bound(CONNECT_S, self._stream)
+        return _Stream(self._stream.start_tls(ssl_context, server_hostname, bound), self._here)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _shut_down(connected: socket.socket) -> None:
+    # Closing would leave a thread that reads from it waiting; this wakes it. Not the method of an
+    # SSL socket, which would pull the session away from under the reader.
+    with suppress(OSError):
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)
+
+
+def _timeout(read_s: float | None = None) -> httpx2.Timeout:
+    import httpx2
+
+    return httpx2.Timeout(None, read=read_s)
+
+
+# -- requests and answers ------------------------------------------------------------------------
+
+
+_JSON = {"Content-Type": "application/json"}
+
+
+def _json(body: Any) -> bytes | None:
+    return None if body is None else json.dumps(body).encode()
+
+
+def _parsed(url: str) -> SplitResult:
+    with suppress(ValueError, TypeError, AttributeError):
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname:
+            return parts
+    # Not the value itself: a password may stand in it.
+    raise OpenCodeConfigError("the server's URL is none of HTTP: use 'http://HOST:PORT'")
+
+
+def _check_credentials(*words: str) -> None:
+    try:
+        for word in words:
+            word.encode()
+    except (AttributeError, UnicodeEncodeError):  # whose text would show it
+        raise OpenCodeConfigError(
+            "the server's user name or password is no text: use a str that UTF-8 can encode"
+        ) from None
+
+
+def _read(response: httpx2.Response, max_bytes: int) -> bytes:
+    """Read the body, in pieces of 1 MB at most, however small it is on the wire."""
+    chunks: list[bytes] = []
+    size = 0
+    for chunk in response.iter_bytes():
+        size += len(chunk)
+        if size > max_bytes:
+            raise OpenCodeServerError(
+                f"the server answered {_where(response)} with more than {max_bytes // 1_000_000} MB"
+            )
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _where(response: httpx2.Response) -> str:
+    return f"{response.request.method} {response.request.url.path}"
+
+
+def _answer(response: httpx2.Response, content: bytes) -> Any:
+    where, status = _where(response), response.status_code
+    if not response.is_success:
+        words = "wrong or missing password" if status == 401 else _refusal(response, content)
+        raise OpenCodeServerError(
+            f"the server refused {where}: {status} {words}", status_code=status
+        )
+    if not content:
+        return None
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        # OpenCode shows its web page where it knows no such path.
+        raise OpenCodeServerError(
+            f"the server answered {where} with no JSON: is it OpenCode 1.17 or later?"
+        ) from None
+
+
+def _refusal(response: httpx2.Response, content: bytes) -> str:
+    """Return the server's own words for a refusal; OpenCode has several shapes of them."""
+    with suppress(ValueError, RecursionError):
+        body = json.loads(content)
+        if (fault := config_refusal(body)) is not None:
+            return fault
+        if isinstance(body, dict):
+            data = body.get("data")
+            words = data.get("message") if isinstance(data, dict) else body.get("message")
+            if words:
+                return str(words)[:2000]
+    return content[:500].decode("utf-8", "replace").strip() or response.reason_phrase
+
+
+def _odd_answer(method: str, path: str, wanted: str, got: object) -> OpenCodeServerError:
+    """Return the error for an answer of another shape than OpenCode's."""
+    kind = "null" if got is None else type(got).__name__
+    return OpenCodeServerError(
+        f"the server answered {method} {path} with {kind} where {wanted} was expected: "
+        "is it OpenCode 1.17 or later?"
+    )

@@ -1,0 +1,289 @@
+"""The messages that a server sends by itself, sorted by session.
+
+    server --> /global/event --> reader thread --+--> mailbox of a session --> receive()
+                                                 +--> mailbox of another       (its caller's thread)
+
+A mailbox gets what concerns its session and those of its sub-agents, in order. The stream has no
+replay: where it broke or fell silent it is opened again, and every mailbox gets a GAP, so that who
+reads it asks for the state anew. When the server is gone, all who wait are told.
+
+The reader is a daemon that only reads: it takes no lock of ours and runs no code of a user's. Knows
+how messages are addressed, nothing of what they mean.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from ..core import lifetime
+from ..core.errors import OpenCodeServerError
+from .connection import CONNECT_S, MAX_BYTES, Connection
+
+_log = logging.getLogger("opencode_sync")
+
+PATH = "/global/event"  # of all directories; "/event" has those of one
+
+SILENCE_S = 30.0  # the server sends a heartbeat each 10 s
+REOPEN_S = 5.0  # how long one that refuses connections is not given up; it boots in 1.5 s
+PAUSE_S = 0.05  # before a broken stream is opened again; doubled at each failure
+JOIN_S = 2.0  # bound on waiting for the reader
+
+MAX_WAITING = 4 * MAX_BYTES  # characters of messages that a mailbox keeps
+
+
+class Message(NamedTuple):
+    """What the server says: *type* and *properties* are OpenCode's."""
+
+    session_id: str
+    type: str
+    properties: Mapping[str, Any]
+
+
+GAP = Message("", "gap", {})
+"""Messages may be missing here: ask for the state anew. What follows may repeat some of it."""
+
+
+class _Lost(NamedTuple):
+    reason: str
+
+
+class _Sized(NamedTuple):
+    message: Message
+    size: int
+
+
+class Mailbox:
+    """The messages about one session and its sub-agents' sessions. A context manager.
+
+    One thread receives. What comes before the first :meth:`receive` waits in it.
+
+    Attributes:
+        sessions: The session and those of its sub-agents that are known, oldest first.
+    """
+
+    def __init__(self, routes: dict[str, Mailbox], session_id: str) -> None:
+        # Its put() may interrupt itself, so a finaliser can use it in any thread.
+        self._queue: lifetime.Queue[_Sized | _Lost] = lifetime.Queue()
+        # Of the reader alone, and of who receives alone: the difference is what waits.
+        self._put_size = self._taken_size = 0
+        self._is_full = False
+        self.sessions: dict[str, None] = {}  # an ordered set, whose single operations are atomic
+        self._routes = routes
+        self._closed = False
+        self.follow(session_id)
+
+    def follow(self, session_id: str) -> None:
+        """Take the messages about this session too."""
+        self.sessions[session_id] = None
+        self._routes[session_id] = self
+        if self._closed:  # it was, while the reader was adding a sub-agent
+            self._routes.pop(session_id, None)
+
+    def wait(self, timeout: float | None) -> None:
+        """Return when there is something to receive; what interrupts this loses nothing.
+
+        Raises:
+            queue.Empty: If nothing came for *timeout* seconds.
+        """
+        self._queue.wait(timeout)
+
+    def receive(self, timeout: float | None) -> list[Message]:
+        """All messages that are there, at least one.
+
+        Raises:
+            queue.Empty: If none came for *timeout* seconds.
+            OpenCodeServerError: If the server is gone; from then on always.
+        """
+        messages: list[Message] = []
+        self.wait(timeout)
+        item = self._queue.get_nowait()
+        with suppress(queue.Empty):
+            while not isinstance(item, _Lost):
+                messages.append(item.message)
+                self._taken_size += item.size
+                item = self._queue.get_nowait()
+            self._queue.put(item)  # for the next call, and all after it
+            if not messages:
+                raise OpenCodeServerError(item.reason)
+        return messages
+
+    def put(self, message: Message, size: int = 0) -> None:
+        """Add *message*; from any thread.
+
+        Where too much waits already it is dropped, and a GAP has who receives ask for the state.
+
+        Args:
+            size: How much it counts for; only the reader's messages are large.
+        """
+        if size and self._put_size - self._taken_size + size > MAX_WAITING:
+            if not self._is_full:
+                self._is_full = True
+                self._queue.put(_Sized(GAP, 0))
+            return
+        if size:
+            self._is_full = False
+            self._put_size += size
+        self._queue.put(_Sized(message, size))
+
+    def fail(self, reason: str) -> None:
+        """Have :meth:`receive` raise, after the messages that are there; from any thread."""
+        self._queue.put(_Lost(reason))
+
+    def close(self) -> None:
+        """Take no more messages. Idempotent, from any thread."""
+        self._closed = True
+        for session_id, mailbox in list(self._routes.items()):
+            if mailbox is self:
+                self._routes.pop(session_id, None)
+
+    def __enter__(self) -> Mailbox:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class EventStream:
+    """The messages of one server, as long as it lives."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        # A plain dict, whose single operations are atomic: the reader is not to wait for a lock,
+        # nor a finaliser for one that its own thread holds.
+        self._routes: dict[str, Mailbox] = {}
+        self._opened = lifetime.Flag()  # at least once; or lost before
+        self._closing = lifetime.Flag()
+        self._is_reading = False
+        self._reader: threading.Thread | None = None
+
+    def __repr__(self) -> str:
+        state = self._connection.lost or f"{len(self._routes)} sessions"
+        return f"<EventStream of {self._connection.url}, {state}>"
+
+    def open(self, scope: lifetime.CancelScope | None = None) -> None:
+        """Start reading. What is begun after the return is not missed. Once.
+
+        Args:
+            scope: Ends the waiting too.
+
+        Raises:
+            OpenCodeServerError: If the server refuses or does not answer.
+        """
+        self._reader = threading.Thread(
+            target=self._guarded, name=f"opencode-{self._connection.label}-events", daemon=True
+        )
+        self._reader.start()
+        scope = lifetime.CancelScope() if scope is None else scope
+        if not scope.wait(self._opened, CONNECT_S + SILENCE_S):
+            self.lose(f"the server at {self._connection.url} opens no event stream")
+        if self._connection.lost is not None:
+            raise OpenCodeServerError(self._connection.lost)
+
+    def mailbox(self, session_id: str) -> Mailbox:
+        """A mailbox for what the server says about *session_id* from now on."""
+        mailbox = Mailbox(self._routes, session_id)
+        if self._connection.lost is not None:
+            mailbox.fail(self._connection.lost)
+        return mailbox
+
+    def put(self, message: Message, size: int = 0) -> None:
+        """Sort in *message*; what nobody waits for is dropped."""
+        if mailbox := self._routes.get(message.session_id):
+            mailbox.put(message, size)
+
+    def lose(self, reason: str) -> None:
+        """Record that the server is gone, and tell all who wait or will. First reason counts."""
+        if self._connection.lost is None:
+            _log.debug("%s: %s", self._connection.label, reason)
+            self._connection.lost = reason
+        for mailbox in self._mailboxes():
+            mailbox.fail(self._connection.lost)
+        self._opened.set()
+
+    def close(self) -> None:
+        """End the reader, and cut the connection's long requests; who still waits is told."""
+        self._closing.set()
+        self.lose(f"the connection to {self._connection.url} was closed")
+        self._connection.cut()
+        # A finaliser may run in any thread, the reader itself included.
+        if self._reader is not None and self._reader is not threading.current_thread():
+            self._reader.join(JOIN_S)
+
+    # -- the reader thread ---------------------------------------------------------------------
+
+    def _guarded(self) -> None:
+        try:
+            self._read()
+        except BaseException as error:  # noqa: BLE001 - raised where the callers wait
+            self.lose(f"{threading.current_thread().name}: {error!r}")
+
+    def _read(self) -> None:
+        pause_s, give_up_at = PAUSE_S, time.monotonic()  # a first try that fails is the last
+        while self._connection.lost is None:
+            self._is_reading = False
+            try:
+                self._read_stream()
+                reason = f"the server at {self._connection.url} ended the event stream"
+            except OpenCodeServerError as error:
+                reason = str(error)
+                if error.status_code is not None and error.status_code < 500:
+                    return self.lose(reason)
+            except (ValueError, RecursionError) as error:  # not OpenCode's events
+                return self.lose(f"the event stream cannot be read: {error}")
+            if self._is_reading:
+                _log.debug("%s: event stream broke: %s", self._connection.label, reason)
+                pause_s, give_up_at = PAUSE_S, time.monotonic() + REOPEN_S
+            if time.monotonic() >= give_up_at:
+                return self.lose(reason)
+            self._closing.wait(pause_s)
+            pause_s = min(2 * pause_s, 1.0)
+
+    def _read_stream(self) -> None:
+        """Deliver the messages of one connection until it ends."""
+        for data in self._connection.events(PATH, SILENCE_S):
+            if not self._is_reading:
+                self._is_reading = True
+                if self._opened.is_set():  # not for the first time
+                    for mailbox in self._mailboxes():
+                        mailbox.put(GAP)
+                self._opened.set()
+            self._deliver(data)
+
+    def _deliver(self, data: str) -> None:
+        # Most messages come a second time, in full length, as a record for other servers.
+        start = data.find('"payload":') + len('"payload":')
+        if data.startswith('{"type":"sync"', start):
+            return
+        payload = mapping(mapping(json.loads(data)).get("payload"))
+        kind, properties = str(payload.get("type")), mapping(payload.get("properties"))
+        parent, child = _kinship(kind, properties)
+        if child not in self._routes and (mailbox := self._routes.get(parent)):
+            mailbox.follow(child)
+        self.put(Message(str(properties.get("sessionID")), kind, properties), len(data))
+
+    def _mailboxes(self) -> set[Mailbox]:
+        return set(tuple(self._routes.values()))  # noqa: C414 - tuple() is atomic, set() is not
+
+
+def _kinship(kind: str, properties: Mapping[str, Any]) -> tuple[str, str]:
+    """The parent's and the sub-agent's session, where a message tells of a sub-agent."""
+    if kind == "session.created":
+        info = mapping(properties.get("info"))
+        return str(info.get("parentID")), str(info.get("id"))
+    part = mapping(properties.get("part"))
+    if part.get("tool") == "task":
+        # A sub-agent that is taken up again is not created; the tool call names its session.
+        metadata = mapping(mapping(part.get("state")).get("metadata"))
+        return str(properties.get("sessionID")), str(metadata.get("sessionId"))
+    return "", ""
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

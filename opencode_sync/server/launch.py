@@ -1,0 +1,257 @@
+"""An ``opencode serve`` of our own, from its start to its end.
+
+    child stdout, stderr --> output thread --> the URL, refusals, the last lines
+    child exit ------------> exit thread ----> on_exit(why), then its tools are stopped
+
+The password goes out in the child's environment: preload.js writes it over where others could
+read it, and plugin.js takes it from what tools get. Knows a process and its lines; nothing of
+requests.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import signal
+import socket
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..core import lifetime
+from ..core.errors import OpenCodeBinaryNotFoundError, OpenCodeServerError, strip_ansi
+from ..core.secrets import without_quotes
+from ..process import tree
+from ..process.command import add_plugin, add_preload
+from ..process.stderr import (
+    PRELOAD_PREFIX,
+    asked_to_wait_s,
+    no_space,
+    refused_by_bun,
+    split_told,
+    unwritable_home,
+)
+
+_log = logging.getLogger("opencode_sync")
+
+LINES_KEPT = 1_000  # so that a quoted configuration is seen whole, and can be cut out
+LINES_TOLD = 20
+JOIN_S = 2.0  # bound on waiting for our own threads, once the child is gone
+
+_LISTENING = "listening on http"
+
+
+class Server:
+    """A started server, listening on loopback.
+
+    Attributes:
+        pid: Its process id.
+        token: Marks it and all that it starts.
+        url, password: Where it is, and what it asks for.
+    """
+
+    def __init__(
+        self,
+        binary: str,
+        env: Mapping[str, str],
+        directory: Path,
+        *,
+        timeout_s: float,
+        scope: lifetime.CancelScope,
+        on_exit: Callable[[str], None],
+        on_refusal: Callable[[str, int, float | None], None],
+        on_error: Callable[[str, Mapping[str, Any]], None],
+    ) -> None:
+        """Start it in *directory*, and wait until it listens.
+
+        Args:
+            scope: Ends the waiting too.
+            on_exit: Called in a helper thread when it has ended, with what ended it.
+            on_refusal: Called in a helper thread with a session, the HTTP status that a
+                provider refused it with, and the seconds that it asked to be left alone.
+            on_error: Called in a helper thread with a session and the error of our plugin.
+
+        Raises:
+            OpenCodeBinaryNotFoundError: If the binary cannot be run.
+            OpenCodeServerError: If it ends, or does not listen *timeout_s* seconds; with its words.
+        """
+        self.token = tree.run_token()
+        self.password = secrets.token_urlsafe(32)
+        self.url = ""
+        self._on_exit = on_exit
+        self._on_refusal = on_refusal
+        self._on_error = on_error
+        self._lines: deque[str] = deque(maxlen=LINES_KEPT)
+        self._settled = lifetime.Flag()  # it listens, or has ended
+        self._env = env
+        self._exited = lifetime.Flag()
+        self._is_stopping = False
+        self._output, childs_end = socket.socketpair()
+        try:
+            self._popen = self._start(binary, env, directory, childs_end)
+        except BaseException:
+            self._output.close()
+            tree.stop(self.token)
+            raise
+        finally:
+            childs_end.close()
+        self.pid = self._popen.pid
+        tree.mark(self.pid, self.token)
+        self._threads = [self._thread("output", self._read), self._thread("exit", self._wait)]
+        try:
+            if not scope.wait(self._settled, timeout_s) or not self.url:
+                raise OpenCodeServerError(self._why_not(timeout_s))
+            self._check_password()
+        except BaseException:
+            self.stop(at_once=scope.is_over)
+            raise
+
+    def _start(
+        self, binary: str, env: Mapping[str, str], directory: Path, output: socket.socket
+    ) -> subprocess.Popen[bytes]:
+        try:
+            return subprocess.Popen(
+                # Port 0 is 4096, or a free one where that is taken.
+                [binary, "serve", "--hostname", "127.0.0.1", "--port", "0"],
+                stdin=subprocess.DEVNULL,
+                # A socket and not a pipe, so that we can stop reading whoever else holds it open.
+                stdout=output.fileno(),
+                stderr=output.fileno(),
+                cwd=directory,
+                env={
+                    **add_preload(add_plugin(dict(env))),
+                    "OPENCODE_SERVER_PASSWORD": self.password,
+                    "OPENCODE_SERVER_USERNAME": "opencode",
+                    "PWD": str(directory),
+                    tree.MARKER: tree.chain(self.token, env),
+                },
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise OpenCodeBinaryNotFoundError(
+                f"{binary!r} cannot be run: {error.strerror}"
+            ) from error
+
+    def _check_password(self) -> None:
+        """Refuse a server whose environment tells its tools the password, where we can see that."""
+        with suppress(OSError):  # no such file (not Linux), or it has just ended
+            if self.password.encode() in Path(f"/proc/{self.pid}/environ").read_bytes():
+                raise OpenCodeServerError(
+                    "the server's password stands in its environment, where its tools could read "
+                    "it: name the opencode program itself, not one that starts it, as binary= "
+                    "('opencode-sync install' installs one), or use OpenCodeClient"
+                )
+
+    def _thread(self, what: str, target: Callable[[], None]) -> threading.Thread:
+        name = f"opencode-{self._popen.pid}-{what}"
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        thread.start()
+        return thread
+
+    @property
+    def has_exited(self) -> bool:
+        return self._exited.is_set()
+
+    def wait_exited(self, timeout: float) -> bool:
+        """Whether it has ended, after at most *timeout* seconds."""
+        return self._exited.wait(timeout)
+
+    def memory(self) -> int:
+        """Bytes of memory that it takes, without what it started; 0 where it has ended."""
+        import psutil
+
+        with suppress(psutil.Error):
+            return int(psutil.Process(self.pid).memory_info().rss)
+        return 0
+
+    def cpu_s(self) -> float:
+        """Seconds of processor time that it has used; 0.0 where it has ended."""
+        import psutil
+
+        with suppress(psutil.Error):
+            times = psutil.Process(self.pid).cpu_times()
+            return float(times.user + times.system)
+        return 0.0
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """End it with all that it started. Bounded, idempotent, from any thread.
+
+        Args:
+            at_once: Kill the server, which does not listen to a request to end.
+        """
+        self._is_stopping = True
+        if at_once and not self.has_exited:
+            self._popen.kill()
+        tree.stop(self.token, roots=() if self.has_exited else (self.pid,))
+        self._exited.wait(JOIN_S)
+        with suppress(OSError):
+            self._output.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            if thread is not threading.current_thread():  # a finaliser may run in any thread
+                thread.join(JOIN_S)
+        self._output.close()
+
+    # -- helper threads ------------------------------------------------------------------------
+
+    def _wait(self) -> None:
+        status = self._popen.wait()
+        try:
+            if not self._is_stopping:  # told first: who sees the exit may ask why
+                self._on_exit(f"the server (pid {self.pid}) {_ending(status)}")
+        finally:
+            self._exited.set()
+            self._settled.set()
+        if not self._is_stopping:
+            tree.stop(self.token)
+
+    def _read(self) -> None:
+        rest = b""
+        with suppress(OSError):  # closed by stop()
+            while block := self._output.recv(65536):
+                *lines, rest = (rest + block).split(b"\n")
+                for line in lines:
+                    self._take(line.decode("utf-8", "replace"))
+
+    def _take(self, line: str) -> None:
+        line, told = split_told(line)
+        if told is not None:
+            self._take_told(told[len(PRELOAD_PREFIX) :])
+            if not line:
+                return
+        self._lines.append(strip_ansi(line))
+        if not self.url and _LISTENING in line:
+            self.url = line[line.index("http") :].strip()
+            self._settled.set()
+
+    def _take_told(self, told: str) -> None:
+        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            seen = json.loads(told)
+            if seen.get("type") == "error":
+                self._on_error(str(seen["sessionID"]), seen["error"])
+                return
+            wait_s = asked_to_wait_s(seen.get("retry_after"), seen.get("retry_after_ms"))
+            self._on_refusal(str(seen["session"]), int(seen["status"]), wait_s)
+
+    def _why_not(self, timeout_s: float) -> str:
+        said = without_quotes("\n".join(self._lines)).strip()
+        words = "\n".join(said.split("\n")[-LINES_TOLD:])
+        if self.has_exited:
+            what = f"opencode serve {_ending(self._popen.returncode)} before it listened"
+            known = unwritable_home(words) or refused_by_bun(words) or no_space(self._env)
+            words = "\n".join(filter(None, (known, words)))
+        else:
+            what = f"opencode serve did not listen within {timeout_s:g} s (startup_timeout_s)"
+        return f"{what}: {words}" if words else what
+
+
+def _ending(status: int) -> str:
+    if status >= 0:
+        return f"exited with status {status}"
+    with suppress(ValueError):
+        return f"was ended by signal {-status} ({signal.Signals(-status).name})"
+    return f"was ended by signal {-status}"

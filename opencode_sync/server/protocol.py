@@ -1,0 +1,573 @@
+"""A session's messages become the events that ``opencode run`` prints, and some more.
+
+    message.updated ------> compaction; which messages belong to the turn, and are complete
+    message.part.updated -> step_start, text, reasoning, tool_use, step_finish   (each part once)
+    message.part.delta ---> text_delta, reasoning_delta
+    session.created, a task's part --> sub_agent
+    session.status -------> retry; busy or idle
+    session.error --------> error
+    permission.asked, question.asked --> permission, question
+
+The turn is over when its session is idle and its answers are complete. Idle alone says nothing: it
+comes twice after an abort or an error, the second time perhaps only after the next prompt.
+Measured with OpenCode 1.18.33. Asks the server nothing.
+
+Settings -> what a server is asked: the only place that knows the bodies of its requests.
+
+What ``opencode run`` does on its own is done here too: the same rules for a session, the same
+treatment of files. Measured with OpenCode 1.18.33. Sends nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from ..core.config import RunConfig
+from ..core.denials import OUTPUT_TOOL, Rule, make_rule, rules_of
+from ..core.errors import OpenCodeConfigError, OpenCodeError
+from ..core.events import Event
+from ..core.schema import OutputSchema
+from ..process.command import UNTITLED
+from .feed import Message, mapping
+
+REFUSED = "provider.refused"  # ours: what preload.js saw of a provider's refusal
+ANSWER = "answer"  # ours: the end of a request that is answered when all is done
+
+_STEPS = {"step-start": "step_start", "step-finish": "step_finish"}
+_TRACE = "\n    at "  # with it come the errors that end a turn outside of the model's loop
+
+
+class Translator:
+    """Reads the messages of one turn, in order.
+
+    Attributes:
+        has_begun: The server has taken the prompt.
+        has_used_tools: A tool has run, so that something of it may be left.
+        structured: The last structured output, unchecked; None where there was none.
+        prompt_id: The message that the prompt became; None until it has.
+        model: Provider and name of the model that answers; None until one does.
+    """
+
+    def __init__(
+        self,
+        session_id: str,
+        *,
+        since: int = 0,
+        with_reasoning: bool = False,
+        tells_refusals: bool = False,
+    ) -> None:
+        """
+        Args:
+            since: When the session's last message was made, in the server's milliseconds; only
+                later ones belong to the turn.
+            tells_refusals: What a provider refused comes as REFUSED too. It takes another way than
+                the server's messages, and so may come before or after the retry that it explains.
+        """
+        self.has_begun = self.has_used_tools = False
+        self.structured: Any = None
+        self.prompt_id: str | None = None
+        self.model: tuple[str, str] | None = None
+        self._has_output = False
+        self._session_id = session_id
+        self._since = since
+        self._began_at = since
+        self._with_reasoning = with_reasoning
+        self._ours: set[str] = set()  # messages of the turn
+        self._summaries: set[str] = set()  # those that sum it up for OpenCode itself
+        self._open: set[str] = set()  # answers that are not complete
+        self._has_answer = self._is_idle = self._is_answered = False
+        self._is_stopped = self._has_ended = False
+        self._refusal: str | None = None
+        self._told: set[str] = set()  # parts
+        self._sub_agents: set[str] = set()  # sessions
+        self._writing: dict[str, str] = {}  # parts under way: text or reasoning
+        self._errors: set[tuple[str, str]] = set()
+        self._tells_refusals = tells_refusals
+        self._refusals: dict[str, Mapping[str, Any]] = {}
+        self._unexplained: dict[str, Event] = {}  # retries, by session
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is to come."""
+        is_done = self.has_begun and self._is_idle and not self._open
+        is_refused = self._refusal is not None and bool(self._errors)
+        return self._has_ended or is_refused or (is_done and (self._has_answer or self._is_stopped))
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether it may be over without a word that says so."""
+        return not self.is_over and (self._is_idle or self._is_answered or bool(self._errors))
+
+    def stopped(self) -> None:
+        """The turn is being aborted by us, and what the server says about that is no error."""
+        self._is_stopped = True
+
+    @property
+    def has_unexplained(self) -> bool:
+        """Whether a retry is held back until it is known what was refused."""
+        return bool(self._unexplained)
+
+    def take_unexplained(self) -> list[Event]:
+        """The retries that were held back: nothing was refused, or nothing tells of it."""
+        events, self._unexplained = list(self._unexplained.values()), {}
+        return events
+
+    def end(self) -> list[Event]:
+        """The turn is over, by what the server says when asked; the last events."""
+        self._has_ended = True
+        if self._refusal is None or self._errors:
+            return []
+        return self._tell_error({"name": "UnknownError", "data": {"message": self._refusal}})
+
+    def read(self, message: Message) -> list[Event]:
+        """The events that *message* amounts to; mostly none or one."""
+        rule = _RULES.get(message.type)
+        return rule(self, message.session_id, message.properties) if rule else []
+
+    def covers(self, stored: Mapping[str, Any]) -> bool:
+        """Whether a stored message is of this turn or a later one."""
+        return _created(mapping(stored.get("info"))) > self._since
+
+    def read_stored(self, session_id: str, stored: Iterable[Mapping[str, Any]]) -> list[Event]:
+        """The events of what the server has stored of a session, but for those told before."""
+        events: list[Event] = []
+        for entry in stored:
+            info = mapping(entry.get("info"))
+            if not self.covers(entry) or _created(info) < self._began_at:
+                continue
+            events += self._message(session_id, {"info": info})
+            for part in parts_of(entry):
+                events += self._part(session_id, {"part": part})
+        return events
+
+    # -- rules ---------------------------------------------------------------------------------
+
+    def _message(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        info = mapping(properties.get("info"))
+        if session_id != self._session_id or _created(info) <= self._since:
+            return []
+        message_id = str(info.get("id"))
+        self._ours.add(message_id)
+        if info.get("role") == "user":
+            if not self.has_begun:
+                self.has_begun, self._began_at = True, _created(info)
+                self.prompt_id = message_id
+            return []
+        events: list[Event] = []
+        if info.get("summary") is True and message_id not in self._summaries:
+            self._summaries.add(message_id)
+            events = [_event("compaction", session_id, messageID=message_id)]
+        self._has_answer = True
+        if isinstance(info.get("providerID"), str) and isinstance(info.get("modelID"), str):
+            self.model = info["providerID"], info["modelID"]
+        if mapping(info.get("time")).get("completed"):
+            self._open.discard(message_id)
+        else:
+            self._open.add(message_id)
+        self.structured = info.get("structured", self.structured)
+        return events + self._tell_error(info.get("error"))
+
+    def _part(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        part = mapping(properties.get("part"))
+        part_id, kind = str(part.get("id")), str(part.get("type"))
+        is_root = session_id == self._session_id
+        if part_id in self._told or (is_root and str(part.get("messageID")) not in self._ours):
+            return []
+        if part.get("tool") == "task" and (begun := self._task(session_id, part)):
+            return [*begun, *self._part(session_id, properties)]
+        if kind in ("text", "reasoning"):
+            if not mapping(part.get("time")).get("end"):
+                if part.get("messageID") not in self._summaries:
+                    self._writing[part_id] = kind
+                return []
+            self._writing.pop(part_id, None)
+            if kind == "reasoning" and not self._with_reasoning:
+                return []
+        elif kind == "tool":
+            self.has_used_tools = True
+            status = mapping(part.get("state")).get("status")
+            if status not in ("completed", "error"):
+                return []
+            kind = "tool_use"
+            self._has_output |= (
+                is_root and part.get("tool") == OUTPUT_TOOL and status == "completed"
+            )
+        elif kind in _STEPS:
+            kind = _STEPS[kind]
+            if is_root and self._has_output and part.get("reason") == "tool-calls":
+                part = {**part, "reason": "stop"}  # whatever else it says, this step is the last
+        else:
+            return []
+        self._told.add(part_id)
+        return [_event(kind, session_id, part=dict(part))]
+
+    def _new_session(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        info = mapping(properties.get("info"))
+        parent_id = info.get("parentID")
+        if not parent_id:
+            return []
+        return self._sub_agent(session_id, parent_id, info.get("agent"), info.get("title"))
+
+    def _task(self, session_id: str, part: Mapping[str, Any]) -> list[Event]:
+        # A session that is taken up again is not created.
+        state = mapping(part.get("state"))
+        asked, metadata = mapping(state.get("input")), mapping(state.get("metadata"))
+        agent, title = asked.get("subagent_type"), asked.get("description")
+        return self._sub_agent(metadata.get("sessionId"), session_id, agent, title)
+
+    def _sub_agent(self, child_id: Any, parent_id: str, agent: Any, title: Any) -> list[Event]:
+        if not isinstance(child_id, str) or not child_id or child_id in self._sub_agents:
+            return []
+        self._sub_agents.add(child_id)
+        more = {"childID": child_id, "parentID": parent_id, "agent": agent, "title": title}
+        return [_event("sub_agent", self._session_id, **more)]
+
+    def _delta(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        part_id = str(properties.get("partID"))
+        kind = self._writing.get(part_id)
+        if kind is None or properties.get("field") != "text":
+            return []
+        if kind == "reasoning" and not self._with_reasoning:
+            return []
+        delta = str(properties.get("delta"))
+        return [_event(f"{kind}_delta", session_id, partID=part_id, delta=delta)]
+
+    def _status(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        status = mapping(properties.get("status"))
+        if session_id == self._session_id:
+            self._is_idle = status.get("type") == "idle"
+        if status.get("type") != "retry":
+            unexplained = self._unexplained.pop(session_id, None)
+            return [] if unexplained is None else [unexplained]
+        event = _event(
+            "retry",
+            session_id,
+            message=str(status.get("message")),
+            attempt=status.get("attempt"),
+        )
+        seen = self._refusals.pop(session_id, None)
+        if seen is not None:
+            return [_explained(event, seen)]
+        if not self._tells_refusals:
+            return [event]
+        before = self._unexplained.get(session_id)
+        self._unexplained[session_id] = event
+        return [] if before is None else [before]
+
+    def _refused(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        if (event := self._unexplained.pop(session_id, None)) is not None:
+            return [_explained(event, properties)]
+        self._refusals[session_id] = properties
+        return []
+
+    def _error(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        if session_id != self._session_id:
+            return []  # its parent hears of it as the failure of a tool
+        error = mapping(properties.get("error"))
+        message = str(mapping(error.get("data")).get("message"))
+        if _TRACE in message and (self._is_idle or not self.has_begun):
+            # The last word of a turn that failed around the model's loop; mostly said before.
+            self._has_ended = True
+            message = message.partition("\n")[0]
+            error = {"name": error.get("name"), "data": {"message": message}}
+            return [] if self._errors else self._tell_error(error)
+        return self._tell_error(error)
+
+    def _tell_error(self, error: Any) -> list[Event]:
+        error = mapping(error)
+        key = str(error.get("name")), str(mapping(error.get("data")).get("message"))
+        if not error or key in self._errors:
+            return []
+        if self._is_stopped and key[0] == "MessageAbortedError":
+            return []
+        if key[0] == "StructuredOutputError":
+            return []  # an answer in words; whether they will do is for others to say
+        self._errors.add(key)
+        return [_event("error", self._session_id, error=dict(error))]
+
+    def _answer(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        self._is_answered = True
+        error = properties.get("error")
+        # The reason comes as a message, before it or after; the refusal itself has none.
+        if error is not None and error.status_code is not None:
+            self._refusal = str(error)
+        return []
+
+    def _request(self, session_id: str, properties: Mapping[str, Any], kind: str) -> list[Event]:
+        return [_event(kind, session_id, request=dict(properties))]
+
+    def _permission(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        return self._request(session_id, properties, "permission")
+
+    def _question(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+        return self._request(session_id, properties, "question")
+
+
+_RULES = {
+    "message.updated": Translator._message,
+    "message.part.updated": Translator._part,
+    "message.part.delta": Translator._delta,
+    "session.created": Translator._new_session,
+    "session.status": Translator._status,
+    "session.error": Translator._error,
+    "permission.asked": Translator._permission,
+    "question.asked": Translator._question,
+    REFUSED: Translator._refused,
+    ANSWER: Translator._answer,
+}
+
+
+def parts_of(stored: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The parts of a stored message."""
+    parts = stored.get("parts")
+    return [mapping(part) for part in parts] if isinstance(parts, list) else []
+
+
+def _created(info: Mapping[str, Any]) -> int:
+    created = mapping(info.get("time")).get("created")
+    return created if isinstance(created, int) else 0
+
+
+def _event(kind: str, session_id: str, **more: Any) -> Event:
+    stamp = {"type": kind, "timestamp": time.time_ns() // 1_000_000, "sessionID": session_id}
+    return cast(Event, stamp | more)
+
+
+def _explained(retry: Event, seen: Mapping[str, Any]) -> Event:
+    """*retry* with what was seen of the provider's refusal."""
+    more: dict[str, Any] = {
+        "statusCode": seen["status"],
+        "message": f"{seen['status']} {retry.get('message')}",
+    }
+    if seen.get("retry_after_s") is not None:
+        more["retry_after_s"] = seen["retry_after_s"]
+    return cast(Event, {**retry, **more})
+
+
+TITLE_CHARACTERS = 50
+
+# Settings of the server as a whole, the same for all that it runs.
+SERVER_WIDE = (
+    "extra_env",
+    "mcp",
+    "config_overrides",
+    "instructions",
+    "inherit_user_config",
+    "inherit_project_config",
+    "disable_autoupdate",
+    "pure",
+    "lean",
+    "print_logs",
+    "log_level",
+)
+
+# They would wait for an answer for ever.
+_NOBODY_TO_ASK = tuple(
+    {"permission": name, "pattern": "*", "action": "deny"}
+    for name in ("question", "plan_enter", "plan_exit")
+)
+
+# How the files begin that models read as they are.
+_SIGNATURES = {
+    "image/png": rb"\x89PNG\r\n\x1a\n",
+    "image/jpeg": rb"\xff\xd8\xff",
+    "image/gif": rb"GIF8[79]a",
+    "image/webp": rb"RIFF.{4}WEBP",
+    "application/pdf": rb"%PDF-",
+}
+
+
+def check_server_wide(cfg: RunConfig, server: RunConfig) -> None:
+    """Refuse a run's setting that is the server's, unless it is the same or left out.
+
+    Raises:
+        OpenCodeConfigError: Names the setting.
+    """
+    for field in dataclasses.fields(RunConfig):
+        value = getattr(cfg, field.name)
+        if field.name in SERVER_WIDE and value not in (field.default, getattr(server, field.name)):
+            raise OpenCodeConfigError(
+                f"{field.name} is the same for all runs of a server: set it in the run_cfg that "
+                "the server is started with"
+            )
+
+
+def session_body(prompt: str, cfg: RunConfig, **allowed: bool) -> dict[str, Any]:
+    """A new session for *prompt*; *allowed* is for :func:`permission_rules`."""
+    # Without a title the model is asked for one, with each prompt.
+    title = cfg.title or _head(prompt) or UNTITLED
+    rules = permission_rules(cfg, **allowed)
+    return {"title": title, "permission": [*_NOBODY_TO_ASK, *rules]}
+
+
+def _head(prompt: str) -> str:
+    line = prompt.strip().partition("\n")[0].strip()
+    return line if len(line) <= TITLE_CHARACTERS else line[: TITLE_CHARACTERS - 3] + "..."
+
+
+def permission_rules(
+    cfg: RunConfig, *, with_questions: bool = False, with_output: bool = False
+) -> list[Rule]:
+    """*permission* and *tools* as rules of a session; of those that match, the last one counts.
+
+    Args:
+        with_questions: There is somebody who answers the model's questions.
+        with_output: It is to call the tool that takes down structured output.
+    """
+    rules = [make_rule("question", "*", "allow")] if with_questions else []
+    # Not with the prompt, where OpenCode takes "tools" for the session's only rules.
+    rules += rules_of(cfg)
+    if with_output:
+        rules.append(make_rule(OUTPUT_TOOL, "*", "allow"))
+    return rules
+
+
+def missing_rules(has: Sequence[Rule], wanted: Sequence[Rule]) -> list[Rule]:
+    """What a session that *has* rules lacks for those *wanted* to be its last."""
+    # The rule for structured output comes and goes with the prompts that need it.
+    lasting = [rule for rule in wanted if rule["permission"] != OUTPUT_TOOL]
+    standing = [rule for rule in has if rule["permission"] != OUTPUT_TOOL]
+    if lasting and standing[-len(lasting) :] != lasting:
+        return list(wanted)
+    passing = list(wanted[len(lasting) :])
+    return passing if passing and has[-1:] != passing else []
+
+
+def prompt_body(
+    prompt: str, cfg: RunConfig, workspace: Path, output: OutputSchema | None = None
+) -> dict[str, Any]:
+    """*prompt* with its files, for ``prompt_async``.
+
+    Args:
+        output: What the answer has to look like.
+
+    Raises:
+        OpenCodeConfigError: If a file cannot be read.
+    """
+    body: dict[str, Any] = {"parts": [*_files(cfg, workspace), {"type": "text", "text": prompt}]}
+    if cfg.model is not None:
+        provider, _, model = cfg.model.partition("/")
+        body["model"] = {"providerID": provider, "modelID": model}
+    if output is not None:
+        body["format"] = {"type": "json_schema", "schema": output.tool_schema}
+    return body | _who(cfg)
+
+
+# As OpenCode splits arguments for $1, $2, ...; what stands between the words stays as it is.
+_WORD = re.compile(
+    r"""(\[Image[ ]\d+\])|"([^"]*)"|'([^']*)'|([^\t\n\v\f\r \u00a0\u1680\u2000-\u200a\u2028\u2029"""
+    r"""\u202f\u205f\u3000\ufeff"']+)""",
+    re.IGNORECASE,
+)
+_INTO_SHELL = re.compile(r"!`[^`]*\$(ARGUMENTS|\d)[^`]*`")
+_EXPANDED = re.compile(r"[`$@]")
+
+
+def sealed(arguments: str) -> str:
+    """*arguments* with each word as letters that mean nothing, until our plugin opens it.
+
+    OpenCode expands arguments together with the template: ``$&`` and the like, ``@file``, and
+    !`command` by the shell, whatever the permissions say (1.18.33).
+    """
+    return _WORD.sub(_sealed_word, arguments)
+
+
+def _sealed_word(match: re.Match[str]) -> str:
+    whole = match[0]
+    quote = whole[0] if match[2] is not None or match[3] is not None else ""
+    word = whole[1:-1] if quote else whole
+    letters = base64.urlsafe_b64encode(word.encode()).decode().rstrip("=")
+    return f"{quote}ocs.{letters}.ocs{quote}"
+
+
+def check_command(command: str, template: str, arguments: str, *, has_plugin: bool) -> None:
+    """Refuse arguments that OpenCode would expand.
+
+    Args:
+        has_plugin: They go sealed, to be opened by our plugin.
+
+    Raises:
+        OpenCodeConfigError: If the template hands them to the shell, or nothing opens them.
+    """
+    if _INTO_SHELL.search(template):
+        raise OpenCodeConfigError(into_shell(command))
+    if not has_plugin and (found := _EXPANDED.search(arguments)) is not None:
+        raise OpenCodeConfigError(
+            f"the arguments of command {command!r} hold {found[0]!r}, which OpenCode expands, by "
+            "the shell too: a server that runs elsewhere takes arguments without '`', '$' and '@'"
+        )
+
+
+def into_shell(command: str) -> str:
+    """Why the arguments of *command* are refused."""
+    return (
+        f"command {command!r} puts its arguments into a shell command, where they could do "
+        "anything: run it without arguments, or give its text as the prompt"
+    )
+
+
+OPENED = b'opencode-sync: {"arguments":true}'
+"""What our plugin says on stderr when it has opened a command's arguments."""
+
+
+def not_opened() -> OpenCodeError:
+    """The error for an OpenCode that would give the model sealed arguments."""
+    return OpenCodeError(
+        "this opencode did not load plugin.js, so that the command's arguments would reach the "
+        "model as letters without a meaning; the run was stopped: give its text as the prompt"
+    )
+
+
+def command_body(arguments: str, cfg: RunConfig, workspace: Path) -> dict[str, Any]:
+    """The command with its *arguments*.
+
+    Raises:
+        OpenCodeConfigError: If a file cannot be read.
+    """
+    body: dict[str, Any] = {"command": cfg.command, "arguments": arguments}
+    if cfg.files:
+        body["parts"] = _files(cfg, workspace)
+    if cfg.model is not None:
+        body["model"] = cfg.model
+    return body | _who(cfg)
+
+
+def _who(cfg: RunConfig) -> dict[str, str]:
+    return {key: value for key in ("agent", "variant") if (value := getattr(cfg, key)) is not None}
+
+
+def _files(cfg: RunConfig, workspace: Path) -> list[dict[str, str]]:
+    return [_file(workspace / os.path.expanduser(file)) for file in cfg.files]
+
+
+def media_type_of(name: str, content: bytes) -> str:
+    """What a file is by its *content*, and where that does not tell, by its *name*."""
+    import mimetypes
+
+    for media_type, signature in _SIGNATURES.items():
+        if re.match(signature, content, re.DOTALL):
+            return media_type
+    try:
+        content.decode()
+        return "text/plain"  # the model gets it as text; most providers refuse other types
+    except UnicodeDecodeError:
+        named = mimetypes.guess_type(name)[0]
+        # A provider would refuse the prompt for an image that is none.
+        return named if named and named not in _SIGNATURES else "application/octet-stream"
+
+
+def _file(path: Path) -> dict[str, str]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise OpenCodeConfigError(f"file {str(path)!r}: {error.strerror}") from None
+    media_type = media_type_of(path.name, content)
+    url = f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+    return {"type": "file", "mime": media_type, "filename": path.name, "url": url}
