@@ -28,9 +28,9 @@ from opencode_sync import (
     RunResult,
 )
 from opencode_sync.api.runner import Runner
-from opencode_sync.api.server import protocol
 from opencode_sync.core import denials
 from opencode_sync.process import command as _command
+from opencode_sync.server import protocol
 from opencode_sync.testing import Reply, ScriptedModel, ToolCall, tool_call
 from tests.live.warm import Script, config, open_connections
 

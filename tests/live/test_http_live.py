@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from opencode_sync.api.server.connection import Connection
-from opencode_sync.api.server.feed import EventStream, Mailbox, Message
 
-from opencode_sync.api.server import feed
 from opencode_sync.core.errors import OpenCodeServerError
 from opencode_sync.process.command import build_env
+from opencode_sync.server import feed
+from opencode_sync.server.connection import Connection
+from opencode_sync.server.feed import EventStream, Mailbox, Message
 from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes")

@@ -20,7 +20,7 @@ from opencode_sync import (
     OpenCodeTimeoutError,
     RunConfig,
 )
-from opencode_sync.api.server import pool
+from opencode_sync.server import pool
 from opencode_sync.testing import Reply, ScriptedModel
 
 from .warm import Script, config, model, script, shell

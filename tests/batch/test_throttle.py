@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from opencode_sync.api.server.launch import Server
 
 from opencode_sync.batch.throttle import MAX_PAUSE_S, Throttle, is_rate_limit, retry_after_s
 from opencode_sync.process.stderr import PRELOAD_PREFIX
+from opencode_sync.server.launch import Server
 
 
 class Clock:

@@ -23,7 +23,7 @@ from tests.faults import standin_client
 
 INTERRUPTIONS = 150
 LONG_S = 30.0
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,7 @@ def set_flags_in_handlers() -> None:
 
 def test_a_flag_is_set_in_a_handler_at_any_moment() -> None:
     # In a Python of its own, which can be ended if it hangs.
-    script = "from tests.test_interrupt import set_flags_in_handlers as go; go()"
+    script = "from tests.core.test_lifetime import set_flags_in_handlers as go; go()"
 
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=LONG_S)
 
@@ -197,7 +197,7 @@ def interrupt_runs(directory: Path) -> None:
 def test_a_ctrl_c_at_any_moment_of_a_run_leaves_nothing_behind(tmp_path: Path) -> None:
     # In a Python of its own: what comes in the middle of a finaliser, or of a library's callback,
     # Python tells of and drops, and pytest would take for a fault.
-    script = "import sys, pathlib; from tests.test_interrupt import interrupt_runs as go; "
+    script = "import sys, pathlib; from tests.core.test_lifetime import interrupt_runs as go; "
     script += "go(pathlib.Path(sys.argv[1]))"
 
     done = subprocess.run(

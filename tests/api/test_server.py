@@ -18,8 +18,6 @@ from typing import Any
 
 import psutil
 import pytest
-from opencode_sync.api.server.connection import FIRST_S
-from opencode_sync.api.server.pool import Elsewhere, Fleet, InUse
 
 from opencode_sync import (
     TESTED_VERSION,
@@ -35,6 +33,8 @@ from opencode_sync.api.server import OpenCodeServer
 from opencode_sync.core.request import Request
 from opencode_sync.process import tree
 from opencode_sync.process.data_dirs import UNPACKED
+from opencode_sync.server.connection import FIRST_S
+from opencode_sync.server.pool import Elsewhere, Fleet, InUse
 from tests import serving
 from tests.standin import VERSION
 from tests.webserver import Answer, WebServer
@@ -592,10 +592,10 @@ ENDS = {
 def test_a_program_that_ends_takes_its_server_along(binary: str, workspace: Path, end: str) -> None:
     program = f"""
 import os, sys
-from opencode_sync.api.server.pool import Fleet
-from opencode_sync.api.server.connection import FIRST_S
+from opencode_sync.server.pool import Fleet
+from opencode_sync.server.connection import FIRST_S
 from opencode_sync.core.request import Request
-from opencode_sync.api.server.pool import Elsewhere, InUse
+from opencode_sync.server.pool import Elsewhere, InUse
 from opencode_sync.api.server import OpenCodeServer
 server = OpenCodeServer({binary!r})
 stream = server.stream("tool", {str(workspace)!r})

@@ -30,7 +30,7 @@ from tests.wrong import client, workspace
 
 __all__ = ["client", "workspace"]  # fixtures
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WITHIN_S = 60.0
 ODD_NAME = "-a 'b' \"c\"\n$d ü*"
 ASCII_ALONE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}

@@ -20,7 +20,7 @@ from opencode_sync.process import tree as _proctable
 from opencode_sync.process import tree as _tree
 
 BOUND_S = 5.0
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # Ends as soon as it has a child to go on, and so has never lived long when it is looked for.
 HOPPING = """

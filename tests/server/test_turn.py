@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from opencode_sync.api.server.connection import Connection
-from opencode_sync.api.server.feed import EventStream
-from opencode_sync.api.server.protocol import Translator
-from opencode_sync.api.server.turn import Replies, Turn
 
 from opencode_sync import OpenCodeIncompleteError, OpenCodeServerError, RunResult
-from opencode_sync.api.server import turn as _turn
 from opencode_sync.core.events import Event
+from opencode_sync.server import turn as _turn
+from opencode_sync.server.connection import Connection
+from opencode_sync.server.feed import EventStream
+from opencode_sync.server.protocol import Translator
+from opencode_sync.server.turn import Replies, Turn
 from tests.interrupting import interrupt_once
 from tests.webserver import WITHIN_S, Answer, Feed, WebServer
 

@@ -24,7 +24,7 @@ from opencode_sync.process import tree
 from opencode_sync.process import watchdog as _watchdog
 
 BOUND_S = 5.0
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 PRELUDE = """
 import json, os, signal, subprocess, sys, threading

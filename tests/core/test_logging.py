@@ -19,7 +19,7 @@ from opencode_sync import (
 )
 from tests.faults import standin_client, write_standin
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WHO = r"run \d+ \(pid \d+\)"
 
 

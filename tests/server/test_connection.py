@@ -15,10 +15,10 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from opencode_sync.api.server.connection import MAX_BYTES, Connection
 
 from opencode_sync.core.errors import OpenCodeConfigError, OpenCodeServerError
 from opencode_sync.core.lifetime import CancelScope
+from opencode_sync.server.connection import MAX_BYTES, Connection
 from tests.webserver import WITHIN_S, Answer, WebServer
 
 SECRET = "a-secret-word"

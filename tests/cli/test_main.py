@@ -28,7 +28,7 @@ from tests.standin import VERSION, write_standin
 Shell = Callable[..., tuple[int, str, str]]
 Program = Callable[..., "subprocess.Popen[bytes]"]
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WITHIN_S = 30
 HELLO = "step(text='Hello.')"
 

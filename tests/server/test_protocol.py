@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from opencode_sync.api.server.feed import Message
-from opencode_sync.api.server.protocol import ANSWER, REFUSED, Translator
 
 from opencode_sync.core.errors import OpenCodeServerError
 from opencode_sync.core.events import Event
+from opencode_sync.server.feed import Message
+from opencode_sync.server.protocol import ANSWER, REFUSED, Translator
 
 ROOT, CHILD = "ses_root", "ses_child"
 TRACE = "\n    at somewhere (/$bunfs/root/chunk.js:1:1)"

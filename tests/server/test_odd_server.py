@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from opencode_sync.api.server.connection import Connection
-from opencode_sync.api.server.feed import GAP, EventStream
 
 from opencode_sync import OpenCodeError, OpenCodeServer, RunConfig
-from opencode_sync.api.server import feed as _sse
+from opencode_sync.server import feed as _sse
+from opencode_sync.server.connection import Connection
+from opencode_sync.server.feed import GAP, EventStream
 from tests.webserver import WITHIN_S, Answer, Feed, WebServer
 
 SESSION = "ses_1"

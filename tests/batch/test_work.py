@@ -96,7 +96,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     arguments = [*map(str, (RUNS, MANY)), str(binary), str(directory)]
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, *arguments],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         stdout=subprocess.PIPE,
         check=True,
     )

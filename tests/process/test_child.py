@@ -25,7 +25,7 @@ from opencode_sync.process.child import BLOCK_BYTES, LineSplitter, Process
 Start = Callable[..., Process]
 
 LONG_S = 20.0
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from opencode_sync.api.server.connection import Connection
-from opencode_sync.api.server.feed import GAP, EventStream, Mailbox, Message
 
-from opencode_sync.api.server import feed as _sse
 from opencode_sync.core.errors import OpenCodeServerError
+from opencode_sync.server import feed as _sse
+from opencode_sync.server.connection import Connection
+from opencode_sync.server.feed import GAP, EventStream, Mailbox, Message
 from tests.webserver import WITHIN_S, Answer, Feed, WebServer
 
 

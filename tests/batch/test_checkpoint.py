@@ -31,7 +31,7 @@ from opencode_sync.batch.checkpoint import Checkpoint, Entry
 from opencode_sync.core import records
 from tests.scripted import ScriptedRunner
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

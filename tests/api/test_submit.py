@@ -20,7 +20,7 @@ from opencode_sync import (
 )
 from tests.scripted import ScriptedRunner
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

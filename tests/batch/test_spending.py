@@ -24,8 +24,7 @@ from opencode_sync import (
 from opencode_sync.batch import dispatch, job
 from opencode_sync.batch.checkpoint import Checkpoint
 from opencode_sync.core.events import Event
-
-from .test_repair import COST, GOOD, Answering, Bird, _Source
+from tests.api.test_repair import COST, GOOD, Answering, Bird, _Source
 
 
 @dataclass

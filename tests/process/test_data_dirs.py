@@ -24,7 +24,7 @@ from opencode_sync.process.data_dirs import (
     user_data,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

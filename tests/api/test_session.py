@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from opencode_sync.api.server.connection import Requests
-from opencode_sync.api.server.protocol import OUTPUT_TOOL, missing_rules
-from opencode_sync.api.server.sessions import stored_messages
 
 from opencode_sync import (
     OpenCodeCancelledError,
@@ -34,6 +31,9 @@ from opencode_sync import (
     ask_in_terminal,
 )
 from opencode_sync.api.permissions import answers_of, permission_request, question_request
+from opencode_sync.server.connection import Requests
+from opencode_sync.server.protocol import OUTPUT_TOOL, missing_rules
+from opencode_sync.server.sessions import stored_messages
 from tests import serving
 from tests.scripted import STEP_COST, ScriptedRunner
 from tests.standin import VERSION

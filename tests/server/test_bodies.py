@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from opencode_sync.api.server.protocol import (
+
+from opencode_sync import OpenCodeConfigError, RunConfig
+from opencode_sync.server.protocol import (
     check_command,
     check_server_wide,
     command_body,
@@ -17,8 +19,6 @@ from opencode_sync.api.server.protocol import (
     sealed,
     session_body,
 )
-
-from opencode_sync import OpenCodeConfigError, RunConfig
 
 
 def rule(permission: str, action: str, pattern: str = "*") -> dict[str, str]:

@@ -36,7 +36,7 @@ from opencode_sync.batch.job import Outcome, Settings, Task, Work
 from opencode_sync.core.stream import Limits
 from tests.scripted import STEP_COST, STEP_TOKENS, ScriptedRunner
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
