@@ -287,7 +287,7 @@ class Runs(abc.ABC):
             retry_delay_s=retry_delay_s,
             max_repairs=max_repairs,
         )
-        return self._begin(
+        return self.begin(
             prompt,
             workspace,
             limits,
@@ -298,7 +298,7 @@ class Runs(abc.ABC):
             keep_raw=keep_raw,
         )
 
-    def _begin(
+    def begin(
         self,
         prompt: str,
         workspace: StrPath,
@@ -313,7 +313,7 @@ class Runs(abc.ABC):
         on_begin: Callable[[RunStream], None] | None = None,
         on_end: Callable[[RunStream], None] | None = None,
     ) -> RunStream:
-        """Start one prompt.
+        """Start one prompt: the entry for a batch and a session, whose settings are checked by now.
 
         Args:
             answers: To what is asked in the meantime.
@@ -391,7 +391,7 @@ class Runs(abc.ABC):
     def _open(self, request: Request, scope: CancelScope, keep_raw: bool) -> Source:
         """Start one attempt at *request*; what waits in it ends with *scope*."""
 
-    def _prepare(self, cfg: RunConfig) -> None:  # noqa: B027 - mostly nothing
+    def prepare(self, cfg: RunConfig) -> None:  # noqa: B027 - mostly nothing
         """Start what a batch of runs with *cfg* needs, or raise what would fail all of them."""
 
     def _counts_opening(self, cfg: RunConfig) -> bool:
@@ -477,7 +477,7 @@ class Runner(Runs):
             max_repairs=max_repairs,
         )
         begin = functools.partial(
-            self._begin,
+            self.begin,
             prompt,
             absolute(workspace),
             limits,

@@ -267,7 +267,7 @@ class OpenCodeServer(Runner):
         # What the server was told to deny is denied to each of its sessions.
         return cfg.replace(config_overrides=self._run_cfg.config_overrides)
 
-    def _prepare(self, cfg: RunConfig) -> None:
+    def prepare(self, cfg: RunConfig) -> None:
         if not cfg.attach:
             self._server()
 

@@ -110,7 +110,7 @@ class Host(Protocol):
     _keeps_sessions: bool
 
     @property
-    def _begin(self) -> Callable[..., RunStream]: ...
+    def begin(self) -> Callable[..., RunStream]: ...
 
     def _kept_sessions(self, cfg: RunConfig) -> Sessions:
         """What is asked about sessions, besides prompts.
@@ -270,7 +270,7 @@ class Conversation(Pinned):
         release = self._turn.take()
         try:
             self._check_open()
-            return self._host._begin(
+            return self._host.begin(
                 prompt,
                 self._workspace,
                 limits,

@@ -281,7 +281,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
                 return
             self._tally.count("retried", int(self._checkpoint.has_failed(task.key)))
         if not self._is_prepared and self._options.executor is None:
-            self._runner._prepare(self._options.run_cfg)
+            self._runner.prepare(self._options.run_cfg)
         self._is_prepared = True
         dispatch.put(task)
 

@@ -54,9 +54,9 @@ class Streams(Protocol):
     """What jobs are run on, a runner; picklable, if they are to run in other processes."""
 
     @property
-    def _begin(self) -> Callable[..., RunStream]: ...
+    def begin(self) -> Callable[..., RunStream]: ...
 
-    def _prepare(self, cfg: RunConfig) -> None: ...
+    def prepare(self, cfg: RunConfig) -> None: ...
 
     def close(self) -> None: ...
 
@@ -158,7 +158,7 @@ def carry_out(
     end: RunResult | OpenCodeError
     try:
         limits = replace(settings.limits, **task.limits)
-        with runner._begin(
+        with runner.begin(
             task.prompt,
             task.workspace,
             limits,
