@@ -24,18 +24,21 @@ from ..core.config import (
     check_program,
     checked_path,
 )
-from ..core.denials import DENIALS, ENFORCED, enforced, not_enforced
 from ..core.errors import OpenCodeConfigError, OpenCodeError
 from ..core.lifetime import CancelScope
 from ..core.stream import Source
 from ..process.capacity import Gate
 from ..process.command import (
     DEFAULT_BINARY,
+    DENIALS,
+    ENFORCED,
     PLUGIN,
+    add_denials,
     add_plugin,
     add_preload,
     build_argv,
     build_env,
+    not_enforced,
     resolve_binary,
     unpacking_in,
     with_title,
@@ -226,7 +229,7 @@ class OpenCodeClient(Runner):
             with lifetime.deferred():
                 guard()
         cfg = request.cfg
-        env = enforced(build_env(cfg), cfg)
+        env = add_denials(build_env(cfg), cfg)
         must_say: dict[bytes, OpenCodeError] = {ENFORCED: not_enforced()} if DENIALS in env else {}
         prompt = request.instructed
         if cfg.command is not None and prompt.strip():

@@ -1,7 +1,7 @@
 """What a caller denies: the rules, where they are enforced, and what breaks them.
 
     RunConfig --+--> rules_of() ------> a session's rules, on a server
-                +--> enforced() ------> OPENCODE_SYNC_DENIALS, for preload.js
+                +--> denials_of() ----> what preload.js enforces, in a process
                 +--> Tripwire(cfg) ---> broken(events): a denied tool has run
 
 OpenCode puts the rules of an agent after those of the configuration, the last one that matches
@@ -12,25 +12,17 @@ Measured with OpenCode 1.18.33. Starts nothing.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from .config import RunConfig
-from .errors import OpenCodeConfigError, OpenCodePermissionError
+from .errors import OpenCodePermissionError
 from .events import Event
 from .mcp import AGENT_KEYS, PERMISSION_OF, mapping
 
 Rule = Mapping[str, str]
-
-DENIALS = "OPENCODE_SYNC_DENIALS"
-PRELOAD = "BUN_INSPECT_PRELOAD"
-PRELOAD_FILE = Path(__file__).parent.parent / "process" / "preload.js"
-ENFORCED = b'opencode-sync: {"denials":true}'
-"""What preload.js says on stderr when OpenCode looks for rules the first time."""
 
 OUTPUT_TOOL = "StructuredOutput"  # OpenCode gives it to the model where a prompt has a format
 
@@ -68,32 +60,16 @@ def marked(config: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def enforced(env: dict[str, str], cfg: RunConfig, *, is_server: bool = False) -> dict[str, str]:
-    """*env* with what *cfg* denies, for preload.js; unchanged where that is nothing.
+def denials_of(cfg: RunConfig, *, is_server: bool = False) -> list[dict[str, Any]]:
+    """What *cfg* denies: ``rules``, and the mark of the ``agent`` where they are one agent's.
 
     Args:
         is_server: Only what is denied to single agents: a session there has rules of its own.
-
-    Raises:
-        OpenCodeConfigError: If preload.js cannot be loaded.
     """
     found = _denied_to_agents(cfg.build_opencode_config_dict())
     denials: list[dict[str, Any]] = [{"agent": mark, "rules": rules} for _, _, mark, rules in found]
     rules = [] if is_server else rules_of(cfg)
-    if _deny(rules):
-        denials.append({"rules": rules})
-    if not denials:
-        return env
-    if PRELOAD in env:
-        why = f"{PRELOAD} is set: unset it"
-    elif not PRELOAD_FILE.is_file():
-        why = f"{PRELOAD_FILE.name} is not a file (a package in an archive?): install the package"
-    else:
-        return {**env, DENIALS: json.dumps(denials)}
-    raise OpenCodeConfigError(
-        "something is denied, and what keeps a workspace's own configuration from allowing it "
-        f"again would not be loaded: {why}"
-    )
+    return [*denials, {"rules": rules}] if _deny(rules) else denials
 
 
 def _denied_to_agents(config: Mapping[str, Any]) -> list[tuple[str, str, str, list[Rule]]]:
@@ -137,16 +113,6 @@ def _at_home(pattern: str) -> str:
         if pattern == home or pattern.startswith(f"{home}/"):
             return os.path.expanduser("~") + pattern[len(home) :]
     return pattern
-
-
-def not_enforced() -> OpenCodePermissionError:
-    """The error for an OpenCode that does not look for what is denied; without a tool's name."""
-    return OpenCodePermissionError(
-        "this opencode does not load preload.js, or looks for permissions in another way, so that "
-        "the workspace's own configuration could allow what is denied; the run was stopped before "
-        "its first tool: install the tested version with 'opencode-sync install', or use "
-        "OpenCodeServer"
-    )
 
 
 def error_event(name: str, message: str) -> Event:

@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import RunConfig, merged
-from ..core.denials import PRELOAD, PRELOAD_FILE, marked
-from ..core.errors import OpenCodeBinaryNotFoundError, OpenCodeConfigError
+from ..core.denials import denials_of, marked
+from ..core.errors import (
+    OpenCodeBinaryNotFoundError,
+    OpenCodeConfigError,
+    OpenCodePermissionError,
+)
 
 TESTED_VERSION = "1.18.33"
 """The version of OpenCode that this package is tested with, and installs by default."""
@@ -27,6 +31,12 @@ UNTITLED = "opencode-sync"
 
 PLUGIN = Path(__file__).parent.parent / "server" / "plugin.js"
 BUN_TEMPORARY = "BUN_TMPDIR"
+PRELOAD = "BUN_INSPECT_PRELOAD"
+PRELOAD_FILE = Path(__file__).parent / "preload.js"
+DENIALS = "OPENCODE_SYNC_DENIALS"
+"""The variable that tells preload.js what is denied."""
+ENFORCED = b'opencode-sync: {"denials":true}'
+"""What preload.js says on stderr when OpenCode looks for rules the first time."""
 
 # What carries configuration of the user's own; left out with inherit_user_config=False.
 _USER_CONFIG_VARIABLES = (
@@ -255,6 +265,40 @@ def add_preload(env: dict[str, str]) -> dict[str, str]:
     if not env.get(PRELOAD, "unset"):  # Bun exits at once where that is not a file
         return {name: value for name, value in env.items() if name != PRELOAD}
     return {PRELOAD: str(PRELOAD_FILE), **env} if PRELOAD_FILE.is_file() else env
+
+
+def add_denials(env: dict[str, str], cfg: RunConfig, *, is_server: bool = False) -> dict[str, str]:
+    """*env* with what *cfg* denies, for preload.js; unchanged where that is nothing.
+
+    Args:
+        is_server: Only what is denied to single agents: a session there has rules of its own.
+
+    Raises:
+        OpenCodeConfigError: If something is denied, and preload.js cannot be loaded.
+    """
+    denials = denials_of(cfg, is_server=is_server)
+    if not denials:
+        return env
+    if PRELOAD in env:
+        why = f"{PRELOAD} is set: unset it"
+    elif not PRELOAD_FILE.is_file():
+        why = f"{PRELOAD_FILE.name} is not a file (a package in an archive?): install the package"
+    else:
+        return {**env, DENIALS: json.dumps(denials)}
+    raise OpenCodeConfigError(
+        "something is denied, and what keeps a workspace's own configuration from allowing it "
+        f"again would not be loaded: {why}"
+    )
+
+
+def not_enforced() -> OpenCodePermissionError:
+    """The error for an OpenCode that does not look for what is denied; without a tool's name."""
+    return OpenCodePermissionError(
+        "this opencode does not load preload.js, or looks for permissions in another way, so that "
+        "the workspace's own configuration could allow what is denied; the run was stopped before "
+        "its first tool: install the tested version with 'opencode-sync install', or use "
+        "OpenCodeServer"
+    )
 
 
 def unpacking_in(directory: Path, env: Mapping[str, str]) -> dict[str, str]:

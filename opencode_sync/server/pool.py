@@ -31,7 +31,6 @@ from typing import Any, Protocol
 
 from ..core import lifetime
 from ..core.config import RunConfig
-from ..core.denials import PRELOAD, enforced
 from ..core.errors import (
     OpenCodeCancelledError,
     OpenCodeConfigError,
@@ -42,7 +41,15 @@ from ..core.lifetime import CancelScope, Flag
 from ..core.request import Request
 from ..core.secrets import Secrets
 from ..process import tree
-from ..process.command import PLUGIN, build_env, resolve_binary, unpacking_in, without_user_config
+from ..process.command import (
+    PLUGIN,
+    PRELOAD,
+    add_denials,
+    build_env,
+    resolve_binary,
+    unpacking_in,
+    without_user_config,
+)
 from ..process.data_dirs import DataDirectories, Lease
 from ..process.versions import check_program_version
 from ..process.watchdog import add_directory, discard_directory, guard
@@ -265,7 +272,7 @@ class Own:
         if not self._any_version:
             check_program_version(binary, self._scope.is_cancelled)
         env = build_env(self._cfg.replace(agent=None))  # each prompt names its own
-        env = enforced(env, self._cfg, is_server=True)
+        env = add_denials(env, self._cfg, is_server=True)
         _check_plugin(env)
         if self._watchdog:
             guard()

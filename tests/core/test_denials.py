@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from opencode_sync import OpenCodeConfigError, OpenCodePermissionError, RunConfig
-from opencode_sync.core import denials as _denials
-from opencode_sync.core.denials import Tripwire, enforced, rules_of
+from opencode_sync import OpenCodePermissionError, RunConfig
+from opencode_sync.core.denials import Tripwire, denials_of, marked, rules_of
 from opencode_sync.core.events import Event
-from opencode_sync.process.command import build_env
 from tests.scripted import ScriptedRunner
 
 
@@ -24,16 +20,6 @@ def rule(permission: str, action: str, pattern: str = "*") -> dict[str, str]:
 def used(tool: str, /, status: str = "completed", **given: Any) -> Event:
     part = {"tool": tool, "state": {"status": status, "input": given, "output": ""}}
     return cast(Event, {"type": "tool_use", "part": part})
-
-
-def denials(cfg: RunConfig, *, is_server: bool = False) -> Any:
-    """What preload.js is told."""
-    env = enforced(build_env(cfg, {}), cfg, is_server=is_server)
-    return json.loads(env.get("OPENCODE_SYNC_DENIALS", "[]"))
-
-
-def content(cfg: RunConfig) -> Any:
-    return json.loads(build_env(cfg, {})["OPENCODE_CONFIG_CONTENT"])
 
 
 # --- rules ---------------------------------------------------------------------------------------
@@ -60,7 +46,7 @@ def test_a_configuration_that_denies_nothing_makes_no_rules() -> None:
 def test_rules_that_deny_something_are_enforced_as_a_whole() -> None:
     cfg = RunConfig(permission={"bash": {"*": "deny", "ls *": "allow"}})
 
-    assert denials(cfg) == [{"rules": [rule("bash", "deny"), rule("bash", "allow", "ls *")]}]
+    assert denials_of(cfg) == [{"rules": [rule("bash", "deny"), rule("bash", "allow", "ls *")]}]
 
 
 @pytest.mark.parametrize(
@@ -68,10 +54,8 @@ def test_rules_that_deny_something_are_enforced_as_a_whole() -> None:
     [RunConfig(), RunConfig(permission="allow"), RunConfig(tools={"bash": True})],
     ids=["none", "all allowed", "a tool is on"],
 )
-def test_settings_that_deny_nothing_change_nothing(cfg: RunConfig) -> None:
-    env = build_env(cfg, {"BUN_INSPECT_PRELOAD": "mine.js"})
-
-    assert enforced(env, cfg) is env
+def test_settings_that_deny_nothing_have_no_denials(cfg: RunConfig) -> None:
+    assert denials_of(cfg) == []
 
 
 def test_what_an_agent_is_denied_is_denied_to_it_alone() -> None:
@@ -82,11 +66,12 @@ def test_what_an_agent_is_denied_is_denied_to_it_alone() -> None:
     }
     cfg = RunConfig(config_overrides={"agent": agents})
 
-    reader, mute = denials(cfg)
+    reader, mute = denials_of(cfg)
 
     assert reader["rules"] == [rule("edit", "deny"), rule("bash", "deny")]
     assert mute["rules"] == [rule("*", "deny")]
-    permissions = {name: agent["permission"] for name, agent in content(cfg)["agent"].items()}
+    told = marked(cfg.build_opencode_config_dict())["agent"]
+    permissions = {name: agent["permission"] for name, agent in told.items()}
     assert permissions == {
         "free": {"bash": "allow"},
         "reader": {"bash": "deny", reader["agent"]: "deny"},
@@ -98,24 +83,9 @@ def test_a_server_is_told_only_what_agents_are_denied() -> None:
     agents = {"reader": {"permission": {"bash": "deny"}}}
     cfg = RunConfig(permission="deny", config_overrides={"agent": agents})
 
-    [told] = denials(cfg, is_server=True)
+    [told] = denials_of(cfg, is_server=True)
 
     assert told["rules"] == [rule("bash", "deny")]
-
-
-@pytest.mark.parametrize("value", ["", "mine.js"], ids=["set to nothing", "set"])
-def test_a_denial_is_refused_where_the_variable_that_enforces_it_is_set(value: str) -> None:
-    with pytest.raises(OpenCodeConfigError, match="BUN_INSPECT_PRELOAD is set: unset it"):
-        enforced({"BUN_INSPECT_PRELOAD": value}, RunConfig(permission={"bash": "deny"}))
-
-
-def test_a_denial_is_refused_where_the_file_that_enforces_it_is_missing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(_denials, "PRELOAD_FILE", tmp_path / "missing.js")
-
-    with pytest.raises(OpenCodeConfigError, match="in an archive"):
-        enforced({}, RunConfig(tools={"bash": False}))
 
 
 # --- the tripwire --------------------------------------------------------------------------------

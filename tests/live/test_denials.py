@@ -28,7 +28,6 @@ from opencode_sync import (
     RunResult,
 )
 from opencode_sync.api.runner import Runner
-from opencode_sync.core import denials
 from opencode_sync.process import command as _command
 from opencode_sync.server import protocol
 from opencode_sync.testing import Reply, ScriptedModel, ToolCall, tool_call
@@ -398,7 +397,7 @@ def test_a_denied_tool_that_runs_all_the_same_ends_the_run(
     tmp_path: Path,
 ) -> None:
     pretending = tmp_path / "pretending.js"
-    words = denials.ENFORCED.decode()
+    words = _command.ENFORCED.decode()
     pretending.write_text(f"require('fs').writeSync(2, {json.dumps(words)} + '\\n')\n")
     if kind is OpenCodeClient:
         monkeypatch.setattr(_command, "PRELOAD_FILE", pretending)

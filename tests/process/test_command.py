@@ -19,9 +19,11 @@ from opencode_sync import (
     build_env,
     resolve_binary,
 )
+from opencode_sync.process import command as _command
 from opencode_sync.process.command import (
     PLUGIN,
     PRELOAD,
+    add_denials,
     add_plugin,
     add_preload,
     managed_path,
@@ -456,6 +458,34 @@ def test_what_is_preloaded_is_a_file_of_ours() -> None:
 )
 def test_what_the_user_has_preloaded_stays(env: dict[str, str], expected: dict[str, str]) -> None:
     assert add_preload(env) == expected
+
+
+def test_what_is_denied_is_told_to_what_is_preloaded() -> None:
+    env = add_denials({}, RunConfig(permission={"bash": "deny"}))
+
+    (denial,) = json.loads(env["OPENCODE_SYNC_DENIALS"])
+    assert denial == {"rules": [{"permission": "bash", "pattern": "*", "action": "deny"}]}
+
+
+def test_where_nothing_is_denied_the_user_may_preload_what_he_likes() -> None:
+    env = {PRELOAD: "mine.js"}
+
+    assert add_denials(env, RunConfig(permission="allow")) is env
+
+
+@pytest.mark.parametrize("value", ["", "mine.js"], ids=["set to nothing", "set"])
+def test_a_denial_is_refused_where_the_variable_that_enforces_it_is_set(value: str) -> None:
+    with pytest.raises(OpenCodeConfigError, match="BUN_INSPECT_PRELOAD is set: unset it"):
+        add_denials({PRELOAD: value}, RunConfig(permission={"bash": "deny"}))
+
+
+def test_a_denial_is_refused_where_the_file_that_enforces_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(_command, "PRELOAD_FILE", tmp_path / "missing.js")
+
+    with pytest.raises(OpenCodeConfigError, match="in an archive"):
+        add_denials({}, RunConfig(tools={"bash": False}))
 
 
 # --- leaving configuration out -------------------------------------------------------------------
