@@ -60,7 +60,7 @@ class BatchReport:
         not_run: Jobs that were drawn and not run to an end: the budget was spent, or the batch was
             left.
         running: Jobs under way.
-        cost: US dollars spent by this batch: on failed jobs too, not on those of the checkpoint.
+        total_cost: US dollars spent by this batch: on failed jobs too, not on those of the checkpoint.
         tokens: Tokens, counted in the same way.
         wall_s: Seconds from the first job to now, or to the end.
         busy_s: Seconds that the jobs took, summed: more than *wall_s* where several run at once.
@@ -80,7 +80,7 @@ class BatchReport:
     retried: int = 0
     not_run: int = 0
     running: int = 0
-    cost: float = 0.0
+    total_cost: float = 0.0
     tokens: TokenUsage = field(default_factory=TokenUsage)
     wall_s: float = 0.0
     busy_s: float = 0.0
@@ -134,7 +134,7 @@ class BatchReport:
         tokens = self.tokens
         lines = [
             ", ".join(counts),
-            f"${self.cost:.4f}, {tokens.total} tokens ({tokens.input} in, {tokens.output} out)",
+            f"${self.total_cost:.4f}, {tokens.total} tokens ({tokens.input} in, {tokens.output} out)",
             f"{self.wall_s:.1f} s, jobs {self.busy_s:.1f} s in all",
         ]
         if self.rate_limits:
@@ -256,7 +256,7 @@ class Tally:
                 retried=self._counts["retried"],
                 not_run=self._counts["not_run"],
                 running=running,
-                cost=self._cost,
+                total_cost=self._cost,
                 tokens=self._tokens,
                 wall_s=0.0 if began is None else ended - began,
                 busy_s=self._busy_s,
@@ -342,7 +342,7 @@ def _is_seen(always: bool) -> bool:
 def _summary(report: BatchReport) -> str:
     parts = [
         f"{report.failed} failed",
-        f"${report.cost:.4f}",
+        f"${report.total_cost:.4f}",
         f"{_short(report.tokens.total)} tokens",
     ]
     if report.cached:

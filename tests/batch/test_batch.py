@@ -391,8 +391,8 @@ def test_what_is_under_way_is_stopped_once_the_budget_is_spent(runner: ScriptedR
     assert str(stopped[0]).endswith("the job was stopped")
     assert stopped[0].result.status == "over_budget"
     assert len(runner.begun) <= 8
-    assert batch.report.cost == pytest.approx(sum(end.result.total_cost for end in stopped))
-    assert 5 * STEP_COST <= batch.report.cost + 1e-9 <= 8.5 * STEP_COST
+    assert batch.report.total_cost == pytest.approx(sum(end.result.total_cost for end in stopped))
+    assert 5 * STEP_COST <= batch.report.total_cost + 1e-9 <= 8.5 * STEP_COST
     assert (batch.report.not_run, batch.report.failed) == (20, 0)
 
 
@@ -586,7 +586,7 @@ def test_the_report_adds_up(runner: ScriptedRunner) -> None:
     report = batch.report
 
     assert (report.done, report.failed, report.cached, report.not_run) == (3, 1, 0, 0)
-    assert report.cost == pytest.approx(4 * STEP_COST)
+    assert report.total_cost == pytest.approx(4 * STEP_COST)
     assert (report.tokens.total, report.tokens.input, report.tokens.output) == (40, 28, 12)
     assert report.errors == {"OpenCodeProcessError (APIError 401)": 1}
     assert (report.rate_limits, report.lowest_workers) == (1, 1)

@@ -64,7 +64,7 @@ def test_finished_jobs_are_not_run_again(runner: ScriptedRunner, path: Path) -> 
     assert [result.index for result in again] == [0, 1, 2]
     assert again[1].events == first[0].events
     assert sorted(runner.prompts) == ["a", "b", "c"]
-    assert (batch.report.cached, batch.report.done, batch.report.cost) == (2, 1, 0.01)
+    assert (batch.report.cached, batch.report.done, batch.report.total_cost) == (2, 1, 0.01)
 
 
 def test_a_result_is_in_the_file_before_it_is_given(runner: ScriptedRunner, path: Path) -> None:

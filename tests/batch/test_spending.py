@@ -69,7 +69,7 @@ def test_a_job_that_ends_in_the_users_code_has_cost_what_it_has(schema: Any, kin
 
     assert [type(end) for end in ends] == [kind, kind]
     assert [end.result.total_cost for end in ends if isinstance(end, OpenCodeError)] == [COST] * 2
-    assert batch.report.cost == 2 * COST
+    assert batch.report.total_cost == 2 * COST
     assert batch.report.tokens.total == 0
 
 
@@ -88,7 +88,7 @@ def test_a_job_that_ends_by_a_fault_of_ours_has_cost_what_it_has(
     assert isinstance(error, OpenCodeError)
     assert isinstance(error.__cause__, ZeroDivisionError)
     assert error.result is not None
-    assert error.result.total_cost == batch.report.cost == COST
+    assert error.result.total_cost == batch.report.total_cost == COST
 
 
 def test_jobs_that_end_in_the_users_code_use_up_the_budget() -> None:
@@ -136,7 +136,7 @@ def test_jobs_that_could_not_be_saved_have_cost_what_they_have(
         with pytest.raises(OpenCodeError, match=str(fault)):
             list(batch)
 
-    assert batch.report.cost == COST
+    assert batch.report.total_cost == COST
 
 
 def test_a_value_that_cannot_leave_its_worker_process_is_an_error_with_its_cost() -> None:
@@ -150,7 +150,7 @@ def test_a_value_that_cannot_leave_its_worker_process_is_an_error_with_its_cost(
     assert "cannot pickle" in str(error)
     assert error.result is not None
     assert (error.result.status, error.result.answer) == ("error", GOOD)
-    assert error.result.total_cost == batch.report.cost == COST
+    assert error.result.total_cost == batch.report.total_cost == COST
 
 
 class Stubborn(Answering):
@@ -188,7 +188,7 @@ def test_a_job_that_does_not_end_in_time_has_cost_what_it_has_by_then(
 
     batch.close()
 
-    assert batch.report.cost == COST
+    assert batch.report.total_cost == COST
     runner.may_end.set()
     consumer.join()
     runner.close()

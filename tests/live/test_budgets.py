@@ -234,6 +234,6 @@ def test_a_batch_stops_what_is_under_way_and_runs_it_again_with_a_larger_budget(
     results = [end.result for end in stopped if isinstance(end, OpenCodeError)]
     assert {result.status for result in results if result is not None} == {"over_budget"}
     # Each may have ended one more step until it was stopped.
-    assert 4 * STEP_COST <= first.report.cost + 1e-9 <= 8 * STEP_COST
+    assert 4 * STEP_COST <= first.report.total_cost + 1e-9 <= 8 * STEP_COST
     assert [end.answer for end in ends if isinstance(end, RunResult)] == ["Worked."] * 2
-    assert second.report.cost == pytest.approx(2 * STEP_COST)
+    assert second.report.total_cost == pytest.approx(2 * STEP_COST)

@@ -161,7 +161,7 @@ def test_what_a_users_validator_raises_is_an_error_of_ours_with_what_was_spent(
     assert isinstance(error, OpenCodeOutputError)
     assert "the validator raised KeyError: 'Kiebitz'" in error.errors[0]
     assert error.result is not None
-    assert error.result.total_cost == batch.report.cost == pytest.approx(2 * COST)
+    assert error.result.total_cost == batch.report.total_cost == pytest.approx(2 * COST)
 
 
 # --- on a server ---------------------------------------------------------------------------------
