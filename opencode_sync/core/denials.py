@@ -115,11 +115,6 @@ def _at_home(pattern: str) -> str:
     return pattern
 
 
-def error_event(name: str, message: str) -> Event:
-    """An error of ours, as OpenCode writes one."""
-    return {"type": "error", "error": {"name": name, "data": {"message": message}}}
-
-
 class Tripwire:
     """Tells when a tool has run that the caller denies, whatever let it run.
 

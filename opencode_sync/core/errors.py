@@ -23,8 +23,7 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .text import error_html, error_lines, printable
-from .text import strip_ansi as strip_ansi
+from .text import error_html, error_lines, printable, strip_ansi
 
 if TYPE_CHECKING:
     from .events import Event

@@ -362,6 +362,14 @@ def warning_events(messages: Iterable[str]) -> list[Event]:
     return [{"type": "warning", "timestamp": now, "message": message} for message in messages]
 
 
+def error_event(error: Exception) -> Event:
+    """*error*, one of ours, as OpenCode writes one."""
+    return {
+        "type": "error",
+        "error": {"name": type(error).__name__, "data": {"message": str(error)}},
+    }
+
+
 def dump_event(event: Event) -> bytes:
     """*event* as one line of JSON with its newline, readable by every JSON parser."""
     try:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .errors import strip_ansi
+from .text import strip_ansi
 
 # Offered to the model unless denied (OpenCode 1.18.33).
 _BUILT_IN_TOOLS = frozenset(

@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Literal
 
-from .denials import Tripwire, error_event
+from .denials import Tripwire
 from .errors import (
     OpenCodeCancelledError,
     OpenCodeConfigError,
@@ -49,7 +49,7 @@ from .errors import (
     OpenCodeServerError,
     OpenCodeTimeoutError,
 )
-from .events import Event, EventLog, WarningEvent
+from .events import Event, EventLog, WarningEvent, error_event
 from .lifetime import REASON, CancelScope, Flag, Pinned, UnderWay
 from .request import Limits, Meter, OpenSource, Review, Source
 from .result import RunResult, is_cut_off
@@ -191,7 +191,7 @@ class Course:
         self._take(events)
         broken = None if self._tripwire is None else self._tripwire.broken(events)
         if broken is not None:
-            self._take([error_event(type(broken).__name__, str(broken))])
+            self._take([error_event(broken)])
             self._finish(None, broken)
         elif (overspent := self._meter.overspent(self._result)) is not None:
             self._finish("over_budget", overspent)

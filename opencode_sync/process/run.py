@@ -26,7 +26,6 @@ from pathlib import Path
 
 from ..core import lifetime
 from ..core.config import unencodable
-from ..core.denials import error_event
 from ..core.errors import (
     OpenCodeBinaryNotFoundError,
     OpenCodeConfigError,
@@ -34,12 +33,12 @@ from ..core.errors import (
     OpenCodeIncompleteError,
     OpenCodeProcessError,
     stderr_tail,
-    strip_ansi,
 )
-from ..core.events import Event, is_cut, parse_block, warning_events
+from ..core.events import Event, error_event, is_cut, parse_block, warning_events
 from ..core.reading import ARGUMENTS_ERROR, called_session, error_info, why_cut
 from ..core.result import RunResult
 from ..core.secrets import Secrets
+from ..core.text import strip_ansi
 from . import tree, watchdog
 from .child import LineSplitter, Process
 from .data_dirs import Lease
@@ -361,7 +360,7 @@ class ProcessRun:
             if not self._was_stopped and not self._process.has_written("stderr", words):
                 self._not_said = error
                 self.stop()
-                return [error_event(type(error).__name__, str(error))]
+                return [error_event(error)]
         return []
 
     def _note_session(self, events: Sequence[Event]) -> None:

@@ -23,9 +23,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from ..core.errors import strip_ansi
 from ..core.events import Event, RetryEvent, warning_events
 from ..core.mcp import unavailable
+from ..core.text import strip_ansi
 
 PRELOAD_PREFIX = "opencode-sync: "
 FALLBACK = "Falling back to"

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core import lifetime
-from ..core.errors import OpenCodeBinaryNotFoundError, OpenCodeServerError, strip_ansi
+from ..core.errors import OpenCodeBinaryNotFoundError, OpenCodeServerError
 from ..core.secrets import without_quotes
+from ..core.text import strip_ansi
 from ..process import tree
 from ..process.command import add_plugin, add_preload
 from ..process.stderr import (

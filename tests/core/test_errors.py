@@ -26,7 +26,7 @@ from opencode_sync import (
     RunResult,
     aggregate_run_result,
 )
-from opencode_sync.core.errors import strip_ansi
+from opencode_sync.core.text import strip_ansi
 
 
 def partial_result() -> RunResult:
