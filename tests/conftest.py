@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,13 +28,50 @@ from tests import leaks
 _BINARY = pytest.StashKey["str | OpenCodeError"]()  # its path, or why there is none
 
 
+# --- in several processes ------------------------------------------------------------------------
+
+# More than the cores: a test of the real opencode waits as much as it works.
+WORKERS = 2 * (os.cpu_count() or 1)
+# They measure, or take the whole machine for a while, and so run in one worker after another.
+ALONE = ("tests/test_soak.py", "tests/live/test_soak_live.py", "tests/benchmarks/")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Use workers of pytest-xdist unless files are named, or -n says how many."""
+    # The option is there where xdist is; a worker has none of its own.
+    is_open = getattr(config.option, "numprocesses", 0) is None
+    if is_open and not hasattr(config, "workerinput") and ".py" not in "".join(config.args):
+        config.option.numprocesses = WORKERS
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Run tests that share fixtures in one worker: those of a module, or of one of its runners."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            if nodeid.startswith(ALONE):
+                return "alone"
+            module, _, test = nodeid.partition("::")
+            _, _, parameters = test.partition("[")
+            runner, _, _ = parameters.rstrip("]").partition("-")
+            return f"{module} {runner}" if runner in ("process", "server") else module
+
+    return Scheduling(config, log)
+
+
 # --- the real opencode ---------------------------------------------------------------------------
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if _needs_binary(item):
             item.add_marker("live")
+    if hasattr(config, "workerinput"):  # what takes long is begun first
+        items.sort(key=lambda item: not _needs_binary(item))
 
 
 @pytest.hookimpl(trylast=True)
