@@ -22,7 +22,7 @@ from opencode_sync.core.errors import OpenCodeBinaryNotFoundError, OpenCodeError
 from opencode_sync.process.command import TESTED_VERSION, managed_binary
 from opencode_sync.process.data_dirs import DataDirectories
 from opencode_sync.process.install import install
-from opencode_sync.process.versions import binary_version
+from opencode_sync.process.versions import binary_version, fault_of, is_older
 from tests import leaks
 
 _BINARY = pytest.StashKey["str | OpenCodeError"]()  # its path, or why there is none
@@ -121,16 +121,11 @@ def _find_or_install(report: Callable[[str], None]) -> str:
 def _checked(binary: str | os.PathLike[str]) -> str:
     """*binary*, if it runs and is the tested version or a later one of the same series."""
     version = binary_version(binary)
-    tested = _numbers(TESTED_VERSION)
-    if not tested <= _numbers(version) < (tested[0] + 1,):
+    if fault_of(version) or is_older(version, TESTED_VERSION):
         raise OpenCodeBinaryNotFoundError(
             f"{os.fspath(binary)} is version {version}: the tests need {TESTED_VERSION} or later"
         )
     return os.path.abspath(binary)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in version.split(".") if number.isdigit())
 
 
 # --- signals as in a terminal --------------------------------------------------------------------

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,30 +25,13 @@ from ..core.config import (
     check_program,
     checked_path,
 )
-from ..core.errors import OpenCodeConfigError, OpenCodeError
+from ..core.errors import OpenCodeConfigError
 from ..core.lifetime import CancelScope
 from ..core.stream import Source
 from ..process.capacity import Gate
-from ..process.command import (
-    DEFAULT_BINARY,
-    DENIALS,
-    ENFORCED,
-    PLUGIN,
-    add_denials,
-    add_plugin,
-    add_preload,
-    build_argv,
-    build_env,
-    not_enforced,
-    resolve_binary,
-    unpacking_in,
-    with_title,
-    without_database,
-    without_user_config,
-)
+from ..process.command import DEFAULT_BINARY, build_env, resolve_binary, run_command
 from ..process.data_dirs import (
     DataDirectories,
-    Lease,
     check_directory,
     in_words,
     link_credentials,
@@ -228,20 +212,12 @@ class OpenCodeClient(Runner):
         if self._watchdog:
             with lifetime.deferred():
                 guard()
+        isolated = self._isolate_db and "XDG_DATA_HOME" not in (request.cfg.extra_env or {})
+        if isolated:
+            request = self._with_session(request)
         cfg = request.cfg
-        env = add_denials(build_env(cfg), cfg)
-        must_say: dict[bytes, OpenCodeError] = {ENFORCED: not_enforced()} if DENIALS in env else {}
-        prompt = request.instructed
-        if cfg.command is not None and prompt.strip():
-            from ..server.protocol import OPENED, not_opened, sealed
-
-            _check_plugins(cfg, env)
-            env, prompt = add_plugin(env), sealed(prompt)
-            must_say[OPENED] = not_opened()
-        isolated = self._isolate_db and "XDG_DATA_HOME" not in (cfg.extra_env or {})
+        env = build_env(cfg)
         with ExitStack() as undo:
-            if isolated:
-                cfg = self._own_session(cfg, request.workspace)
             lease = self._directories.lease(
                 env,
                 session_id=cfg.session_id if isolated else None,
@@ -250,30 +226,26 @@ class OpenCodeClient(Runner):
                 holds_sessions=isolated,
             )
             undo.callback(lease.release)
-            env = self._placed(env, cfg, lease if isolated else None)
+            command = run_command(
+                binary,
+                request,
+                unpacked=lease.unpacked,
+                data_home=lease.path if isolated else self._shared_home(env),
+                empty_config=None if cfg.inherit_user_config else self._directories.empty_config(),
+                keeps_database=not isolated,
+            )
             if not isolated and cfg.session_id is not None:
-                _check_workspace(cfg.session_id, env, request.workspace)
-            env = unpacking_in(lease.unpacked, env)
-            model = cfg.model or cfg.build_opencode_config_dict().get("model")
-            if cfg.variant is not None and isinstance(model, str):
-                place, cancelled = str(request.workspace), scope.is_cancelled
-                warnings += warn_of_variant(binary, cfg.variant, model, env, place, cancelled)
-            env = add_preload(env)
+                _check_workspace(cfg.session_id, command.env, request.workspace)
+            warnings += warn_of_variant(binary, request, command.env, scope.is_cancelled)
             with ExitStack() as starting:
                 if not isolated:
                     starting.enter_context(self._gate.slot(scope.is_cancelled))
                 run = ProcessRun(
-                    build_argv(binary, None, with_title(_with_logs(cfg), request.instructed)),
-                    env,
-                    prompt,
-                    request.workspace,
+                    command,
+                    request,
                     lease=lease,
-                    keep_background=cfg.keep_background,
                     keep_raw=keep_raw,
-                    keep_logs=bool(cfg.print_logs),
                     warnings=warnings,
-                    secrets=request.secrets,
-                    must_say=must_say,
                 )
                 undo.callback(run.close)  # a Ctrl-C's traceback would keep it alive
                 if not isolated and self._gate.is_limited:
@@ -290,49 +262,25 @@ class OpenCodeClient(Runner):
                 self._attached = Attached(any_version=self._settings["any_version"])
         return self._attached.of(request.cfg).begin(request, scope)
 
-    def _own_session(self, cfg: RunConfig, workspace: Path) -> RunConfig:
-        """*cfg* with the session named that ``continue_session`` means."""
+    def _with_session(self, request: Request) -> Request:
+        """*request* with the session named that ``continue_session`` means."""
+        cfg = request.cfg
         if not cfg.continue_session:
-            return cfg
-        last = self._directories.last_session(str(workspace))
+            return request
+        last = self._directories.last_session(str(request.workspace))
         if last is None and cfg.fork:
-            raise OpenCodeConfigError(f"fork=True, but there is no session yet in {workspace}")
-        return cfg.replace(continue_session=False, session_id=last)
+            raise OpenCodeConfigError(
+                f"fork=True, but there is no session yet in {request.workspace}"
+            )
+        return replace(request, cfg=cfg.replace(continue_session=False, session_id=last))
 
-    def _placed(self, env: dict[str, str], cfg: RunConfig, lease: Lease | None) -> dict[str, str]:
-        """*env* with the directories that this run is to use."""
-        if lease is not None:
-            env = without_database(env, cfg) | {"XDG_DATA_HOME": str(lease.path)}
-        elif not self._isolate_db and self._shared_data is not None:
-            with in_words(self._shared_data):
-                link_credentials(env, self._shared_data, is_ours=False)
-            env = env | {"XDG_DATA_HOME": str(self._shared_data)}
-        if not cfg.inherit_user_config:
-            env = without_user_config(env, cfg, self._directories.empty_config())
-        return env
-
-
-def _check_plugins(cfg: RunConfig, env: Mapping[str, str]) -> None:
-    """Refuse a command's arguments where our plugin cannot keep them from being expanded."""
-    if cfg.pure or env.get("OPENCODE_PURE", "").lower() in ("1", "true"):
-        why = "pure=True leaves out all plugins"
-    elif not PLUGIN.is_file():
-        why = "there is no file of our plugin (a package in an archive?)"
-    else:
-        return
-    raise OpenCodeConfigError(
-        f"{why}, and ours keeps the arguments of command {cfg.command!r} from the shell: run it "
-        "without arguments, or give its text as the prompt"
-    )
-
-
-def _with_logs(cfg: RunConfig) -> RunConfig:
-    # Without errors a provider's refusals, which OpenCode retries for minutes, would be silent, and
-    # without warnings an MCP server that does not work.
-    if cfg.print_logs:
-        return cfg
-    is_enough = cfg.log_level in ("DEBUG", "INFO", "WARN")
-    return cfg.replace(print_logs=True, log_level=cfg.log_level if is_enough else "WARN")
+    def _shared_home(self, env: Mapping[str, str]) -> Path | None:
+        """The one data directory of all runs; None for that of *env*."""
+        if self._isolate_db or self._shared_data is None:
+            return None
+        with in_words(self._shared_data):
+            link_credentials(env, self._shared_data, is_ours=False)
+        return self._shared_data
 
 
 def _check_workspace(session_id: str, env: Mapping[str, str], workspace: Path) -> None:

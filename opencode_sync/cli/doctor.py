@@ -22,7 +22,7 @@ from typing import Literal
 from ..core.errors import OpenCodeBinaryNotFoundError
 from ..core.text import count, one_line
 from ..process.capacity import available_cores, available_memory, workers_for_processes
-from ..process.command import TESTED_VERSION, managed_root, resolve_binary
+from ..process.command import TESTED_VERSION, managed_root, resolve_binary, version_numbers
 from ..process.data_dirs import user_data
 from ..process.leftovers import Leftovers
 from ..process.versions import (
@@ -31,7 +31,6 @@ from ..process.versions import (
     fault_of,
     how_to_replace,
     is_older,
-    numbers_in,
 )
 
 RUN_DISK_BYTES = 100 * 2**20  # a fresh data directory is small; snapshots and tool output grow
@@ -84,7 +83,7 @@ def _opencode() -> Finding:
         return Finding("opencode", "bad", text, f"{doubt}; {upgrade}")
     if is_older(version, TESTED_VERSION):
         return Finding("opencode", "note", text, f"{TESTED_VERSION} is the tested one; {upgrade}")
-    if (numbers_in(version) or ())[:2] > (numbers_in(TESTED_VERSION) or ())[:2]:
+    if (version_numbers(version) or ())[:2] > (version_numbers(TESTED_VERSION) or ())[:2]:
         return Finding("opencode", "note", text, f"newer than {TESTED_VERSION}, the tested one")
     return Finding("opencode", "good", text)
 

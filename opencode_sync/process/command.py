@@ -1,16 +1,25 @@
-"""RunConfig -> binary, argv, env: the only place that knows OpenCode's flags and variables.
+"""Which program is run, with which arguments, in which environment.
 
-Measured with OpenCode 1.18.33. Starts nothing and writes nothing.
+    binary ------------> resolve_binary() --> the program: named, on PATH, or the managed copy
+    Request, lease ----> run_command() -----> Command: argv, the whole environment, stdin
+    RunConfig ---------> server_env() ------> the environment of ``opencode serve``
+
+The only place that knows OpenCode's flags and variables, as measured with 1.18.33. Layers of an
+environment, later ones over earlier ones: the process's own; the switches of the settings; their
+``extra_env``; the configuration, merged over one that is there; directories; what our scripts in
+OpenCode (plugin.js, preload.js) need. Starts nothing and writes nothing.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +28,16 @@ from ..core.denials import denials_of, marked
 from ..core.errors import (
     OpenCodeBinaryNotFoundError,
     OpenCodeConfigError,
+    OpenCodeError,
     OpenCodePermissionError,
 )
+from ..core.request import Request
 
 TESTED_VERSION = "1.18.33"
 """The version of OpenCode that this package is tested with, and installs by default."""
+
+VERSION = re.compile(r"(?:opencode )?v?(?P<version>(?P<numbers>\d+(?:\.\d+)+)(?:[-+][\w.+-]+)?)")
+"""What ``opencode --version`` has printed over time; the group ``version`` is the plain form."""
 
 DEFAULT_BINARY = "opencode"
 UNTITLED = "opencode-sync"
@@ -37,6 +51,17 @@ DENIALS = "OPENCODE_SYNC_DENIALS"
 """The variable that tells preload.js what is denied."""
 ENFORCED = b'opencode-sync: {"denials":true}'
 """What preload.js says on stderr when OpenCode looks for rules the first time."""
+_NPM = {"npm_config_fetch_retries": "0", "npm_config_fetch_timeout": "5000"}  # milliseconds
+
+OPENED = b'opencode-sync: {"arguments":true}'
+"""What our plugin says on stderr when it has opened a command's arguments."""
+
+# As OpenCode splits arguments for $1, $2, ...; what is between the words stays as it is.
+_WORD = re.compile(
+    r"""(\[Image[ ]\d+\])|"([^"]*)"|'([^']*)'|([^\t\n\v\f\r \u00a0\u1680\u2000-\u200a\u2028\u2029"""
+    r"""\u202f\u205f\u3000\ufeff"']+)""",
+    re.IGNORECASE,
+)
 
 # What carries configuration of the user's own; left out with inherit_user_config=False.
 _USER_CONFIG_VARIABLES = (
@@ -103,12 +128,16 @@ def managed_binary() -> Path | None:
         versions = [entry.name for entry in managed_root().iterdir()]
     except (OSError, OpenCodeConfigError):  # there is none, and nowhere that one could be
         return None
-    others = [path for version in versions if os.path.isfile(path := managed_path(version))]
-    return max(others, key=lambda path: _version_key(path.parent.parent.name), default=None)
+    others = [version for version in versions if os.path.isfile(managed_path(version))]
+    highest = max(others, key=lambda version: version_numbers(version) or (), default=None)
+    return None if highest is None else managed_path(highest)
 
 
-def _version_key(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in version.split(".") if number.isdigit())
+def version_numbers(version: str) -> tuple[int, ...] | None:
+    """The numbers of a version, or None where it has none: ``"local"``, ``"0.0.0-dev-2026"``."""
+    match = VERSION.fullmatch(version)
+    numbers = tuple(map(int, match["numbers"].split("."))) if match else ()
+    return numbers if any(numbers) else None
 
 
 def resolve_binary(binary: str | os.PathLike[str] = DEFAULT_BINARY) -> str:
@@ -130,7 +159,7 @@ def resolve_binary(binary: str | os.PathLike[str] = DEFAULT_BINARY) -> str:
         return str(managed)
     if is_default and name != DEFAULT_BINARY:
         raise OpenCodeBinaryNotFoundError(
-            f"{_why_not(name)}, which OPENCODE_BINARY names: mend or unset the variable"
+            f"{_why_not(name)}, which OPENCODE_BINARY names: fix or unset the variable"
         )
     raise OpenCodeBinaryNotFoundError(
         f"{_why_not(name)}: run 'opencode-sync install', or pass binary=\"path/to/opencode\""
@@ -202,6 +231,15 @@ def with_title(run_cfg: RunConfig, prompt: str) -> RunConfig:
     return run_cfg.replace(title="" if prompt.strip() else UNTITLED)
 
 
+def _with_logs(cfg: RunConfig) -> RunConfig:
+    # Without errors a provider's refusals, which OpenCode retries for minutes, would be silent, and
+    # without warnings an MCP server that does not work.
+    if cfg.print_logs:
+        return cfg
+    is_enough = cfg.log_level in ("DEBUG", "INFO", "WARN")
+    return cfg.replace(print_logs=True, log_level=cfg.log_level if is_enough else "WARN")
+
+
 def _switch(flag: str, value: bool | None) -> list[str]:
     return [flag] if value else []
 
@@ -256,11 +294,103 @@ def build_env(run_cfg: RunConfig, base: Mapping[str, str] | None = None) -> dict
     return env
 
 
+@dataclass(frozen=True)
+class Command:
+    """How one ``opencode run`` is started.
+
+    Attributes:
+        argv: The argument list; the prompt is not in it.
+        env: The whole environment, but for the marker that the process module adds.
+        prompt: For stdin. A command's arguments are sealed, see :func:`sealed`.
+        must_say: What has to be on stderr before the first step, each with the error that the run
+            ends with where it is not.
+    """
+
+    argv: list[str]
+    env: dict[str, str]
+    prompt: str
+    must_say: Mapping[bytes, OpenCodeError]
+
+
+def run_command(
+    binary: str,
+    request: Request,
+    *,
+    unpacked: Path,
+    data_home: Path | None = None,
+    empty_config: Path | None = None,
+    keeps_database: bool = True,
+) -> Command:
+    """The command of a run.
+
+    Args:
+        unpacked: The directory for what OpenCode unpacks.
+        data_home: The run's ``XDG_DATA_HOME``; None for the one of its environment.
+        empty_config: A directory without configuration, for ``inherit_user_config=False``.
+        keeps_database: Leave ``OPENCODE_DB``, which takes the database out of *data_home*, where
+            it is. If not, it stays only where ``extra_env`` sets it.
+
+    Raises:
+        OpenCodeConfigError: If the configuration of the environment cannot be merged, or what
+            enforces a setting cannot be loaded into OpenCode.
+    """
+    cfg, prompt = request.cfg, request.instructed
+    env = add_denials(build_env(cfg), cfg)
+    must_say: dict[bytes, OpenCodeError] = {}
+    if DENIALS in env:
+        must_say[ENFORCED] = not_enforced()
+    if cfg.command is not None and prompt.strip():
+        _check_plugins(cfg, env)
+        env, prompt = add_plugin(env), sealed(prompt)
+        must_say[OPENED] = not_opened()
+    if not keeps_database and "OPENCODE_DB" not in (cfg.extra_env or {}):
+        env.pop("OPENCODE_DB", None)
+    env = _with_directories(env, cfg, data_home, unpacked, empty_config)
+    argv = build_argv(binary, None, with_title(_with_logs(cfg), prompt))
+    return Command(argv, add_preload(env), prompt, must_say)
+
+
+def server_env(
+    cfg: RunConfig, *, unpacked: Path, data_home: Path, empty_config: Path | None = None
+) -> dict[str, str]:
+    """The environment of a server, but for its password; arguments as for :func:`run_command`."""
+    env = build_env(cfg.replace(agent=None))  # each prompt names its own
+    env = add_denials(env, cfg, is_server=True)
+    env = _with_directories(env, cfg, data_home, unpacked, empty_config)
+    return add_preload(add_plugin(env))
+
+
+def _with_directories(
+    env: Mapping[str, str],
+    cfg: RunConfig,
+    data_home: Path | None,
+    unpacked: Path,
+    empty_config: Path | None,
+) -> dict[str, str]:
+    # Each start of OpenCode unpacks a library of 5.6 MB there, else into the temporary directory,
+    # and leaves it (1.18.33). A variable that is set already stays.
+    env = {BUN_TEMPORARY: str(unpacked), **env}
+    if data_home is not None:
+        env["XDG_DATA_HOME"] = str(data_home)
+    if not cfg.inherit_user_config and empty_config is not None:
+        env = without_user_config(env, cfg, empty_config)
+    return env
+
+
+def without_user_config(env: Mapping[str, str], run_cfg: RunConfig, empty: Path) -> dict[str, str]:
+    """*env* with the directory *empty* where OpenCode looks for the user's own files.
+
+    A variable that ``extra_env`` sets itself stays. Tools keep their ``HOME``.
+    """
+    own = run_cfg.extra_env or {}
+    return {**env, **{name: str(empty) for name in _USER_CONFIG_DIRECTORIES if name not in own}}
+
+
 def add_preload(env: dict[str, str]) -> dict[str, str]:
     """*env* with what makes OpenCode tell of a provider's refusals, on stderr.
 
-    It only adds detail: it is left out where the package stands in an archive, or where the
-    variable is set, be it to nothing.
+    It only adds detail: it is left out where the package is in an archive, or where the variable
+    is set, even to nothing.
     """
     if not env.get(PRELOAD, "unset"):  # Bun exits at once where that is not a file
         return {name: value for name, value in env.items() if name != PRELOAD}
@@ -301,20 +431,8 @@ def not_enforced() -> OpenCodePermissionError:
     )
 
 
-def unpacking_in(directory: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """*env* with *directory* for what Bun unpacks; a variable that is set already stays.
-
-    Each start of OpenCode leaves a library of 5.6 MB there, else in the temporary directory
-    (1.18.33).
-    """
-    return {BUN_TEMPORARY: str(directory), **env}
-
-
-_NPM = {"npm_config_fetch_retries": "0", "npm_config_fetch_timeout": "5000"}  # milliseconds
-
-
 def add_plugin(env: dict[str, str]) -> dict[str, str]:
-    """*env* with a server's plugin in its configuration, beside those that are there.
+    """*env* with our plugin in its configuration, beside those that are there.
 
     With any plugin OpenCode waits for its own installations by npm, which without a network take
     70 s in each directory, and 0.4 s without retries; where the registry takes connections and
@@ -327,22 +445,43 @@ def add_plugin(env: dict[str, str]) -> dict[str, str]:
     return {**_NPM, **env, **ours}
 
 
-def without_user_config(env: dict[str, str], run_cfg: RunConfig, empty: Path) -> dict[str, str]:
-    """*env* with the directory *empty* where OpenCode looks for the user's own files.
+def _check_plugins(cfg: RunConfig, env: Mapping[str, str]) -> None:
+    """Refuse a command's arguments where our plugin cannot keep them from being expanded."""
+    if cfg.pure or env.get("OPENCODE_PURE", "").lower() in ("1", "true"):
+        why = "pure=True leaves out all plugins"
+    elif not PLUGIN.is_file():
+        why = "there is no file of our plugin (a package in an archive?)"
+    else:
+        return
+    raise OpenCodeConfigError(
+        f"{why}, and ours keeps the arguments of command {cfg.command!r} from the shell: run it "
+        "without arguments, or give its text as the prompt"
+    )
 
-    A variable that ``extra_env`` sets itself stays. Tools keep their ``HOME``.
+
+def sealed(arguments: str) -> str:
+    """*arguments* with each word as letters that mean nothing, until our plugin opens it.
+
+    OpenCode expands arguments together with the template: ``$&`` and the like, ``@file``, and
+    !`command` by the shell, whatever the permissions say (1.18.33).
     """
-    own = run_cfg.extra_env or {}
-    return {**env, **{name: str(empty) for name in _USER_CONFIG_DIRECTORIES if name not in own}}
+    return _WORD.sub(_sealed_word, arguments)
 
 
-def without_database(env: dict[str, str], run_cfg: RunConfig) -> dict[str, str]:
-    """*env* without the variable that takes the database out of the data directory.
+def _sealed_word(match: re.Match[str]) -> str:
+    whole = match[0]
+    quote = whole[0] if match[2] is not None or match[3] is not None else ""
+    word = whole[1:-1] if quote else whole
+    letters = base64.urlsafe_b64encode(word.encode()).decode().rstrip("=")
+    return f"{quote}ocs.{letters}.ocs{quote}"
 
-    Set by ``extra_env`` itself, it stays.
-    """
-    own = run_cfg.extra_env or {}
-    return {name: value for name, value in env.items() if name != "OPENCODE_DB" or name in own}
+
+def not_opened() -> OpenCodeError:
+    """The error for an OpenCode that would give the model sealed arguments."""
+    return OpenCodeError(
+        "this opencode did not load plugin.js, so that the command's arguments would reach the "
+        "model as letters without a meaning; the run was stopped: give its text as the prompt"
+    )
 
 
 def _content(config: Mapping[str, Any]) -> str:
@@ -361,7 +500,7 @@ def _parent_config(content: str | None) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise OpenCodeConfigError(
             "OPENCODE_CONFIG_CONTENT of the environment is not a JSON object, so the run's own "
-            "configuration cannot be merged over it: mend or unset it"
+            "configuration cannot be merged over it: fix or unset it"
         )
     return config
 

@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..core.errors import OpenCodeBinaryNotFoundError, OpenCodeConfigError, OpenCodeError
-from .command import TESTED_VERSION, managed_path, managed_root
+from .command import TESTED_VERSION, managed_path, managed_root, version_numbers
 from .versions import ask_version, fault_of
 
 NPM_TIMEOUT_S = 1_800.0  # 130 MB to load, over a slow line as well
@@ -33,7 +33,6 @@ NPM_TIMEOUT_S = 1_800.0  # 130 MB to load, over a slow line as well
 _PACKAGE = "opencode-ai"
 _SCRATCH = ".installing-"
 _STDERR_LINES = 20
-_VERSION = re.compile(r"\d+\.\d+\.\d+(-[0-9A-Za-z.-]+)?")
 
 # The first three stand against settings of the user's own that would hide the programs from us.
 # The package's install script would only make a third copy of 185 MB.
@@ -69,9 +68,10 @@ def install(version: str | None = None, *, report: Callable[[str], None] = print
             was installed before, are left as they were.
     """
     version = TESTED_VERSION if version is None else version
-    if not _VERSION.fullmatch(version):
+    if len(version_numbers(version) or ()) != 3 or not version[0].isdigit():
         raise OpenCodeConfigError(
-            f"{version!r} is no version of OpenCode: give three numbers, such as {TESTED_VERSION!r}"
+            f"{version!r} is not a version of OpenCode: give three numbers, such as "
+            f"{TESTED_VERSION!r}"
         )
     if fault := fault_of(version):
         raise OpenCodeConfigError(f"nothing was installed: {fault}")
@@ -105,7 +105,7 @@ def _alone(root: Path, report: Callable[[str], None]) -> Iterator[None]:
         if error.filename is None:  # no file of ours: report() may print into a closed pipe
             raise
         raise OpenCodeBinaryNotFoundError(
-            f"cannot write to {root}: {error.strerror}: mend that, or set XDG_DATA_HOME to a "
+            f"cannot write to {root}: {error.strerror}: fix that, or set XDG_DATA_HOME to a "
             "directory that can be written"
         ) from error
 
@@ -166,7 +166,7 @@ def _run_npm(version: str, prefix: Path, report: Callable[[str], None]) -> None:
         ) from None
     except OSError as error:
         raise OpenCodeBinaryNotFoundError(
-            f"{where} does not run: {error.strerror or error}: mend it, or take it off PATH and "
+            f"{where} does not run: {error.strerror or error}: fix it, or take it off PATH and "
             """run 'pip install "opencode-sync-sdk[opencode]"', which brings another"""
         ) from error
     if done.returncode:
@@ -201,7 +201,7 @@ def _npm_error(version: str, exit_code: int, stderr: str) -> OpenCodeError:
             f"is, {TESTED_VERSION} is what this package is tested with\n{words}"
         )
     return OpenCodeBinaryNotFoundError(
-        f"npm ended with status {exit_code} and without {_PACKAGE} {version}: mend what it "
+        f"npm ended with status {exit_code} and without {_PACKAGE} {version}: fix what it "
         f"names, and run 'opencode-sync install' again\n{words}"
     )
 

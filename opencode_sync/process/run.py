@@ -22,7 +22,6 @@ import errno
 import logging
 import queue
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from ..core import lifetime
 from ..core.config import unencodable
@@ -36,11 +35,13 @@ from ..core.errors import (
 )
 from ..core.events import Event, error_event, is_cut, parse_block, warning_events
 from ..core.reading import ARGUMENTS_ERROR, called_session, error_info, why_cut
+from ..core.request import Request
 from ..core.result import RunResult
 from ..core.secrets import Secrets
 from ..core.text import strip_ansi
 from . import tree, watchdog
 from .child import LineSplitter, Process
+from .command import Command
 from .data_dirs import Lease
 from .stderr import (
     LogReader,
@@ -174,42 +175,33 @@ class ProcessRun:
 
     def __init__(
         self,
-        argv: Sequence[str],
-        env: Mapping[str, str],
-        prompt: str,
-        workspace: Path,
+        command: Command,
+        request: Request,
         *,
         lease: Lease | None = None,
-        keep_background: bool = False,
         keep_raw: bool = True,
-        keep_logs: bool = False,
         warnings: Sequence[str] = (),
-        secrets: Secrets | None = None,
-        must_say: Mapping[bytes, OpenCodeError] | None = None,
     ) -> None:
-        """Start *argv* in *workspace*, with *prompt* on stdin.
+        """Start *command* in the request's workspace.
 
         Args:
+            request: What the command is for; its settings say what is kept of the log and of what
+                tools leave running.
             lease: The run's data directory, given back by :meth:`close`.
-            keep_background: Leave alone what tools left running at the run's own end.
             keep_raw: Keep stdout's lines for the result.
-            keep_logs: Keep OpenCode's log lines in the result's stderr.
             warnings: What is known before the start; given first, as events.
-            secrets: What stderr may not tell; None for those of the environment.
-            must_say: What is to stand on stderr before the first step, and with what error the
-                run is ended where it does not.
 
         Raises:
             OpenCodeError: If it cannot be started; nothing is left behind.
         """
-        self._argv, self._env = argv, env
-        self._workspace = str(workspace)
+        self._argv, self._env = command.argv, command.env
+        self._must_say = command.must_say
+        self._workspace = str(request.workspace)
         self._lease = lease
-        self._keep_background = keep_background
+        self._keep_background = request.cfg.keep_background
         self._keep_raw = keep_raw
-        self._keep_logs = keep_logs
-        self._secrets = secrets or Secrets()
-        self._must_say = must_say or {}
+        self._keep_logs = bool(request.cfg.print_logs)
+        self._secrets = request.secrets or Secrets()
         self._not_said: OpenCodeError | None = None
         self._logs = LogReader()
         self._stdout, self._stderr = LineSplitter(), LineSplitter()
@@ -226,10 +218,14 @@ class ProcessRun:
         self._token = token = tree.run_token()
         try:
             self._process = Process(
-                argv, cwd=self._workspace, env=env, stdin=_as_stdin(prompt), token=token
+                self._argv,
+                cwd=self._workspace,
+                env=self._env,
+                stdin=_as_stdin(command.prompt),
+                token=token,
             )
         except (OSError, ValueError) as error:
-            raise start_error(error, argv[0], self._workspace) from error
+            raise start_error(error, self._argv[0], self._workspace) from error
         self.label = f"run {token.rpartition('.')[2]} (pid {self._process.pid})"
         self.started_at = self._process.started_at
         self._is_closed = False

@@ -16,7 +16,6 @@ import errno
 import json
 import logging
 import os
-import re
 import subprocess
 import tempfile
 import threading
@@ -31,7 +30,8 @@ from ..core.errors import (
     OpenCodeError,
     OpenCodeProcessError,
 )
-from .command import TESTED_VERSION, managed_path
+from ..core.request import Request
+from .command import TESTED_VERSION, VERSION, managed_path, version_numbers
 from .data_dirs import temporary_prefix
 
 OLDEST_KNOWN = "1.17"
@@ -41,8 +41,6 @@ VARIANTS_TIMEOUT_S = 20.0  # 2 s on such a machine
 VERSION_TIMEOUT_S = 60.0  # 0.6 s on a machine that has nothing else to do
 SCRIPT_MARK = b"#!"
 SLICE_S = 0.05  # how soon a question that is waited for notices that it was cancelled
-
-_ANSWER = re.compile(r"(?:opencode )?v?(?P<version>(?P<numbers>\d+(?:\.\d+)+)(?:[-+][\w.+-]+)?)")
 
 _OF_THE_MACHINE = {
     errno.E2BIG, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETXTBSY
@@ -56,16 +54,9 @@ _logged: set[str] = set()
 _variants: dict[tuple[str | None, ...], list[str] | None] = {}  # of a model, somewhere
 
 
-def numbers_in(version: str) -> tuple[int, ...] | None:
-    """The numbers of a version, or None where it has none: ``"local"``, ``"0.0.0-dev-2026"``."""
-    match = _ANSWER.fullmatch(version)
-    numbers = tuple(map(int, match["numbers"].split("."))) if match else ()
-    return numbers if any(numbers) else None
-
-
 def fault_of(version: str) -> str:
     """Why OpenCode *version* is not used, naming it and the known ones; "" where it is used."""
-    numbers = numbers_in(version)
+    numbers = version_numbers(version)
     if numbers is None:
         return f"{version[:100]!r} is not a version of OpenCode (known: {KNOWN_VERSIONS})"
     if numbers >= (2,):
@@ -82,7 +73,7 @@ def doubt_of(version: str) -> str:
 
 def is_older(version: str, than: str) -> bool:
     """Whether *version* comes before another one; False where one of them cannot be read."""
-    one, other = numbers_in(version), numbers_in(than)
+    one, other = version_numbers(version), version_numbers(than)
     return one is not None and other is not None and one < other
 
 
@@ -172,13 +163,11 @@ def _does_not_run(program: str | os.PathLike[str], fault: str) -> str:
 
 def warn_of_variant(
     program: str,
-    variant: str,
-    model: str,
+    request: Request,
     env: Mapping[str, str],
-    workspace: str,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> list[str]:
-    """Say so where *model* has no *variant*; nothing where the program does not tell.
+    """A warning where the request's model has no such variant; nothing where that is unknown.
 
     A program is asked once for a model in a configuration, which takes 2 s; and again in another
     workspace where the variant was unknown, since a project's configuration may add some.
@@ -189,6 +178,12 @@ def warn_of_variant(
     Raises:
         OpenCodeCancelledError: If *cancelled* comes true.
     """
+    variant, workspace = request.cfg.variant, str(request.workspace)
+    if variant is None:
+        return []
+    model = request.cfg.model or request.cfg.build_opencode_config_dict().get("model")
+    if not isinstance(model, str):
+        return []
     key = (program, model, env.get("OPENCODE_CONFIG_CONTENT"), env.get("XDG_CONFIG_HOME"))
     if variant in (_variants.get(key) or ()):
         return []
@@ -288,7 +283,7 @@ def ask_version(
     if process.returncode:
         return "", str(OpenCodeProcessError(process.returncode, err))
     answer = out.strip()
-    if match := _ANSWER.fullmatch(answer):
+    if match := VERSION.fullmatch(answer):
         answer = match["version"]
     return answer, "" if answer else "an empty answer to --version"
 

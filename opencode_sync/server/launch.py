@@ -28,7 +28,6 @@ from ..core.errors import OpenCodeBinaryNotFoundError, OpenCodeServerError
 from ..core.secrets import without_quotes
 from ..core.text import strip_ansi
 from ..process import tree
-from ..process.command import add_plugin, add_preload
 from ..process.stderr import (
     PRELOAD_PREFIX,
     asked_to_wait_s,
@@ -125,7 +124,7 @@ class Server:
                 stderr=output.fileno(),
                 cwd=directory,
                 env={
-                    **add_preload(add_plugin(dict(env))),
+                    **env,
                     "OPENCODE_SERVER_PASSWORD": self.password,
                     "OPENCODE_SERVER_USERNAME": "opencode",
                     "PWD": str(directory),

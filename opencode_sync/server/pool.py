@@ -41,15 +41,7 @@ from ..core.lifetime import CancelScope, Flag
 from ..core.request import Request
 from ..core.secrets import Secrets
 from ..process import tree
-from ..process.command import (
-    PLUGIN,
-    PRELOAD,
-    add_denials,
-    build_env,
-    resolve_binary,
-    unpacking_in,
-    without_user_config,
-)
+from ..process.command import PLUGIN, PRELOAD, build_env, resolve_binary, server_env
 from ..process.data_dirs import DataDirectories, Lease
 from ..process.versions import check_program_version
 from ..process.watchdog import add_directory, discard_directory, guard
@@ -271,8 +263,7 @@ class Own:
         binary = resolve_binary(self._binary)
         if not self._any_version:
             check_program_version(binary, self._scope.is_cancelled)
-        env = build_env(self._cfg.replace(agent=None))  # each prompt names its own
-        env = add_denials(env, self._cfg, is_server=True)
+        env = build_env(self._cfg)
         _check_plugin(env)
         if self._watchdog:
             guard()
@@ -281,11 +272,10 @@ class Own:
         else:
             self._leases.append(self._directories.lease(env))
         data = self._leases[0].path
-        env["XDG_DATA_HOME"] = str(data)
-        env = unpacking_in(self._leases[0].unpacked, env)
-        if not self._cfg.inherit_user_config:
-            empty = self._directories.empty_config()
-            env = without_user_config(env, self._cfg, empty)
+        empty = None if self._cfg.inherit_user_config else self._directories.empty_config()
+        env = server_env(
+            self._cfg, unpacked=self._leases[0].unpacked, data_home=data, empty_config=empty
+        )
         links: list[Link] = []  # to this server, once it is there
 
         def on_exit(reason: str) -> None:

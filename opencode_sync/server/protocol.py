@@ -31,7 +31,7 @@ from typing import Any, cast
 
 from ..core.config import RunConfig
 from ..core.denials import OUTPUT_TOOL, Rule, make_rule, rules_of
-from ..core.errors import OpenCodeConfigError, OpenCodeError
+from ..core.errors import OpenCodeConfigError
 from ..core.events import Event
 from ..core.schema import OutputSchema
 from ..process.command import UNTITLED
@@ -460,31 +460,8 @@ def prompt_body(
     return body | _who(cfg)
 
 
-# As OpenCode splits arguments for $1, $2, ...; what stands between the words stays as it is.
-_WORD = re.compile(
-    r"""(\[Image[ ]\d+\])|"([^"]*)"|'([^']*)'|([^\t\n\v\f\r \u00a0\u1680\u2000-\u200a\u2028\u2029"""
-    r"""\u202f\u205f\u3000\ufeff"']+)""",
-    re.IGNORECASE,
-)
 _INTO_SHELL = re.compile(r"!`[^`]*\$(ARGUMENTS|\d)[^`]*`")
 _EXPANDED = re.compile(r"[`$@]")
-
-
-def sealed(arguments: str) -> str:
-    """*arguments* with each word as letters that mean nothing, until our plugin opens it.
-
-    OpenCode expands arguments together with the template: ``$&`` and the like, ``@file``, and
-    !`command` by the shell, whatever the permissions say (1.18.33).
-    """
-    return _WORD.sub(_sealed_word, arguments)
-
-
-def _sealed_word(match: re.Match[str]) -> str:
-    whole = match[0]
-    quote = whole[0] if match[2] is not None or match[3] is not None else ""
-    word = whole[1:-1] if quote else whole
-    letters = base64.urlsafe_b64encode(word.encode()).decode().rstrip("=")
-    return f"{quote}ocs.{letters}.ocs{quote}"
 
 
 def check_command(command: str, template: str, arguments: str, *, has_plugin: bool) -> None:
@@ -510,18 +487,6 @@ def into_shell(command: str) -> str:
     return (
         f"command {command!r} puts its arguments into a shell command, where they could do "
         "anything: run it without arguments, or give its text as the prompt"
-    )
-
-
-OPENED = b'opencode-sync: {"arguments":true}'
-"""What our plugin says on stderr when it has opened a command's arguments."""
-
-
-def not_opened() -> OpenCodeError:
-    """The error for an OpenCode that would give the model sealed arguments."""
-    return OpenCodeError(
-        "this opencode did not load plugin.js, so that the command's arguments would reach the "
-        "model as letters without a meaning; the run was stopped: give its text as the prompt"
     )
 
 

@@ -18,6 +18,7 @@ from ..core.errors import OpenCodeConfigError, OpenCodeServerError
 from ..core.lifetime import CancelScope
 from ..core.mcp import warnings_of
 from ..core.request import Request
+from ..process.command import sealed
 from ..process.stderr import no_space
 from ..process.versions import check_server_version, unknown_variant
 from .connection import FIRST_S, Connection, Requests, Within
@@ -29,7 +30,6 @@ from .protocol import (
     missing_rules,
     permission_rules,
     prompt_body,
-    sealed,
     session_body,
 )
 from .sessions import Sessions, id_of, rules_of, stored_messages

@@ -6,7 +6,7 @@ import errno
 import os
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from opencode_sync import (
     OpenCodeError,
     OpenCodeIncompleteError,
     OpenCodeProcessError,
+    RunConfig,
     RunResult,
 )
-from opencode_sync.process import run as _reasons
+from opencode_sync.core.request import Request
 from opencode_sync.process import run as _run
 from opencode_sync.process import tree, watchdog
 from opencode_sync.process.child import LineSplitter
+from opencode_sync.process.command import Command
 from opencode_sync.process.run import ProcessRun
 from tests.faults import write_standin
 from tests.interrupting import interrupt_once
@@ -32,6 +34,19 @@ from tests.interrupting import interrupt_once
 Start = Callable[..., ProcessRun]
 
 LONG_S = 20.0
+
+
+def process_run(
+    argv: list[str],
+    workspace: Path,
+    *,
+    env: Mapping[str, str] = os.environ,
+    prompt: str = "x",
+    keep_raw: bool = True,
+    **settings: Any,
+) -> ProcessRun:
+    request = Request(prompt, workspace, RunConfig(**settings))
+    return ProcessRun(Command(argv, dict(env), prompt, {}), request, keep_raw=keep_raw)
 
 
 @pytest.fixture
@@ -44,7 +59,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def start(prompt: str, **options: Any) -> ProcessRun:
         argv = [binary, "run", "--format", "json"]
-        runs.append(ProcessRun(argv, dict(os.environ), prompt, workspace, **options))
+        runs.append(process_run(argv, workspace, prompt=prompt, **options))
         return runs[-1]
 
     yield start
@@ -129,7 +144,7 @@ def test_a_refusal_is_a_retry_event_and_no_part_of_stderr(start: Start) -> None:
 
 
 def test_log_lines_stay_where_they_were_asked_for(start: Start) -> None:
-    run = start("refused 429", keep_logs=True)
+    run = start("refused 429", print_logs=True)
     receive_until(run, "retry")
 
     run.stop()
@@ -252,7 +267,7 @@ def test_what_a_run_leaves_behind_can_be_kept_also_from_the_watchdog(
 
 def test_a_run_that_nobody_kept_is_stopped(start: Start, tmp_path: Path) -> None:
     binary = str(tmp_path / "opencode-standin")
-    run = ProcessRun([binary], dict(os.environ), "silent", tmp_path)
+    run = process_run([binary], tmp_path, prompt="silent")
     pid = run._process.pid
 
     del run
@@ -267,12 +282,12 @@ def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         OpenCodeBinaryNotFoundError, match=r"'/nowhere' cannot be run: No such file"
     ):
-        ProcessRun(["/nowhere"], {}, "", tmp_path)
+        process_run(["/nowhere"], tmp_path)
 
 
 def test_a_workspace_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(OpenCodeConfigError, match="has vanished"):
-        ProcessRun(["/bin/sh"], {}, "", tmp_path / "gone")
+        process_run(["/bin/sh"], tmp_path / "gone")
 
 
 @pytest.mark.parametrize(
@@ -307,7 +322,7 @@ def test_a_workspace_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_what_the_system_says_is_put_down_to_its_cause(
     error: OSError, kind: type[OpenCodeError], words: str
 ) -> None:
-    found = _reasons.start_error(error, "/bin/x", "/w")
+    found = _run.start_error(error, "/bin/x", "/w")
 
     assert type(found) is kind
     assert str(found) == words
@@ -315,12 +330,12 @@ def test_what_the_system_says_is_put_down_to_its_cause(
 
 def test_a_nul_byte_in_an_argument_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OpenCodeConfigError, match="null byte"):
-        ProcessRun(["/bin/sh", "a\0b"], {}, "", tmp_path)
+        process_run(["/bin/sh", "a\0b"], tmp_path)
 
 
 def test_an_environment_that_is_too_large_is_told(tmp_path: Path) -> None:
     with pytest.raises(OpenCodeConfigError, match="environment is too large"):
-        ProcessRun(["/bin/sh"], {"BIG": "x" * (4 << 20)}, "", tmp_path)
+        process_run(["/bin/sh"], tmp_path, env={"BIG": "x" * (4 << 20)})
 
 
 def test_a_flag_that_this_opencode_does_not_know_is_named(tmp_path: Path) -> None:
@@ -331,7 +346,7 @@ def test_a_flag_that_this_opencode_does_not_know_is_named(tmp_path: Path) -> Non
         'echo "opencode run\n\nOptions:\n  -m, --model\n      --help" >&2; exit 1\n'
     )
     old.chmod(0o755)
-    run = ProcessRun([str(old), "run", "-m", "a/b", "--format", "json"], {}, "", tmp_path)
+    run = process_run([str(old), "run", "-m", "a/b", "--format", "json"], tmp_path)
 
     _, error = finish(run)
 

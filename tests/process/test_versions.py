@@ -23,6 +23,7 @@ from opencode_sync import (
     RunConfig,
     RunResult,
 )
+from opencode_sync.core.request import Request
 from opencode_sync.process import versions as _versions
 from opencode_sync.process.versions import (
     binary_version,
@@ -442,7 +443,8 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def variant_warnings(models: Path, variant: str, model: str, workspace: Path) -> list[str]:
     workspace.mkdir(exist_ok=True)
-    return warn_of_variant(str(models), variant, model, os.environ, str(workspace))
+    request = Request("x", workspace, RunConfig(variant=variant, model=model))
+    return warn_of_variant(str(models), request, os.environ)
 
 
 def test_a_variant_that_the_model_has_is_asked_for_once(models: Path, tmp_path: Path) -> None:
@@ -479,6 +481,7 @@ def test_a_question_for_variants_ends_when_the_run_is_cancelled(
     models: Path, tmp_path: Path
 ) -> None:
     executable(models, "exec sleep 60")
+    request = Request("x", tmp_path, RunConfig(variant="top", model="p/m"))
 
     with pytest.raises(OpenCodeCancelledError):
-        warn_of_variant(str(models), "top", "p/m", os.environ, str(tmp_path), lambda: True)
+        warn_of_variant(str(models), request, os.environ, lambda: True)

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from opencode_sync import OpenCodeConfigError, RunConfig
+from opencode_sync.process.command import sealed
 from opencode_sync.server.protocol import (
     check_command,
     check_server_wide,
     command_body,
     permission_rules,
     prompt_body,
-    sealed,
     session_body,
 )
 
