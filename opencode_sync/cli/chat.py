@@ -3,8 +3,8 @@
     input() --prompt--> session.stream() --live()--> the screen
                                ^--- ask_in_terminal, while a tool waits for permission
 
-Ctrl-C ends the turn under way, and at the prompt the conversation; so does Ctrl-D there. Sessions
-are kept, to be gone on with by their ids. Where stdin is no terminal its lines are the prompts, and
+Ctrl-C stops the current turn; at the prompt, Ctrl-C or Ctrl-D ends the conversation. Sessions are
+kept and can be continued by their ids. If stdin is not a terminal, its lines are the prompts, and
 nobody is asked for permission.
 """
 
@@ -26,7 +26,7 @@ from ..core.request import Limits
 from ..core.text import count, money, outcome
 from ..display.stream import live
 from ..process.command import managed_root
-from .options import DONE, add_run_options, run_config, tell
+from .options import DONE, add_run_options, limits, run_config, tell
 
 _HISTORY_LINES = 1_000
 
@@ -34,60 +34,55 @@ _HISTORY_LINES = 1_000
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_run_options(parser)
     add = parser.add_argument
-    add("--max-cost", metavar="USD", type=float, help="stop an answer that has cost more")
-    add("--max-tokens", metavar="N", type=int, help="stop an answer that has used more")
-    add("-s", "--session", metavar="ID", help="go on with this session of an earlier chat")
+    add("--max-cost", metavar="USD", type=float, help="stop an answer that costs more")
+    add("--max-tokens", metavar="N", type=int, help="stop an answer that uses more")
+    add("-s", "--session", metavar="ID", help="continue this session of an earlier chat")
 
 
 def run(options: argparse.Namespace) -> int:
     """Talk until stdin ends, and return the exit status.
 
     Raises:
-        OpenCodeError: There is no server or no such session; or, where stdin is no terminal, a
-            turn went wrong.
+        OpenCodeError: The server does not start, or the session does not exist; or a turn failed
+            and stdin is not a terminal.
         KeyboardInterrupt: Ctrl-C at the prompt.
     """
     from ..api.server import OpenCodeServer
 
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     ask = ask_in_terminal if is_terminal else None
-    limits = {
-        "idle_timeout_s": options.idle_timeout,
-        "max_cost": options.max_cost,
-        "max_steps": options.max_steps,
-        "max_tokens": options.max_tokens,
-    }
-    Limits(**limits)  # refused before a server is started
+    settings = limits(options)
+    Limits(**settings)  # raises before a server is started
     with (
-        OpenCodeServer(run_cfg=run_config(options), data_dir=_kept("chat")) as server,
+        OpenCodeServer(run_cfg=run_config(options), data_dir=_data_path("chat")) as server,
         server.session(
             options.workspace,
             session_id=options.session,
             on_permission=ask,
             on_question=ask,
-            timeout_s=options.timeout,
         ) as session,
     ):
         if options.session:
-            tell(f"{count(len(session.messages()), 'message')} so far")  # or there is no such one
+            messages = session.messages()  # raises for an unknown session
+            tell(f"{count(len(messages), 'message')} so far")
         try:
             with _prompts(is_terminal) as prompts:
                 for prompt in prompts:
-                    _turn(session, prompt, limits, goes_on=is_terminal)
+                    _turn(session, prompt, settings, goes_on=is_terminal)
         finally:
             _tell_end(session)
     return DONE
 
 
-def _turn(session: Session, prompt: str, limits: dict[str, Any], *, goes_on: bool) -> None:
-    """One prompt and its answer.
+def _turn(session: Session, prompt: str, settings: dict[str, Any], *, goes_on: bool) -> None:
+    """Run one prompt and show its answer.
 
     Args:
-        limits: Arguments of ``stream``.
-        goes_on: Whether the conversation outlives what goes wrong with this turn.
+        settings: Arguments of ``stream``.
+        goes_on: Whether the conversation continues after an error.
     """
     try:
-        result = live(session.stream(prompt, **limits), notes=sys.stderr)
+        result = live(session.stream(prompt, **settings), notes=sys.stderr)
         print(outcome(result), file=sys.stderr)
     except KeyboardInterrupt:
         if not goes_on:
@@ -110,11 +105,11 @@ def _tell_end(session: Session) -> None:
 
 @contextmanager
 def _prompts(is_terminal: bool) -> Iterator[Iterator[str]]:
-    """The prompts that are typed, or the lines of stdin."""
+    """Give an iterator over the typed prompts, or over the lines of stdin."""
     if not is_terminal:
         yield _lines(sys.stdin)
         return
-    with _history(_kept("chat-history")) as remember:
+    with _history(_data_path("chat-history")) as remember:
         yield _typed(remember)
 
 
@@ -146,30 +141,30 @@ def _typed(remember: Callable[[str], None]) -> Iterator[str]:
 
 @contextmanager
 def _history(path: Path) -> Iterator[Callable[[str], None]]:
-    """Earlier prompts at the arrow keys, kept in *path*; gives what adds one to them."""
+    """Offer earlier prompts, kept in *path*, at the arrow keys; give a function that adds one."""
     try:
         import readline
     except ImportError:  # Windows
         yield lambda prompt: None
         return
-    readline.set_auto_history(False)  # answers to questions are no prompts
-    with suppress(OSError):  # the first chat, or a history that is somebody else's
+    readline.set_auto_history(False)  # answers to questions do not belong there
+    with suppress(OSError):  # the first chat, or a history that cannot be read
         readline.read_history_file(path)
     try:
         yield readline.add_history
     finally:
         readline.set_history_length(_HISTORY_LINES)
-        with suppress(OSError):  # no reason to end with an error
-            # For nobody else's eyes.
+        with suppress(OSError):  # a lost history does not fail the chat
+            # Created before readline writes it, so that only its owner can read it.
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
             readline.write_history_file(path)
 
 
-def _kept(name: str) -> Path:
-    """A place that outlives the conversation."""
-    home = managed_root().parent
+def _data_path(name: str) -> Path:
+    """A path in the user's data directory, which is created if need be."""
+    directory = managed_root().parent
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OpenCodeConfigError(f"{str(home)!r}: {error.strerror}") from None
-    return home / name
+        raise OpenCodeConfigError(f"{str(directory)!r}: {error.strerror}") from None
+    return directory / name

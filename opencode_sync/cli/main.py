@@ -1,11 +1,11 @@
-"""``opencode-sync`` and ``python -m opencode_sync``: a thin door.
+"""``opencode-sync`` and ``python -m opencode_sync``: reads the command line and runs a command.
 
-    argv --> the command's own room --> exit status
+    argv --> argparse --> a command's run(options) --> exit status
 
-    0 done    1 a run failed    2 wrong usage, or refused    124 timed out    130 interrupted
+    0 done    1 a run failed    2 wrong usage or settings    124 timed out    130 interrupted
 
-What was asked for goes to stdout, all else to stderr. Without ``--debug`` an error is told in words
-and never as a traceback.
+Results go to stdout, everything else to stderr. Without ``--debug`` an error is one message and
+never a traceback.
 """
 
 from __future__ import annotations
@@ -31,39 +31,38 @@ from ..core.errors import (
 from ..core.text import printable
 from ..process.command import TESTED_VERSION
 from . import chat, map, run
-from .options import DONE, FAILED, INTERRUPTED, REFUSED, TIMED_OUT
-from .options import tell as _tell
+from .options import DONE, FAILED, INTERRUPTED, REFUSED, TIMED_OUT, tell
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what *argv* (the command line's by default) says, and return the exit status.
+    """Run the command that *argv* names (by default ``sys.argv``), and return the exit status.
 
     Raises:
-        SystemExit: As argparse does, for ``--help``, ``--version`` and wrong usage.
+        SystemExit: From argparse, for ``--help``, ``--version`` and wrong usage.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # we were started with it closed
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            # A model may write what the terminal's encoding has not, or a lone surrogate.
+            # A model may write characters that the terminal's encoding lacks.
             stream.reconfigure(errors="replace")
     options = _parser().parse_args(argv)
     with _log_lines(options.debug):
         try:
             return int(options.do(options))
         except KeyboardInterrupt:
-            _tell("interrupted")
+            tell("interrupted")
             return INTERRUPTED
         except BrokenPipeError:
-            # Whoever reads us has enough. Python would complain once more when it flushes stdout.
+            # The reader of the pipe has gone. Python would fail again when it flushes stdout.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FAILED
-        except Exception as error:  # noqa: BLE001 - nobody else is left to put it into words
+        except Exception as error:  # noqa: BLE001 - the last place that can report it
             if options.debug:
                 traceback.print_exc()
             else:
-                _tell(_in_words(error))
+                tell(_in_words(error))
             return _status(error)
 
 
@@ -82,7 +81,7 @@ def _in_words(error: Exception) -> str:
 
 
 class _PrintableFormatter(logging.Formatter):
-    """Leaves out what a terminal would obey: a line may name a session, or quote OpenCode."""
+    """Removes terminal escape sequences: a line may quote OpenCode."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
@@ -90,7 +89,7 @@ class _PrintableFormatter(logging.Formatter):
 
 @contextmanager
 def _log_lines(is_wanted: bool) -> Iterator[None]:
-    """Show the package's log lines on stderr inside the block."""
+    """If wanted, show the package's log lines on stderr inside the block."""
     log = logging.getLogger("opencode_sync")
     if not is_wanted:
         yield
@@ -119,16 +118,12 @@ class _Command:
     do: Callable[[argparse.Namespace], int]
 
 
-def _no_options(parser: argparse.ArgumentParser) -> None:
-    pass
-
-
 def _install_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--version",
         metavar="V",
         dest="opencode_version",
-        help=f"another one than {TESTED_VERSION}, which this is tested with",
+        help=f"instead of {TESTED_VERSION}, the version this is tested with",
     )
 
 
@@ -137,7 +132,7 @@ def _demo(options: argparse.Namespace) -> int:
 
     faults = demo()
     for fault in faults:
-        _tell(f"the demo failed: {fault}")
+        tell(f"the demo failed: {fault}")
     if not faults:
         print("Everything worked.")
     return FAILED if faults else DONE
@@ -176,7 +171,7 @@ def _install(options: argparse.Namespace) -> int:
 
 
 _COMMANDS = (
-    _Command("demo", "", "show what it does, without a key", "demo", _no_options, _demo),
+    _Command("demo", "", "show what it does, without a key", "demo", lambda parser: None, _demo),
     _Command(
         "run",
         "PROMPT|-",
@@ -196,20 +191,20 @@ _COMMANDS = (
     _Command(
         "chat",
         "",
-        "talk with it, question by question",
+        "talk with the agent",
         "chat --permission ask",
         chat.add_options,
         chat.run,
     ),
     _Command(
-        "doctor", "", "tell what runs lack on this machine", "doctor", _doctor_options, _doctor
+        "doctor", "", "check what runs need on this machine", "doctor", _doctor_options, _doctor
     ),
     _Command("install", "", "install OpenCode", "install", _install_options, _install),
 )
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with whole option names only, short errors, and its help in 80 columns."""
+    """argparse without abbreviated options, with errors of one line and 80 columns of help."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **settings)
@@ -219,7 +214,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """One line for each option, in 80 columns: a command's help fits a screen of 24 lines."""
+    """One line for each option, so that a command's help fits a screen."""
 
     def __init__(self, prog: str, **settings: Any) -> None:
         super().__init__(prog, **{**settings, "max_help_position": 26, "width": 80})

@@ -1,16 +1,13 @@
-"""A batch's jobs, read from text: a prompt per line, JSON lines, or CSV.
+"""``opencode-sync map``: runs the jobs of a file and writes the results to another.
 
-    bytes --> text --plain | JSON | CSV--> (line number, fields) --> Job, checked
+    FILE --read_jobs()--> Job, ... --runner.map()--> OUT.jsonl, the checkpoint --> F.html
 
-All is read and checked before anything is started, so that a slip in the last line costs nothing:
-it is told with its line. Knows the settings of a job; nothing of how jobs are run.
+    FILE is one of: a prompt per line | a JSON object per line | a CSV table
+         --> (line number, fields), ... --> checked Jobs
 
-``opencode-sync map``: the jobs of a file become lines of another, and perhaps a page.
-
-    FILE --_jobs--> Job, ... --map()--> OUT.jsonl, the checkpoint --report--> FILE.html
-
-The checkpoint is all that is kept: given the same command again, a batch goes on where it was
-stopped. The bar and the report go to stderr; stdout stays empty.
+The whole FILE is read and checked before anything is started; an error names its line. The
+checkpoint is all that is kept: the same command, given again, continues a batch that was stopped.
+The progress bar and the report go to stderr; stdout stays empty.
 """
 
 from __future__ import annotations
@@ -35,7 +32,16 @@ from ..core.request import LIMITS_OF_A_JOB, Limits, Request, StrPath, directory
 from ..core.result import RunResult
 from ..core.text import count, one_line, printable
 from ..process.versions import check_program_version
-from .options import DONE, FAILED, INTERRUPTED, add_file_option, add_run_options, run_config, tell
+from .options import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    add_file_option,
+    add_run_options,
+    needs_permission,
+    run_config,
+    tell,
+)
 
 STDIN = "-"
 
@@ -44,30 +50,30 @@ _OF_A_JOB = ("prompt", "workspace", "key", *LIMITS_OF_A_JOB)
 _OF_ITS_RUN = ("model", "agent", "variant", "title", "command", "files", "permission", "thinking")
 FIELDS = (*_OF_A_JOB, *_OF_ITS_RUN)
 
-# The module's own bound on a cell, 131,072 characters, is less than a prompt may have.
+# The csv module's default, 131,072 characters, is less than a prompt may have.
 _LONGEST_CELL = 2**31 - 1
 
 Fields = Mapping[str, Any]
 
 
 class _LineError(Exception):
-    """What is wrong with a line."""
+    """A line is wrong; the message says which, and why."""
 
     def __init__(self, number: int, why: str) -> None:
         super().__init__(f"line {number}: {why}")
 
 
 def read_jobs(source: str, workspace: StrPath, cfg: RunConfig) -> list[Job]:
-    """The jobs in the file *source*, or on stdin where it is ``"-"``.
+    """Read the jobs in the file *source*; ``"-"`` is stdin.
 
-    The ending says how it is written: ``.txt`` is a prompt per line, ``.jsonl`` (``.ndjson``,
-    ``.json``) an object per line, ``.csv`` a table. What has another ending, and stdin, is looked
-    at: a first line that begins with a brace makes it JSON, one that is the header of a table
-    with ``prompt`` in it makes it CSV, any other plain text. Blank lines are skipped. Paths count
-    from the current directory.
+    The suffix tells the format: ``.txt`` is a prompt per line, ``.jsonl`` (``.ndjson``, ``.json``)
+    an object per line, ``.csv`` a table. Without one of these, and on stdin, the first line does:
+    if it begins with a brace it is JSON, if it is the header of a table that has a column
+    ``prompt`` it is CSV, else plain text. Blank lines are skipped. Paths are relative to the
+    current directory.
 
     Args:
-        workspace, cfg: Of jobs that name none of their own.
+        workspace, cfg: For jobs that do not name their own.
 
     Raises:
         OpenCodeConfigError: Names the file, the line, and what is wrong with it.
@@ -75,7 +81,7 @@ def read_jobs(source: str, workspace: StrPath, cfg: RunConfig) -> list[Job]:
     name = "stdin" if source == STDIN else source
     try:
         text = _decoded(_read(source))
-        rows = _form(source, text)(text)
+        rows = _format(source, text)(text)
         jobs = list(_checked(rows, directory(workspace), cfg))
     except OSError as error:
         raise OpenCodeConfigError(f"{name}: {error.strerror or error}") from None
@@ -95,18 +101,17 @@ def _read(source: str) -> bytes:
 
 def _decoded(data: bytes) -> str:
     try:
-        return data.decode("utf-8-sig")  # some editors, and Excel, begin with a mark
+        return data.decode("utf-8-sig")  # some editors, and Excel, write a byte order mark
     except UnicodeDecodeError as error:
         number = data.count(b"\n", 0, error.start) + 1
-        raise _LineError(number, f"no UTF-8: {error.reason}") from None
+        raise _LineError(number, f"not UTF-8: {error.reason}") from None
 
 
-# --- the three ways to write jobs ----------------------------------------------------------------
+# --- the three formats ---------------------------------------------------------------------------
 
 
-def _form(source: str, text: str) -> Callable[[str], Iterator[tuple[int, Fields]]]:
-    known = _FORMS.get(Path(source).suffix.lower())
-    if known is not None:
+def _format(source: str, text: str) -> Callable[[str], Iterator[tuple[int, Fields]]]:
+    if known := _FORMATS.get(Path(source).suffix.lower()):
         return known
     first = text.lstrip().partition("\n")[0]
     if first.startswith("{"):
@@ -125,7 +130,7 @@ def _json_lines(text: str) -> Iterator[tuple[int, Fields]]:
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
-            raise _LineError(number, f"no JSON: {error.msg}, column {error.colno}") from None
+            raise _LineError(number, f"not valid JSON: {error.msg}, column {error.colno}") from None
         except RecursionError:
             raise _LineError(number, "nested too deeply") from None
         if not isinstance(value, dict):
@@ -153,17 +158,17 @@ def _table(text: str) -> Iterator[tuple[int, Fields]]:
                 continue
             if len(cells) > len(columns):
                 raise _LineError(begun_at, f"{len(cells)} cells, but {len(columns)} columns")
-            # A row may be short: what is missing at its end is empty.
+            # A row may be short: the missing cells are empty.
             named = zip(columns, cells, strict=False)
             yield begun_at, {name: _cell(name, cell) for name, cell in named}
     except csv.Error as error:
-        raise _LineError(number, f"no CSV: {error}") from None
+        raise _LineError(number, f"not valid CSV: {error}") from None
     finally:
         csv.field_size_limit(longest)
 
 
 def _cell(name: str, text: str) -> Any:
-    """The value of a cell; an empty one is left out."""
+    """The value of a cell; None for an empty one, which is left out."""
     if not text.strip():
         return "" if name == "prompt" else None
     if name not in LIMITS_OF_A_JOB:
@@ -171,17 +176,17 @@ def _cell(name: str, text: str) -> Any:
     try:
         return int(text) if name in ("max_steps", "max_tokens") else float(text)
     except ValueError:
-        return text  # refused with the others
+        return text  # Limits refuses it
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    # Not splitlines(), which knows ends of lines that stand within prompts.
+    # Not splitlines(), which also splits at characters that prompts contain, such as U+2028.
     for number, line in enumerate(io.StringIO(text, newline=None), 1):
         if line.strip():
             yield number, line.removesuffix("\n")
 
 
-_FORMS = {
+_FORMATS = {
     ".txt": _plain,
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
@@ -190,7 +195,7 @@ _FORMS = {
 }
 
 
-# --- jobs of their fields ------------------------------------------------------------------------
+# --- from fields to jobs -------------------------------------------------------------------------
 
 
 def _checked(rows: Iterator[tuple[int, Fields]], workspace: Path, cfg: RunConfig) -> Iterator[Job]:
@@ -201,7 +206,7 @@ def _checked(rows: Iterator[tuple[int, Fields]], workspace: Path, cfg: RunConfig
         except OpenCodeConfigError as error:
             raise _LineError(number, str(error)) from None
         if job.key is not None and line_of.setdefault(job.key, number) != number:
-            raise _LineError(number, f"the key {job.key!r} stands in line {line_of[job.key]} too")
+            raise _LineError(number, f"the key {job.key!r} is also in line {line_of[job.key]}")
         yield job
 
 
@@ -223,14 +228,9 @@ def _job(fields: Fields, workspace: Path, cfg: RunConfig) -> Job:
         validate_config_for_run(run_cfg)
     limits = {name: own[name] for name in LIMITS_OF_A_JOB if name in own}
     Limits(**limits)
-    Request(own["prompt"], where, run_cfg or cfg)  # which refuses what cannot be run
-    return Job(
-        own["prompt"],
-        str(where) if "workspace" in own else None,
-        run_cfg,
-        key=key,
-        **limits,
-    )
+    Request(own["prompt"], where, run_cfg or cfg)  # raises for what cannot be run
+    own_workspace = str(where) if "workspace" in own else None
+    return Job(own["prompt"], own_workspace, run_cfg, key=key, **limits)
 
 
 def _from_here(files: Any) -> Any:
@@ -240,7 +240,9 @@ def _from_here(files: Any) -> Any:
     return tuple(os.path.abspath(os.path.expanduser(name)) for name in names)
 
 
-_OPTIONS = {"max_total_cost": "--max-cost", "max_total_tokens": "--max-tokens"}
+# --- the command ---------------------------------------------------------------------------------
+
+_BUDGET_OPTIONS = {"max_total_cost": "--max-cost", "max_total_tokens": "--max-tokens"}
 _SHOWN_FAILURES = 5
 _LINE_CHARS = 160
 
@@ -252,7 +254,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "-o", "--output", metavar="OUT", required=True,
-        help="results as JSON lines; if run again, it goes on",
+        help="results as JSON lines; run again, it continues",
     )  # fmt: skip
     add_run_options(parser)
     add_file_option(parser)
@@ -264,8 +266,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--on-error", metavar="HOW", choices=("return", "raise"), default="return",
         help="return: go on (the default); raise: stop at the first",
     )  # fmt: skip
-    add("--retry-failed", action="store_true", help="run those again that failed in OUT")
-    add("--report", metavar="F.html", help="write a page to look through the results")
+    add("--retry-failed", action="store_true", help="run the jobs again that failed in OUT")
+    add("--report", metavar="F.html", help="write a page for looking through the results")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -273,13 +275,13 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         OpenCodeConfigError: Something was refused before the first job.
-        OpenCodeError: The first failure, where that was asked for.
+        OpenCodeError: The first failure, with ``--on-error raise``.
     """
     cfg = run_config(options)
     jobs = read_jobs(options.source, options.workspace, cfg)
     if options.report:
         _check_page(options)
-        _write_page(options)  # what stands in its way is told now, and not after hours
+        _write_page(options)  # raises now, and not after hours, if it cannot be written
     # Not entered: a server starts with the first job that is not in OUT.
     with closing(_runner(cfg, on_server=options.server)) as runner:
         batch = runner.map(
@@ -298,25 +300,25 @@ def run(options: argparse.Namespace) -> int:
             retry_failed=options.retry_failed,
             keep_raw=False,
         )
-        ending = _Ending(batch, jobs, options)
+        summary = _Summary(batch, jobs, options)
         failure: OpenCodeError | None = None
         try:
             with batch:
                 for end in batch:
-                    ending.note(end)
+                    summary.note(end)
         except KeyboardInterrupt:
-            ending.is_interrupted = True
+            summary.is_interrupted = True
         except OpenCodeError as error:
             if error.index is None and isinstance(error, OpenCodeConfigError):
                 raise  # the batch was refused as a whole
-            ending.note(error)
+            summary.note(error)
             failure = error
-        ending.show()
+        summary.show()
     if options.report:
         _write_page(options)
     if failure is not None:
         raise failure
-    return ending.status
+    return summary.status
 
 
 def _runner(cfg: RunConfig, *, on_server: bool) -> Runner:
@@ -325,13 +327,13 @@ def _runner(cfg: RunConfig, *, on_server: bool) -> Runner:
 
         return OpenCodeServer(run_cfg=cfg)
     client = OpenCodeClient(run_cfg=cfg)
-    # Refused here, or every job would fail, and stand in the checkpoint as failed.
+    # Checked here, or every job would fail, and be in the checkpoint as failed.
     check_program_version(client.resolved_binary())
     return client
 
 
 def _check_page(options: argparse.Namespace) -> None:
-    """Refuse a page in the place of what it is made of."""
+    """Refuse a page that would overwrite FILE or OUT."""
     page = os.path.realpath(os.path.expanduser(options.report))
     for what, path in (("OUT", options.output), ("FILE", options.source)):
         if path != STDIN and os.path.realpath(os.path.expanduser(path)) == page:
@@ -347,8 +349,8 @@ def _write_page(options: argparse.Namespace) -> None:
         write_html((), options.report)
 
 
-class _Ending:
-    """What there is to say at the end of a batch, and its exit status."""
+class _Summary:
+    """What is printed at the end of a batch, and its exit status."""
 
     def __init__(self, batch: BatchRun[End], jobs: list[Job], options: argparse.Namespace) -> None:
         self.is_interrupted = False
@@ -357,7 +359,7 @@ class _Ending:
         self._options = options
         self._failed = self._refused = 0
         self._first: list[str] = []
-        self._spent: str | None = None  # the option of the budget that is
+        self._spent: str | None = None  # the option whose budget is
 
     @property
     def status(self) -> int:
@@ -366,24 +368,23 @@ class _Ending:
         return FAILED if self._failed or self._refused or self._spent else DONE
 
     def note(self, end: End) -> None:
-        """Take account of how a job ended."""
-        if isinstance(end, OpenCodeBudgetError) and end.limit_name in _OPTIONS:
-            self._spent = _OPTIONS[end.limit_name]
+        """Count how a job ended."""
+        if isinstance(end, OpenCodeBudgetError) and end.limit_name in _BUDGET_OPTIONS:
+            self._spent = _BUDGET_OPTIONS[end.limit_name]
         elif isinstance(end, OpenCodeError):
             if end.index is None:
                 return  # the batch's own
             self._failed += 1
             if len(self._first) < _SHOWN_FAILURES:
                 reason = str(end).partition("\n")[0]
-                # Not the error's own key: where the job has none, the checkpoint has given it one.
+                # Not the error's key: the checkpoint gives one to a job that has none.
                 name = self._jobs[end.index].key or f"job {end.index}"
                 self._first.append("  " + one_line(f"{name}: {reason}", _LINE_CHARS))
-        elif end.finish_reason == "tool-calls":
-            # No error to OpenCode: it ended the run there, without an answer.
+        elif needs_permission(end):
             self._refused += 1
 
     def show(self) -> None:
-        """Print the report, what failed, and how to go on."""
+        """Print the report, the failures, and how to continue."""
         report, output = self._batch.report, self._options.output
         done = report.done + report.failed + report.cached
         print(printable(str(report)), file=sys.stderr)
@@ -393,12 +394,12 @@ class _Ending:
             if more:
                 print(f"  and {more:,} more", file=sys.stderr)
         if self._refused:
-            tell(f"{count(self._refused, 'job')} ended where a tool was refused: see --permission")
+            tell(f"{count(self._refused, 'job')} ended when a tool was refused: see --permission")
         if self._failed:
             tell(f"{count(self._failed, 'job')} failed: to run them again, add --retry-failed")
         so_far = f"{done:,} of {count(len(self._jobs), 'job')} are in {output}"
         same = "command and input" if self._options.source == STDIN else "command"
         if self._spent:
-            tell(f"{self._spent} is spent: {so_far}; the same {same} with more runs the others")
+            tell(f"{self._spent} is spent: {so_far}; the same {same} with more runs the rest")
         if self.is_interrupted:
-            tell(f"interrupted: {so_far}; the same {same} goes on with the others")
+            tell(f"interrupted: {so_far}; the same {same} runs the rest")

@@ -1,4 +1,4 @@
-"""What the commands have in common: settings of runs, words to the user, exit statuses."""
+"""Shared by the commands: the options of a run, messages to the user, exit statuses."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from typing import Any
 
 from ..core.config import RunConfig
 from ..core.errors import OpenCodeConfigError
+from ..core.result import RunResult
 from ..core.text import printable
 
 DONE, FAILED, REFUSED, TIMED_OUT, INTERRUPTED = 0, 1, 2, 124, 130
 
 
 def tell(text: str) -> None:
-    """Say *text*, which may quote a model, to the user, who reads stderr."""
+    """Print *text*, which may quote a model, as a message on stderr."""
     print(f"opencode-sync: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """What a run, a batch of runs and a conversation have in common."""
+    """Add the options that ``run``, ``map`` and ``chat`` share."""
     add = parser.add_argument
     add("-w", "--workspace", metavar="DIR", default=".", help="where to work (default: here)")
     add("-m", "--model", metavar="P/M", help="provider/model")
     add("--agent", metavar="NAME", help="name of the agent")
-    add("--config", metavar="FILE", help="OpenCode configuration (JSON), laid over your own")
+    add("--config", metavar="FILE", help="OpenCode configuration (JSON), merged over your own")
     add("--permission", metavar="JSON", help="""such as '{"edit": "deny"}', or allow""")
     add("--timeout", metavar="S", type=float, help="seconds for a run")
     add("--idle-timeout", metavar="S", type=float, help="seconds without a sign of life")
@@ -35,7 +36,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_file_option(parser: argparse.ArgumentParser) -> None:
-    """Files for a prompt."""
+    """Add ``--file``, which may be given several times."""
     parser.add_argument(
         "-f", "--file", metavar="F", dest="files", action="append", default=[],
         help="attach a file; may be given again",
@@ -43,7 +44,7 @@ def add_file_option(parser: argparse.ArgumentParser) -> None:
 
 
 def run_config(options: argparse.Namespace) -> RunConfig:
-    """The settings that *options* name.
+    """Make the settings that *options* name.
 
     Raises:
         OpenCodeConfigError: Names the file or option, and what is wrong with it.
@@ -57,8 +58,24 @@ def run_config(options: argparse.Namespace) -> RunConfig:
     )
 
 
+def limits(options: argparse.Namespace) -> dict[str, Any]:
+    """The limits of one prompt, as arguments of ``stream``."""
+    return {
+        "timeout_s": options.timeout,
+        "idle_timeout_s": options.idle_timeout,
+        "max_cost": options.max_cost,
+        "max_steps": options.max_steps,
+        "max_tokens": options.max_tokens,
+    }
+
+
+def needs_permission(result: RunResult) -> bool:
+    """Whether the run ended at a tool that was refused; OpenCode counts that as no error."""
+    return result.finish_reason == "tool-calls"
+
+
 def json_object(option: str, path: str) -> dict[str, Any]:
-    """The JSON object in the file *path*, which *option* names.
+    """Read the JSON object in the file *path*, which was given as *option*.
 
     Raises:
         OpenCodeConfigError: Names both, and what is wrong.
@@ -75,7 +92,7 @@ def json_object(option: str, path: str) -> dict[str, Any]:
 
 
 def _attachment(file: str) -> str:
-    # In a shell a path counts from where one is, not from the workspace.
+    # In a shell a path is relative to the current directory, not to the workspace.
     path = os.path.abspath(os.path.expanduser(file))
     if not os.path.isfile(path):
         raise OpenCodeConfigError(f"--file {file}: no such file")

@@ -1,4 +1,10 @@
-"""``opencode-sync run``: options become a RunConfig, a result becomes text, JSON or a stream."""
+"""``opencode-sync run``: one prompt, printed as text, as JSON, or as it comes.
+
+    options --> RunConfig --client.stream()--> stdout: the text, the stream or the JSON
+                                               stderr: warnings, tools, the outcome
+
+The run uses the user's own OpenCode database, so that his sessions can be continued.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +20,17 @@ from ..core.events import to_json
 from ..core.result import RunResult
 from ..core.text import outcome, printable
 from ..display.stream import live
-from .options import DONE, FAILED, add_file_option, add_run_options, json_object, run_config, tell
+from .options import (
+    DONE,
+    FAILED,
+    add_file_option,
+    add_run_options,
+    json_object,
+    limits,
+    needs_permission,
+    run_config,
+    tell,
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,25 +48,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the prompt, and return the exit status; raises what the run raises."""
+    """Run the prompt, and return the exit status. Raises the run's error."""
     prompt = _read_stdin() if options.prompt == "-" else options.prompt
     cfg = run_config(options).replace(session_id=options.session)
-    # With the user's own database, so that the session is in his opencode, and in the next run;
-    # without a gate, since this is the only run here.
+    # The user's own database keeps the session for his opencode and the next run. This is the
+    # only run here, so starts need no limit.
     with OpenCodeClient(isolate_db=False, startup_concurrency=None) as client, ExitStack() as end:
-        # A run that has been started is told of, also where a Ctrl-C comes at once.
+        # Once the run has started, its outcome is printed, even if Ctrl-C comes at once.
         with lifetime.deferred():
             stream = client.stream(
                 prompt,
                 options.workspace,
                 run_cfg=cfg,
-                timeout_s=options.timeout,
-                idle_timeout_s=options.idle_timeout,
-                max_cost=options.max_cost,
-                max_steps=options.max_steps,
-                max_tokens=options.max_tokens,
                 schema=options.schema and json_object("--schema", options.schema),
                 keep_raw=False,
+                **limits(options),
             )
             end.callback(_show, stream.result, options)
             end.enter_context(stream)
@@ -58,18 +70,18 @@ def run(options: argparse.Namespace) -> int:
             live(stream, notes=sys.stderr)
         else:
             stream.wait()
-    return _ended(stream.result)
+    return _status(stream.result)
 
 
 def _show(result: RunResult, options: argparse.Namespace) -> None:
-    """Print what the run came to, in so far as it has not been shown."""
+    """Print the result, except for what ``live`` has shown already."""
     if options.json:
         print(to_json(result.to_dict()))
     elif not options.stream and (text := _text(result, options.schema)):
-        # As in live(): a terminal is told nothing that it would obey.
+        # As in live(): a terminal gets no escape sequences.
         print(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
-    if not options.stream:  # live() has shown them as they came
+    if not options.stream:  # live() has shown them
         for message in result.warnings:
             tell(f"warning: {message}")
     session = f", session {result.session_id}" if result.session_id else ""
@@ -82,12 +94,11 @@ def _text(result: RunResult, schema: str | None) -> str:
     return json.dumps(result.parsed, ensure_ascii=False)
 
 
-def _ended(result: RunResult) -> int:
-    if result.finish_reason != "tool-calls":
+def _status(result: RunResult) -> int:
+    if not needs_permission(result):
         return DONE
-    # No error to OpenCode: it ended the run there, without an answer.
     tools = ", ".join(dict.fromkeys(result.denied_tools)) or "a tool"
-    tell(f"the run ended where the use of {tools} was refused: see --permission")
+    tell(f"the run ended when it was refused the use of {tools}: see --permission")
     return FAILED
 
 
