@@ -138,10 +138,14 @@ def test_a_text_file_is_plain_whatever_it_begins_with(read: Read) -> None:
     "name, text, told",
     [
         ("a.txt", "\n \n", "a.txt holds no prompts"),
-        ("a.txt", b"one\n\xff\n", "a.txt, line 2: no UTF-8"),
-        ("a.jsonl", '{"prompt": "one"}\n\n{"prompt": }', "a.jsonl, line 3: no JSON: Expecting"),
+        ("a.txt", b"one\n\xff\n", "a.txt, line 2: not UTF-8"),
+        (
+            "a.jsonl",
+            '{"prompt": "one"}\n\n{"prompt": }',
+            "a.jsonl, line 3: not valid JSON: Expecting",
+        ),
         ("a.jsonl", '["one"]', "a.jsonl, line 1: use a JSON object"),
-        ("a.json", "[\n", "a.json, line 1: no JSON"),
+        ("a.json", "[\n", "a.json, line 1: not valid JSON"),
         ("a.jsonl", "[" * 100_000, "a.jsonl, line 1: nested too deeply"),
         ("a.jsonl", '{"key": "k"}', "line 1: no field 'prompt'"),
         ("a.jsonl", '{"prompt": 1}', "line 1: prompt is int"),
@@ -164,12 +168,12 @@ def test_a_text_file_is_plain_whatever_it_begins_with(read: Read) -> None:
         ("a.csv", "prompt,key,prompt\nx,k,y\n", "a.csv, line 1: two columns 'prompt'"),
         ("a.csv", "prompt,modle\nx,p/m\n", "a.csv, line 2: unknown field 'modle'"),
         ("a.csv", 'prompt,key\n"x\ny",k\nz,l,m\n', "a.csv, line 4: 3 cells, but 2 columns"),
-        ("a.csv", 'prompt\nx\n"y\n', "a.csv, line 3: no CSV: unexpected end of data"),
+        ("a.csv", 'prompt\nx\n"y\n', "a.csv, line 3: not valid CSV: unexpected end of data"),
         ("a.csv", "prompt,key\n,k\n", "a.csv, line 2: the prompt is blank"),
         ("a.csv", "prompt,timeout_s\nx,soon\n", "a.csv, line 2: timeout_s is 'soon'"),
         ("a.csv", "prompt,max_steps\nx,1.5\n", "a.csv, line 2: max_steps is '1.5'"),
-        ("a.csv", "prompt,key\nx,k\ny,k\n", "line 3: the key 'k' stands in line 2 too"),
-        ("-", '{"prompt": "x"}\n{', "stdin, line 2: no JSON"),
+        ("a.csv", "prompt,key\nx,k\ny,k\n", "line 3: the key 'k' is also in line 2"),
+        ("-", '{"prompt": "x"}\n{', "stdin, line 2: not valid JSON"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_line(

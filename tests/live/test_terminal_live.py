@@ -157,8 +157,7 @@ def test_ctrl_c_ends_a_map_and_the_same_command_goes_on(
     assert statuses == [130, 0]
     assert so_far == ["one", "two"]
     assert first.text.endswith(
-        "opencode-sync: interrupted: 2 of 4 jobs are in out.jsonl; "
-        "the same command goes on with the others\n"
+        "opencode-sync: interrupted: 2 of 4 jobs are in out.jsonl; the same command runs the rest\n"
     )
     assert "Traceback" not in first.text
     assert "2 done, 0 failed, 2 from the checkpoint\n" in second.text
