@@ -30,7 +30,6 @@ from ..core.request import LIMITS_OF_A_JOB, Budget, absolute
 from ..core.result import RunResult
 from ..core.schema import OutputSchema
 from ..core.stream import Limits
-from ..display.report import Kept
 from ..process.capacity import workers_for_processes
 from .checkpoint import Checkpoint, Saved, job_fingerprint, settings_fingerprint
 from .dispatch import Dispatch
@@ -144,7 +143,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         self._buffersize = options.buffersize or 2 * self._most
         self._runner = runner
         path = options.checkpoint
-        self._tally = Tally(Kept(None if path is None else Path(path)), options.cost_limit)
+        self._tally = Tally(None if path is None else Path(path), options.cost_limit)
         self._dispatch: Dispatch | None = None
         self._checkpoint: Checkpoint | None = None
         self._own_executor: ThreadPoolExecutor | None = None

@@ -34,13 +34,13 @@ from ..core.config import RunConfig
 from ..core.errors import OpenCodeConfigError, OpenCodeError
 from ..core.records import (
     Entry,
+    Line,
     end_of,
     failure_of,
     is_unfinished,
     judged,
     line_of,
-    may_be_torn,
-    parsed,
+    lines_in,
     replacing,
     spent_in,
 )
@@ -323,30 +323,34 @@ class Checkpoint:
 
     def _scan(self) -> int:
         """Index all lines, and repair the last one; returns the file's size."""
-        offset = 0
-        for number, line in enumerate(self._lines(), 1):
-            entry = parsed(line)
-            if entry is None and not line.endswith(b"\n") and may_be_torn(line):
-                _log.warning(
-                    "checkpoint %s: line %d was cut off, and is removed", self._path, number
+        last: Line | None = None
+        try:
+            for last in lines_in(self._lines()):
+                entry = last.entry
+                if entry["settings"] != self._settings:
+                    raise ValueError(
+                        f"line {last.number} was written with other settings: use another file"
+                    )
+                failure, spent = entry["failure"], spent_in(entry)
+                saved = Saved(
+                    last.offset,
+                    failure is not None,
+                    entry["fingerprint"],
+                    spent,
+                    is_unfinished(failure),
                 )
-                os.ftruncate(self._descriptor, offset)
-                os.fsync(self._descriptor)
-                break
-            if entry is None:
-                raise self._refusal(f"line {number} is damaged, or no line of a checkpoint")
-            if entry["settings"] != self._settings:
-                raise self._refusal(f"line {number} is of other settings: use another file")
-            is_failure = entry["failure"] is not None
-            unfinished = is_unfinished(entry["failure"])
-            saved = Saved(offset, is_failure, entry["fingerprint"], spent_in(entry), unfinished)
-            self._note(entry["key"], saved)
-            offset += len(line)
-            if not line.endswith(b"\n"):  # complete all the same
-                _write_all(self._descriptor, b"\n")
-                offset += 1
-                break
-        return offset
+                self._note(entry["key"], saved)
+        except ValueError as error:
+            raise self._refusal(str(error)) from None
+        size = 0 if last is None else last.offset + len(last.data)
+        if size < os.fstat(self._descriptor).st_size:
+            _log.warning("checkpoint %s: the last line was cut off, and is removed", self._path)
+            os.ftruncate(self._descriptor, size)
+            os.fsync(self._descriptor)
+        elif last is not None and not last.data.endswith(b"\n"):  # complete all the same
+            _write_all(self._descriptor, b"\n")
+            size += 1
+        return size
 
     def _with_earlier_tries(self, entry: Entry) -> Entry:
         before = self._index.get(entry.key)

@@ -16,15 +16,17 @@ import os
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import OpenCodeError
 from ..core.request import Spent, tokens_of, unpriced, unpriced_tokens
 from ..core.result import RunResult, TokenUsage
 from ..core.text import html_table
-from ..display.report import Kept
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -34,6 +36,12 @@ _log = logging.getLogger("opencode_sync")
 SLOWEST = 5
 _PROMPT_CHARS = 60
 _MAX_KINDS = 100  # of errors told apart; a provider may put anything into a name
+MAX_ROWS = 10_000
+_ROW_CHARS = 500  # of a text in a row: rows with two such texts take 20 MB in all
+_ROW_ITEMS = 50  # of a list in it
+
+Row = Mapping[str, Any]
+"""A job in short, in the shape of a checkpoint's line: what the report's page takes."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,8 @@ class BatchReport:
         not_run: Jobs that were drawn and not run to an end: the budget was spent, or the batch was
             left.
         running: Jobs under way.
-        total_cost: US dollars spent by this batch: on failed jobs too, not on those of the checkpoint.
+        total_cost: US dollars spent by this batch, on failed jobs too; without what the checkpoint
+            has spent before.
         tokens: Tokens, counted in the same way.
         wall_s: Seconds from the first job to now, or to the end.
         busy_s: Seconds that the jobs took, summed: more than *wall_s* where several run at once.
@@ -70,7 +79,8 @@ class BatchReport:
         slowest: The jobs that took longest, slowest first.
         errors: How many errors there were, by kind.
         warnings: Full sentences, such as that no limit of dollars binds tokens at $0.00.
-        kept: What :meth:`to_html` tells of the single jobs.
+        rows: The last 10,000 jobs that are in no checkpoint, in short, for :meth:`to_html`.
+        checkpoint: The batch's checkpoint, or None.
     """
 
     done: int = 0
@@ -90,12 +100,13 @@ class BatchReport:
     slowest: tuple[SlowJob, ...] = ()
     errors: dict[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    kept: Kept | None = field(default=None, repr=False, compare=False)
+    rows: Sequence[Row] = field(default=(), repr=False, compare=False)
+    checkpoint: Path | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers as values that ``json`` takes."""
-        data = asdict(replace(self, kept=None))
-        del data["kept"]
+        data = asdict(replace(self, rows=(), checkpoint=None))
+        del data["rows"], data["checkpoint"]
         return data
 
     def to_html(self, path: str | os.PathLike[str], *, title: str | None = None) -> None:
@@ -111,10 +122,13 @@ class BatchReport:
         Raises:
             OpenCodeConfigError: Jinja2 is not installed, or *path* cannot be written.
         """
+        from ..display.jobs import records_in
         from ..display.report import write_html
 
-        kept = self.kept or Kept()
-        write_html(kept.records(), path, title=title or kept.title)
+        file = self.checkpoint
+        saved = records_in(file) if file is not None and file.exists() else ()
+        name = "Batch" if file is None else file.name
+        write_html(chain(saved, list(self.rows)), path, title=title or name)
 
     def _repr_html_(self) -> str:
         """For notebooks: the same as a small table."""
@@ -132,9 +146,10 @@ class BatchReport:
         ):
             counts += [f"{n} {word}"] if n else []
         tokens = self.tokens
+        used = f"{tokens.total} tokens ({tokens.input} in, {tokens.output} out)"
         lines = [
             ", ".join(counts),
-            f"${self.total_cost:.4f}, {tokens.total} tokens ({tokens.input} in, {tokens.output} out)",
+            f"${self.total_cost:.4f}, {used}",
             f"{self.wall_s:.1f} s, jobs {self.busy_s:.1f} s in all",
         ]
         if self.rate_limits:
@@ -156,12 +171,14 @@ class BatchReport:
 class Tally:
     """Counts what happens to a batch's jobs; from any thread."""
 
-    def __init__(self, kept: Kept | None = None, cost_limit: str | None = None) -> None:
+    def __init__(self, checkpoint: Path | None = None, cost_limit: str | None = None) -> None:
         """
         Args:
+            checkpoint: The file of the jobs that :meth:`finish` is told to be saved.
             cost_limit: Name of the limit of dollars that there is, to warn where it cannot bind.
         """
-        self._kept = kept or Kept()
+        self._checkpoint = checkpoint
+        self._rows: deque[Row] = deque(maxlen=MAX_ROWS)
         self._cost_limit = cost_limit
         self._unpriced = 0  # tokens at $0.00
         self._has_warned = False
@@ -205,7 +222,7 @@ class Tally:
     def cut_short(self, end: OpenCodeError, *, is_saved: bool) -> None:
         """Count a job that was stopped since the batch's budget is spent."""
         if not is_saved:
-            self._kept.add(end)
+            self._rows.append(row_of(end))
         self.spend(end.result)
         self.count("not_run")
 
@@ -240,7 +257,7 @@ class Tally:
             if len(self._slowest) > SLOWEST:
                 heapq.heappop(self._slowest)
         if not is_saved:
-            self._kept.add(end)
+            self._rows.append(row_of(end))
 
     def report(
         self, *, running: int, rate_limits: int, max_workers: int, lowest: int
@@ -266,7 +283,8 @@ class Tally:
                 slowest=tuple(job for *_, job in sorted(self._slowest, reverse=True)),
                 errors=dict(self._errors.most_common()),
                 warnings=self._warnings(),
-                kept=self._kept,
+                rows=self._rows,
+                checkpoint=self._checkpoint,
             )
 
     def _warnings(self) -> tuple[str, ...]:
@@ -296,6 +314,46 @@ def kind_of(error: OpenCodeError) -> str:
         return kind
     status = f" {info.status_code}" if info.status_code else ""
     return f"{kind} ({info.name}{status})"
+
+
+# What a row has of a result as it is.
+_PLAIN = (
+    *("index", "key", "status", "total_cost", "duration_s", "started_at", "turns", "attempts"),
+    *("session_id", "workspace", "finish_reason", "exit_code"),
+)
+
+
+def row_of(end: RunResult | OpenCodeError) -> Row:
+    """How a job ended, without its events, and with the beginnings of its texts."""
+    error = end if isinstance(end, OpenCodeError) else None
+    result = end.result if isinstance(end, OpenCodeError) else end
+    if result is None:
+        result = RunResult(prompt=end.prompt or "", index=end.index, key=end.key)
+    info = result.error
+    return {
+        **{name: getattr(result, name) for name in _PLAIN},
+        "prompt": _beginning(result.prompt),
+        "answer": _beginning(result.answer),
+        "failure": None
+        if error is None
+        else {"type": type(error).__name__, "message": _beginning(str(error))},
+        "error": None if info is None else {**asdict(info), "message": _beginning(info.message)},
+        "token_usage": asdict(result.token_usage),
+        "tool_calls": [
+            {"part": {"tool": str(part.get("tool"))[:_ROW_CHARS]}}
+            for part in (event.get("part") for event in result.tool_calls[:_ROW_ITEMS])
+            if isinstance(part, Mapping)
+        ],
+        "denied_tools": list(result.denied_tools[:_ROW_ITEMS]),
+        "warnings": [_beginning(warning) for warning in result.warnings[:_ROW_ITEMS]],
+        "sub_agents": [asdict(each) for each in result.sub_agents[:_ROW_ITEMS]],
+        "left_out": "a batch without a checkpoint keeps only the beginnings of its texts",
+    }
+
+
+def _beginning(text: str) -> str:
+    more = len(text) - _ROW_CHARS
+    return f"{text[:_ROW_CHARS]}\n… {more:,} characters more" if more > 0 else text
 
 
 class Progress:

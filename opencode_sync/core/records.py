@@ -1,6 +1,6 @@
 """Results and errors as lines of JSON, and back.
 
-    Entry --line_of()--> a line --parsed()--> its object --end_of()--> an equal result or error
+    Entry --line_of()--> a line --lines_in()--> its object --end_of()--> an equal result or error
 
     {"key": ..., "fingerprint": ..., "settings": ..., "failure": null, <RunResult.to_dict()>}
     {"key": ..., "fingerprint": ..., "settings": ..., "failure": {"type", "message", ...}, ...}
@@ -53,21 +53,52 @@ def line_of(entry: Entry, settings: str) -> bytes:
         settings: Fingerprint of what all jobs of the batch have in common.
     """
     end = entry.end
-    error = end if isinstance(end, OpenCodeError) else None
     result = end if isinstance(end, RunResult) else end.result
-    if result is None:
-        result = RunResult(prompt=end.prompt or "")
     line = {
         "key": entry.key,
         "fingerprint": entry.fingerprint,
         "settings": settings,
-        "failure": None if error is None else failure_of(error),
-        **{name: value for name, value in result.to_dict().items() if name != "key"},
-        "parsed": result._json,
+        **{name: value for name, value in record_of(end).items() if name != "key"},
+        "parsed": None if result is None else result._json,
         "cost_before": entry.before.cost,
         "tokens_before": entry.before.tokens,
     }
     return dumped(line) + b"\n"
+
+
+def record_of(end: RunResult | OpenCodeError) -> dict[str, Any]:
+    """A result, or an error in its place, as :func:`line_of` and the report page write it."""
+    if isinstance(end, RunResult):
+        return {"failure": None, **end.to_dict()}
+    result = end.result or RunResult(prompt=end.prompt or "", index=end.index, key=end.key)
+    return {"failure": failure_of(end), **result.to_dict()}
+
+
+class Line(NamedTuple):
+    """A line of a checkpoint: where it stands, and the object that it holds."""
+
+    number: int
+    offset: int
+    data: bytes
+    entry: dict[str, Any]
+
+
+def lines_in(file: Iterable[bytes], offset: int = 0) -> Iterator[Line]:
+    """Read the lines of a checkpoint's *file*, which stands at *offset*.
+
+    Ends before a last line that was cut off, or is being written.
+
+    Raises:
+        ValueError: A line is damaged, or the file is not a checkpoint.
+    """
+    for number, data in enumerate(file, 1):
+        entry = parsed(data)
+        if entry is None and not data.endswith(b"\n") and may_be_torn(data):
+            return
+        if entry is None:
+            raise ValueError(f"line {number} is damaged, or not a line of a checkpoint")
+        yield Line(number, offset, data, entry)
+        offset += len(data)
 
 
 def judged(entry: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
     record --+-- row_of() ----> Row, for the table and the charts
              +-- detail_of() -> values for JSON
-             +-- short_of() --> a record without tools and events, to be kept in memory
 
 What is missing or odd in a record counts as nothing. Of long texts the beginning is shown, and
 behind it stands how much was left out.
@@ -23,80 +22,41 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import OpenCodeConfigError, OpenCodeError
 from ..core.reading import TokenUsage, number_of
-from ..core.records import dumped, failure_of, judged
+from ..core.records import dumped, lines_in, record_of
 from ..core.result import RunResult
 from ..core.text import one_line, printable
 
 Record = Mapping[str, Any]
 
-_KEY = b'{"key": '  # how each line of a checkpoint begins
-
 
 def records_of(ends: Iterable[RunResult | OpenCodeError]) -> Iterator[Record]:
     """Results, and errors that stand in a result's place, as records."""
-    for end in ends:
-        if isinstance(end, RunResult):
-            yield {**end.to_dict(), "failure": None}
-            continue
-        result = end.result or RunResult(prompt=end.prompt or "", index=end.index, key=end.key)
-        yield {**result.to_dict(), "failure": failure_of(end)}
+    return map(record_of, ends)
 
 
 def records_in(checkpoint: str | os.PathLike[str]) -> Iterator[Record]:
-    """The jobs in a checkpoint's file, the last line of each key; may be done while it is written.
+    """The jobs in a checkpoint's file, the last line of each key; also while it is written.
 
     Raises:
-        OpenCodeConfigError: There is no such file, or it is no checkpoint.
+        OpenCodeConfigError: There is no such file, or it is not a checkpoint.
     """
     path = Path(checkpoint).expanduser()
     try:
         with open(path, "rb") as file:
-            for number, offset in sorted(_places(file)):
+            last = {line.entry["key"]: line.offset for line in lines_in(file)}
+            for offset in sorted(last.values()):
                 file.seek(offset)
-                record = _parsed(line := file.readline())
-                if record is None and not line.endswith(b"\n"):
-                    continue  # cut off, or being written
-                if record is None:
-                    raise OpenCodeConfigError(
-                        f"{str(path)!r}: line {number} is no line of a checkpoint"
-                    )
-                yield record
+                yield from (line.entry for line in islice(lines_in(file), 1))
     except OSError as error:
         raise OpenCodeConfigError(f"{str(path)!r}: {error.strerror or error}") from error
-
-
-def _places(lines: Iterable[bytes]) -> Iterable[tuple[int, int]]:
-    """Number and offset of the last line of each key."""
-    places: dict[str, tuple[int, int]] = {}
-    offset = 0
-    for number, line in enumerate(lines, 1):
-        places[_key_in(line) or f"line {number}"] = number, offset
-        offset += len(line)
-    return places.values()
-
-
-def _key_in(line: bytes) -> str | None:
-    """The key's JSON, without a look at the rest of a line that may be long."""
-    if not line.startswith(_KEY) or not line.endswith(b"\n"):
-        return None
-    try:
-        key, _ = json.JSONDecoder().raw_decode(line[len(_KEY) :].decode("utf-8", "replace"))
-    except ValueError:
-        return None
-    return json.dumps(key)
-
-
-def _parsed(line: bytes) -> Record | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return judged(record) if isinstance(record, dict) and "failure" in record else None
+    except ValueError as error:
+        raise OpenCodeConfigError(f"{str(path)!r}: {error}") from None
 
 
 STATUSES = ("ok", "error", "denied", "incomplete", "timed_out", "cancelled", "over_budget")
@@ -108,7 +68,7 @@ _STATUS_OF = {  # of jobs that ended with an error, whatever their run had come 
 }
 # Characters of a text that are shown, and how many of a kind.
 _ROW_CHARS = 200
-_SHORT_CHARS = 2_000
+_WARNING_CHARS = 2_000
 _PROMPT_CHARS = 20_000
 _ANSWER_CHARS = 50_000
 _TOOL_CHARS = 4_000
@@ -129,7 +89,7 @@ class Row:
         is_empty: It ended well, without an answer and without a tool call.
         tools: Names of the tools, in order, once for each use.
         cost_before, tokens_before: On earlier tries at it, as the checkpoint has them.
-        started_at, ended_at: Unix times in seconds; None where nothing tells of them.
+        started_at: Unix time in seconds; None where nothing tells of it.
     """
 
     index: int
@@ -146,10 +106,6 @@ class Row:
     started_at: float | None
     cost_before: float = 0.0
     tokens_before: int = 0
-
-    @property
-    def ended_at(self) -> float | None:
-        return None if self.started_at is None else self.started_at + self.seconds
 
 
 # --- in short ------------------------------------------------------------------------------------
@@ -226,35 +182,6 @@ def _tool_parts(record: Record) -> list[Record]:
     return [part for part in parts if part.get("tool")]
 
 
-def short_of(record: Record) -> Record:
-    """*record* with the beginnings of its texts, and of tools their names; a record itself."""
-    error, failure = _mapping(record, "error"), _mapping(record, "failure")
-    figures = ("status", "index", "key", "duration_s", "attempts", "turns", "total_cost")
-    facts = ("token_usage", "session_id", "workspace", "finish_reason", "exit_code")
-    return {
-        **{name: record.get(name) for name in (*figures, *facts)},
-        "started_at": _started_at(record),
-        "prompt": _cut(_text(record, "prompt"), _SHORT_CHARS),
-        "answer": _cut(_text(record, "answer"), _SHORT_CHARS),
-        "denied_tools": _items(record, "denied_tools")[:_MAX_ITEMS],
-        "warnings": _warnings(record),
-        "sub_agents": _mappings(record, "sub_agents")[:_MAX_ITEMS],
-        "tool_calls": [
-            {"part": {"tool": part["tool"]}} for part in _tool_parts(record)[:_MAX_TOOLS]
-        ],
-        "error": _with_short_message(error),
-        "failure": _with_short_message(failure),
-        "left_out": "a batch without a checkpoint keeps only the beginnings of its texts",
-    }
-
-
-def _with_short_message(error: Record) -> Record | None:
-    """An error's or failure's name and words, or None where there is none."""
-    names = [name for name in ("type", "name", "status_code") if name in error]
-    message = _cut(_text(error, "message"), _SHORT_CHARS)
-    return {**{name: error[name] for name in names}, "message": message} if error else None
-
-
 # --- unfolded ------------------------------------------------------------------------------------
 
 
@@ -294,7 +221,7 @@ def detail_of(record: Record, *, brief: bool = False) -> dict[str, Any]:
 
 def _warnings(record: Record) -> list[str]:
     return [
-        one_line(str(text)[:_SHORT_CHARS], _SHORT_CHARS)
+        one_line(str(text)[:_WARNING_CHARS], _WARNING_CHARS)
         for text in _items(record, "warnings")[:_MAX_ITEMS]
     ]
 

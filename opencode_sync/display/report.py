@@ -4,13 +4,6 @@
 
 Knows what is shown; how it looks is the template's.
 
-What a batch keeps of its jobs for its page: what no checkpoint has, in short.
-
-    ends --add()--> the last MOST, compressed, some 500 bytes each --+
-    the checkpoint's file, where there is one -----------------------+--records()--> a page
-
-So the memory that a batch takes does not grow with its length, nor with its events.
-
 A batch as a page: one file, which asks nothing of the network.
 
     records --+--> rows --> charts, figures, the table's JSON --+--> report.html.j2 --> FILE
@@ -24,11 +17,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 import tempfile
-import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -38,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ..core.errors import OpenCodeConfigError, OpenCodeError
 from ..core.events import to_json
-from ..core.records import dumped, replacing
+from ..core.records import replacing
 from ..core.result import RunResult
 from ..core.text import money
 from .charts import (
@@ -56,41 +47,10 @@ from .charts import (
     timeline_of,
     value_ticks,
 )
-from .jobs import STATUSES, Record, Row, detail_of, records_in, records_of, row_of, short_of
+from .jobs import STATUSES, Record, Row, detail_of, records_in, records_of, row_of
 
 if TYPE_CHECKING:
     from jinja2 import Template
-
-MOST = 10_000
-
-
-class Kept:
-    """The jobs of one batch, as far as a page can still tell of them; from any thread, picklable.
-
-    Attributes:
-        checkpoint: The batch's checkpoint, or None.
-    """
-
-    def __init__(self, checkpoint: Path | None = None) -> None:
-        self.checkpoint = checkpoint
-        self._lines: deque[bytes] = deque(maxlen=MOST)
-
-    @property
-    def title(self) -> str:
-        return "Batch" if self.checkpoint is None else self.checkpoint.name
-
-    def add(self, end: RunResult | OpenCodeError) -> None:
-        """Keep in short how a job ended that is in no checkpoint."""
-        (record,) = records_of([end])
-        self._lines.append(zlib.compress(dumped(short_of(record)), 1))
-
-    def records(self) -> Iterator[Record]:
-        """All that is in the checkpoint, of whichever run, and then what was kept."""
-        if self.checkpoint is not None and self.checkpoint.exists():
-            yield from records_in(self.checkpoint)
-        for line in list(self._lines):
-            yield json.loads(zlib.decompress(line))
-
 
 _MAX_KINDS = 12
 

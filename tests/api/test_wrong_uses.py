@@ -247,7 +247,11 @@ BATCHES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "number as checkpoint": (["well"], {"checkpoint": 3}, "checkpoint is 3: use the path of a"),
     "checkpoint that is a directory": (["well"], {"checkpoint": "."}, "Is a directory"),
     "NUL in the checkpoint": (["well"], {"checkpoint": "a\0b"}, "checkpoint is 'a\\x00b': use"),
-    "script as checkpoint": (["well"], {"checkpoint": "../script.py"}, "no line of a checkpoint"),
+    "script as checkpoint": (
+        ["well"],
+        {"checkpoint": "../script.py"},
+        "not a line of a checkpoint",
+    ),
 }
 
 

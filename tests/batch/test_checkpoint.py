@@ -290,7 +290,7 @@ def test_a_file_that_is_no_checkpoint_is_left_alone(
 ) -> None:
     path.write_text(text)
 
-    with pytest.raises(OpenCodeConfigError, match="line 1 is damaged, or no line of a checkpoint"):
+    with pytest.raises(OpenCodeConfigError, match="line 1 is damaged, or not a line"):
         next(runner.map(["a"], checkpoint=path))
 
     assert path.read_text() == text
@@ -515,7 +515,7 @@ def test_the_permissions_of_the_file_stay(runner: ScriptedRunner, path: Path) ->
 def test_a_file_of_other_settings_is_noticed(runner: ScriptedRunner, path: Path) -> None:
     list(runner.map(["a"], checkpoint=path, run_cfg=RunConfig(model="a/b")))
 
-    with pytest.raises(OpenCodeConfigError, match="line 1 is of other settings"):
+    with pytest.raises(OpenCodeConfigError, match="line 1 was written with other settings"):
         next(runner.map(["a"], checkpoint=path, run_cfg=RunConfig(model="a/c")))
 
 
@@ -579,7 +579,7 @@ def test_what_is_only_called_like_a_secret_is_a_setting(
 ) -> None:
     list(runner.map(["a"], checkpoint=path, run_cfg=RunConfig(**setting("deny"))))
 
-    with pytest.raises(OpenCodeConfigError, match="line 1 is of other settings"):
+    with pytest.raises(OpenCodeConfigError, match="line 1 was written with other settings"):
         next(runner.map(["a"], checkpoint=path, run_cfg=RunConfig(**setting("allow"))))
 
 

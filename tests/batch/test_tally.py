@@ -1,8 +1,9 @@
-"""The bar of a batch: on a terminal, in a notebook, and nowhere else."""
+"""What a report keeps of its jobs; and the bar: on a terminal, in a notebook, nowhere else."""
 
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Iterator
 from contextlib import redirect_stderr
 
@@ -27,6 +28,20 @@ class Screen(io.StringIO):
 def runner() -> Iterator[ScriptedRunner]:
     with ScriptedRunner(max_workers=2) as runner:
         yield runner
+
+
+def test_a_report_keeps_a_bounded_number_of_jobs_and_the_beginnings_of_their_texts(
+    monkeypatch: pytest.MonkeyPatch, runner: ScriptedRunner
+) -> None:
+    monkeypatch.setattr(tally, "MAX_ROWS", 2)
+    batch = runner.map(["a", "fail b", "x" * 5_000], on_error="return", max_workers=1)
+    list(batch)
+
+    failed, long = pickle.loads(pickle.dumps(batch.report)).rows
+
+    assert failed["failure"]["type"] == "OpenCodeProcessError"
+    assert long["answer"] == "X" * 500 + "\n… 4,500 characters more"
+    assert long["token_usage"]["total"] == 10
 
 
 def last_state(screen: Screen) -> str:

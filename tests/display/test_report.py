@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import pickle
 import re
 import sys
 import tracemalloc
@@ -21,7 +20,6 @@ from hypothesis import strategies as st
 
 from opencode_sync import Job, OpenCodeConfigError, OpenCodeError, OpenCodeTimeoutError, RunResult
 from opencode_sync.batch.tally import kind_of
-from opencode_sync.display import report as _report_kept
 from opencode_sync.display import report as report_room
 from opencode_sync.display.charts import (
     Clock,
@@ -31,9 +29,8 @@ from opencode_sync.display.charts import (
     time_ticks,
     value_ticks,
 )
-from opencode_sync.display.jobs import detail_of, records_in, records_of, row_of, short_of
+from opencode_sync.display.jobs import detail_of, records_in, records_of, row_of
 from opencode_sync.display.report import (
-    Kept,
     checkpoint_to_html,
     results_to_html,
     script_json,
@@ -334,7 +331,7 @@ def test_a_batch_of_nothing_is_a_page_too(path: Path) -> None:
 def test_the_time_that_a_record_says_it_began_goes_before_its_events() -> None:
     row = row_of(record(started_at=999_999.5), 0)
 
-    assert (row.started_at, row.ended_at) == (999_999.5, 1_000_000.5)
+    assert row.started_at == 999_999.5
 
 
 values = st.recursive(
@@ -362,19 +359,19 @@ def test_of_a_long_text_the_beginning_is_shown_and_how_much_is_not() -> None:
     assert detail["prompt"] == "x" * 20_000 + "\n… 10,000 characters more"
 
 
-def test_warnings_are_shown_also_where_texts_are_kept_in_short() -> None:
+def test_warnings_are_shown() -> None:
     warned = record(warnings=["The MCP server 'f' did not start."])
 
     assert detail_of(warned)["warnings"] == ["The MCP server 'f' did not start."]
-    assert detail_of(short_of(warned))["warnings"] == ["The MCP server 'f' did not start."]
 
 
 def test_a_job_tells_what_its_sub_agents_used() -> None:
     used = {"input": 1_000, "output": 20, "total": 1_020}
     agent = {"agent": "general", "title": "look", "token_usage": used, "total_cost": 0.0012}
 
-    for kept in (record(sub_agents=[agent]), short_of(record(sub_agents=[agent]))):
-        assert ("Sub-agents", "general look (1,020 tokens, $0.0012)") in detail_of(kept)["facts"]
+    facts = detail_of(record(sub_agents=[agent]))["facts"]
+
+    assert ("Sub-agents", "general look (1,020 tokens, $0.0012)") in facts
 
 
 def test_of_many_events_the_first_are_shown_and_how_many_are_not() -> None:
@@ -410,59 +407,7 @@ def test_records_are_not_kept_while_the_page_is_made(path: Path) -> None:
     assert peak < 10_000_000
 
 
-# --- what a batch keeps of its jobs --------------------------------------------------------------
-
-
-def ended(index: int, **changes: Any) -> RunResult:
-    return RunResult.from_dict(record(index, **changes))
-
-
-def test_a_batch_without_a_checkpoint_keeps_its_jobs_in_short(path: Path) -> None:
-    kept = Kept()
-    kept.add(ended(0, prompt="x" * 100_000))
-    kept.add(OpenCodeTimeoutError("too late", result=ended(1)))
-
-    page = page_of(path, kept.records())
-
-    detail = page.data["job-0"]
-    assert [(job["n"], job["status"], job["from"]) for job in page.jobs] == [
-        (0, "ok", 0.0),
-        (1, "timed_out", 1.0),
-    ]
-    assert page.jobs[0]["tools"] == ["bash"]
-    assert len(detail["prompt"]) < 2_100
-    assert "checkpoint" in detail["left_out"]
-
-
-def test_in_short_the_row_of_a_job_is_the_same() -> None:
-    failure = {"type": "OpenCodeProcessError", "message": "no"}
-    error = {"name": "APIError", "message": "no", "status_code": 401}
-    for whole in (record(), record(failure=failure, error=error)):
-        assert row_of(short_of(whole), 0) == row_of(whole, 0)
-
-
-def test_what_a_batch_keeps_does_not_grow_with_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_report_kept, "MOST", 3)
-    kept = Kept()
-
-    for n in range(5):
-        kept.add(ended(n))
-
-    assert [each["index"] for each in kept.records()] == [2, 3, 4]
-
-
-def test_with_a_checkpoint_its_jobs_come_first(tmp_path: Path) -> None:
-    kept = Kept(lines(tmp_path / "a.jsonl", record(0), record(1)))
-    kept.add(ended(2))
-
-    assert [each["index"] for each in kept.records()] == [0, 1, 2]
-
-
-def test_what_was_kept_can_be_pickled() -> None:
-    kept = Kept()
-    kept.add(ended(0))
-
-    assert list(pickle.loads(pickle.dumps(kept)).records()) == list(kept.records())
+# --- the page of a batch -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkpoint", [None, "batch.jsonl"], ids=["without", "with a checkpoint"])
@@ -560,7 +505,8 @@ def test_without_jinja_the_error_says_what_to_install(
 
 
 def lines(path: Path, *records: Mapping[str, Any]) -> Path:
-    ordered = ({"key": each["key"], **each} for each in records)
+    own = {"fingerprint": "f", "settings": "s"}
+    ordered = ({"key": each["key"], **own, **each} for each in records)
     path.write_text("".join(json.dumps(each) + "\n" for each in ordered))
     return path
 
@@ -583,7 +529,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, line: str) -> None:
     file = lines(tmp_path / "a.jsonl", record(0))
     file.write_text(file.read_text() + line + "\n")
 
-    with pytest.raises(OpenCodeConfigError, match="line 2 is no line of a checkpoint"):
+    with pytest.raises(OpenCodeConfigError, match="line 2 is damaged, or not a line"):
         list(records_in(file))
 
 
