@@ -39,7 +39,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from ..core.config import Job, RunConfig, check_count, validate_config_for_run
-from ..core.denials import OUTPUT_TOOL, Tripwire
+from ..core.denials import OUTPUT_TOOL, Tripwire, check_names
 from ..core.errors import (
     OpenCodeCancelledError,
     OpenCodeConfigError,
@@ -48,7 +48,6 @@ from ..core.errors import (
 )
 from ..core.future import RunFuture, cancel_together
 from ..core.lifetime import CancelScope, UnderWay
-from ..core.mcp import check_names
 from ..core.request import (
     NO_ANSWERS,
     Answers,

@@ -1,19 +1,11 @@
-"""What one run is asked for: values.
+"""The settings of a run, and the checks of settings and arguments before anything is started.
 
-Knows the names of settings and how they merge; _validation, which of them will do; neither knows of
-flags, files or processes.
+    RunConfig, Job               values; what is None is left to OpenCode, or to the batch
+    validate_config_for_run()    refuses what OpenCode would ignore, misread or hang on
+    check_...(), checked_path()  arguments of clients, servers, batches and requests
 
-What an argument has to be: looked at before anything is started.
-
-Each check raises OpenCodeConfigError, with the argument's name, its value, and what to use.
-
-Settings of a run, looked at before anything is started.
-
-validate_config_for_run(RunConfig): types --> permissions, tools, MCP servers --> JSON
-                                    --> combinations --> words
-
-Each check raises OpenCodeConfigError, with the field's name, its value unless it may be secret, and
-what to use. Knows what OpenCode would ignore, misread or hang on; starts nothing.
+Each check raises OpenCodeConfigError, which names the setting, its value unless it may be secret,
+and what to use. Knows nothing of flags, variables and processes: see ``process.command``.
 """
 
 from __future__ import annotations
@@ -22,94 +14,20 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+from .denials import check_names, places
 from .errors import OpenCodeConfigError
-from .mcp import check_names, check_servers
+from .mcp import check_servers, mapping
 
-
-def check_number(
-    name: str, value: object, *, optional: bool = False, positive: bool = False
-) -> None:
-    """Check for a finite number: above 0, or of 0 or more; None where *optional*."""
-    if value is None and optional:
-        return
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # Not math.isfinite: that raises for an int of hundreds of digits.
-    is_in_range = is_number and 0 <= value <= sys.float_info.max  # type: ignore[operator]
-    if not is_in_range or (positive and value == 0):
-        bound = "above 0" if positive else "of 0 or more"
-        none = ", or None for no limit" if optional else ""
-        raise OpenCodeConfigError(f"{name} is {shown(value)}: use a number {bound}{none}")
-
-
-def check_count(name: str, value: object, least: int) -> None:
-    """Check for a whole number of *least* or more, or None."""
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    if value is not None and not is_count:
-        raise OpenCodeConfigError(f"{name} is {shown(value)}: use {least} or more, or None")
-
-
-def check_flag(name: str, value: object) -> None:
-    """Check for a bool: of other values ``"no"`` would be true."""
-    if not isinstance(value, bool):
-        raise OpenCodeConfigError(f"{name} is {shown(value)}: use True or False")
-
-
-def check_program(name: str, value: object) -> None:
-    """Check for what may name a program."""
-    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-        raise OpenCodeConfigError(f"{name} is {shown(value)}: use a path, or a name on PATH")
-
-
-def checked_path(name: str, value: str | os.PathLike[str], kind: str = "a file") -> Path:
-    """*value* as an absolute path, ``~`` expanded; there need be nothing there.
-
-    Args:
-        kind: What it is the path of, in words.
-    """
-    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise OpenCodeConfigError(f"{name} is {shown(value)}: use the path of {kind}")
-    path = os.path.expanduser(text)
-    if path.startswith("~"):
-        raise OpenCodeConfigError(f"{name} {text!r}: there is no such home: use an absolute path")
-    try:
-        path = os.path.abspath(path)
-        os.fsencode(path)
-    except FileNotFoundError:
-        raise OpenCodeConfigError(f"{name} {text!r}: {NO_CURRENT_DIRECTORY}") from None
-    except UnicodeEncodeError as error:
-        raise OpenCodeConfigError(f"{name} {text!r}: {unencodable(error)}") from None
-    return Path(path)
-
-
-NO_CURRENT_DIRECTORY = "the current directory has vanished: use an absolute path"
-
-
-def unencodable(error: UnicodeEncodeError) -> str:
-    """What is wrong with a text that the system cannot take, and what to do."""
-    if sys.getfilesystemencoding() == "utf-8":
-        return f"it cannot be encoded: {error}"
-    return f"{error}: run Python with PYTHONUTF8=1, or in a UTF-8 locale"
-
-
-def shown(value: object) -> str:
-    """*value* as it is written, if that is short; else its type."""
-    try:
-        text = repr(value)
-    except Exception:  # noqa: BLE001 - a stranger's repr, or an int too long to be written
-        text = ""
-    return text if 0 < len(text) <= 200 else type(value).__name__
-
-
-# Fields that may hold passwords, tokens or keys: they show in a repr as "...", and so does what
-# stands before the "@" of a URL.
+# Fields that may hold passwords, tokens or keys: a repr shows "..." for them, and for the login in
+# a URL.
 SECRET_FIELDS = frozenset({"password", "extra_env", "mcp", "config_overrides"})
-URL_LOGIN = re.compile(r"(?<=://)[^/\s]*(?=@)")
+_URL_LOGIN = re.compile(r"(?<=://)[^/\s]*(?=@)")
 
 
 @dataclass(frozen=True, repr=False)
@@ -117,68 +35,67 @@ class RunConfig:
     """Settings of a run. All are optional; what is None is left to OpenCode and its own config.
 
     Attributes:
-        agent: Name of the agent. An unknown one is an error, and so is a sub-agent's name in a
-            process per run: OpenCode would run its default agent. A server runs the sub-agent.
-            A command that names an agent of its own is run by that one.
-        model: ``"provider/model"``. With none configured anywhere, the prompt goes to the
+        agent: Name of the agent. An unknown name is an error. So is a sub-agent in a process per
+            run, where OpenCode would run its default agent instead; a server runs the sub-agent.
+            A command that names an agent runs with that agent.
+        model: ``"provider/model"``. With no model configured anywhere, the prompt goes to the
             vendor's free models.
-        files: Paths attached to the prompt; relative ones count from the workspace.
+        files: Paths of files to attach to the prompt; relative to the workspace.
         title: Title of the session; None for the beginning of its prompt.
-        command: Name of an OpenCode command; the prompt becomes its arguments, which reach the
-            model as they are: nothing in them is expanded or run. A command that puts them into a
-            shell command of its own is refused, and so are files that they name (``@file``) for a
-            sub-agent, arguments with *pure*, and on a server that runs elsewhere arguments with
-            ``$``, ``@`` or a backtick. In a process, arguments have OpenCode load a plugin, and so
-            wait for its own installations by npm: some 12 seconds once in a workspace that has a
-            ``.opencode`` directory, and a minute where an earlier run ended in the middle of one.
+        command: Name of an OpenCode command; the prompt becomes its arguments. They reach the model
+            unchanged: nothing in them is expanded or run. Refused are: a command that puts its
+            arguments into a shell command; arguments that name files (``@file``) for a sub-agent;
+            arguments with *pure*; and on a server that runs elsewhere, arguments with ``$``, ``@``
+            or a backtick. In a process per run, arguments make OpenCode load a plugin, and so wait
+            for its own npm installations: 12 seconds once in a workspace with a ``.opencode``
+            directory, and a minute after a run that was stopped in the middle of one.
         continue_session: Continue this client's last session in the workspace.
         session_id: Continue this session.
-        fork: Branch the continued session, leaving the original as it is.
+        fork: Continue in a copy of the session, and leave the original unchanged.
         share: Share the session publicly.
-        attach: URL of a running server that shall do the work.
+        attach: URL of a running server that does the work.
         password, username: Credentials for *attach*.
         remote_dir: Directory on the server of *attach*.
-        port: Accepted for compatibility; OpenCode's ``run`` does nothing with it.
-        variant: The provider's name for a reasoning effort, such as ``"high"``. OpenCode ignores
-            one that the model does not have, of which there is a warning in the result. For a
-            process, where *model* is given here, OpenCode is asked for the model's variants first,
-            which takes 2 s once.
+        port: Accepted for compatibility; OpenCode's ``run`` ignores it.
+        variant: The provider's name for a reasoning effort, such as ``"high"``. OpenCode ignores a
+            variant that the model does not have; the result then has a warning. A process per run
+            with *model* first asks OpenCode for the model's variants, which takes 2 s once.
         thinking: Give the model's reasoning as ``reasoning`` events.
         print_logs: Keep OpenCode's log lines in the result's ``stderr``.
         log_level: ``"DEBUG"``, ``"INFO"``, ``"WARN"`` or ``"ERROR"``. With *print_logs*, the last
-            one leaves out what tells of MCP servers that do not work.
+            one hides the lines on MCP servers that do not work, and so their warnings.
         disable_autoupdate: Keep OpenCode from replacing its own binary.
-        extra_env: Variables for the child, over the environment it inherits. A tool sees them all.
-        permission: OpenCode's permission rules, each leaf ``"allow"`` or ``"deny"``. What is
-            denied here, in *tools* or in *config_overrides* holds against all configuration of
-            the workspace and the user, its agents and commands, and for sub-agents: a tool that
-            runs all the same ends the run with an OpenCodePermissionError. No rule holds for what
-            OpenCode itself runs at the word of the workspace's configuration: its plugins, custom
-            tools, MCP servers, formatters, language servers and shell, and the shell commands in
-            the template of a *command*. ``inherit_project_config=False`` leaves that out;
-            a workspace with plugins in ``.opencode/plugin`` or ``.opencode/plugins`` is refused
-            then, and with *pure*, since OpenCode 1.18.33 executes these files all the same.
-            A name that has no effect is refused where it is nearly a known one, or a tool that asks
-            for another permission (``"edit"`` stands for ``write`` and ``apply_patch``); of other
-            names that are not known there is a warning in the result.
-        mcp: MCP servers by name: OpenCode's key, of which entries are checked. Of a server that
-            does not work there is a warning in the result.
-        tools: Tools by name, True or False; names are checked as those of *permission*.
+        extra_env: Environment variables, over the inherited ones. Tools see all of them.
+        permission: OpenCode's permission rules; each leaf is ``"allow"`` or ``"deny"``. What is
+            denied here, in *tools* or in *config_overrides* stays denied whatever the configuration
+            of the workspace and the user, their agents and commands allow, and for sub-agents too.
+            If a denied tool runs nevertheless, the run ends with an OpenCodePermissionError. No
+            rule covers what OpenCode itself runs for the workspace's configuration: its plugins,
+            custom tools, MCP servers, formatters, language servers and shell, and the shell
+            commands in the template of a *command*. ``inherit_project_config=False`` leaves that
+            configuration out. Then, and with *pure*, a workspace with plugins in
+            ``.opencode/plugin`` or ``.opencode/plugins`` is refused, since OpenCode 1.18.33 runs
+            these files nevertheless. A name without effect is refused where it is nearly a known
+            one, or a tool that asks for another permission (``"edit"`` stands for ``write`` and
+            ``apply_patch``); for any other unknown name the result has a warning.
+        mcp: MCP servers by name, in OpenCode's format; entries are checked. The result has a
+            warning for each server that does not work.
+        tools: Tools by name, True or False; names are checked like those of *permission*.
         config_overrides: Any other OpenCode configuration; the fields above are merged over it.
         auto: Answer permission questions with yes; explicit denials hold.
-        pure: Run without plugins; a workspace that has some of its own is refused.
+        pure: Run without plugins; a workspace with plugins of its own is refused.
         instructions: Paths, globs or URLs of instruction files, OpenCode's key of this name.
         inherit_user_config: Use the configuration, agents, skills and instructions of the user's
-            home and environment. Without them, tools see an empty ``XDG_CONFIG_HOME``.
-        inherit_project_config: Use those found in the workspace. Without them, skills in
-            ``.claude`` and ``.agents`` directories are left out, the user's too: OpenCode has one
-            switch for both.
-        keep_background: Leave processes alone that tools left running at the run's normal end. On
-            an ``OpenCodeServer`` they go on as long as its server.
-        lean: Switch off what a single run rarely needs, for some 2 % less time and 10 % less CPU:
-            snapshots (and so OpenCode's undo), sharing, language servers, plugins that come with
-            OpenCode, newer lists of models, pruning, watching files; JavaScript that is hot for
-            minutes is optimised later. *extra_env* and *config_overrides* can take each back.
+            home and environment. If False, tools see an empty ``XDG_CONFIG_HOME``.
+        inherit_project_config: Use those found in the workspace. If False, skills in ``.claude``
+            and ``.agents`` directories are left out, the user's too: OpenCode has one switch for
+            both.
+        keep_background: At the normal end of a run, leave processes alone that its tools left
+            running. On an ``OpenCodeServer`` they run as long as its server.
+        lean: Switch off what a single run rarely needs, to save about 2 % of the time and 10 % of
+            the CPU: snapshots (and so OpenCode's undo), sharing, language servers, plugins that
+            come with OpenCode, updates of the list of models, pruning, watching files, and late
+            optimisation of JavaScript. *extra_env* and *config_overrides* can undo each.
     """
 
     agent: str | None = None
@@ -220,7 +137,7 @@ class RunConfig:
                 object.__setattr__(self, name, _plain_copy(getattr(self, name)))
             except RecursionError:
                 raise OpenCodeConfigError(
-                    f"{name} is nested too deeply: does it hold itself?"
+                    f"{name} is nested too deeply: does it contain itself?"
                 ) from None
         for name in ("files", "instructions"):
             value = () if (given := getattr(self, name)) is None else given
@@ -229,13 +146,13 @@ class RunConfig:
             object.__setattr__(self, name, (value,) if single else tuple(value))
 
     def __repr__(self) -> str:
-        shown = []
+        settings = []
         for field in fields(self):
             value = getattr(self, field.name)
             if value != field.default:
-                text = "..." if field.name in SECRET_FIELDS else repr(value)
-                shown.append(f"{field.name}={URL_LOGIN.sub('...', text)}")
-        return f"RunConfig({', '.join(shown)})"
+                text = "..." if field.name in SECRET_FIELDS else _without_login(repr(value))
+                settings.append(f"{field.name}={text}")
+        return f"RunConfig({', '.join(settings)})"
 
     def replace(self, **changes: Any) -> RunConfig:
         """A copy with *changes*; raises TypeError for a field that does not exist."""
@@ -284,13 +201,6 @@ class Job:
     max_tokens: int | None = None
 
 
-def _plain_copy(value: Any) -> Any:
-    """A deep copy with a dict for every mapping: JSON takes no other kind."""
-    if isinstance(value, Mapping):
-        return {key: _plain_copy(below) for key, below in value.items()}
-    return [_plain_copy(below) for below in value] if isinstance(value, (list, tuple)) else value
-
-
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """*over* laid on *under*: mappings merge key by key, everything else replaces."""
     result = dict(under)
@@ -302,33 +212,33 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _plain_copy(value: Any) -> Any:
+    """A deep copy with a dict for every mapping, since JSON takes no other kind."""
+    if isinstance(value, Mapping):
+        return {key: _plain_copy(below) for key, below in value.items()}
+    return [_plain_copy(below) for below in value] if isinstance(value, (list, tuple)) else value
+
+
+def _without_login(text: str) -> str:
+    return _URL_LOGIN.sub("...", text)
+
+
+# --- settings ------------------------------------------------------------------------------------
+
 LOG_LEVELS = ("DEBUG", "INFO", "WARN", "ERROR")
-_ACTIONS = ("allow", "deny")
 
-
-def validate_permission_actions(permission: Any, *, may_ask: bool = False, _path: str = "") -> None:
-    """Check that every leaf of a permission setting is ``"allow"`` or ``"deny"``; None has none.
-
-    Args:
-        may_ask: There is somebody to ask, so that ``"ask"`` will do too.
-
-    Raises:
-        OpenCodeConfigError: Also a ValueError; names the leaf by its dotted path.
-    """
-    where = f"permission {_path!r}" if _path else "permission"
-    if isinstance(permission, Mapping):
-        for key, value in permission.items():
-            path = f"{_path}.{key}" if _path else str(key)
-            validate_permission_actions(value, may_ask=may_ask, _path=path)
-    elif permission == "ask" and may_ask:
-        return
-    elif permission == "ask":
-        raise OpenCodeConfigError(
-            f"{where} is 'ask', but a run has nobody to ask: "
-            "use 'allow' or 'deny', or a session with on_permission"
-        )
-    elif permission not in _ACTIONS and (_path or permission is not None):
-        raise OpenCodeConfigError(f"{where} is {permission!r}: use 'allow' or 'deny'")
+# By a field's annotation: the types of its value, or of each entry of a tuple, and words for them.
+_ACCEPTED: dict[str, tuple[tuple[type, ...], str]] = {
+    "str | None": ((str, NoneType), "a str"),
+    "bool": ((bool,), "True or False"),
+    "bool | None": ((bool, NoneType), "True or False, or None"),
+    "int | None": ((int, NoneType), "an int"),
+    "tuple[str, ...]": ((str,), "strings"),
+    "tuple[str | Path, ...]": ((str, os.PathLike), "paths"),
+    "Mapping[str, str] | None": ((Mapping, NoneType), "a mapping"),
+    "Mapping[str, Any] | None": ((Mapping, NoneType), "a mapping"),
+    "str | Mapping[str, Any] | None": ((str, Mapping, NoneType), "a str or a mapping"),
+}
 
 
 def validate_config_for_run(
@@ -345,67 +255,69 @@ def validate_config_for_run(
     """
     _check_types(cfg)
     config = cfg.build_opencode_config_dict()
-    _check_permissions(config, may_ask)
-    _check_tools(config)
+    for prefix, place in places(config):
+        if (permission := place.get("permission")) is not None:
+            _check_actions(permission, may_ask, f"{prefix}permission" if prefix else "")
+        for name, is_on in mapping(place.get("tools")).items():
+            if not isinstance(is_on, bool):  # "no" would be true
+                raise OpenCodeConfigError(
+                    f"{prefix}tools {name!r} is {shown(is_on)}: use True or False"
+                )
     check_names(config, mcp_servers)
     check_servers(config.get("mcp"))
-    _check_serialisable(config)
-    _check_combinations(cfg)
-    _check_words(cfg)
-    _check_environment(cfg.extra_env or {})
-
-
-def _check_types(cfg: RunConfig) -> None:
-    for field in fields(RunConfig):
-        value = getattr(cfg, field.name)
-        accepted, words = _ACCEPTED[str(field.type)]
-        odd = [v for v in (value if isinstance(value, tuple) else (value,)) if not accepted(v)]
-        if odd:
-            kind = type(odd[0]).__name__
-            raise OpenCodeConfigError(f"{field.name} is of type {kind}: use {words}")
-
-
-def _optional(*types: type) -> Callable[[object], bool]:
-    return lambda value: value is None or isinstance(value, types)
-
-
-# By annotation; of a tuple, each entry is looked at.
-_ACCEPTED: dict[str, tuple[Callable[[object], bool], str]] = {
-    "str | None": (_optional(str), "a str"),
-    "bool": (lambda value: isinstance(value, bool), "True or False"),
-    "bool | None": (_optional(bool), "True or False, or None"),
-    "int | None": (lambda value: value is None or type(value) is int, "an int"),
-    "tuple[str, ...]": (lambda value: isinstance(value, str), "strings"),
-    "tuple[str | Path, ...]": (lambda value: isinstance(value, (str, os.PathLike)), "paths"),
-    "Mapping[str, str] | None": (_optional(Mapping), "a mapping"),
-    "Mapping[str, Any] | None": (_optional(Mapping), "a mapping"),
-    "str | Mapping[str, Any] | None": (_optional(str, Mapping), "a str or a mapping"),
-}
-
-
-def _check_permissions(config: Mapping[str, Any], may_ask: bool) -> None:
-    validate_permission_actions(config.get("permission"), may_ask=may_ask)
-    for key in ("agent", "mode"):  # the second is the older name of the first
-        agents = config.get(key)
-        for name, agent in agents.items() if isinstance(agents, Mapping) else ():
-            if isinstance(agent, Mapping) and agent.get("permission") is not None:
-                path = f"{key}.{name}.permission"
-                validate_permission_actions(agent["permission"], may_ask=may_ask, _path=path)
-
-
-def _check_tools(config: Mapping[str, Any]) -> None:
-    tools = config.get("tools")
-    for name, is_on in tools.items() if isinstance(tools, Mapping) else ():
-        if not isinstance(is_on, bool):  # of other values "no" would be true
-            raise OpenCodeConfigError(f"tools {name!r} is {is_on!r}: use True or False")
-
-
-def _check_serialisable(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         try:
             json.dumps({key: value}, allow_nan=False, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise OpenCodeConfigError(f"config key {key!r} is not valid JSON: {error}") from None
+    _check_combinations(cfg)
+    _check_words(cfg)
+    _check_environment(cfg.extra_env or {})
+
+
+def validate_permission_actions(permission: Any, *, may_ask: bool = False) -> None:
+    """Check that every leaf of a permission setting is ``"allow"`` or ``"deny"``; None has no leaf.
+
+    Args:
+        may_ask: There is somebody to ask, so that ``"ask"`` is fine too.
+
+    Raises:
+        OpenCodeConfigError: Also a ValueError; names the leaf by its dotted path.
+    """
+    if permission is not None:
+        _check_actions(permission, may_ask, "")
+
+
+def _check_actions(value: Any, may_ask: bool, path: str) -> None:
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            _check_actions(below, may_ask, f"{path}.{key}" if path else str(key))
+        return
+    if value in ("allow", "deny") or (value == "ask" and may_ask):
+        return
+    where = f"permission {path!r}" if path else "permission"
+    if value == "ask":
+        raise OpenCodeConfigError(
+            f"{where} is 'ask', but a run has nobody to ask: "
+            "use 'allow' or 'deny', or a session with on_permission"
+        )
+    raise OpenCodeConfigError(f"{where} is {value!r}: use 'allow' or 'deny'")
+
+
+def _check_types(cfg: RunConfig) -> None:
+    for field, value in _entries(cfg):
+        accepted, words = _ACCEPTED[str(field.type)]
+        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
+            kind = type(value).__name__
+            raise OpenCodeConfigError(f"{field.name} is of type {kind}: use {words}")
+
+
+def _entries(cfg: RunConfig) -> Iterator[tuple[Field[Any], Any]]:
+    """Each field with its value, or with each entry of a tuple."""
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        for entry in value if isinstance(value, tuple) else (value,):
+            yield field, entry
 
 
 def _check_combinations(cfg: RunConfig) -> None:
@@ -419,16 +331,14 @@ def _check_combinations(cfg: RunConfig) -> None:
 
 
 def _check_words(cfg: RunConfig) -> None:
-    for field in fields(cfg):
-        value = getattr(cfg, field.name)
-        for word in value if isinstance(value, tuple) else (value,):
-            text = os.fspath(word) if isinstance(word, os.PathLike) else word
-            if not isinstance(text, str):
-                continue
-            if "\0" in text or not (text.strip() or field.name == "title"):
-                shown = "" if field.name in SECRET_FIELDS else f" {text!r}"
-                what = URL_LOGIN.sub("...", f"{field.name}{shown}")
-                raise OpenCodeConfigError(f"{what} is blank or holds a NUL character")
+    for field, value in _entries(cfg):
+        text = os.fspath(value) if isinstance(value, os.PathLike) else value
+        if not isinstance(text, str):
+            continue
+        is_blank = not text.strip() and field.name != "title"
+        if is_blank or "\0" in text:
+            what = "" if field.name in SECRET_FIELDS else f" {_without_login(repr(text))}"
+            raise OpenCodeConfigError(f"{field.name}{what} is blank or holds a NUL character")
     if cfg.model is not None and not all(part.strip() for part in cfg.model.partition("/")):
         raise OpenCodeConfigError(f"model {cfg.model!r} names no provider: use 'provider/model'")
     if cfg.log_level is not None and cfg.log_level not in LOG_LEVELS:
@@ -442,5 +352,80 @@ def _check_environment(env: Mapping[str, str]) -> None:
         if not isinstance(name, str) or not isinstance(value, str):
             raise OpenCodeConfigError(f"extra_env[{name!r}]: names and values must be str")
         if not name or "=" in name or "\0" in name + value:
-            shown = name.partition("=")[0]  # what follows may be a secret
-            raise OpenCodeConfigError(f"extra_env[{shown!r}]: a name without '=', and no NUL bytes")
+            safe = name.partition("=")[0]  # what follows may be a secret
+            raise OpenCodeConfigError(f"extra_env[{safe!r}]: a name without '=', and no NUL bytes")
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+NO_CURRENT_DIRECTORY = "the current directory has vanished: use an absolute path"
+
+
+def check_number(
+    name: str, value: object, *, optional: bool = False, positive: bool = False
+) -> None:
+    """Check for a finite number: above 0 if *positive*, else 0 or more; or None if *optional*."""
+    if value is None and optional:
+        return
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # Not math.isfinite, which raises for an int of hundreds of digits.
+    is_in_range = is_number and 0 <= value <= sys.float_info.max  # type: ignore[operator]
+    if not is_in_range or (positive and value == 0):
+        bound = "above 0" if positive else "of 0 or more"
+        none = ", or None for no limit" if optional else ""
+        raise OpenCodeConfigError(f"{name} is {shown(value)}: use a number {bound}{none}")
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Check for a whole number of *least* or more, or None."""
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    if value is not None and not is_count:
+        raise OpenCodeConfigError(f"{name} is {shown(value)}: use {least} or more, or None")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):  # "no" would be true
+        raise OpenCodeConfigError(f"{name} is {shown(value)}: use True or False")
+
+
+def check_program(name: str, value: object) -> None:
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise OpenCodeConfigError(f"{name} is {shown(value)}: use a path, or a name on PATH")
+
+
+def checked_path(name: str, value: str | os.PathLike[str], kind: str = "a file") -> Path:
+    """*value* as an absolute path with ``~`` expanded; nothing need exist there.
+
+    Args:
+        kind: What should be there, in words for the error.
+    """
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise OpenCodeConfigError(f"{name} is {shown(value)}: use the path of {kind}")
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise OpenCodeConfigError(f"{name} {text!r}: there is no such home: use an absolute path")
+    try:
+        path = os.path.abspath(path)
+        os.fsencode(path)
+    except FileNotFoundError:
+        raise OpenCodeConfigError(f"{name} {text!r}: {NO_CURRENT_DIRECTORY}") from None
+    except UnicodeEncodeError as error:
+        raise OpenCodeConfigError(f"{name} {text!r}: {unencodable(error)}") from None
+    return Path(path)
+
+
+def unencodable(error: UnicodeEncodeError) -> str:
+    """Why the system cannot take a text, and what to do about it."""
+    if sys.getfilesystemencoding() == "utf-8":
+        return f"it cannot be encoded: {error}"
+    return f"{error}: run Python with PYTHONUTF8=1, or in a UTF-8 locale"
+
+
+def shown(value: object) -> str:
+    """The repr of *value* if it is short, else the name of its type."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - a stranger's repr, or an int of too many digits
+        text = ""
+    return text if 0 < len(text) <= 200 else type(value).__name__

@@ -1,63 +1,157 @@
-"""What a caller denies: the rules, where they are enforced, and what breaks them.
+"""What a caller denies: names that have an effect, the rules, and the check that they hold.
 
-    RunConfig --+--> rules_of() ------> a session's rules, on a server
-                +--> denials_of() ----> what preload.js enforces, in a process
-                +--> Tripwire(cfg) ---> broken(events): a denied tool has run
+    OpenCode's configuration --> check_names() --> a name without effect is refused
+    RunConfig --+--> rules_of() ----> a session's own rules, on a server
+                +--> denials_of() --> what preload.js enforces, in a process
+                +--> Tripwire ------> broken(events): a denied tool has run
 
 OpenCode puts the rules of an agent after those of the configuration, the last one that matches
 counts, and whoever wrote the workspace can write agents. The rules of a session come after all of
-them, which is how a server is told; in a process of its own preload.js has the last word.
-Measured with OpenCode 1.18.33. Starts nothing.
+these, so a server is told them there; in a process of its own, preload.js has the last word.
+OpenCode takes any name, and a rule for a name that nothing has denies nothing. Measured with
+OpenCode 1.18.33 (names: also 1.17). Starts nothing.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
 
-from .config import RunConfig
-from .errors import OpenCodePermissionError
-from .events import Event
-from .mcp import AGENT_KEYS, PERMISSION_OF, mapping
+from .errors import OpenCodeConfigError, OpenCodePermissionError
+from .mcp import mapping
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .events import Event
 
 Rule = Mapping[str, str]
 
 OUTPUT_TOOL = "StructuredOutput"  # OpenCode gives it to the model where a prompt has a format
 
-# Of these tools, a rule's pattern is held against this argument as it is.
-_SUBJECT_OF = {"bash": "command", "webfetch": "url", "task": "subagent_type", "skill": "name"}
-# One command of plain words, which OpenCode asks for as it stands. It does not ask for a change of
-# directory, nor for what its parser takes for something else: an assignment, a declaration, a test.
-_PLAIN_COMMAND = re.compile(r"(?P<name>[\w./+-]+)([ \t]+[\w./+=:,@%^~*?-]+)*")
-_NOT_ASKED = frozenset({
-    "cd", "chdir", "popd", "pushd", "push-location", "set-location",
-    "declare", "export", "local", "readonly", "typeset", "unset", "unsetenv",
+# Permissions of OpenCode's configuration, most of which are tools too; permissions that only its
+# code asks for; tools of 1.17.
+_NAMES = frozenset({
+    "bash", "doom_loop", "edit", "external_directory", "glob", "grep", "list", "lsp", "question",
+    "read", "skill", "task", "todowrite", "webfetch", "websearch",
+    OUTPUT_TOOL, "invalid", "plan_enter", "plan_exit", "workflow_tool_approval",
+    "batch", "codesearch", "todoread",
 })  # fmt: skip
+_EDITING = ("write", "apply_patch", "multiedit", "patch")
+_READING = ("list_mcp_resources", "list_mcp_resource_templates", "read_mcp_resource")
+# Tools that ask for the permission of another one: a rule of their own name is never looked at.
+_PERMISSION_OF = {**dict.fromkeys(_EDITING, "edit"), **dict.fromkeys(_READING, "read")}
+_OTHER_NAMES = {"shell": "bash", "subagent": "task", "fetch": "webfetch"}  # OpenCode 2's, others'
+_AGENT_KEYS = ("agent", "mode")  # of OpenCode's configuration; the second is the older name
+
+_SLIP = 0.75  # similarity by difflib of a misspelled name: "edti" for "edit"
+_SLIP_CHARACTERS = 2  # that one may be longer than the other: "search" does not mean "websearch"
+
+
+def places(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The parts of *config* that hold permissions: itself, and each agent with a dotted prefix."""
+    yield "", config
+    for key in _AGENT_KEYS:
+        for agent, settings in mapping(config.get(key)).items():
+            yield f"{key}.{agent}.", mapping(settings)
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def check_names(config: Mapping[str, Any], others: Iterable[str] = ()) -> list[str]:
+    """Check the names in ``permission`` and ``tools`` of *config*, its agents' included.
+
+    Args:
+        config: OpenCode's configuration.
+        others: Names of further MCP servers that the run has.
+
+    Returns:
+        A sentence for each unknown name: a plugin or the user's own configuration may bring a tool
+        of that name.
+
+    Raises:
+        OpenCodeConfigError: A name is nearly a known one, or OpenCode never asks for it.
+    """
+    named = [*mapping(config.get("mcp")), *others]
+    servers = [re.sub(r"[^\w-]", "_", str(name), flags=re.ASCII) for name in named]
+    warnings = []
+    for prefix, place in places(config):
+        for key in ("permission", "tools"):
+            for name in map(str, mapping(place.get(key))):
+                # A tool that is switched off becomes a rule for the permission it asks for.
+                instead = _PERMISSION_OF.get(name) if key == "permission" else None
+                if fault := _fault(name, servers, instead):
+                    raise OpenCodeConfigError(f"{prefix}{key} {name!r} has no effect: {fault}")
+                if not _is_known(name, servers):
+                    warnings.append(
+                        f"{prefix}{key} {name!r} is not a known permission or tool: it has no "
+                        "effect unless a plugin or another configuration brings a tool of that "
+                        "name."
+                    )
+    return warnings
+
+
+def _fault(name: str, servers: Iterable[str], instead: str | None) -> str:
+    """What is wrong with *name*, and what to use; "" where nothing is."""
+    if instead:
+        return f"OpenCode asks for {instead!r} when this tool is used: use that"
+    if name in servers:
+        return f"the tools of this MCP server begin with its name: use '{name}_*'"
+    if _is_known(name, servers):
+        return ""
+    literal = re.split(r"[*?]", name, maxsplit=1)[0].rstrip("_-")
+    meant = _OTHER_NAMES.get(name.lower()) or _near(name, literal)
+    if meant and meant != literal:
+        return f"there is no such permission or tool: use {meant!r}"
+    return ""
+
+
+def _is_known(name: str, servers: Iterable[str]) -> bool:
+    if any(fnmatchcase(known, name.replace("[", "[[]")) for known in (*_NAMES, *_PERMISSION_OF)):
+        return True
+    return any(name.startswith(f"{server}_") for server in servers)
+
+
+def _near(name: str, literal: str) -> str | None:
+    """The known name that *name*, which begins with *literal*, misspells, or None."""
+    known = {_folded(each): each for each in _NAMES}
+    folded = _folded(literal)
+    if folded in known:
+        return known[folded]
+    from difflib import get_close_matches
+
+    # The tools of an MCP server are called SERVER_TOOL: "tasks_*" may be those of a server "tasks"
+    # that another configuration has.
+    is_of_a_server = re.search(r"\w_", name) is not None
+    near = [
+        each
+        for each in known
+        if abs(len(each) - len(folded)) <= _SLIP_CHARACTERS
+        and ("_" in known[each] or not is_of_a_server)
+    ]
+    found = get_close_matches(folded, near, n=1, cutoff=_SLIP)
+    return known[found[0]] if found else None
+
+
+def _folded(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
+
+
+# --- rules ---------------------------------------------------------------------------------------
 
 
 def rules_of(cfg: RunConfig) -> list[Rule]:
-    """*tools* and *permission* as rules, of which the last one that matches counts.
+    """*tools* and *permission* as rules; the last one that matches counts.
 
-    Those of *config_overrides* are among them where they deny something.
+    If *config_overrides* denies something, its rules come first.
     """
-    fields = _rules(cfg.tools or {}, cfg.permission)
+    fields = _rules(cfg.tools, cfg.permission)
     overrides = cfg.config_overrides or {}
-    below = _rules(mapping(overrides.get("tools")), overrides.get("permission"))
-    return [*(below if _deny(below) else ()), *fields]
-
-
-def marked(config: Mapping[str, Any]) -> dict[str, Any]:
-    """*config* with a mark in the permissions of each agent of which it denies something."""
-    result = dict(config)
-    for key, name, mark, _ in _denied_to_agents(config):
-        agent = result[key][name]
-        permission = agent.get("permission")
-        own = {"*": permission} if isinstance(permission, str) else permission or {}
-        agent = {**agent, "permission": {**own, mark: "deny"}}
-        result[key] = {**result[key], name: agent}
-    return result
+    below = _rules(overrides.get("tools"), overrides.get("permission"))
+    return [*below, *fields] if _deny(below) else fields
 
 
 def denials_of(cfg: RunConfig, *, is_server: bool = False) -> list[dict[str, Any]]:
@@ -72,25 +166,39 @@ def denials_of(cfg: RunConfig, *, is_server: bool = False) -> list[dict[str, Any
     return [*denials, {"rules": rules}] if _deny(rules) else denials
 
 
+def marked(config: Mapping[str, Any]) -> dict[str, Any]:
+    """*config* with a mark among the permissions of each agent that is denied something.
+
+    preload.js sees permissions without the agent's name, and knows the agent by its mark.
+    """
+    result = dict(config)
+    for key, name, mark, _ in _denied_to_agents(config):
+        agent = result[key][name]
+        permission = agent.get("permission")
+        own = {"*": permission} if isinstance(permission, str) else permission or {}
+        agent = {**agent, "permission": {**own, mark: "deny"}}
+        result[key] = {**result[key], name: agent}
+    return result
+
+
 def _denied_to_agents(config: Mapping[str, Any]) -> list[tuple[str, str, str, list[Rule]]]:
     """Key of the configuration, name, mark and rules of each agent that is denied something."""
     found = []
-    for key in AGENT_KEYS:
+    for key in _AGENT_KEYS:
         for number, (name, agent) in enumerate(mapping(config.get(key)).items()):
             agent = mapping(agent)
-            rules = _rules(mapping(agent.get("tools")), agent.get("permission"))
+            rules = _rules(agent.get("tools"), agent.get("permission"))
             if _deny(rules):
                 found.append((key, name, f"opencode-sync-{key}-{number}", rules))
     return found
 
 
-def _rules(tools: Mapping[str, Any], permission: Any) -> list[Rule]:
+def _rules(tools: Any, permission: Any) -> list[Rule]:
     rules = []
-    for tool, is_on in tools.items():
-        rules.append(make_rule(PERMISSION_OF.get(tool, tool), "*", "allow" if is_on else "deny"))
-    for name, actions in mapping(
-        {"*": permission} if isinstance(permission, str) else permission
-    ).items():
+    for tool, is_on in mapping(tools).items():
+        rules.append(make_rule(_PERMISSION_OF.get(tool, tool), "*", "allow" if is_on else "deny"))
+    permission = {"*": permission} if isinstance(permission, str) else permission
+    for name, actions in mapping(permission).items():
         if isinstance(actions, Mapping):
             rules += [make_rule(name, _at_home(pattern), word) for pattern, word in actions.items()]
         else:
@@ -99,7 +207,7 @@ def _rules(tools: Mapping[str, Any], permission: Any) -> list[Rule]:
 
 
 def make_rule(permission: str, pattern: str, action: str) -> Rule:
-    """One rule, as OpenCode writes it."""
+    """One rule, in OpenCode's form."""
     return {"permission": permission, "pattern": pattern, "action": action}
 
 
@@ -108,18 +216,39 @@ def _deny(rules: Iterable[Rule]) -> bool:
 
 
 def _at_home(pattern: str) -> str:
-    # OpenCode does so for patterns of its configuration only.
+    # OpenCode does so only for patterns of its configuration.
     for home in ("~", "$HOME"):
         if pattern == home or pattern.startswith(f"{home}/"):
             return os.path.expanduser("~") + pattern[len(home) :]
     return pattern
 
 
-class Tripwire:
-    """Tells when a tool has run that the caller denies, whatever let it run.
+def matches(text: str, pattern: str) -> bool:
+    """Whether *pattern* matches *text* for OpenCode; only ``*`` and ``?`` are special in it."""
+    wild = re.escape(pattern.replace("\\", "/")).replace(r"\*", ".*").replace(r"\?", ".")
+    if wild.endswith(r"\ .*"):
+        wild = wild[: -len(r"\ .*")] + r"( .*)?"
+    return re.fullmatch(wild, text.replace("\\", "/"), re.DOTALL) is not None
 
-    It knows tools that are denied as a whole, and of some tools single commands and names; of
-    others a pattern is held against something that an event does not tell.
+
+# --- whether they hold ---------------------------------------------------------------------------
+
+# The argument of a tool that OpenCode matches a rule's pattern with, as it is.
+_SUBJECT_OF = {"bash": "command", "webfetch": "url", "task": "subagent_type", "skill": "name"}
+# One command of plain words, which OpenCode asks for as it stands. It does not ask for a change of
+# directory, nor for what its parser takes for something else: an assignment, a declaration, a test.
+_PLAIN_COMMAND = re.compile(r"(?P<name>[\w./+-]+)([ \t]+[\w./+=:,@%^~*?-]+)*")
+_NOT_ASKED = frozenset({
+    "cd", "chdir", "popd", "pushd", "push-location", "set-location",
+    "declare", "export", "local", "readonly", "typeset", "unset", "unsetenv",
+})  # fmt: skip
+
+
+class Tripwire:
+    """Notices a tool that has run though the caller denies it, whatever allowed it.
+
+    It knows tools that are denied as a whole, and of some tools single commands and names. Other
+    patterns are matched with something that is not in the events.
     """
 
     def __init__(self, cfg: RunConfig) -> None:
@@ -128,17 +257,16 @@ class Tripwire:
         self._command = cfg.command
 
     def broken(self, events: Iterable[Event]) -> OpenCodePermissionError | None:
-        """The error for the first of *events* that tells of a denied tool's use."""
+        """The error for the first of *events* in which a denied tool has run, or None."""
         for event in events if self._rules else ():
             part = mapping(event.get("part"))
-            if event.get("type") != "tool_use" or not self._is_denied(part):
-                continue
-            tool = str(part["tool"])
-            return OpenCodePermissionError(
-                f"tool {tool!r} is denied, and has run all the same; the run was stopped: see "
-                "result.tool_calls for what it has done",
-                tool=tool,
-            )
+            if event.get("type") == "tool_use" and self._is_denied(part):
+                tool = str(part["tool"])
+                return OpenCodePermissionError(
+                    f"tool {tool!r} is denied, and has run all the same; the run was stopped: see "
+                    "result.tool_calls for what it has done",
+                    tool=tool,
+                )
         return None
 
     def _is_denied(self, part: Mapping[str, Any]) -> bool:
@@ -152,7 +280,7 @@ class Tripwire:
             tool == "task" and self._command and given.get("command") == self._command
         ):
             return False
-        permission = PERMISSION_OF.get(tool, tool)
+        permission = _PERMISSION_OF.get(tool, tool)
         about = [rule for rule in self._rules if matches(permission, rule["permission"])]
         if about and about[-1]["pattern"] == "*":
             return about[-1]["action"] == "deny"
@@ -164,14 +292,6 @@ class Tripwire:
 
 
 def _is_asked(command: str) -> bool:
-    """Whether OpenCode is sure to have held *command*, as a whole, against the rules."""
+    """Whether OpenCode is sure to have checked *command*, as a whole, against the rules."""
     plain = _PLAIN_COMMAND.fullmatch(command.strip())
     return plain is not None and plain["name"].lower() not in _NOT_ASKED
-
-
-def matches(text: str, pattern: str) -> bool:
-    """Whether OpenCode takes *text* for a case of *pattern*, in which only * and ? are special."""
-    wild = re.escape(pattern.replace("\\", "/")).replace(r"\*", ".*").replace(r"\?", ".")
-    if wild.endswith(r"\ .*"):
-        wild = wild[: -len(r"\ .*")] + r"( .*)?"
-    return re.fullmatch(wild, text.replace("\\", "/"), re.DOTALL) is not None

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import json
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -50,26 +48,10 @@ def full_config() -> RunConfig:
 # --- a value -------------------------------------------------------------------------------------
 
 
-def test_a_config_cannot_be_changed() -> None:
-    cfg = RunConfig(model="provider/model")
-
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        cfg.model = "other/model"  # type: ignore[misc]
-
-
 def test_configs_of_the_same_settings_are_equal() -> None:
-    assert full_config() == full_config()
+    assert pickle.loads(pickle.dumps(full_config())) == full_config()
     assert full_config() != full_config().replace(fork=False)
     assert RunConfig() == RunConfig(files=(), extra_env=None)
-
-
-@pytest.mark.parametrize(
-    "copied",
-    [copy.copy, copy.deepcopy, lambda cfg: pickle.loads(pickle.dumps(cfg))],
-    ids=["copy", "deepcopy", "pickle"],
-)
-def test_a_copy_of_a_config_is_equal_to_it(copied: Callable[[RunConfig], RunConfig]) -> None:
-    assert copied(full_config()) == full_config()
 
 
 def test_replace_gives_a_changed_copy() -> None:
@@ -79,11 +61,8 @@ def test_replace_gives_a_changed_copy() -> None:
 
     assert changed == RunConfig(model="c/d", title="T")
     assert cfg == RunConfig(model="a/b", title="T")
-
-
-def test_replace_refuses_a_field_that_does_not_exist() -> None:
     with pytest.raises(TypeError, match="modle"):
-        RunConfig().replace(modle="a/b")
+        cfg.replace(modle="a/b")
 
 
 def test_a_config_keeps_copies_of_what_it_was_made_from() -> None:
@@ -125,22 +104,12 @@ def test_mappings_of_any_kind_become_json() -> None:
     }
 
 
-@pytest.mark.parametrize("lone", ["notes.txt", Path("notes.txt")], ids=["str", "Path"])
-def test_a_lone_path_is_one_file(lone: str | Path) -> None:
-    assert RunConfig(files=lone).files == (lone,)  # type: ignore[arg-type]
-
-
-def test_any_iterable_of_paths_will_do_and_none_is_no_path() -> None:
+def test_a_lone_path_is_one_file_and_any_iterable_will_do() -> None:
+    assert RunConfig(files="notes.txt").files == ("notes.txt",)  # type: ignore[arg-type]
+    assert RunConfig(files=Path("a")).files == (Path("a"),)  # type: ignore[arg-type]
     assert RunConfig(files=iter(["a", "b"])).files == ("a", "b")  # type: ignore[arg-type]
     assert RunConfig(instructions=["a.md"]).instructions == ("a.md",)  # type: ignore[arg-type]
     assert RunConfig(files=None).files == ()  # type: ignore[arg-type]
-
-
-def test_a_job_is_a_value_too() -> None:
-    job = Job("Explain", "repo", RunConfig(agent="plan"), timeout_s=3, key="k")
-
-    assert pickle.loads(pickle.dumps(job)) == job
-    assert dataclasses.replace(job, key="other") != job
 
 
 # --- its repr ------------------------------------------------------------------------------------
@@ -216,31 +185,26 @@ def test_the_json_keeps_characters_as_they_are() -> None:
     assert cfg.opencode_config_content_json() == '{"username": "Åsa 😀"}'
 
 
-@pytest.mark.parametrize(
-    "under, over, both",
-    [
-        ({"a": 1}, {"b": 2}, {"a": 1, "b": 2}),
-        ({"a": {"x": 1}}, {"a": {"y": 2}}, {"a": {"x": 1, "y": 2}}),
-        ({"a": [1]}, {"a": [2]}, {"a": [2]}),
-        ({"a": {"x": 1}}, {"a": 2}, {"a": 2}),
-        ({"a": 1}, {"a": {"x": 2}}, {"a": {"x": 2}}),
-        ({"a": {"x": 1}}, {"a": None}, {"a": None}),
-    ],
-    ids=["apart", "mappings", "lists", "word over mapping", "mapping over word", "null"],
-)
-def test_mappings_merge_and_everything_else_replaces(
-    under: dict[str, Any], over: dict[str, Any], both: dict[str, Any]
-) -> None:
-    assert merged(under, over) == both
+def test_mappings_merge_and_everything_else_replaces() -> None:
+    under = {"kept": 1, "both": {"x": 1}, "list": [1], "word": {"x": 1}, "null": {"x": 1}, "one": 1}
+    over = {"new": 2, "both": {"y": 2}, "list": [2], "word": 2, "null": None, "one": {"x": 2}}
+
+    assert merged(under, over) == {
+        "kept": 1,
+        "new": 2,
+        "both": {"x": 1, "y": 2},
+        "list": [2],
+        "word": 2,
+        "null": None,
+        "one": {"x": 2},
+    }
 
 
 # --- permissions ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "permission",
-    [None, "allow", "deny", {}, {"bash": "deny"}, {"edit": {"*": "deny", "a/*.py": "allow"}}],
-    ids=repr,
+    "permission", [None, "deny", {}, {"edit": {"*": "deny", "a/*.py": "allow"}}], ids=repr
 )
 def test_allow_and_deny_are_permissions_at_any_depth(permission: Any) -> None:
     validate_permission_actions(permission)
@@ -251,16 +215,13 @@ def test_allow_and_deny_are_permissions_at_any_depth(permission: Any) -> None:
     "permission, message",
     [
         ({"edit": {"*.py": "ask"}}, "permission 'edit.*.py' is 'ask', but a run has nobody to ask"),
-        ({"bash": "ask"}, "permission 'bash' is 'ask', but a run has nobody to ask"),
         ("ask", "permission is 'ask', but a run has nobody to ask"),
         ({"bash": "perhaps"}, "permission 'bash' is 'perhaps': use 'allow' or 'deny'"),
-        ({"bash": "ALLOW"}, "permission 'bash' is 'ALLOW': use 'allow' or 'deny'"),
-        ({"bash": True}, "permission 'bash' is True: use 'allow' or 'deny'"),
         ({"bash": None}, "permission 'bash' is None: use 'allow' or 'deny'"),
         ({"edit": {"*": ["allow"]}}, "permission 'edit.*' is ['allow']: use 'allow' or 'deny'"),
         ("yes", "permission is 'yes': use 'allow' or 'deny'"),
     ],
-    ids=["nested ask", "ask", "lone ask", "word", "case", "bool", "null", "list", "lone word"],
+    ids=["nested ask", "lone ask", "word", "null", "list", "lone word"],
 )
 def test_any_other_permission_is_refused_with_its_path(permission: Any, message: str) -> None:
     with pytest.raises(ValueError) as raised:
@@ -280,10 +241,21 @@ def test_any_other_permission_is_refused_with_its_path(permission: Any, message:
     ids=["permission", "agent", "mode"],
 )
 def test_ask_is_refused_in_config_overrides_too(config: dict[str, Any], path: str) -> None:
-    with pytest.raises(OpenCodeConfigError, match="'ask'") as raised:
-        validate_config_for_run(RunConfig(config_overrides=config))
+    cfg = RunConfig(config_overrides=config)
 
-    assert path in str(raised.value)
+    with pytest.raises(OpenCodeConfigError, match=f"permission {path} is 'ask'"):
+        validate_config_for_run(cfg)
+    validate_config_for_run(cfg, may_ask=True)
+
+
+@pytest.mark.parametrize("value", ["no", 0, None])
+def test_a_tool_is_on_or_off(value: Any) -> None:
+    agents = {"agent": {"build": {"tools": {"bash": value}}}}
+
+    with pytest.raises(OpenCodeConfigError, match=r"^tools 'bash' is .*: use True or False"):
+        validate_config_for_run(RunConfig(tools={"bash": value}))
+    with pytest.raises(OpenCodeConfigError, match=r"^agent\.build\.tools 'bash' is"):
+        validate_config_for_run(RunConfig(config_overrides=agents))
 
 
 # --- everything else that is refused -------------------------------------------------------------
@@ -292,10 +264,8 @@ def test_ask_is_refused_in_config_overrides_too(config: dict[str, Any], path: st
 @pytest.mark.parametrize(
     "cfg",
     [
-        RunConfig(),
         full_config(),
         RunConfig(title=""),
-        RunConfig(session_id="ses_1"),
         RunConfig(continue_session=True, fork=True),
         RunConfig(model="openrouter/vendor/model"),
         RunConfig(log_level="DEBUG", print_logs=True),
@@ -316,38 +286,26 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "session_id and continue_session exclude each other",
     ),
     "password without attach": ({"password": "p"}, "password is set without attach"),
-    "username without attach": ({"username": "u"}, "username is set without attach"),
-    "remote_dir without attach": ({"remote_dir": "/d"}, "remote_dir is set without attach"),
     "model without provider": ({"model": "gpt"}, "model 'gpt' names no provider"),
-    "model with blank name": ({"model": "p/ "}, "model 'p/ ' names no provider"),
     "model with blank provider": ({"model": "/m"}, "model '/m' names no provider"),
     "log_level": ({"log_level": "debug"}, "log_level 'debug': use one of DEBUG, INFO"),
     "blank agent": ({"agent": " "}, "agent ' ' is blank"),
-    "blank session": ({"session_id": ""}, "session_id '' is blank"),
     "blank file": ({"files": ("a", "")}, "files '' is blank"),
-    "blank instruction": ({"instructions": (" ",)}, "instructions ' ' is blank"),
-    "NUL in title": ({"title": "a\0b"}, "title 'a\\x00b' is blank or holds a NUL"),
     "NUL in file": ({"files": (Path("a\0b"),)}, "files 'a\\x00b' is blank or holds a NUL"),
     "agent of a type": ({"agent": 3}, "agent is of type int: use a str"),
-    "model of a type": ({"model": 3}, "model is of type int: use a str"),
     "files of a type": ({"files": (3,)}, "files is of type int: use paths"),
     "files as bytes": ({"files": b"ab"}, "files is of type int: use paths"),
     "instructions of a type": ({"instructions": (Path("a"),)}, "instructions is of type"),
     "switch as a word": ({"auto": "false"}, "auto is of type str: use True or False"),
-    "switch as None": ({"fork": None}, "fork is of type NoneType: use True or False"),
     "optional switch": ({"thinking": 1}, "thinking is of type int: use True or False, or None"),
-    "port of a type": ({"port": "80"}, "port is of type str: use an int"),
     "port as bool": ({"port": True}, "port is of type bool: use an int"),
     "permission of a type": ({"permission": ["bash"]}, "permission is of type list"),
-    "mcp of a type": ({"mcp": ["a"]}, "mcp is of type list: use a mapping"),
-    "config of a type": ({"config_overrides": "{}"}, "config_overrides is of type str"),
     "extra_env of a type": ({"extra_env": [("A", "b")]}, "extra_env is of type list"),
     "variable of a type": ({"extra_env": {"A": 1}}, "extra_env['A']: names and values must be str"),
     "variable without a name": ({"extra_env": {"": "x"}}, "extra_env['']: a name without '='"),
     "variable with =": ({"extra_env": {"A=B": "x"}}, "extra_env['A']: a name without '='"),
     "variable with NUL": ({"extra_env": {"A": "\0"}}, "extra_env['A']: a name without '=', and no"),
     "no JSON": ({"config_overrides": {"x": {1, 2}}}, "config key 'x' is not valid JSON"),
-    "no value at all": ({"config_overrides": {"x": iter(())}}, "config key 'x' is not valid JSON"),
     "no JSON key": ({"config_overrides": {(1, 2): "x"}}, "config key (1, 2) is not valid JSON"),
     "no JSON number": (
         {"config_overrides": {"x": float("nan")}},

@@ -234,7 +234,7 @@ def test_a_raised_error_is_told_with_the_users_own_lines_alone() -> None:
         lines = error_lines(error)
 
     assert len(lines) == 2
-    assert lines[0].startswith("test_markup.py, line ")
+    assert lines[0].startswith("test_text.py, line ")
     assert lines[0].endswith(': validate_permission_actions("ask")')
     assert lines[1].startswith("OpenCodeConfigError: permission")
 
