@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .api.client import OpenCodeClient
+from .api.runner import RunFuture
 from .core.config import Job, RunConfig, validate_config_for_run, validate_permission_actions
 from .core.errors import (
     OpenCodeBinaryNotFoundError,
@@ -27,7 +28,6 @@ from .core.errors import (
     OpenCodeTimeoutError,
 )
 from .core.events import Event, iter_parse_lines, parse_event_line
-from .core.future import RunFuture
 from .core.result import (
     ErrorInfo,
     RunResult,

@@ -27,7 +27,7 @@ from ..core.config import (
 )
 from ..core.errors import OpenCodeConfigError
 from ..core.lifetime import CancelScope
-from ..core.stream import Source
+from ..core.request import Source
 from ..process.capacity import Gate
 from ..process.command import DEFAULT_BINARY, build_env, resolve_binary, run_command
 from ..process.data_dirs import (
@@ -195,8 +195,8 @@ class OpenCodeClient(Runner):
 
             check_server_wide(cfg, RunConfig())
 
-    def _counts_opening(self, cfg: RunConfig) -> bool:
-        return cfg.attach is not None
+    def _counts_opening(self, request: Request) -> bool:
+        return request.cfg.attach is not None
 
     def _open(self, request: Request, scope: CancelScope, keep_raw: bool) -> Source:
         if request.cfg.attach is not None:

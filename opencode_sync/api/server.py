@@ -271,7 +271,7 @@ class OpenCodeServer(Runner):
         if not cfg.attach:
             self._server()
 
-    def _counts_opening(self, cfg: RunConfig) -> bool:
+    def _counts_opening(self, request: Request) -> bool:
         return True
 
     def _open(self, request: Request, scope: CancelScope, keep_raw: bool) -> Turn:

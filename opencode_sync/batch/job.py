@@ -38,12 +38,11 @@ from typing import Any, Protocol
 
 from ..core.config import RunConfig
 from ..core.errors import OpenCodeCancelledError, OpenCodeError, OpenCodeOutputError
-from ..core.future import cancel_together
 from ..core.reading import ended_well
-from ..core.request import Spent
+from ..core.request import RunSettings, Spent
 from ..core.result import ErrorInfo, RunResult
 from ..core.schema import OutputSchema
-from ..core.stream import Limits, RunStream
+from ..core.stream import Limits, RunStream, cancel_together
 from ..process.data_dirs import temporary_prefix
 from .throttle import is_rate_limit, retry_after_s
 
@@ -161,11 +160,13 @@ def carry_out(
         with runner.begin(
             task.prompt,
             task.workspace,
-            limits,
-            run_cfg=task.run_cfg,
-            output=settings.output,
-            keep_events=settings.keep_events,
-            keep_raw=settings.keep_raw,
+            RunSettings(
+                limits=limits,
+                run_cfg=task.run_cfg,
+                output=settings.output,
+                keep_events=settings.keep_events,
+                keep_raw=settings.keep_raw,
+            ),
             on_begin=remember,
         ) as stream:
             for event in stream:

@@ -1,374 +1,189 @@
-"""The bounds of a run, and what of them it has used.
+"""One prompt, checked, and where the events of an attempt at it come from.
 
-    Limits      what the caller asked for, checked
-    Meter       start(), heard(events) --> patience(), timeout(), overspent(), endless()
-    Spent       what runs have cost --> Budget of a batch: is it spent, and what remains
+    prompt, workspace, settings --> Request --> Source: a process, or a turn on a server
+                                       ^
+    an answer that does not fit ----> SchemaReview
 
-Knows clocks, prices and steps; starts, stops and reads nothing.
-
-Where the events of one attempt come from: a process, or a turn on a server.
-
-What a stream asks of either; the rooms _run and server have one each.
-
-One prompt, checked: what a source is opened for.
+Starts nothing.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import inspect
+import json
 import os
-import threading
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, TypeVar, cast
 
-from .config import NO_CURRENT_DIRECTORY, RunConfig, check_count, check_number, shown, unencodable
-from .errors import (
-    OpenCodeBudgetError,
-    OpenCodeConfigError,
-    OpenCodeError,
-    OpenCodeIncompleteError,
-    OpenCodeTimeoutError,
-)
+from .config import NO_CURRENT_DIRECTORY, RunConfig, unencodable
+from .denials import OUTPUT_TOOL
+from .errors import OpenCodeConfigError, OpenCodeError, OpenCodeOutputError
 from .events import Event
-from .lifetime import CancelScope
-from .reading import ended_well, gives_output, void_call
-from .result import RunResult, TokenUsage
-from .schema import OutputSchema
+from .limits import LIMITS_OF_A_JOB as LIMITS_OF_A_JOB
+from .limits import NO_BUDGET as NO_BUDGET
+from .limits import Budget as Budget
+from .limits import Limits as Limits
+from .limits import Spent as Spent
+from .limits import is_of_batch as is_of_batch
+from .limits import tokens_of as tokens_of
+from .limits import unpriced as unpriced
+from .limits import unpriced_tokens as unpriced_tokens
+from .result import ErrorInfo, RunResult, is_cut_off
+from .schema import Fit, OutputSchema, SchemaMismatch, output_schema
 from .secrets import Secrets
 
-# 146 years: beyond twice as many, the system's clocks refuse to be waited on.
-LONGEST_WAIT_S = threading.TIMEOUT_MAX / 2
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
-# What a job of a batch may have of its own.
-LIMITS_OF_A_JOB = ("timeout_s", "max_cost", "max_steps", "max_tokens")
-
-# Steps in a row without a tool call and without a good end. OpenCode 1.18.33 asks again at once
-# after each, 10 to 18 times a second, for ever. One or two may be a provider's hiccup.
-ENDLESS_STEPS = 3
-# The same where tools were called in vain. OpenCode asks again for whatever reason such a step
-# ended; but the model is told what was wrong, and may need some tries.
-VOID_STEPS = 5
-_ROUNDING = 1e-12  # dollars: less than a token costs anywhere
-# After these OpenCode does not ask again. A sub-agent that is called often may end so each time.
-_LAST_REASONS = ("stop", "length", "content-filter")
+StrPath = str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of a run, checked when made.
+# --- the options of a prompt ---------------------------------------------------------------------
 
-    Attributes:
-        timeout_s: Seconds from the first process's start, over all attempts; on a server, from
-            when the run is handed to it.
-        idle_timeout_s: Seconds without an event or a log line.
-        max_cost: US dollars; a run that exceeds it is stopped at that step, also at a step of a
-            sub-agent.
-        max_steps: Steps of the model, those of sub-agents not among them; a run that has taken
-            them and is not done is stopped.
-        max_tokens: Tokens, see :func:`tokens_of`; as for *max_cost*.
-        max_retries: Further attempts after a start-up failure that is safe to repeat.
-        retry_delay_s: Seconds between attempts.
-        max_repairs: How often an answer that does not fit its schema is sent back.
-        max_total_cost, max_total_tokens: What remains of a batch's budget for this job.
+
+class JobOptions(TypedDict, total=False):
+    """Options of a run, and of a batch for each of its jobs; ``Runner.run`` explains them.
+
+    A new one is added here, with its default in Limits or RunSettings, and to that docstring.
     """
 
-    timeout_s: float | None = None
-    idle_timeout_s: float | None = None
-    max_cost: float | None = None
-    max_steps: int | None = None
-    max_tokens: int | None = None
-    max_retries: int = 2
-    retry_delay_s: float = 1.0
-    max_repairs: int = 1
-    max_total_cost: float | None = None
-    max_total_tokens: int | None = None
+    run_cfg: RunConfig | None
+    timeout_s: float | None
+    idle_timeout_s: float | None
+    max_cost: float | None
+    max_steps: int | None
+    max_tokens: int | None
+    max_retries: int
+    retry_delay_s: float
+    schema: Any
+    max_repairs: int
 
-    def __post_init__(self) -> None:
-        for name in ("timeout_s", "idle_timeout_s"):
-            check_number(name, getattr(self, name), optional=True, positive=True)
-        check_number("max_cost", self.max_cost, optional=True)
-        for name in ("max_steps", "max_tokens"):
-            check_count(name, getattr(self, name), 1)
-        check_number("retry_delay_s", self.retry_delay_s)
-        for name in ("max_retries", "max_repairs"):
-            value = getattr(self, name)
-            check_number(name, value)
-            if not isinstance(value, int):
-                raise OpenCodeConfigError(f"{name} is {shown(value)}: use a whole number")
+
+class RunOptions(JobOptions, total=False):
+    """Options of ``run``, ``submit`` and ``Session.send``."""
+
+    log_file: StrPath | None
+
+
+class StreamOptions(RunOptions, total=False):
+    """Options of ``stream``."""
+
+    keep_events: bool
+    keep_raw: bool
+
+
+class BatchOptions(JobOptions, total=False):
+    """Options of ``map``, which explains them."""
+
+    max_total_cost: float | None
+    max_total_tokens: int | None
+    max_workers: int | None
+    buffersize: int | None
+    ordered: bool
+    progress: bool | Literal["always"]
+    checkpoint: StrPath | None
+    retry_failed: bool
+    executor: Executor | None
+    adaptive: bool
+    keep_events: bool
+    keep_raw: bool
 
 
 @dataclass(frozen=True)
-class Spent:
-    """What runs have cost: US dollars, and tokens as budgets count them."""
+class RunSettings:
+    """What the options of one run come to, checked.
 
-    cost: float = 0.0
-    tokens: int = 0
+    Attributes:
+        run_cfg: None for the runner's own.
+        output: What the answer has to look like.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    run_cfg: RunConfig | None = None
+    output: OutputSchema | None = None
+    log_file: StrPath | None = None
+    keep_events: bool = True
+    keep_raw: bool = True
 
     @classmethod
-    def on(cls, result: RunResult | None) -> Spent:
-        """What was spent on *result*, so far; nothing on None."""
-        if result is None:
-            return cls()
-        return cls(result.total_cost, tokens_of(result.token_usage))
+    def of(cls, options: Mapping[str, Any]) -> RunSettings:
+        """Those of *options* that concern one run, with defaults for the rest.
 
-    def __add__(self, other: Spent) -> Spent:
-        return Spent(self.cost + other.cost, self.tokens + other.tokens)
-
-    def __bool__(self) -> bool:
-        return bool(self.cost or self.tokens)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a batch may spend in all; None for no limit."""
-
-    max_total_cost: float | None = None
-    max_total_tokens: int | None = None
-
-    def __bool__(self) -> bool:
-        return self.max_total_cost is not None or self.max_total_tokens is not None
-
-    def is_spent(self, spent: Spent) -> bool:
-        """Whether nothing remains of it."""
-        is_cost = self.max_total_cost is not None and spent.cost >= self.max_total_cost
-        is_tokens = self.max_total_tokens is not None and spent.tokens >= self.max_total_tokens
-        return is_cost or is_tokens
-
-    def left(self, spent: Spent) -> dict[str, float | int]:
-        """What remains of it, as arguments of :class:`Limits`."""
-        left: dict[str, float | int] = {}
-        if self.max_total_cost is not None:
-            left["max_total_cost"] = max(0.0, self.max_total_cost - spent.cost)
-        if self.max_total_tokens is not None:
-            left["max_total_tokens"] = max(1, self.max_total_tokens - spent.tokens)
-        return left
-
-    def error(self, spent: Spent, earlier: Spent, what: str) -> OpenCodeBudgetError:
-        """The error for a job that the budget, which is spent, does not pay for.
-
-        Args:
-            earlier: How much of *spent* earlier batches of the same checkpoint have spent.
-            what: What became of the job, in words.
+        Raises:
+            OpenCodeConfigError: If one of them makes no sense.
         """
-        limit: float | None
-        used: float
-        before: float
-        is_cost = self.max_total_cost is not None and (
-            self.max_total_tokens is None or spent.cost >= self.max_total_cost
-        )
-        if is_cost:
-            name, unit, limit = "max_total_cost", "${:g}", self.max_total_cost
-            used, before = spent.cost, earlier.cost
-        else:
-            name, unit, limit = "max_total_tokens", "{:,} tokens", self.max_total_tokens
-            used, before = spent.tokens, earlier.tokens
-        share = f", {unit.format(before)} of it before, as the checkpoint says" if before else ""
-        return OpenCodeBudgetError(
-            f"{name} of {unit.format(limit)} is spent ({unit.format(used)}{share}): {what}",
-            limit_name=name,
-            limit=limit,
-            spent=used,
-        )
+        limits = {name: options[name] for name in _LIMITS if name in options}
+        own = {name: options[name] for name in _SETTINGS if name in options}
+        return cls(limits=Limits(**limits), output=output_schema(options.get("schema")), **own)
 
 
-NO_BUDGET = Budget()
+_LIMITS = [each.name for each in dataclasses.fields(Limits)]
+_SETTINGS = ["run_cfg", "log_file", "keep_events", "keep_raw"]
+
+BATCH_DEFAULTS: BatchOptions = {
+    "max_total_cost": None,
+    "max_total_tokens": None,
+    "max_workers": None,
+    "buffersize": None,
+    "ordered": True,
+    "progress": False,
+    "checkpoint": None,
+    "retry_failed": True,
+    "executor": None,
+    "adaptive": True,
+}
+_DEFAULTS: dict[str, Any] = {
+    **{each.name: each.default for each in dataclasses.fields(Limits)},
+    **{each.name: each.default for each in dataclasses.fields(RunSettings)},
+    "schema": None,
+    **BATCH_DEFAULTS,
+}
+
+_Verb = TypeVar("_Verb", bound=Callable[..., Any])
 
 
-def is_of_batch(error: object) -> bool:
-    """Whether it says that a batch's budget is spent, and not the job's own."""
-    return isinstance(error, OpenCodeBudgetError) and error.limit_name.startswith("max_total_")
+def shows(options: Any) -> Callable[[_Verb], _Verb]:
+    """Give a verb that takes ``**options`` the signature with a parameter for each of *options*.
 
-
-def unpriced_tokens(result: RunResult) -> int:
-    """The tokens of *result* at $0.00: its own, and each sub-agent's, if they cost nothing."""
-    cost, tokens, free = result.total_cost, tokens_of(result.token_usage), 0
-    for each in result.sub_agents:
-        used = tokens_of(each.token_usage)
-        cost, tokens = cost - each.total_cost, tokens - used
-        free += 0 if each.total_cost else used
-    return free + (tokens if cost < _ROUNDING else 0)
-
-
-def unpriced(tokens: int, limit_name: str) -> str:
-    """The warning for *tokens* at $0.00, which no limit of dollars binds."""
-    instead = "max_total_tokens" if limit_name == "max_total_cost" else "max_tokens"
-    return (
-        f"{tokens:,} tokens were counted at $0.00, so {limit_name} does not bind: the model is "
-        f"free, or OpenCode does not know its prices; {instead} binds in both cases"
-    )
-
-
-def tokens_of(usage: TokenUsage) -> int:
-    """Tokens as budgets count them: what OpenCode calls the total, or the sum of input, output,
-    reasoning, and the cache's reads and writes, whichever is more.
-    """
-    parts = usage.input + usage.output + usage.reasoning + usage.cache_read + usage.cache_write
-    return max(usage.total, parts)
-
-
-class Meter:
-    """What one run has used of its limits.
-
-    Attributes:
-        limits: The limits.
+    Type checkers and editors read them from ``Unpack``; ``help()``, IPython and Jupyter from this.
     """
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self._started_at: float | None = None
-        self._heard_at = math.inf
-        self._last_retry = ""
-        # By session, a sub-agent's too: steps in a row that led to nothing, and how the last ended.
-        self._fruitless: dict[object, int] = {}
-        self._last_reason = ""
-        self._void: dict[object, str] = {}  # among these steps, the tool last called in vain
-        self._has_void: set[object] = set()  # in the step under way
-        # Sessions that have called a tool in their last step: OpenCode asks again with its result,
-        # also where the step ended with "stop", as it does with some providers.
-        self._has_called: set[object] = set()
-        self._has_warned = False
+    def with_signature(verb: _Verb) -> _Verb:
+        signature = inspect.signature(verb)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        keywords = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=_DEFAULTS[name],
+                annotation=getattr(annotation, "__forward_arg__", annotation),
+            )
+            for name, annotation in options.__annotations__.items()
+        ]
+        whole = signature.replace(parameters=[*own, *keywords])
+        verb.__signature__ = whole  # type: ignore[attr-defined]
+        return verb
 
-    def start(self, instant: float) -> None:
-        """Note the start of an attempt, or of its opening; the first one starts the clock."""
-        if self._started_at is None:
-            self._started_at = instant
-        self._heard_at = time.monotonic()
-        # What comes is asked by us, and not again by OpenCode.
-        self._fruitless.clear()
-        self._void.clear()
-        self._has_void.clear()
-        self._has_called.clear()
+    return with_signature
 
-    def heard(self, events: Iterable[Event]) -> None:
-        """Something came, if only a sign of life."""
-        self._heard_at = time.monotonic()
-        for event in events:
-            # Anything else means that the provider has answered since.
-            is_retry = event.get("type") == "retry"
-            self._last_retry = str(event.get("message", "")) if is_retry else ""
-            self._count_step(event)
 
-    def elapsed(self) -> float:
-        """Seconds since the start of the first process."""
-        return 0.0 if self._started_at is None else time.monotonic() - self._started_at
+def check_keywords(verb: Callable[..., Any], options: Mapping[str, object]) -> None:
+    """Raise the TypeError of Python for those of *options* that *verb* does not show."""
+    names = inspect.signature(verb).parameters
+    for unknown in options.keys() - names:
+        from difflib import get_close_matches
 
-    def left(self) -> float:
-        """Seconds until ``timeout_s`` passes; infinite where there is no such limit."""
-        limit = self.limits.timeout_s
-        return math.inf if limit is None else max(0.0, limit - self.elapsed())
+        similar = get_close_matches(unknown, names, 1)
+        hint = f". Did you mean {similar[0]!r}?" if similar else ""
+        raise TypeError(
+            f"{verb.__qualname__}() got an unexpected keyword argument {unknown!r}{hint}"
+        )
 
-    def patience(self) -> float | None:
-        """Seconds that a wait which begins now may take; None for ever."""
-        left, idle = self.left(), self.limits.idle_timeout_s
-        if idle is not None:
-            # Only our own waiting counts: a slow consumer does not make the run idle.
-            self._heard_at = time.monotonic()
-            left = min(left, idle)
-        return None if left == math.inf else min(left, LONGEST_WAIT_S)
 
-    def deadline(self) -> float:
-        """The ``time.monotonic()`` instant at which ``timeout_s`` passes; infinite without."""
-        return time.monotonic() + self.left()
-
-    def idle_deadline(self) -> float:
-        """The instant at which one of the limits passes if nothing more is heard."""
-        idle = self.limits.idle_timeout_s
-        return min(self.deadline(), math.inf if idle is None else self._heard_at + idle)
-
-    def timeout(self) -> OpenCodeTimeoutError | None:
-        """The error for the time limit that has passed, if one has."""
-        limits, elapsed = self.limits, self.elapsed()
-        if limits.timeout_s is not None and self.left() <= 0:
-            what, name, limit = "the run took over", "timeout_s", limits.timeout_s
-        elif limits.idle_timeout_s is not None and self._idle() >= limits.idle_timeout_s:
-            what, name, limit = "nothing was heard for", "idle_timeout_s", limits.idle_timeout_s
-        else:
-            return None
-        retry = f"; the provider was being retried: {self._last_retry}" if self._last_retry else ""
-        message = f"{what} {limit:g} s ({name}); stopped after {elapsed:.1f} s{retry}"
-        return OpenCodeTimeoutError(message, limit=name, limit_s=limit, elapsed_s=elapsed)
-
-    def overspent(self, result: RunResult) -> OpenCodeBudgetError | None:
-        """The error for a run that has spent a budget and is not done."""
-        # A run that ended well is not taken from the user for its price. A refused tool is no end
-        # here: mostly the model goes on.
-        is_end = result.session_id not in self._has_called
-        if is_end and ended_well(result.finish_reason, was_denied=False):
-            return None
-        limits, cost, tokens = self.limits, result.total_cost, tokens_of(result.token_usage)
-        steps = f"after {result.turns} steps"
-        if limits.max_cost is not None and cost > limits.max_cost:
-            name, limit, spent = "max_cost", limits.max_cost, cost
-            what = f"of ${limit:g} passed: ${spent:g} spent {steps}"
-        elif limits.max_tokens is not None and tokens > limits.max_tokens:
-            name, limit, spent = "max_tokens", limits.max_tokens, tokens
-            what = f"of {limit:,} passed: {spent:,} tokens used {steps}"
-        elif limits.max_steps is not None and result.turns >= limits.max_steps:
-            name, limit, spent = "max_steps", limits.max_steps, result.turns
-            what = f"of {limit:,} reached: the run was not done {steps}"
-        elif limits.max_total_cost is not None and cost > limits.max_total_cost:
-            name, limit, spent = "max_total_cost", limits.max_total_cost, cost
-            what = f"is spent, of which ${limit:g} remained: ${spent:g} spent {steps}"
-        elif limits.max_total_tokens is not None and tokens > limits.max_total_tokens:
-            name, limit, spent = "max_total_tokens", limits.max_total_tokens, tokens
-            what = f"is spent, of which {limit:,} remained: {spent:,} tokens used {steps}"
-        else:
-            return None
-        return OpenCodeBudgetError(f"{name} {what}", limit_name=name, limit=limit, spent=spent)
-
-    def endless(self) -> OpenCodeIncompleteError | None:
-        """The error for a run whose model is asked again and again, and gets nothing done."""
-        for session, n in self._fruitless.items():
-            tool = self._void.get(session)
-            if n >= (ENDLESS_STEPS if tool is None else VOID_STEPS):
-                what = f"called no tool and ended for the reason {self._last_reason!r}"
-                if tool is not None:
-                    what = (
-                        "called only tools that do not exist, or with wrong arguments (the last "
-                        f"was {tool[:80]!r})"
-                    )
-                return OpenCodeIncompleteError(
-                    f"the model was asked {n} times in a row, and each answer {what}, upon which "
-                    "OpenCode asks again: the run was stopped"
-                )
-        return None
-
-    def warning(self, result: RunResult) -> str | None:
-        """What there is to warn of, once: a budget that cannot bind."""
-        if self.limits.max_cost is None or self._has_warned:
-            return None
-        tokens = unpriced_tokens(result)
-        self._has_warned = tokens > 0
-        return unpriced(tokens, "max_cost") if tokens else None
-
-    def _count_step(self, event: Mapping[str, Any]) -> None:
-        kind, session = event.get("type"), event.get("sessionID")
-        if kind == "step_start":
-            self._has_called.discard(session)
-        elif kind == "tool_use" and not gives_output(event):
-            self._has_called.add(session)
-        if kind == "tool_use" and (tool := void_call(event)) is not None:
-            self._void[session] = tool
-            self._has_void.add(session)
-        elif kind == "tool_use":
-            self._void.pop(session, None)
-            self._fruitless[session] = -1  # the step that it is part of does not count
-        elif kind == "step_finish" and isinstance(step := event.get("part"), Mapping):
-            reason = step.get("reason")
-            is_last = not isinstance(reason, str) or reason in _LAST_REASONS
-            if is_last and session not in self._has_void:
-                self._fruitless[session] = 0
-                self._void.pop(session, None)
-            else:
-                self._fruitless[session] = self._fruitless.get(session, 0) + 1
-                self._last_reason = str(reason)
-            self._has_void.discard(session)
-
-    def _idle(self) -> float:
-        return time.monotonic() - self._heard_at
+# --- where its events come from ------------------------------------------------------------------
 
 
 class Source(Protocol):
@@ -413,17 +228,9 @@ class Source(Protocol):
         """Give back files and directories; after the end."""
 
 
-OpenSource = Callable[[CancelScope], Source]
-"""Starts an attempt; what waits in it, and in the source's requests, ends with the scope."""
-
-Review = Callable[[RunResult], OpenSource | None]
-"""Looks at a run that ended well: None if that was all, or how a further turn of it is begun.
-
-What it raises is the run's error.
-"""
+# --- the prompt itself ---------------------------------------------------------------------------
 
 
-StrPath = str | os.PathLike[str]
 PermissionAnswer = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """The body of the reply to a permission request, given the request's."""
 QuestionAnswer = Callable[[Mapping[str, Any]], "Mapping[str, Any] | None"]
@@ -570,3 +377,94 @@ def _check_prompt(prompt: str, cfg: RunConfig) -> None:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise OpenCodeConfigError(f"the prompt cannot be encoded as UTF-8: {error}") from None
+
+
+# --- its answer, and a repair --------------------------------------------------------------------
+
+
+class SchemaReview:
+    """Checks the answers of one run, which come one after another, against its schema."""
+
+    def __init__(self, request: Request, max_repairs: int) -> None:
+        self._request = request
+        self._max_repairs = max_repairs
+        self._n_repairs = 0
+
+    def repair(self, result: RunResult) -> Request | None:
+        """Set ``parsed`` of *result* and return None, or return what to ask for next.
+
+        Raises:
+            OpenCodeOutputError: If the answer does not fit, and no repair is left.
+        """
+        schema = self._request.output
+        if schema is None:
+            return None
+        is_cut = is_cut_off(result)
+        found = _value_in(result, schema, is_cut)
+        if isinstance(found, SchemaMismatch):
+            if self._n_repairs >= self._max_repairs or result.session_id is None:
+                raise self._misfit(result, found, is_cut) from found.__cause__
+            self._n_repairs += 1
+            result._json = None
+            return self._repair_request(
+                result.session_id, schema.repair(found.faults, is_cut=is_cut)
+            )
+        result.parsed, result._json = found
+        if is_cut:
+            result.finish_reason = "stop"  # the value is whole, whatever was to follow it
+        return None
+
+    def _repair_request(self, session_id: str, prompt: str) -> Request:
+        cfg = self._request.cfg.replace(
+            session_id=session_id,
+            continue_session=False,
+            fork=False,
+            command=None,
+            files=(),
+            title=None,
+            share=None,
+        )
+        return dataclasses.replace(self._request, prompt=prompt, cfg=cfg, is_repair=True)
+
+    def _misfit(
+        self, result: RunResult, mismatch: SchemaMismatch, is_cut: bool
+    ) -> OpenCodeOutputError:
+        arguments, result._json = result._json, None
+        text = result.answer if arguments is None else json.dumps(arguments, ensure_ascii=False)
+        n = self._n_repairs
+        after = f" after {n} repair{'s' * (n > 1)}" if n else ""
+        cut = ", and was cut off at the model's output limit" if is_cut else ""
+        faults = mismatch.faults
+        message = f"the answer does not fit its schema{after}{cut}: {faults[0]}"
+        result.error = ErrorInfo("StructuredOutputError", message)  # OpenCode's own name for it
+        return OpenCodeOutputError(message, errors=faults, text=text, result=result)
+
+
+def _value_in(result: RunResult, schema: OutputSchema, is_cut: bool) -> Fit | SchemaMismatch:
+    """The value of the answer, or what is wrong with it."""
+    try:
+        # What a server noted down, if it did; the model may have put it into words all the same.
+        if result._json is None:
+            return schema.find(result.answer, is_cut=is_cut)
+        if (n := _n_outputs(result)) > 1:
+            raise SchemaMismatch([f"{OUTPUT_TOOL} was called with {n} different values at once"])
+        return schema.take(result._json)  # the tool is called with whole JSON, or not at all
+    except SchemaMismatch as mismatch:
+        # Without the traceback, whose frames would keep the run's stream in memory.
+        return mismatch.with_traceback(None)
+
+
+def _n_outputs(result: RunResult) -> int:
+    """How many different values the last answer gave to the tool; OpenCode keeps the last one."""
+    message_id: object = None
+    values: set[str] = set()
+    for event in result.tool_calls:
+        part = event.get("part")
+        if not isinstance(part, Mapping) or part.get("tool") != OUTPUT_TOOL:
+            continue
+        state = part.get("state")
+        if isinstance(state, Mapping) and state.get("status") == "completed":
+            if part.get("messageID") != message_id:
+                message_id, values = part.get("messageID"), set()
+            values.add(json.dumps(state.get("input"), sort_keys=True))
+    return len(values)

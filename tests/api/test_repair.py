@@ -30,9 +30,10 @@ from opencode_sync import (
     RunResult,
     RunStream,
 )
-from opencode_sync.api.runner import Request, Runner, SchemaReview
+from opencode_sync.api.runner import Runner
 from opencode_sync.core.events import Event
 from opencode_sync.core.lifetime import CancelScope
+from opencode_sync.core.request import Request, SchemaReview
 from opencode_sync.core.schema import OutputSchema
 
 GOOD, BAD, WORDS = '{"legs": 2}', '{"legs": "two"}', "I would rather not."
@@ -157,7 +158,7 @@ def test_a_tool_that_took_down_different_values_at_once_has_none_that_is_the_ans
     result._json = {"legs": 4}
     result.session_id = "ses_1"
 
-    further = SchemaReview(REQUEST, 1)(result)
+    further = SchemaReview(REQUEST, 1).repair(result)
 
     assert further is not None
     assert "StructuredOutput was called with 2 different values at once" in further.prompt
@@ -170,7 +171,7 @@ def test_a_tool_may_take_down_the_same_value_twice_and_another_one_later() -> No
     result = RunResult(tool_calls=[*outputs({"legs": 4}), later, later])
     result._json = {"legs": 2}
 
-    assert SchemaReview(REQUEST, 1)(result) is None
+    assert SchemaReview(REQUEST, 1).repair(result) is None
     assert result.parsed == Bird(2)
 
 

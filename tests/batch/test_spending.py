@@ -179,7 +179,7 @@ def test_a_job_that_does_not_end_in_time_has_cost_what_it_has_by_then(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dispatch, "STOP_S", 0.05)
-    monkeypatch.setattr("opencode_sync.core.stream.TURN_S", 0.05)
+    monkeypatch.setattr("opencode_sync.core.stream.LOCK_S", 0.05)
     runner = Stubborn()
     batch = runner.map([GOOD])
     consumer = threading.Thread(target=lambda: list(batch))

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from opencode_sync import (
     RunResult,
     RunStream,
 )
+from opencode_sync.api.runner import Runner
 from opencode_sync.core.lifetime import CancelScope
-from opencode_sync.core.stream import Limits
+from opencode_sync.core.limits import Limits
+from opencode_sync.core.request import Request, RunSettings
 
 LONG_S = 20.0
 
@@ -104,11 +106,26 @@ class Script:
         self.closes += 1
 
 
-def stream_of(*sources: Script, result: RunResult | None = None, **options: Any) -> RunStream:
-    names = Limits.__dataclass_fields__
-    limits = Limits(**{name: options.pop(name) for name in list(options) if name in names})
-    opened = iter(sources)
-    return RunStream(lambda cancelled: next(opened), result or RunResult(), limits, **options)
+class Scripts(Runner):
+    """Opens sources one after another; a callable among them is called with the scope."""
+
+    def __init__(self, *sources: Any) -> None:
+        super().__init__()
+        self._sources = iter(sources)
+
+    def _open(self, request: Request, scope: CancelScope, keep_raw: bool) -> Script:
+        source = next(self._sources)
+        return source(scope) if callable(source) else source  # type: ignore[no-any-return]
+
+
+Told = Callable[[RunStream], None]
+
+
+def stream_of(
+    *sources: Any, on_begin: Told | None = None, on_end: Told | None = None, **options: Any
+) -> RunStream:
+    settings = RunSettings.of(options)
+    return Scripts(*sources).begin("Go", "/", settings, on_begin=on_begin, on_end=on_end)
 
 
 def wait_for_cancel(stream: RunStream) -> None:
@@ -617,13 +634,10 @@ def test_the_wait_for_the_next_attempt_ends_at_once_on_cancel() -> None:
 
 
 def test_an_attempt_that_cannot_be_opened_ends_the_run_with_its_result() -> None:
-    def open_source(scope: CancelScope) -> Script:
-        if not stream_sources:
-            raise OpenCodeConfigError("the workspace has vanished")
-        return stream_sources.pop()
+    def vanished(scope: CancelScope) -> Script:
+        raise OpenCodeConfigError("the workspace has vanished")
 
-    stream_sources = [failing()]
-    stream = RunStream(open_source, RunResult(), Limits(retry_delay_s=0))
+    stream = stream_of(failing(), vanished, retry_delay_s=0)
 
     with pytest.raises(OpenCodeConfigError, match="vanished") as caught:
         stream.wait()
@@ -633,11 +647,11 @@ def test_an_attempt_that_cannot_be_opened_ends_the_run_with_its_result() -> None
 
 
 def test_a_first_attempt_that_cannot_be_opened_leaves_nothing(tmp_path: Path) -> None:
-    def open_source(scope: CancelScope) -> Script:
+    def refused(scope: CancelScope) -> Script:
         raise OpenCodeConfigError("no")
 
     with pytest.raises(OpenCodeConfigError, match="no"):
-        RunStream(open_source, RunResult(), Limits(), log_file=tmp_path / "log")
+        stream_of(refused, log_file=tmp_path / "log")
 
 
 # --- ending from outside -------------------------------------------------------------------------
@@ -746,7 +760,7 @@ def test_a_session_that_is_known_from_the_start_is_the_run_s_whoever_speaks_firs
     source = Script([child], [text("Hi.")])
     source.session_id = "ses_1"
 
-    with RunStream(lambda cancelled: source, RunResult(), Limits()) as stream:
+    with stream_of(source) as stream:
         result = stream.wait()
 
     assert (result.session_id, result.final_text) == ("ses_1", "Hi.")
@@ -779,13 +793,13 @@ def test_cancelling_while_the_source_is_being_opened_stops_it() -> None:
     source = Script(forever())
     streams: list[RunStream] = []
 
-    def open_source(scope: CancelScope) -> Script:
+    def slow(scope: CancelScope) -> Script:
         threading.Thread(target=streams[0].cancel).start()
         while not scope.is_cancelled():
             pass
         return source
 
-    stream = RunStream(open_source, RunResult(), Limits(), on_begin=streams.append)
+    stream = stream_of(slow, on_begin=streams.append)
 
     with pytest.raises(OpenCodeCancelledError):
         stream.wait()
