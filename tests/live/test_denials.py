@@ -378,7 +378,7 @@ def test_a_process_that_does_not_enforce_denials_is_stopped_before_its_first_too
 
     with (
         OpenCodeClient(opencode_binary, run_cfg=cfg) as client,
-        pytest.raises(OpenCodePermissionError, match="does not load preload.js") as caught,
+        pytest.raises(OpenCodePermissionError, match=r"does not load preload\.js") as caught,
     ):
         client.run(prompt, workspace, run_cfg=cfg.replace(permission={"bash": "deny"}))
 
