@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
-from typing import Any, Literal, NoReturn, TypedDict, Union, cast
+from typing import Any, Literal, NoReturn, TypedDict, Union
 
 from .config import checked_path
 from .errors import OpenCodeConfigError, OpenCodeError
@@ -260,6 +260,18 @@ Event = Union[  # noqa: UP007 - evaluated at run time, where Python 3.10's Typed
 ]
 
 
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not valid JSON")
+
+
+# Python's own reading of JSON takes NaN and Infinity for numbers.
+_decoder = json.JSONDecoder(parse_constant=_no_constant)
+
+# How an event begins that OpenCode prints (1.18.33): a plugin's text may hold objects of its own.
+_BEGINNING = re.compile(r'\{"type":"\w+","timestamp":\d+,"sessionID":"')
+_MOST_IN_A_LINE = 1_000  # looked for; each that is cut is read to where it ends
+
+
 def parse_event_line(line: str | bytes) -> Event:
     """The event of one line of output, with or without its newline.
 
@@ -271,9 +283,12 @@ def parse_event_line(line: str | bytes) -> Event:
     if isinstance(line, bytes):
         line = line.decode("utf-8", "replace")
     try:
-        value = _decode(line)
+        value = _decoder.decode(line)
     except (ValueError, RecursionError) as error:
-        return _diagnostic(line, error)
+        raw = line.rstrip("\r\n")
+        if not raw.strip():
+            return {"type": "diagnostic", "kind": "empty_line", "raw": raw}
+        return {"type": "diagnostic", "kind": "json_decode_error", "raw": raw, "error": str(error)}
     if isinstance(value, dict):
         return value  # type: ignore[return-value]  # any object passes, known or not
     return {"type": "diagnostic", "kind": "non_object_json", "value": value}
@@ -282,78 +297,42 @@ def parse_event_line(line: str | bytes) -> Event:
 def iter_parse_lines(lines: Iterable[str | bytes]) -> Iterator[Event]:
     """The events of each line, lazily: one a line, unless a plugin's text stands in it too."""
     for line in lines:
-        yield from _events_in(line)
+        event = parse_event_line(line)
+        if event.get("kind") == "json_decode_error":
+            yield from _taken_apart(event)
+        else:
+            yield event
 
 
-def _events_in(line: str | bytes) -> list[Event]:
-    """The event of a line, or the events in it with the text around them as diagnostics."""
-    event: dict[str, Any] = parse_event_line(line)  # type: ignore[assignment]
-    if event.get("kind") != "json_decode_error" or "raw" not in event:
-        return [cast(Event, event)]
-    text = str(event["raw"])
-    pieces: list[dict[str, Any]] = []
+def _taken_apart(diagnostic: Event) -> list[Event]:
+    """The events in a line that is not JSON, and the text around them as diagnostics."""
+    text = diagnostic.get("raw")
+    if not isinstance(text, str):
+        return [diagnostic]
+    found: list[Any] = []
     end = 0
     for match in islice(_BEGINNING.finditer(text), _MOST_IN_A_LINE):
         begin = match.start()
         if begin < end:  # inside of the last one
             continue
         with suppress(ValueError, RecursionError):
-            found, after = _decoder.raw_decode(text, begin)
-            pieces += [{**event, "raw": text[end:begin]}] if end < begin else []
-            pieces.append(found)
+            event, after = _decoder.raw_decode(text, begin)
+            if end < begin:
+                found.append({**diagnostic, "raw": text[end:begin]})
+            found.append(event)
             end = after
-    pieces += [{**event, "raw": text[end:]}] if end < len(text) else []
-    return cast(list[Event], pieces)
+    if end < len(text):
+        found.append({**diagnostic, "raw": text[end:]})
+    return found
 
 
 def is_cut(event: Event) -> bool:
-    """Whether it tells of a line's end that is the beginning of an event, and no more of it."""
+    """Whether *event* tells of a line whose end is the beginning of an event."""
     raw = event.get("raw")
     if event.get("kind") != "json_decode_error" or not isinstance(raw, str):
         return False
     raw, beginning = raw.replace(" ", ""), '{"type":'
     return beginning in raw or any(raw.endswith(beginning[:n]) for n in range(1, len(beginning)))
-
-
-def parse_block(block: bytes) -> list[Event]:
-    """The events of all lines of *block*: those of :func:`iter_parse_lines`, in half the time.
-
-    The lines are read as one array. That gives their keys one memory, too: without, those of short
-    events take as much as all the rest.
-    """
-    n_lines = block.count(b"\n") + 1
-    if n_lines > 1:
-        array = b"[%b]" % block.replace(b"\n", _BETWEEN)
-        with suppress(ValueError, RecursionError):
-            values = _decode(array.decode("utf-8", "replace"))
-            # Several values in a line, or one over several lines, would show here: no line can
-            # know what stands between them.
-            if values[1::2] == [_NONCE] * (n_lines - 1) and set(map(type, values[::2])) == {dict}:
-                return values[::2]  # type: ignore[no-any-return]
-    return [event for line in block.split(b"\n") for event in _events_in(line)]
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not valid JSON")
-
-
-# Python's own reading of JSON takes NaN and Infinity for numbers.
-_decoder = json.JSONDecoder(parse_constant=_no_constant)
-_decode = _decoder.decode
-
-# How an event begins that OpenCode prints (1.18.33): a plugin's text may hold objects of its own.
-_BEGINNING = re.compile(r'\{"type":"\w+","timestamp":\d+,"sessionID":"')
-_MOST_IN_A_LINE = 1_000  # looked for; each that is cut is read to where it ends
-
-_NONCE = os.urandom(8).hex()
-_BETWEEN = f',"{_NONCE}",'.encode()
-
-
-def _diagnostic(line: str, error: Exception) -> Event:
-    raw = line.rstrip("\r\n")
-    if not raw.strip():
-        return {"type": "diagnostic", "kind": "empty_line", "raw": raw}
-    return {"type": "diagnostic", "kind": "json_decode_error", "raw": raw, "error": str(error)}
 
 
 def warning_events(messages: Iterable[str]) -> list[Event]:

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .text import strip_ansi
 
-# Offered to the model unless denied (OpenCode 1.18.33).
+ARGUMENTS_ERROR = "CommandArgumentsError"  # of our plugin
+TEXT_TYPES = ("text", "message", "assistant", "model")
+# Follows a step that ends for "content-filter", the one reason that is an error to OpenCode.
+FILTERED = "ContentFilterError"
+
+# Offered to the model unless denied.
 _BUILT_IN_TOOLS = frozenset(
     {"bash", "edit", "glob", "grep", "read", "skill", "task", "todowrite", "webfetch", "write"}
 )
-ARGUMENTS_ERROR = "CommandArgumentsError"  # of our plugin
-TEXT_TYPES = ("text", "message", "assistant", "model")
-_REPEATED = ("type", "sessionID", "messageID")
+_REFUSALS = ("rejected permission", "a rule which prevents you", "user dismissed this question")
+_NOT_OFFERED = "unavailable tool"
+_MISFITTING = "was called with invalid arguments"
 _NAMELESS = "UnknownError"
-# Follows a step that ends for "content-filter", the one reason that is an error to OpenCode.
-FILTERED = "ContentFilterError"
 _WHY_CUT = {
     "length": "the answer was cut off at the model's output limit",
     "content-filter": "the answer was cut off by the provider's content filter",
@@ -43,9 +46,7 @@ class TokenUsage:
     cache_write: int = 0
 
     def __add__(self, other: TokenUsage) -> TokenUsage:
-        return TokenUsage(
-            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(TokenUsage))
-        )
+        return TokenUsage(**{name: n + getattr(other, name) for name, n in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -89,90 +90,26 @@ class SubAgent:
     total_cost: float = 0.0
 
 
-@dataclass
-class Step:
-    """What the model said in one step.
-
-    Attributes:
-        message_id: Of OpenCode's message, or None.
-        reason: Why the step ended; None while it is under way.
-    """
-
-    message_id: str | None = None
-    paragraphs: list[str] = field(default_factory=list)
-    reason: str | None = None
+# --- parts ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class Texts:
-    """The model's texts in order; joined only when they are read, and so cheap to add to.
+def mapping(value: Any) -> Mapping[str, Any]:
+    """*value*, or an empty mapping where it is something else."""
+    # The first of the two is quick to ask for, and nearly always the answer.
+    return value if isinstance(value, (dict, Mapping)) else {}
 
-    Attributes:
-        steps: The model's steps; texts before the first one are a step too.
-        summaries: Ids of messages in which OpenCode had the conversation summed up, for itself.
-        answered: The step with the whole answer, where OpenCode went on by itself after it.
-    """
 
-    steps: list[Step] = field(default_factory=lambda: [Step()])
-    pieces: list[str] = field(default_factory=list)  # of the paragraph being written
-    summaries: set[str] = field(default_factory=set)
-    answered: Step | None = None
-    _latest: str | None = None  # the message of the latest step, also of a summary
+def part_of(event: Mapping[str, Any]) -> Mapping[str, Any]:
+    return mapping(event.get("part"))
 
-    def add(self, text: str, *, is_piece: bool = False, message_id: object = None) -> None:
-        if is_piece:
-            self.pieces.append(text)
-        elif text and message_id not in self.summaries:
-            if self.pieces:
-                self.end_paragraph()
-            self.steps[-1].paragraphs.append(text)
 
-    def end_paragraph(self) -> None:
-        if self.pieces:
-            self.steps[-1].paragraphs.append("".join(self.pieces))
-            self.pieces = []
+def message_id_of(event: Mapping[str, Any]) -> str | None:
+    """The id of the message that an event's part belongs to, or None."""
+    message_id = part_of(event).get("messageID")
+    return message_id if isinstance(message_id, str) else None
 
-    def begin_step(self, message_id: str | None = None) -> None:
-        self.end_paragraph()
-        self._latest = message_id
-        if message_id not in self.summaries:
-            self.steps.append(Step(message_id))
 
-    def end_step(self, reason: str) -> None:
-        if self._latest not in self.summaries:
-            self.steps[-1].reason = reason
-
-    def leave_out(self, message_id: str) -> None:
-        """Leave out a message that is a summary, whether it has come or is still to come."""
-        self.summaries.add(message_id)
-        self.steps = [s for s in self.steps if s.message_id != message_id] or [Step()]
-
-    def go_on(self) -> None:
-        """Take note that OpenCode, after a summary, prompts the model by itself.
-
-        Where the model had given its whole answer before, that remains the answer, as it would be
-        without the summary.
-        """
-        if self._latest is not None:
-            self.leave_out(self._latest)
-        if self.answered is None and self.steps[-1].reason == "stop":
-            self.answered = self.steps[-1]
-
-    def begin_turn(self) -> None:
-        """Take what comes from now on as the answer to a further prompt."""
-        self.answered, self.steps[-1].reason = None, None
-
-    def joined(self) -> str:
-        return self._join([text for step in self.steps for text in step.paragraphs], self.pieces)
-
-    def answer(self) -> str:
-        if self.answered is not None:
-            return self._join(self.answered.paragraphs, [])
-        return self._join(self.steps[-1].paragraphs, self.pieces)
-
-    @staticmethod
-    def _join(paragraphs: list[str], pieces: list[str]) -> str:
-        return "\n\n".join([*paragraphs, "".join(pieces)] if pieces else paragraphs)
+# --- the end of a step ---------------------------------------------------------------------------
 
 
 def ended_well(reason: str | None, *, was_denied: bool) -> bool:
@@ -197,6 +134,9 @@ def why_cut(reason: str | None) -> str | None:
     return f"{why} (finish reason: {reason})"
 
 
+# --- texts ---------------------------------------------------------------------------------------
+
+
 def is_unsaid(part: Mapping[str, Any]) -> bool:
     """Whether a text part is OpenCode's own or a plugin's, not the model's."""
     return bool(part.get("synthetic") or part.get("ignored"))
@@ -206,8 +146,8 @@ def text_of(event: Mapping[str, Any]) -> tuple[str, bool]:
     """The text of an event of TEXT_TYPES, and whether it is a piece of a longer one."""
     if event.get("type") != "text":
         return _content_text(event.get("content")), False
-    part = event.get("part")
-    if isinstance(part, (dict, Mapping)) and isinstance(text := part.get("text"), str):
+    part = part_of(event)
+    if isinstance(text := part.get("text"), str):
         return "" if is_unsaid(part) else text, False
     for key in ("content", "text", "delta"):
         value = event.get(key)
@@ -245,59 +185,33 @@ def strings_in(event: Mapping[str, Any]) -> list[str]:
     return [text for value in values if isinstance(value, str) and (text := value.strip())]
 
 
-def message_id_of(event: Mapping[str, Any]) -> str | None:
-    """The id of the message that an event's part belongs to, or None."""
-    part = event.get("part")
-    message_id = part.get("messageID") if isinstance(part, (dict, Mapping)) else None
-    return message_id if isinstance(message_id, str) else None
-
-
-def share_words(event: Mapping[str, Any], known: dict[str, str]) -> None:
-    """Have equal ids and types of many events be one object: a third of a short event's memory."""
-    part = event.get("part")
-    for owner in (event, part):
-        if type(owner) is dict:
-            for key in _REPEATED:
-                word = owner.get(key)
-                if type(word) is str:
-                    owner[key] = known.setdefault(word, word)
+# --- tool calls ----------------------------------------------------------------------------------
 
 
 def denied_tool(event: Mapping[str, Any]) -> str | None:
     """The tool whose use *event* tells was refused, or None."""
-    part = event.get("part")
-    state = part.get("state") if isinstance(part, Mapping) else None
-    if not isinstance(part, Mapping) or not isinstance(state, Mapping):
-        return None
-    tool, error = part.get("tool"), state.get("error")
-    if not isinstance(tool, str):
-        return None
+    part = part_of(event)
+    tool, state = part.get("tool"), mapping(part.get("state"))
+    error = state.get("error")
     if isinstance(error, str) and state.get("status") == "error":
-        return tool if _is_refusal(error) or _is_not_offered(tool, error) else None
+        is_refused = any(words in error for words in _REFUSALS) or _is_not_offered(tool, error)
+        return tool if isinstance(tool, str) and is_refused else None
     # A tool that is denied as a whole is not offered to the model, and a call of it comes back as
     # "invalid", just as one of a tool that the model made up, or one whose arguments are not JSON.
-    asked = state.get("input")
-    if tool != "invalid" or not isinstance(asked, Mapping):
-        return None
+    asked = mapping(state.get("input"))
     wanted, why = asked.get("tool"), asked.get("error", _NOT_OFFERED)
-    return wanted if isinstance(wanted, str) and _is_not_offered(wanted, why) else None
+    return wanted if tool == "invalid" and _is_not_offered(wanted, why) else None
 
 
-def called_session(event: Mapping[str, Any]) -> str | None:
-    """The session of the sub-agent that *event* tells was called, or None."""
-    part = event.get("part")
-    if not isinstance(part, (dict, Mapping)) or part.get("tool") != "task":
-        return None
-    state = part.get("state")
-    metadata = state.get("metadata") if isinstance(state, Mapping) else None
-    session = metadata.get("sessionId") if isinstance(metadata, Mapping) else None
-    return session if isinstance(session, str) and session else None
+def _is_not_offered(tool: Any, why: object) -> bool:
+    """Whether a call came to nothing since *tool*, one of OpenCode's own, was not offered.
 
-
-def gives_output(event: Mapping[str, Any]) -> bool:
-    """Whether *event* is the call of OpenCode's tool for structured output, which ends a run."""
-    part = event.get("part")
-    return isinstance(part, Mapping) and part.get("tool") == "StructuredOutput"
+    Where all is denied, "invalid" is too: then it is the one that *why* names for any call.
+    """
+    if not isinstance(tool, str) or tool not in _BUILT_IN_TOOLS or not isinstance(why, str):
+        return False
+    said, _, offered = why.partition("Available tools: ")
+    return _NOT_OFFERED in said and tool not in offered.rstrip(".").split(", ")
 
 
 def void_call(event: Mapping[str, Any]) -> str | None:
@@ -305,38 +219,30 @@ def void_call(event: Mapping[str, Any]) -> str | None:
 
     There is no such tool for the model, or its arguments are not JSON, or not those of the tool.
     """
-    part = event.get("part")
-    state = part.get("state") if isinstance(part, Mapping) else None
-    if not isinstance(part, Mapping) or not isinstance(state, Mapping):
-        return None
-    tool, error = part.get("tool"), state.get("error")
-    if tool == "invalid":
-        asked = state.get("input")
-        return str(asked.get("tool") if isinstance(asked, Mapping) else tool)
+    part = part_of(event)
+    tool, state = part.get("tool"), mapping(part.get("state"))
+    if tool == "invalid" and state:
+        return str(mapping(state.get("input")).get("tool", tool))
+    error = state.get("error")
     is_void = isinstance(error, str) and (_NOT_OFFERED in error or _MISFITTING in error)
     return str(tool) if is_void and state.get("status") == "error" else None
 
 
-_MISFITTING = "was called with invalid arguments"
-_REFUSALS = ("rejected permission", "a rule which prevents you", "user dismissed this question")
+def called_session(event: Mapping[str, Any]) -> str | None:
+    """The session of the sub-agent that *event* tells was called, or None."""
+    part = part_of(event)
+    if part.get("tool") != "task":
+        return None
+    session = mapping(mapping(part.get("state")).get("metadata")).get("sessionId")
+    return session if isinstance(session, str) and session else None
 
 
-_NOT_OFFERED = "unavailable tool"
+def gives_output(event: Mapping[str, Any]) -> bool:
+    """Whether *event* is the call of OpenCode's tool for structured output, which ends a run."""
+    return part_of(event).get("tool") == "StructuredOutput"
 
 
-def _is_not_offered(tool: str, why: object) -> bool:
-    """Whether a call came to nothing since *tool*, one of OpenCode's own, was not offered.
-
-    Where all is denied, "invalid" is too: then it is the one that *why* names for any call.
-    """
-    if tool not in _BUILT_IN_TOOLS or not isinstance(why, str):
-        return False
-    said, _, offered = why.partition("Available tools: ")
-    return _NOT_OFFERED in said and tool not in offered.rstrip(".").split(", ")
-
-
-def _is_refusal(text: str) -> bool:
-    return any(words in text for words in _REFUSALS)
+# --- errors and usage ----------------------------------------------------------------------------
 
 
 def error_info(error: Any) -> ErrorInfo:
@@ -370,11 +276,17 @@ def number_of(value: Any) -> float:
 
 
 def usage_of(tokens: Any) -> TokenUsage:
-    if not isinstance(tokens, Mapping):
-        return TokenUsage()
-    cache = tokens.get("cache")
-    cache = cache if isinstance(cache, Mapping) else {}
+    """The usage that ``tokens`` of a step tells."""
+    tokens = mapping(tokens)
+    cache = mapping(tokens.get("cache"))
     counts = [tokens.get(key) for key in ("total", "input", "output", "reasoning")]
-    return TokenUsage(
-        *(int(number_of(n)) for n in (*counts, cache.get("read"), cache.get("write")))
-    )
+    return TokenUsage(*map(_count, (*counts, cache.get("read"), cache.get("write"))))
+
+
+def saved_usage(usage: Any) -> TokenUsage:
+    """The usage that ``asdict`` was given for *usage*."""
+    return TokenUsage(**{f.name: _count(mapping(usage).get(f.name)) for f in fields(TokenUsage)})
+
+
+def _count(value: Any) -> int:
+    return int(number_of(value))

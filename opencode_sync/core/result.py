@@ -1,161 +1,42 @@
-"""Events folded into a RunResult.
+"""What a run produced: events folded into a RunResult.
 
-    append_event(event) --> the rule for its type --> texts, tool calls, steps, error
+    append_event(event) --> events        kept as it is
+        fold(event)     --> final_text, answer          text, message, assistant, model
+                            tool_calls, denied_tools    tool_use, tool_call, tool_result, tool
+                            turns, token_usage, total_cost, finish_reason    step_start, step_finish
+                            error, warnings, sub_agents                      events of these names
 
-What is large is made when it is first asked for: the text is joined, raw lines are decoded. Knows
+Folding never raises, whatever an event holds: a missing or odd value counts as nothing. An event of
+another session is a sub-agent's: what it spent and its tool calls count, its words do not. Knows
 nothing of where the events came from.
-
-What each type of event does to a result.
-
-    text, message, ...   --> texts       final_text, answer
-    tool_use, ...        --> tool_calls  denied_tools
-    compaction           --> texts       whose words a text is
-    step_start, _finish  --> steps       turns, token_usage, total_cost, finish_reason
-    error                --> error
-    warning              --> warnings
-    sub_agent            --> sub_agents
-
-A rule never raises, whatever an event holds: missing or odd values count as nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from .events import Event, OtherEvent
 from .reading import (
     FILTERED,
-    TEXT_TYPES,
     ErrorInfo,
-    Step,
     SubAgent,
-    Texts,
     TokenUsage,
     denied_tool,
     ended_well,
     error_info,
     is_unsaid,
+    mapping,
     message_id_of,
     number_of,
-    share_words,
+    part_of,
+    saved_usage,
     strings_in,
     text_of,
     usage_of,
 )
 from .text import result_markdown
-
-Rule = Callable[["RunResult", Mapping[str, Any]], None]
-
-
-def _fold_text(result: RunResult, event: Mapping[str, Any]) -> None:
-    text, is_piece = text_of(event)
-    if text:
-        result._texts.add(text, is_piece=is_piece, message_id=message_id_of(event))
-    elif _is_continuation(event):
-        result._texts.go_on()
-
-
-def _is_continuation(event: Mapping[str, Any]) -> bool:
-    """Whether it is OpenCode's own prompt after a summary (1.18.33)."""
-    part = event.get("part")
-    metadata = part.get("metadata") if isinstance(part, Mapping) else None
-    return isinstance(metadata, Mapping) and bool(metadata.get("compaction_continue"))
-
-
-def _fold_compaction(result: RunResult, event: Mapping[str, Any]) -> None:
-    message_id = event.get("messageID")
-    if isinstance(message_id, str):
-        result._texts.leave_out(message_id)
-        # A run does not end with a summary but with the model's step before it.
-        result.finish_reason = result._texts.steps[-1].reason
-
-
-def _fold_step_start(result: RunResult, event: Mapping[str, Any]) -> None:
-    result._texts.begin_step(message_id_of(event))
-    result.finish_reason = None
-
-
-def _fold_step_finish(result: RunResult, event: Mapping[str, Any]) -> None:
-    step = event.get("part")
-    if not isinstance(step, Mapping) or not step:
-        step = event
-    result.turns += 1
-    _count_spending(result, step)
-    reason = step.get("reason")
-    result._texts.end_step(reason if isinstance(reason, str) else "unknown")
-    result.finish_reason = result._texts.steps[-1].reason
-    if "tool" in event:
-        result.tool_calls.append(OtherEvent(type="step_tool", payload=event["tool"]))
-
-
-def _count_spending(result: RunResult, step: Mapping[str, Any]) -> None:
-    result.total_cost += number_of(step.get("cost"))
-    result.token_usage += usage_of(step.get("tokens"))
-
-
-def _fold_sub_agent(result: RunResult, event: Mapping[str, Any]) -> None:
-    names = ("childID", "agent", "title", "parentID")
-    session, agent, title, parent = (
-        value if isinstance(value := event.get(name), str) else "" for name in names
-    )
-    if session and all(known.session_id != session for known in result.sub_agents):
-        result.sub_agents.append(SubAgent(session, agent, title, parent))
-
-
-def _fold_sub_agents_step(result: RunResult, event: Mapping[str, Any]) -> None:
-    step = event.get("part")
-    step = step if isinstance(step, Mapping) else event
-    _count_spending(result, step)
-    session = str(event.get("sessionID"))
-    _fold_sub_agent(result, {"childID": session})  # an event may be all that was kept of it
-    for number, known in enumerate(result.sub_agents):
-        if known.session_id == session:
-            result.sub_agents[number] = replace(
-                known,
-                token_usage=known.token_usage + usage_of(step.get("tokens")),
-                total_cost=known.total_cost + number_of(step.get("cost")),
-            )
-
-
-def _fold_tool(result: RunResult, event: Mapping[str, Any]) -> None:
-    result.tool_calls.append(cast(Event, event))
-    if (name := denied_tool(event)) is not None:
-        result.denied_tools.append(name)
-
-
-def _fold_error(result: RunResult, event: Mapping[str, Any]) -> None:
-    if result.error is None:
-        result.error = error_info(event.get("error"))
-
-
-def _fold_warning(result: RunResult, event: Mapping[str, Any]) -> None:
-    message = event.get("message")
-    if isinstance(message, str) and message and message not in result.warnings:
-        result.warnings.append(message)
-
-
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(TEXT_TYPES, _fold_text),
-    "step_start": _fold_step_start,
-    "step_finish": _fold_step_finish,
-    "tool_use": _fold_tool,
-    "tool_call": _fold_tool,
-    "tool_result": _fold_tool,
-    "tool": _fold_tool,
-    "error": _fold_error,
-    "compaction": _fold_compaction,
-    "warning": _fold_warning,
-    "sub_agent": _fold_sub_agent,
-}
-# What a sub-agent says is said to its parent, which tells of its failures too.
-RULES_FOR_SUB_AGENTS: dict[str, Rule] = {
-    "step_finish": _fold_sub_agents_step,
-    "tool_use": _fold_tool,
-    "warning": _fold_warning,
-}
-
 
 __all__ = [
     "ErrorInfo",
@@ -172,32 +53,102 @@ Status = Literal["ok", "error", "denied", "incomplete", "timed_out", "cancelled"
 _SHOWN_CHARS = 80  # of a text in a repr
 
 
+@dataclass
+class _Step:
+    """What the model said in one step.
+
+    Attributes:
+        message_id: The id of OpenCode's message, or None.
+        pieces: Texts, and the blank lines between them.
+        reason: Why the step ended; None while it is under way.
+    """
+
+    message_id: str | None = None
+    pieces: list[str] = field(default_factory=list)
+    reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+@dataclass
+class _Texts:
+    """The model's texts, by step.
+
+    Attributes:
+        steps: At least one: texts before the first ``step_start`` are a step too.
+        summaries: Ids of messages in which OpenCode had the conversation summed up, for itself.
+        answered: The step with the whole answer, where OpenCode went on by itself after it.
+        latest: The message of the latest step; that of a summary too.
+        is_open: The next piece continues the last one.
+    """
+
+    steps: list[_Step] = field(default_factory=lambda: [_Step()])
+    summaries: set[str] = field(default_factory=set)
+    answered: _Step | None = None
+    latest: str | None = None
+    is_open: bool = False
+
+    @classmethod
+    def saved(cls, text: str, answer: str) -> _Texts:
+        """The texts of a result whose ``final_text`` and ``answer`` are these."""
+        last = _Step(pieces=[answer] if answer else [])
+        if not text.endswith(answer):  # OpenCode had gone on after it
+            return cls([_Step(pieces=[text])], answered=last)
+        before = text.removesuffix(answer).removesuffix("\n\n" if answer else "")
+        return cls([_Step(pieces=[before] if before else []), last])
+
+    def add(self, text: str, *, is_piece: bool, message_id: str | None) -> None:
+        if message_id in self.summaries:
+            return
+        pieces = self.steps[-1].pieces
+        if pieces and not (is_piece and self.is_open):
+            pieces.append("\n\n")
+        pieces.append(text)
+        self.is_open = is_piece
+
+    def begin_step(self, message_id: str | None) -> None:
+        self.latest = message_id
+        if message_id not in self.summaries:
+            self.steps.append(_Step(message_id))
+            self.is_open = False
+
+    def end_step(self, reason: str) -> None:
+        if self.latest not in self.summaries:
+            self.steps[-1].reason = reason
+
+    def leave_out(self, message_id: str) -> None:
+        """Leave out a message that is a summary, whether it has come or is still to come."""
+        self.summaries.add(message_id)
+        self.steps = [s for s in self.steps if s.message_id != message_id] or [_Step()]
+
+    def go_on(self) -> None:
+        """Take note that OpenCode, after a summary, prompts the model by itself.
+
+        If the model had given its whole answer before, that remains the answer, as it would be
+        without the summary.
+        """
+        if self.latest is not None:
+            self.leave_out(self.latest)
+        if self.answered is None and self.steps[-1].reason == "stop":
+            self.answered = self.steps[-1]
+
+
 class _FinalText:
-    """The attribute ``RunResult.final_text``: a field like the others, kept in ``_texts``."""
+    """The field ``RunResult.final_text``: joined when it is read.
+
+    To extend a str at each text would take 15 times as long as the JSON for 50,000 texts.
+    """
 
     def __get__(self, result: RunResult | None, owner: object = None) -> str:
-        return "" if result is None else result._texts.joined()  # "" is the field's default
+        if result is None:
+            return ""  # the field's default
+        return "\n\n".join(text for step in result._texts.steps if (text := step.text))
 
     def __set__(self, result: RunResult, text: str) -> None:
-        if text != result._texts.joined():
-            result._texts = Texts([Step(paragraphs=[text] if text else [])])
-
-
-class _RawLines:
-    """The attribute ``RunResult.raw_stdout_lines``: decoded when it is first asked for."""
-
-    def __get__(self, result: RunResult | None, owner: object = None) -> Any:
-        if result is None:
-            return ()  # the field's default
-        lines, blocks = result._raw
-        if blocks:
-            text = b"\n".join(blocks).decode("utf-8", "replace")
-            lines = lines + text.split("\n")
-            result._raw = lines, ()
-        return lines
-
-    def __set__(self, result: RunResult, lines: Iterable[str]) -> None:
-        result._raw = list(lines), ()
+        if text != result.final_text:
+            result._texts = _Texts.saved(text, text)
 
 
 @dataclass(eq=False, repr=False)
@@ -235,20 +186,17 @@ class RunResult:
         parsed: The validated value of structured output.
     """
 
-    # First, so that the constructor has set it when it comes to final_text.
-    _texts: Texts = field(default_factory=Texts, kw_only=True)
+    # Before final_text, so that the constructor has set it by then.
+    _texts: _Texts = field(default_factory=_Texts, kw_only=True)
     _stopped: Status | None = field(default=None, kw_only=True)
     _json: Any = field(default=None, kw_only=True)  # what *parsed* was made of
-    # Lines, and blocks of lines that are not among them yet. Replaced as one, for other threads.
-    _raw: tuple[list[str], tuple[bytes, ...]] = field(default=([], ()), init=False)
-    _words: dict[str, str] = field(default_factory=dict, kw_only=True)  # see share_words()
 
     events: list[Event] = field(default_factory=list)
     final_text: _FinalText = _FinalText()
     tool_calls: list[Event] = field(default_factory=list)
     exit_code: int | None = None
     stderr: str = ""
-    raw_stdout_lines: _RawLines = _RawLines()
+    raw_stdout_lines: list[str] = field(default_factory=list)
     token_usage: TokenUsage = field(default_factory=TokenUsage)
     total_cost: float = 0.0
     turns: int = 0
@@ -272,16 +220,16 @@ class RunResult:
     def answer(self) -> str:
         """The text of the last step alone.
 
-        Where OpenCode sums the conversation up after a whole answer, and then goes on by itself,
-        it is that answer.
+        If OpenCode sums the conversation up after a whole answer, and then goes on by itself, it is
+        that answer.
         """
-        return self._texts.answer()
+        return (self._texts.answered or self._texts.steps[-1]).text
 
     @property
     def status(self) -> Status:
         """How the run ended, so far as is known: ``"incomplete"`` until the closing step.
 
-        ``"incomplete"`` too where the closing step says that the answer is cut (``"length"``,
+        ``"incomplete"`` too if the closing step says that the answer is cut (``"length"``,
         ``"content-filter"``), or does not say why it ended (``"unknown"``, ``"other"``).
         """
         if self._stopped is not None:
@@ -294,6 +242,115 @@ class RunResult:
             return "incomplete"
         return "denied" if self.denied_tools else "ok"
 
+    # -- events ------------------------------------------------------------------------------------
+
+    def append_event(self, event: Event) -> None:
+        """Keep *event* and fold it in. Never raises for what it holds."""
+        self.events.append(event)
+        self.fold(event)
+
+    def fold(self, event: Event) -> None:
+        """Count *event* in without keeping it."""
+        kind, session = event.get("type"), event.get("sessionID")
+        if session and session != self.session_id and isinstance(session, str):
+            if self.session_id is not None:
+                self._fold_sub_agents(event, session)
+                return
+            self.session_id = session
+        match kind:
+            case "text" | "message" | "assistant" | "model":
+                self._fold_text(event)
+            case "tool_use" | "tool_call" | "tool_result" | "tool":
+                self._fold_tool(event)
+            case "step_start":
+                self._texts.begin_step(message_id_of(event))
+                self.finish_reason = None
+            case "step_finish":
+                self._fold_step_finish(event)
+            case "error":
+                self.error = self.error or error_info(event.get("error"))
+            case "warning":
+                self._fold_warning(event)
+            case "sub_agent":
+                self._fold_announcement(event)
+            case "compaction" if isinstance(message_id := event.get("messageID"), str):
+                self._texts.leave_out(message_id)
+                # A run does not end with a summary but with the model's step before it.
+                self.finish_reason = self._texts.steps[-1].reason
+
+    def _fold_sub_agents(self, event: Event, session: str) -> None:
+        """Count an event of another session in: its texts and errors are for its parent."""
+        match event.get("type"):
+            case "tool_use":
+                self._fold_tool(event)
+            case "warning":
+                self._fold_warning(event)
+            case "step_finish":
+                self._fold_announcement({"childID": session})  # it may have come unannounced
+                usage, cost = self._spend(part_of(event) or event)
+                for number, known in enumerate(self.sub_agents):
+                    if known.session_id == session:
+                        self.sub_agents[number] = replace(
+                            known,
+                            token_usage=known.token_usage + usage,
+                            total_cost=known.total_cost + cost,
+                        )
+
+    def _fold_text(self, event: Mapping[str, Any]) -> None:
+        text, is_piece = text_of(event)
+        if text:
+            self._texts.add(text, is_piece=is_piece, message_id=message_id_of(event))
+        elif mapping(part_of(event).get("metadata")).get("compaction_continue"):
+            self._texts.go_on()  # OpenCode's own prompt after a summary (1.18.33)
+
+    def _fold_tool(self, event: Event) -> None:
+        self.tool_calls.append(event)
+        if (name := denied_tool(event)) is not None:
+            self.denied_tools.append(name)
+
+    def _fold_step_finish(self, event: Mapping[str, Any]) -> None:
+        step = part_of(event) or event
+        self.turns += 1
+        self._spend(step)
+        reason = step.get("reason")
+        self._texts.end_step(reason if isinstance(reason, str) else "unknown")
+        self.finish_reason = self._texts.steps[-1].reason
+        if "tool" in event:
+            self.tool_calls.append(OtherEvent(type="step_tool", payload=event["tool"]))
+
+    def _spend(self, step: Mapping[str, Any]) -> tuple[TokenUsage, float]:
+        """Add what *step* used to the totals; returns it."""
+        usage, cost = usage_of(step.get("tokens")), number_of(step.get("cost"))
+        self.token_usage += usage
+        self.total_cost += cost
+        return usage, cost
+
+    def _fold_warning(self, event: Mapping[str, Any]) -> None:
+        message = event.get("message")
+        if isinstance(message, str) and message and message not in self.warnings:
+            self.warnings.append(message)
+
+    def _fold_announcement(self, event: Mapping[str, Any]) -> None:
+        names = ("childID", "agent", "title", "parentID")
+        session, agent, title, parent = (
+            value if isinstance(value := event.get(name), str) else "" for name in names
+        )
+        if session and all(known.session_id != session for known in self.sub_agents):
+            self.sub_agents.append(SubAgent(session, agent, title, parent))
+
+    # -- for who runs it, and who shows it ---------------------------------------------------------
+
+    def mark_stopped(
+        self, status: Literal["timed_out", "cancelled", "over_budget", "incomplete", "error"]
+    ) -> None:
+        """Record that the run was ended from outside, or by an error: *status* becomes its own."""
+        self._stopped = status
+
+    def _begin_turn(self) -> None:
+        """Take what comes from now on as the answer to a further prompt."""
+        self.finish_reason = None
+        self._texts.answered, self._texts.steps[-1].reason = None, None
+
     @property
     def _is_empty(self) -> bool:
         """Whether the model neither said nor did anything."""
@@ -301,46 +358,12 @@ class RunResult:
 
     def _is_said(self, event: Event) -> bool:
         """Whether a text event, which is folded in already, has words of the model to the user."""
-        session, part = event.get("sessionID"), event.get("part")
-        is_ours = not session or session == self.session_id
-        is_added = isinstance(part, Mapping) and is_unsaid(part)
-        return is_ours and not is_added and message_id_of(event) not in self._texts.summaries
-
-    def _begin_turn(self) -> None:
-        """Take what comes from now on as the answer to a further prompt."""
-        self.finish_reason = None
-        self._texts.begin_turn()
-
-    def mark_stopped(
-        self, status: Literal["timed_out", "cancelled", "over_budget", "incomplete", "error"]
-    ) -> None:
-        """Record that the run was ended from outside, or by an error, which then is its status."""
-        self._stopped = status
-
-    def add_raw(self, blocks: Iterable[bytes]) -> None:
-        """Add *blocks* of lines, each without its last newline, to the raw lines."""
-        lines, before = self._raw
-        self._raw = lines, (*before, *blocks)
-
-    def append_event(self, event: Event) -> None:
-        """Keep *event* and fold it in. Never raises for what it holds."""
-        share_words(event, self._words)
-        self.events.append(event)
-        self.fold(event)
-
-    def fold(self, event: Event) -> None:
-        """Count *event* in without keeping it."""
         session = event.get("sessionID")
-        rules = RULES
-        if session and session != self.session_id and isinstance(session, str):
-            if self.session_id is None:
-                self.session_id = session
-            else:
-                rules = RULES_FOR_SUB_AGENTS
-        kind = event.get("type")
-        rule = rules.get(kind) if isinstance(kind, str) else None
-        if rule is not None:
-            rule(self, event)
+        is_ours = not session or session == self.session_id
+        is_summary = message_id_of(event) in self._texts.summaries
+        return is_ours and not is_summary and not is_unsaid(part_of(event))
+
+    # -- as values ---------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as values that ``json`` takes, ``status``, texts and usage included.
@@ -361,20 +384,17 @@ class RunResult:
         result = cls(**_known(RunResult, data))
         for name in _LISTS:
             setattr(result, name, list(data.get(name) or ()))
-        result.token_usage = _usage_in(data)
+        result.token_usage = saved_usage(data.get("token_usage"))
         result.sub_agents = [
-            SubAgent(**{**_known(SubAgent, each), "token_usage": _usage_in(each)})
+            SubAgent(
+                **{**_known(SubAgent, each), "token_usage": saved_usage(each.get("token_usage"))}
+            )
             for each in data.get("sub_agents") or ()
         ]
         if error := data.get("error"):
             result.error = ErrorInfo(**_known(ErrorInfo, error))
         text = data.get("final_text") or ""
-        answer = data.get("answer", text) or ""
-        before = text.removesuffix(answer).removesuffix("\n\n" if answer else "")
-        last = Step(paragraphs=[answer] if answer else [])
-        result._texts = Texts([Step(paragraphs=[before] if before else []), last])
-        if not text.endswith(answer):  # OpenCode had gone on after it
-            result._texts = Texts([Step(paragraphs=[text])], answered=last)
+        result._texts = _Texts.saved(text, data.get("answer", text) or "")
         stopped = ("timed_out", "cancelled", "over_budget", "incomplete", "error")
         # A result that is incomplete by its events may still go on.
         if (status := data.get("status")) in stopped and status != result.status:
@@ -409,10 +429,6 @@ class RunResult:
 
 
 _LISTS = ("events", "tool_calls", "raw_stdout_lines", "denied_tools", "warnings")
-
-
-def _usage_in(data: Mapping[str, Any]) -> TokenUsage:
-    return TokenUsage(**_known(TokenUsage, data.get("token_usage") or {}))
 
 
 def _public_fields(cls: type[RunResult | TokenUsage | ErrorInfo | SubAgent]) -> list[str]:

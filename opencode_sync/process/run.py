@@ -1,6 +1,6 @@
 """One ``opencode run`` as a source of events.
 
-    _process blocks --stdout--> lines --> events.parse_block --------+--> receive()
+    _process blocks --stdout--> lines --> events.iter_parse_lines -----+--> receive()
                     --stderr--> lines --> _logs: retries, warnings --+
 
 Tells at the end how the run went; in what words, _reasons knows. Knows what OpenCode prints;
@@ -33,7 +33,7 @@ from ..core.errors import (
     OpenCodeProcessError,
     stderr_tail,
 )
-from ..core.events import Event, error_event, is_cut, parse_block, warning_events
+from ..core.events import Event, error_event, is_cut, iter_parse_lines, warning_events
 from ..core.reading import ARGUMENTS_ERROR, called_session, error_info, why_cut
 from ..core.request import Request
 from ..core.result import RunResult
@@ -298,7 +298,9 @@ class ProcessRun:
         stderr = b"".join(line + b"\n" for line in self._stderr_lines)
         # Before an error is made of its end: a half of what is quoted would not be recognised.
         result.stderr = self._secrets.cleaned(stderr.decode("utf-8", "replace"))
-        result.add_raw(self._raw_blocks)
+        blocks = (block.decode("utf-8", "replace") for block in self._raw_blocks)
+        raw = [line for block in blocks for line in block.split("\n")]
+        result.raw_stdout_lines = [*result.raw_stdout_lines, *raw]
         result.truncated = self._is_cut
         if self._not_said is not None:
             self._not_said.result = result
@@ -340,7 +342,7 @@ class ProcessRun:
     def _events(self, lines: bytes) -> list[Event]:
         if self._keep_raw:
             self._raw_blocks.append(lines)
-        events = parse_block(lines)
+        events = list(iter_parse_lines(lines.split(b"\n")))
         self._n_lines += lines.count(b"\n") + 1
         if self._session is None:
             self._note_session(events)

@@ -105,7 +105,7 @@ class _Source:
 
     def settle(self, result: RunResult) -> OpenCodeError | None:
         result.stderr = f"stderr of {self._answer}\n"
-        result.add_raw([b"line"])
+        result.raw_stdout_lines = [*result.raw_stdout_lines, "line"]
         result._json = self._answer if isinstance(self._answer, dict) else None
         if result.finish_reason == "length":  # as both real sources have it
             return OpenCodeIncompleteError("cut off at the output limit", result=result)

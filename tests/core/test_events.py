@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from opencode_sync import RunResult, iter_parse_lines, parse_event_line, run_result_fuzzy_text
-from opencode_sync.core.events import dump_event, is_cut, parse_block
+from opencode_sync.core.events import dump_event, is_cut
 
 SCALARS = (
     st.none()
@@ -186,23 +186,6 @@ def test_no_line_raises_and_nothing_of_it_is_lost(line: bytes) -> None:
         assert repr(event["value"]) == repr(json.loads(text))  # nan is not equal to itself
     else:
         assert repr(event) == repr(json.loads(text))
-
-
-@steady
-@given(st.lists(LINES, min_size=1, max_size=6))
-@example([b'{"a": 1}', b'{"b": 2}'])
-@example([b'{"a": 1}, {"b": 2}', b"{}"])  # two values in a line
-@example([b'{"a": 1}, "", {"b": 2}', b"{}"])
-@example([b'{"a": [1', b"2]}"])  # one value over two lines
-@example([b'{"a": "1', b'2"}'])
-@example([b"{}, ", b"{}"])
-@example([b'{"a": NaN}', b"{}"])
-@example([b"{}", b"\xff", b"", b"{}"])
-@example([b"{}", b'{"a": ' + b"[" * 100_000, b"{}"])
-def test_lines_read_together_are_what_they_are_read_alone(lines: list[bytes]) -> None:
-    block = b"\n".join(lines)
-
-    assert parse_block(block) == list(iter_parse_lines(block.split(b"\n")))
 
 
 @steady

@@ -9,7 +9,6 @@ import pytest
 
 from opencode_sync import ErrorInfo, TokenUsage
 from opencode_sync.core.reading import (
-    Texts,
     denied_tool,
     error_info,
     number_of,
@@ -68,26 +67,6 @@ def test_the_text_of_an_event_stands_in_one_of_several_places(
 
 def test_a_delta_is_a_piece_of_a_text() -> None:
     assert text_of({"type": "text", "delta": "d"}) == ("d", True)
-
-
-def test_whole_texts_stand_apart_and_pieces_do_not() -> None:
-    texts = Texts()
-
-    for text, is_piece in (("one", False), ("tw", True), ("o", True), ("three", False)):
-        texts.add(text, is_piece=is_piece)
-
-    assert texts.joined() == "one\n\ntwo\n\nthree"
-
-
-def test_pieces_before_and_after_a_step_are_not_one_text() -> None:
-    texts = Texts()
-
-    texts.add("before", is_piece=True)
-    texts.begin_step()
-    texts.add("after", is_piece=True)
-
-    assert texts.joined() == "before\n\nafter"
-    assert texts.answer() == "after"
 
 
 @pytest.mark.parametrize(
