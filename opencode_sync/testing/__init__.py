@@ -1,4 +1,4 @@
-"""A model that says what the test wrote: whole pipelines without a key, a network or a cent.
+"""A scripted model: test whole pipelines without a key, a network or costs.
 
     from opencode_sync import OpenCodeClient
     from opencode_sync.testing import ScriptedModel, tool_call
@@ -10,12 +10,14 @@
     assert result.answer == "Two files."
     assert model.requests[0].prompt == "What is here?"
 
-It is an OpenAI-compatible chat server on loopback (streaming and not), so any client will do.
+It is an OpenAI-compatible chat server on loopback, with and without streaming, so any client can
+use it.
 
-    ChatRequest --> script --> Reply, ToolCall
+    ChatRequest --> script --> Reply, ToolCall or str
          +--> requests, side_requests, refused_requests
 
-Knows what OpenCode asks for by itself, and how to point OpenCode here; nothing of the wire.
+This module knows how OpenCode is configured for the model and what OpenCode requests on its own;
+`replies` has the values, `http` the server.
 """
 
 from __future__ import annotations
@@ -43,9 +45,9 @@ __all__ = [
 ]
 
 CLOSE_S = 1.0
-"""How long `close` waits for threads that the user's own code holds."""
+"""How long `close` waits for callables of the user that hold an answer, in seconds."""
 
-# A status that OpenCode does not repeat: after a 500 it would be silent for a minute.
+# OpenCode does not retry after this status; after a 500 it would retry silently for a minute.
 _BROKEN_SCRIPT = 400
 _PROVIDER = "scripted"
 _TITLE = "Scripted conversation"
@@ -55,21 +57,22 @@ _TITLE_PROMPT = "You are a title generator"  # of OpenCode 1.18.33
 class ScriptedModel:
     """A model that answers from a script: a context manager, safe to share between threads.
 
-    Leaving the block raises the first of `errors`, unless an exception is under way already.
+    Leaving the block raises the first of `errors`, unless the block itself raises.
 
     Args:
-        replies: What it answers. A list, or another iterable, is used up in order, one reply for
-            each request; requests after its end fail (``itertools.cycle(replies)`` has none). A
-            single reply answers every request. A callable gives the reply to a `ChatRequest`;
-            it is called from several threads at once, and what it raises stands in `errors`.
+        replies: The answers. A list, or another iterable, is used up in order, one reply for
+            each request; requests after its end fail (``itertools.cycle(replies)`` has no end).
+            A single reply answers every request. A callable gets the `ChatRequest` and returns
+            the reply; it may be called in several threads at once, and its exceptions are kept in
+            `errors`.
         model: Name of the model.
         cost: US dollars per million tokens, under the keys of OpenCode's configuration
             (``input``, ``output``, ``cache_read``); None for 1, 10 and 0.1.
         max_concurrent: More requests than this at a time are refused with a 429.
-        retry_after_s: When refused ones may come again.
+        retry_after_s: After how many seconds a refused request may be repeated.
 
-    What OpenCode asks for by itself, the title of a session, never uses up the script:
-    `run_config` switches it off, and where it comes all the same it gets a fixed answer.
+    Requests that OpenCode makes on its own, for the title of a session, never use up the script:
+    `run_config` turns them off, and one that is made anyway gets a fixed answer.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class ScriptedModel:
             raise self._errors[0]
 
     def start(self) -> ScriptedModel:
-        """Answer from now on, at a free port; returns itself."""
+        """Listen on a free port, and return self."""
         if self._server is None:
             self._server = ChatServer(
                 (self.name, self._side_name),
@@ -122,10 +125,9 @@ class ScriptedModel:
         return self
 
     def close(self) -> None:
-        """Break off all answers and free the port; what was recorded stays.
+        """Break off all answers and free the port; the recorded requests stay.
 
-        Takes no time, unless code of the user's own holds an answer: that is waited for, though
-        not longer than `CLOSE_S`.
+        If a callable of the user holds an answer, it waits for it, at most `CLOSE_S`.
         """
         server, self._server = self._server, None
         if server is not None:
@@ -133,26 +135,26 @@ class ScriptedModel:
 
     @property
     def base_url(self) -> str:
-        """Where clients find it; with a new port after each start.
+        """The URL for clients; each start takes a new port.
 
         Raises:
-            RuntimeError: It is not started, or closed already.
+            RuntimeError: The model is not started, or closed.
         """
         if self._server is None:
             raise RuntimeError("the model has no address: use it in a with block, or start() it")
         return f"http://127.0.0.1:{self._server.server_port}/v1"
 
     def run_config(self, **changes: Any) -> RunConfig:
-        """A `RunConfig` with which OpenCode asks this model, and reaches for nothing else.
+        """Make a `RunConfig` with which OpenCode uses this model only.
 
-        The user's own configuration is left out, and the start is a lean one.
+        The user's own configuration is left out, and ``lean`` is set.
 
         Args:
-            changes: Fields of `RunConfig`. *config_overrides* and *extra_env* are merged over
-                ours, everything else replaces.
+            changes: Fields of `RunConfig`. *config_overrides* and *extra_env* are merged with
+                those of the model; every other field replaces the model's.
         """
         config = merged(self._opencode_config(), changes.pop("config_overrides", None) or {})
-        env = {**_around_proxies(), **(changes.pop("extra_env", None) or {})}
+        env = {**_no_proxy(), **(changes.pop("extra_env", None) or {})}
         ours: dict[str, Any] = {
             "model": f"{_PROVIDER}/{self.name}",
             "inherit_user_config": False,
@@ -161,7 +163,7 @@ class ScriptedModel:
         return RunConfig(config_overrides=config, extra_env=env, **{**ours, **changes})
 
     def _opencode_config(self) -> dict[str, Any]:
-        # So large that no script reaches it.
+        # The context is so large that no script fills it.
         limit = {"context": 100_000_000, "output": 32_000}
         models = {
             name: {
@@ -193,18 +195,18 @@ class ScriptedModel:
 
     @property
     def _side_name(self) -> str:
-        """The model that OpenCode is told to use for what nobody asked for."""
+        """The model that OpenCode is told to use for requests of its own."""
         return f"{self.name}-side"
 
     @property
     def requests(self) -> list[ChatRequest]:
-        """The conversations' requests as they came; one that was repeated counts again."""
+        """The requests of conversations, in order; a repeated one is there again."""
         with self._changed:
             return list(self._requests)
 
     @property
     def side_requests(self) -> list[ChatRequest]:
-        """What OpenCode asked for by itself."""
+        """The requests that OpenCode made on its own."""
         with self._changed:
             return list(self._side_requests)
 
@@ -216,27 +218,27 @@ class ScriptedModel:
 
     @property
     def errors(self) -> list[Exception]:
-        """What the user's own code raised; such requests fail with its text."""
+        """Exceptions of the user's callables; their requests fail with the exception's text."""
         with self._changed:
             return list(self._errors)
 
     @property
     def in_flight(self) -> int:
-        """Requests that are being answered now."""
+        """How many requests are being answered now."""
         with self._changed:
             return len(self._in_flight)
 
     @property
     def max_in_flight(self) -> int:
-        """The most requests that were answered at a time."""
+        """The largest number of requests that were answered at the same time."""
         with self._changed:
             return self._max_in_flight
 
     def wait_for_requests(self, n: int, timeout_s: float = 10.0) -> list[ChatRequest]:
-        """Wait until *n* requests have come in all, and return them.
+        """Wait until *n* requests have come in total, and return them.
 
         Raises:
-            TimeoutError: Says how many there were after *timeout_s*.
+            TimeoutError: Fewer have come after *timeout_s* seconds; the message says how many.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: len(self._requests) >= n, timeout_s):
@@ -244,7 +246,11 @@ class ScriptedModel:
             return list(self._requests)
 
     def wait_until_idle(self, timeout_s: float = 10.0) -> None:
-        """Wait until none is in flight: each is answered, or its client gone; else TimeoutError."""
+        """Wait until every request is answered, or its client has disconnected.
+
+        Raises:
+            TimeoutError: Some are still in flight after *timeout_s* seconds.
+        """
         with self._changed:
             if not self._changed.wait_for(lambda: not self._in_flight, timeout_s):
                 raise TimeoutError(f"{len(self._in_flight)} in flight after {timeout_s} s")
@@ -263,7 +269,7 @@ class ScriptedModel:
             self._max_in_flight = max(self._max_in_flight, len(self._in_flight))
             self._changed.notify_all()
             if self._answer is None:
-                # Under the lock, so that replies go to requests in the order of `requests`.
+                # Under the lock, so that the replies follow the order of `requests`.
                 return self._guarded(lambda: next(self._script))
         answer = self._answer
         return self._guarded(lambda: answer(request))
@@ -273,7 +279,7 @@ class ScriptedModel:
             return as_reply(answer())
         except StopIteration:
             return Reply.failure(_BROKEN_SCRIPT, "the script has no reply left")
-        except Exception as error:  # noqa: BLE001 - the user's own code; raised where the block ends
+        except Exception as error:  # noqa: BLE001 - the user's code; raised at the block's end
             self._report(error)
             return Reply.failure(_BROKEN_SCRIPT, f"the script raised {error!r}")
 
@@ -287,8 +293,8 @@ class ScriptedModel:
             self._errors.append(error)
 
 
-def _around_proxies() -> dict[str, str]:
-    # OpenCode would ask a proxy of the environment for 127.0.0.1 too, and wait a minute for it.
+def _no_proxy() -> dict[str, str]:
+    # OpenCode would use a proxy of the environment for 127.0.0.1 too, and wait a minute for it.
     names = ("NO_PROXY", "no_proxy")
     hosts = next((os.environ[name] for name in names if os.environ.get(name)), "")
     return dict.fromkeys(names, f"{hosts},127.0.0.1".lstrip(","))

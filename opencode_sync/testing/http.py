@@ -1,11 +1,11 @@
-"""An OpenAI-compatible chat server on loopback, which says what it is told to.
+"""An OpenAI-compatible chat server on loopback; its replies come from a callable.
 
     client --POST /v1/chat/completions--> connection thread --> admit() --> Reply
     client <--SSE chunks, or one JSON object-- the same thread
 
-One thread per connection, each known to the server with its socket: closing the sockets wakes
-whatever waits, so `stop` takes no time. Knows OpenAI's chat format; nothing of where replies come
-from, and nothing of OpenCode.
+Each connection has a thread, and the server knows its socket: closing the sockets wakes every
+thread that waits, so `stop` is immediate. This module knows OpenAI's chat format, nothing of
+scripts and of OpenCode.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from .replies import ChatRequest, Reply, finish_reason, wire_calls, wire_usage
 _NO_HEADERS: Mapping[str, str] = {}
 # Characters of text per SSE chunk. OpenCode takes 3 s longer for 8 MB in pieces of 16 kB.
 _PIECE = 65_536
-_GATE_POLL_S = 0.05  # how often an answer held at a gate looks whether its client is still there
-_ACCEPT_POLL_S = 0.02  # bounds how long stop() waits; http.server's default is half a second
+_GATE_POLL_S = 0.05  # while an answer waits for an event: how often it looks for its client
+_ACCEPT_POLL_S = 0.02  # stop() waits at most this long; http.server's default is half a second
 
 
 class ChatServer(ThreadingHTTPServer):
     """Answers on a free port, from its construction to `stop`.
 
     Args:
-        models: Names of the models there are.
-        admit: Gives the reply to a request, which is in flight from then on. This and the
-            following are called from the connections' threads.
-        release: Hears that a request is as good as answered, or its client is gone; once or
-            twice for each.
-        report: Hears what the user's own code raised in the middle of an answer.
+        models: Names of the models that it lists.
+        admit: Returns the reply to a request, which is in flight from then on. The callables are
+            called in the connections' threads.
+        release: Called when a request is answered, or about to be, or its client has
+            disconnected; once or twice for each request.
+        report: Called with an exception of the user's code in the middle of an answer.
     """
 
     request_queue_size = 1024
@@ -63,7 +63,7 @@ class ChatServer(ThreadingHTTPServer):
         self._acceptor.start()
 
     def stop(self, within_s: float) -> None:
-        """Close every connection, and end every thread that the user's own code does not hold."""
+        """Close all connections and wait for their threads, at most *within_s* seconds."""
         deadline = time.monotonic() + within_s
         self.stopping.set()
         self.shutdown()
@@ -71,13 +71,13 @@ class ChatServer(ThreadingHTTPServer):
         with self._lock:
             connections = dict(self._connections)
         for connection in connections.values():
-            with suppress(OSError):  # the client, or the connection's own thread, was faster
+            with suppress(OSError):  # closed already, by the client or by its thread
                 connection.shutdown(socket.SHUT_RDWR)
         for thread in (self._acceptor, *connections):
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def server_bind(self) -> None:
-        # HTTPServer's own asks the name service for the host's name, which can take seconds.
+        # HTTPServer's looks up the host's name, which can take seconds.
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = "127.0.0.1", self.server_address[1]
 
@@ -96,7 +96,7 @@ class ChatServer(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]
-        # An OSError says that the client is gone, or that stop() closed the connection.
+        # An OSError means that the client or stop() closed the connection.
         if isinstance(error, Exception) and not isinstance(error, OSError):
             self.report(error)
 
@@ -106,7 +106,7 @@ class ChatServer(ThreadingHTTPServer):
 
 
 class _Connection(BaseHTTPRequestHandler):
-    """One client's connection: its requests one after another, in a thread of its own."""
+    """The connection of one client, in a thread of its own."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -145,7 +145,7 @@ class _Connection(BaseHTTPRequestHandler):
         try:
             super().finish()
         finally:
-            self.rfile.close()  # where closing the other one found the client gone
+            self.rfile.close()  # super() does not if the client has disconnected
 
     def _answer(self, request: ChatRequest, reply: Reply) -> None:
         self._pause(reply.delay_s)
@@ -179,8 +179,8 @@ class _Connection(BaseHTTPRequestHandler):
             return self._break_off(reply)
         for index, call in enumerate(wire_calls(reply, frame["id"])):
             send({"tool_calls": [{"index": index, **call}]})
-        # Before the client can know the answer's end: its next request must not find this one
-        # still in flight.
+        # Before the client sees the end: when it sends its next request, this one must not count
+        # as in flight.
         self.server.release(request)
         send({}, finish_reason(reply))
         if (request.body.get("stream_options") or {}).get("include_usage"):
@@ -203,7 +203,7 @@ class _Connection(BaseHTTPRequestHandler):
         self._json(reply.status, answer, reply.headers)
 
     def _spoken(self, reply: Reply) -> Iterator[str]:
-        """The reply's text, each piece when its time has come."""
+        """Yield the parts of the text; between them, make the pauses and wait for the events."""
         for chunk in reply.chunks:
             if isinstance(chunk, str):
                 yield chunk
@@ -215,7 +215,7 @@ class _Connection(BaseHTTPRequestHandler):
                 self._call(chunk)
 
     def _pause(self, seconds: float) -> None:
-        """Wait; raises OSError as soon as the client, or stop(), closes the connection."""
+        """Wait; raises OSError as soon as the client or stop() closes the connection."""
         if seconds <= 0:
             return
         self.wfile.flush()
@@ -227,7 +227,7 @@ class _Connection(BaseHTTPRequestHandler):
             return
         finally:
             self.connection.settimeout(None)
-        self.server.stopping.wait(seconds)  # it has sent its next request already
+        self.server.stopping.wait(seconds)  # the client has sent its next request already
 
     def _hold(self, gate: threading.Event) -> None:
         self.wfile.flush()

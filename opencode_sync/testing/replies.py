@@ -1,7 +1,10 @@
-"""What a scripted model is asked, and what it answers: values alone.
+"""The requests and answers of a scripted model, as values.
 
-`opencode_sync.testing` is the public door to them. Knows OpenAI's chat format; nothing of HTTP
-and of scripts.
+    Answer: str | ToolCall | Reply --as_reply()--> Reply --> wire_calls(), wire_usage()
+    an HTTP request's JSON --> ChatRequest
+
+`opencode_sync.testing` exports the public ones. This module knows OpenAI's chat format; the server
+is in `http`, the scripts are in the package.
 """
 
 from __future__ import annotations
@@ -18,12 +21,12 @@ from ..core.result import TokenUsage
 _USAGE = TokenUsage(input=100, output=20)
 
 Chunk = str | float | threading.Event | Callable[[], object]
-"""A piece of an answer: text, a pause in seconds, or a gate that holds what follows."""
+"""A part of an answer: text, a pause in seconds, or an event or callable to wait for."""
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call of a tool. *arguments* as a str are sent as they are, broken JSON included."""
+    """A call of a tool. If *arguments* is a str it is sent as it is, even if it is not JSON."""
 
     name: str
     arguments: Mapping[str, Any] | str
@@ -31,7 +34,7 @@ class ToolCall:
 
 
 def tool_call(name: str, /, **arguments: Any) -> ToolCall:
-    """``tool_call("bash", command="ls", description="List files")``."""
+    """Make a call: ``tool_call("bash", command="ls", description="List files")``."""
     return ToolCall(name, arguments)
 
 
@@ -40,18 +43,18 @@ class Reply:
     """One answer of the model.
 
     Attributes:
-        text: What it says, or chunks of it. Between chunks a number is a pause in seconds, a
-            ``threading.Event`` holds the answer until it is set, and any other callable until it
-            returns. Of a failure: the provider's message.
+        text: The text, or a sequence of chunks: a str is sent, a number is a pause in seconds, a
+            ``threading.Event`` is waited for, any other callable is called. For a failure: the
+            provider's message.
         tool_calls: The tools it calls, after the text.
-        reasoning: What it thinks, before the text.
-        usage: The tokens it counts: *input* without those of the cache, *output* without
-            reasoning. *total* is summed up from them; *cache_write* has no place in the format.
-        finish_reason: None for ``"tool_calls"`` where there are any, else ``"stop"``.
+        reasoning: The reasoning, before the text.
+        usage: The tokens it reports: *input* without those of the cache, *output* without
+            reasoning. *total* is computed; the chat format has no *cache_write*.
+        finish_reason: None means ``"tool_calls"`` if there are any, else ``"stop"``.
         delay_s: Seconds before the first byte.
-        status, headers: Of the HTTP response; from 400 on the reply is a failure.
+        status, headers: Of the HTTP response. A status of 400 or above makes it a failure.
         ending: ``"hang"`` stops after the text and keeps the connection open, ``"cut"`` closes
-            it there. Without text not even a status line is sent.
+            it there. Without a text not even a status line is sent.
     """
 
     text: str | Sequence[Chunk] = ""
@@ -71,10 +74,10 @@ class Reply:
 
     @classmethod
     def failure(cls, status: int, message: str, *, retry_after_s: float | None = None) -> Reply:
-        """An HTTP failure, which is one more request whenever OpenCode tries again.
+        """Fail with an HTTP status.
 
-        It does so up to 5 times for 408, 409, 429, 5xx and a cut answer, silently and after 2, 4,
-        8, 16 and 32 s, or *retry_after_s*.
+        After 408, 409, 429, 5xx and a cut answer OpenCode repeats the request up to 5 times,
+        silently, after 2, 4, 8, 16 and 32 s or *retry_after_s*; each is a request of its own.
         """
         headers = {}
         if retry_after_s is not None:
@@ -85,7 +88,7 @@ class Reply:
 
     @classmethod
     def hang(cls, text: str | Sequence[Chunk] = "") -> Reply:
-        """Say *text*, then nothing until the client goes away or the model is closed."""
+        """Say *text*, then nothing until the client disconnects or the model is closed."""
         return cls(text, ending="hang")
 
     @classmethod
@@ -95,23 +98,23 @@ class Reply:
 
     @property
     def chunks(self) -> Sequence[Chunk]:
-        """The text as chunks, also where it is one str."""
+        """The text as a sequence of chunks."""
         return (self.text,) if isinstance(self.text, str) else self.text
 
 
 Answer = str | ToolCall | Reply
-"""What a script is made of; a str or a ToolCall stands for a Reply of that alone."""
+"""An entry of a script; a str or a ToolCall is short for a Reply with nothing else."""
 
 
 def as_reply(answer: Answer) -> Reply:
-    """*answer* as a Reply; raises TypeError for what is none."""
+    """Make a Reply of *answer*; raises TypeError for another type."""
     if isinstance(answer, str):
         return Reply(answer)
     if isinstance(answer, ToolCall):
         return Reply(tool_calls=(answer,))
     if isinstance(answer, Reply):
         return answer
-    raise TypeError(f"{answer!r} is no reply: use a str, a ToolCall or a Reply")
+    raise TypeError(f"{answer!r} is not a reply: use a str, a ToolCall or a Reply")
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,9 +122,9 @@ class ChatRequest:
     """One request as the model received it.
 
     Attributes:
-        body: Its JSON.
-        headers: Its HTTP headers, names in lower case.
-        received_at: Seconds since the epoch.
+        body: The parsed JSON.
+        headers: The HTTP headers, with names in lower case.
+        received_at: Unix time in seconds.
     """
 
     body: Mapping[str, Any] = field(repr=False)
@@ -130,7 +133,7 @@ class ChatRequest:
 
     @property
     def model(self) -> str:
-        """Name of the model that is asked."""
+        """Name of the requested model."""
         return str(self.body.get("model", ""))
 
     @property
@@ -145,10 +148,10 @@ class ChatRequest:
 
     @property
     def prompt(self) -> str:
-        """The text of the last user message, exactly; "" where there is none.
+        """The exact text of the last user message; "" if there is none.
 
-        Where OpenCode sends it in parts, a newline stands between them: attached files come
-        before the prompt, a reminder (of the plan agent, say) after it.
+        If OpenCode sends it in parts they are joined by newlines: attached files come before the
+        prompt, a reminder (of the plan agent, say) after it.
         """
         return (self._texts("user") or [""])[-1]
 
@@ -159,12 +162,12 @@ class ChatRequest:
 
     @property
     def tool_results(self) -> list[str]:
-        """What the tools called so far gave back, oldest first."""
+        """The outputs of the tools called so far, oldest first."""
         return self._texts("tool")
 
     @property
     def session_id(self) -> str | None:
-        """The OpenCode session that asks; a sub-agent's is its own."""
+        """The OpenCode session that sent it; a sub-agent has its own."""
         return self.headers.get("x-session-id")
 
     def _texts(self, role: str) -> list[str]:
@@ -178,12 +181,11 @@ def _text(content: object) -> str:
 
 
 def finish_reason(reply: Reply) -> str:
-    """The one that it names, else the one that fits."""
     return reply.finish_reason or ("tool_calls" if reply.tool_calls else "stop")
 
 
 def wire_calls(reply: Reply, name: str) -> list[dict[str, Any]]:
-    """The reply's tool calls; those without an id get one that begins with *name*."""
+    """The reply's tool calls in OpenAI's format; *name* begins the ids of those without one."""
     calls = []
     for index, call in enumerate(reply.tool_calls):
         arguments = call.arguments
@@ -195,7 +197,7 @@ def wire_calls(reply: Reply, name: str) -> list[dict[str, Any]]:
 
 
 def wire_usage(reply: Reply) -> dict[str, Any]:
-    """The tokens of the reply, as a provider counts them: the whole includes its parts."""
+    """The tokens in OpenAI's format, where input includes the cache and output the reasoning."""
     usage = reply.usage
     prompt = usage.input + usage.cache_read
     completion = usage.output + usage.reasoning
