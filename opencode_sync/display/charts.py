@@ -1,10 +1,8 @@
-"""Where things stand in the charts of a report page: numbers in, coordinates and paths out.
+"""The geometry of the charts on a report page: rows and numbers in, coordinates and paths out.
 
-    rows --> Clock: when the batch was at work, with the hours between two runs of it left out
-         --> lanes_of(): who ran beside whom, as if each job took the first free worker
-         --> Timeline, Curve: paths for SVG, WIDTH units wide whatever the width on the screen
-
-Knows rows; nothing of HTML.
+spans --> Clock: seconds since the first job, without the hours in which nothing ran
+      --> lanes_of(): a lane for each job, as if it took the first free worker
+bars ---> timeline_of(), curves_of(): SVG paths, WIDTH units wide whatever the screen's width
 """
 
 from __future__ import annotations
@@ -19,27 +17,30 @@ from itertools import accumulate
 from .jobs import STATUSES, Row
 
 WIDTH = 10_000  # units of all charts
-IDLE_S = 120.0  # time in which nothing ran, from this length on, is left out
+IDLE_S = 120.0  # a pause of at least this length is left out
 _POINTS = 400  # of a curve
-_LANES_PX = 264  # the timeline's height, as far as lanes can be of a sensible one
+_LANES_PX = 264  # the timeline's height, unless lanes would get too thin or too thick
 _STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200)
 _DAY_S = 86_400
 
 
 @dataclass(frozen=True)
 class Break:
-    """Where on the clock how many seconds were left out."""
+    """A pause that is left out: where on the clock, and how long it was."""
 
     at: float
     skipped_s: float
 
 
 class Clock:
-    """Unix time to seconds since the first job, idle time left out.
+    """Converts Unix time to seconds since the first job, without long pauses.
+
+    Args:
+        spans: Begin and end of each job.
 
     Attributes:
         total_s: Where the last job ends.
-        breaks: Where time was left out.
+        breaks: The pauses that are left out.
     """
 
     def __init__(self, spans: Iterable[tuple[float, float]]) -> None:
@@ -60,12 +61,12 @@ class Clock:
         self.total_s = end - shift
 
     def at(self, instant: float) -> float:
-        """Seconds on this clock; *instant* lies in one of the spans."""
+        """Seconds on this clock; *instant* must be in one of the spans."""
         return instant - self._shifts[max(0, bisect_right(self._begins, instant) - 1)]
 
 
 def lanes_of(spans: Sequence[tuple[float, float]]) -> list[int]:
-    """A lane for each span, from 0, so that no two of one lane overlap."""
+    """A lane for each span, counted from 0, so that the spans of a lane do not overlap."""
     lanes = [0] * len(spans)
     free: list[int] = []
     busy: list[tuple[float, int]] = []
@@ -80,7 +81,7 @@ def lanes_of(spans: Sequence[tuple[float, float]]) -> list[int]:
 
 @dataclass(frozen=True)
 class Tick:
-    """A mark on an axis: where, 0 to 100, and what it says."""
+    """A mark on an axis, at 0 to 100 percent, with its label."""
 
     percent: float
     label: str
@@ -98,7 +99,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The bars by status, as paths; a lane's height in pixels, of which the last is a gap."""
+    """The bars as one path for each status; a lane is *lane_px* pixels high, with 1 for the gap."""
 
     lanes: int
     lane_px: int
@@ -117,14 +118,14 @@ def timeline_of(bars: Sequence[Bar], total_s: float) -> Timeline:
     paths: dict[str, list[str]] = defaultdict(list)
     for bar in bars:
         x = round(bar.begin * scale)
-        # A job that is short beside the batch is seen all the same.
+        # Wide enough to be visible, however short the job is.
         width = max(12, round(bar.end * scale) - x)
         y, height = bar.lane * lane_px, lane_px - 1
         paths[bar.row.status].append(f"M{min(x, WIDTH - width)} {y}h{width}v{height}h-{width}z")
     return Timeline(
         lanes,
         lane_px,
-        # What went wrong is drawn over what went well.
+        # In this order, so that failures are drawn over successes.
         {status: "".join(paths[status]) for status in STATUSES if status in paths},
         is_dense=len(bars) > 150 * lanes,
     )
@@ -132,7 +133,7 @@ def timeline_of(bars: Sequence[Bar], total_s: float) -> Timeline:
 
 @dataclass(frozen=True)
 class Curve:
-    """A sum that grows: the area under it and its line, in a box WIDTH wide and 100 high."""
+    """A growing sum: its line and the area under it, in a box WIDTH wide and 100 high."""
 
     name: str
     area: str
@@ -142,10 +143,10 @@ class Curve:
 def curves_of(
     names: Sequence[str], moments: Iterable[tuple[float, Sequence[float]]], total_s: float
 ) -> tuple[list[Curve], float]:
-    """One curve for each name, stacked in that order, and the sum of all.
+    """Draw a curve for each name, stacked in that order; also returns the sum of all.
 
     Args:
-        moments: Instants, with what each name gains then.
+        moments: Instants, and how much each name grows at that instant.
     """
     ordered = sorted(moments, key=lambda moment: moment[0])
     sums = list(accumulate((gains for _, gains in ordered), _added, initial=[0.0] * len(names)))
@@ -168,7 +169,7 @@ def _added(left: Sequence[float], right: Sequence[float]) -> list[float]:
 
 
 def time_ticks(total_s: float, most: int = 6) -> list[Tick]:
-    """Round times along *total_s*, the first at its beginning."""
+    """Round times from 0 up to *total_s*, about *most* of them."""
     if total_s <= 0:
         return []
     days = max(1, round(total_s / _DAY_S / most))

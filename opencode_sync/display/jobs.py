@@ -1,50 +1,38 @@
-"""A batch's jobs as its page tells of them: one short row each, and what a row unfolds to.
+"""The jobs on a report page: a short row for each, and what the row unfolds to.
 
-    record --+-- row_of() ----> Row, for the table and the charts
-             +-- detail_of() -> values for JSON
+    a checkpoint --records_in()--+
+    results ---------------------+--> record --+-- row_of() ----> Row, for the table and the charts
+                                               +-- detail_of() -> values for JSON
 
-What is missing or odd in a record counts as nothing. Of long texts the beginning is shown, and
-behind it stands how much was left out.
-
-Where the records of a report page come from.
-
-    a checkpoint's file --records_in()--+--> record
-    results and errors --records_of()---+
-
-A record is a line of a checkpoint as a mapping: what ``RunResult.to_dict()`` gives, and
-``failure``, which is None or the error's ``{"type", "message", ...}``. They come one at a time, so
-that a batch whose events fill gigabytes is read in a few megabytes.
+A record is a line of a checkpoint as a mapping: ``RunResult.to_dict()`` and ``failure``, which is
+None or the error's ``{"type", "message", ...}``. Records come one at a time, so that a batch whose
+events fill gigabytes is read in a few megabytes. A value that is missing or of another type counts
+as empty. A long text is cut, with a note on how much is missing.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import OpenCodeConfigError, OpenCodeError
+from ..core.errors import OpenCodeConfigError
 from ..core.reading import TokenUsage, number_of
-from ..core.records import dumped, lines_in, record_of
-from ..core.result import RunResult
+from ..core.records import dumped, lines_in
 from ..core.text import one_line, printable
 
 Record = Mapping[str, Any]
 
 
-def records_of(ends: Iterable[RunResult | OpenCodeError]) -> Iterator[Record]:
-    """Results, and errors that stand in a result's place, as records."""
-    return map(record_of, ends)
-
-
 def records_in(checkpoint: str | os.PathLike[str]) -> Iterator[Record]:
-    """The jobs in a checkpoint's file, the last line of each key; also while it is written.
+    """Read the jobs in a checkpoint's file, the last line of each key; also while it is written.
 
     Raises:
-        OpenCodeConfigError: There is no such file, or it is not a checkpoint.
+        OpenCodeConfigError: The file cannot be read, or is not a checkpoint.
     """
     path = Path(checkpoint).expanduser()
     try:
@@ -60,23 +48,22 @@ def records_in(checkpoint: str | os.PathLike[str]) -> Iterator[Record]:
 
 
 STATUSES = ("ok", "error", "denied", "incomplete", "timed_out", "cancelled", "over_budget")
-_STATUS_OF = {  # of jobs that ended with an error, whatever their run had come to
+_STATUS_OF = {  # by the error that a job ended with
     "OpenCodeIncompleteError": "incomplete",
     "OpenCodeTimeoutError": "timed_out",
     "OpenCodeCancelledError": "cancelled",
     "OpenCodeBudgetError": "over_budget",
 }
-# Characters of a text that are shown, and how many of a kind.
+# How much of a job is on the page: characters of a text, items of a list.
 _ROW_CHARS = 200
 _WARNING_CHARS = 2_000
 _PROMPT_CHARS = 20_000
 _ANSWER_CHARS = 50_000
 _TOOL_CHARS = 4_000
-_EVENT_CHARS = 300  # of each string in it: texts and tools stand apart, at length
+_EVENT_CHARS = 2_000  # the job's texts and tools are on the page at length
 _MAX_TOOLS = 100
 _MAX_EVENTS = 200
-_MAX_ITEMS = 50  # of a list or mapping in an event
-_MAX_DEPTH = 8
+_MAX_ITEMS = 50
 
 
 @dataclass(frozen=True)
@@ -84,12 +71,13 @@ class Row:
     """One job in short.
 
     Attributes:
-        kind: What its error is counted under, or None.
-        gist: The answer's beginning, or the error's.
-        is_empty: It ended well, without an answer and without a tool call.
-        tools: Names of the tools, in order, once for each use.
-        cost_before, tokens_before: On earlier tries at it, as the checkpoint has them.
-        started_at: Unix time in seconds; None where nothing tells of it.
+        kind: The kind of its error, as the batch's report counts it, or None.
+        gist: The beginning of the answer or of the error's message.
+        is_empty: Whether it is ok without an answer and without a tool call.
+        tools: The name of the tool for each call, in order.
+        seconds: How long it took.
+        started_at: Unix time in seconds, or None if unknown.
+        cost_before, tokens_before: Spent on earlier tries at the job.
     """
 
     index: int
@@ -108,11 +96,11 @@ class Row:
     tokens_before: int = 0
 
 
-# --- in short ------------------------------------------------------------------------------------
+# --- the row -------------------------------------------------------------------------------------
 
 
 def row_of(record: Record, place: int) -> Row:
-    """*record* in short; *place* is its index where it says none."""
+    """Make the row of *record*; *place* is its index if it has none."""
     failure, error = _mapping(record, "failure"), _mapping(record, "error")
     index = record.get("index")
     key = record.get("key")
@@ -145,7 +133,7 @@ def _status(record: Record, failure: Record) -> str:
 
 
 def _kind(failure: Record, error: Record) -> str | None:
-    """As the batch's report counts it: ``"OpenCodeProcessError (APIError 401)"``."""
+    """As in ``BatchReport.errors``: ``"OpenCodeProcessError (APIError 401)"``."""
     if not failure:
         return None
     kind = str(failure.get("type"))
@@ -167,7 +155,7 @@ def _beginning(text: str) -> str:
 def _started_at(record: Record) -> float | None:
     if started := number_of(record.get("started_at")):
         return started
-    # Its first event comes when the first step begins: late by the start of the process, at most.
+    # In a checkpoint of an earlier version. The first event comes after the process has started.
     stamps = (number_of(event.get("timestamp")) for event in _mappings(record, "events"))
     first = next(filter(None, stamps), None)
     return None if first is None else first / 1000
@@ -182,14 +170,14 @@ def _tool_parts(record: Record) -> list[Record]:
     return [part for part in parts if part.get("tool")]
 
 
-# --- unfolded ------------------------------------------------------------------------------------
+# --- what it unfolds to --------------------------------------------------------------------------
 
 
 def detail_of(record: Record, *, brief: bool = False) -> dict[str, Any]:
-    """What *record*'s row unfolds to, as values for JSON.
+    """What the row of *record* unfolds to, as values for JSON.
 
     Args:
-        brief: Without tools and events, for a page that would become too large.
+        brief: Leave out tools and events, because the page would become too large.
     """
     answer, text = _text(record, "answer"), _text(record, "final_text")
     parsed = record.get("parsed")
@@ -274,25 +262,8 @@ def _event(event: Record, started: float | None) -> dict[str, Any]:
     return {
         "type": one_line(str(event.get("type"))[:100], 40),
         "at": at if at is None else round(at, 2),
-        "json": _pretty(_trimmed(event)),
+        "json": _cut(_pretty(event), _EVENT_CHARS),
     }
-
-
-def _trimmed(value: Any, depth: int = 0) -> Any:
-    """*value* with the beginnings of its strings, and without what is long or nested deeply."""
-    if isinstance(value, str):
-        return _cut(value, _EVENT_CHARS)
-    if not isinstance(value, (Mapping, list, tuple)):
-        return value
-    if depth == _MAX_DEPTH:
-        return "…"
-    more = len(value) - _MAX_ITEMS
-    if isinstance(value, Mapping):
-        items = list(value.items())[:_MAX_ITEMS]
-        shown = {str(key)[:_EVENT_CHARS]: _trimmed(each, depth + 1) for key, each in items}
-        return {**shown, "…": f"{more:,} more"} if more > 0 else shown
-    first = [_trimmed(each, depth + 1) for each in value[:_MAX_ITEMS]]
-    return [*first, f"… {more:,} more"] if more > 0 else first
 
 
 def _pretty(value: Any) -> str:
@@ -311,7 +282,7 @@ def _cut(text: str, most: int) -> str:
     return f"{shown}\n… {more:,} characters more" if more > 0 else shown
 
 
-# --- values of unknown shape ---------------------------------------------------------------------
+# --- values of unknown type ----------------------------------------------------------------------
 
 
 def _mapping(source: Record, name: str) -> Record:

@@ -1,16 +1,11 @@
-"""What a report page shows, made of the rows of its jobs.
+"""A batch as a page: one HTML file that requests nothing from the network.
 
-    rows --page_of()--> Page: figures, charts, kinds of errors, and the table's rows as JSON
+    records --+--> rows --> figures, charts, the table's JSON --+--> report.html.j2 --> FILE
+              +--> details, written to a temporary file --------+
 
-Knows what is shown; how it looks is the template's.
-
-A batch as a page: one file, which asks nothing of the network.
-
-    records --+--> rows --> charts, figures, the table's JSON --+--> report.html.j2 --> FILE
-              +--> details, each put aside on disk at once -----+
-
-In memory is a short row for each job. The page forbids itself every script and style but its own
-two, whose hashes it names, and every request; what jobs say is in it as JSON and becomes text.
+A short row for each job is kept in memory, the rest is not. The page's content security policy
+allows only its own script and style, by their hashes, and forbids every request. What jobs say is
+in the page as JSON, and becomes text nodes.
 """
 
 from __future__ import annotations
@@ -21,25 +16,22 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median, quantiles
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from ..core.errors import OpenCodeConfigError, OpenCodeError
 from ..core.events import to_json
-from ..core.records import replacing
+from ..core.records import record_of, replacing
 from ..core.result import RunResult
 from ..core.text import money
 from .charts import (
     WIDTH,
     Bar,
-    Break,
     Clock,
     Curve,
     Tick,
-    Timeline,
     curves_of,
     lanes_of,
     span,
@@ -47,26 +39,126 @@ from .charts import (
     timeline_of,
     value_ticks,
 )
-from .jobs import STATUSES, Record, Row, detail_of, records_in, records_of, row_of
+from .jobs import STATUSES, Record, Row, detail_of, records_in, row_of
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
+__all__ = ["checkpoint_to_html", "results_to_html", "write_html"]
+
+_ASSETS = Path(__file__).parent
+_PAGE_CHARS = 80_000_000  # of all details; a browser loads that in a second or two
 _MAX_KINDS = 12
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A number at the page's head."""
+def results_to_html(
+    results: Iterable[RunResult | OpenCodeError],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "Batch",
+) -> None:
+    """Write the page of results, or of errors that stand in a result's place, to *path*.
+
+    Raises:
+        OpenCodeConfigError: Jinja2 is not installed, or *path* cannot be written.
+    """
+    write_html(map(record_of, results), path, title=title)
+
+
+def checkpoint_to_html(
+    checkpoint: str | os.PathLike[str], path: str | os.PathLike[str], *, title: str | None = None
+) -> None:
+    """Write the page of all jobs in a checkpoint's file to *path*; also while a batch writes it.
+
+    Args:
+        title: The page's heading; None for the checkpoint's name.
+
+    Raises:
+        OpenCodeConfigError: As above, or the checkpoint does not exist.
+    """
+    write_html(records_in(checkpoint), path, title=title or Path(checkpoint).name)
+
+
+def write_html(
+    records: Iterable[Record], path: str | os.PathLike[str], *, title: str = "Batch"
+) -> None:
+    """Write the page of *records* to *path*. An existing file is replaced when the page is whole.
+
+    Args:
+        records: One mapping for each job, in the shape of a checkpoint's lines: the keys of
+            ``RunResult.to_dict()``, and ``failure``, None or ``{"type", "message", ...}``. They
+            are drawn one by one and not kept.
+
+    Raises:
+        OpenCodeConfigError: Jinja2 is not installed, or *path* cannot be written.
+    """
+    template = _template()
+    target = Path(os.path.realpath(Path(path).expanduser()))
+    with tempfile.TemporaryFile("w+", prefix="opencode-sync-", encoding="ascii") as aside:
+        rows = list(_drawn(records, aside))
+        aside.seek(0)
+        page = template.stream(page=_page(rows, title), details=map(str.rstrip, aside))
+        page.enable_buffering(50)
+        try:
+            _write(target, page)
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise OpenCodeConfigError(f"report {str(target)!r}: {why}") from error
+
+
+def _drawn(records: Iterable[Record], aside: TextIO) -> Iterator[Row]:
+    """Yield the rows of *records*, and write the details to *aside*, a line each."""
+    written = 0
+    for place, record in enumerate(records):
+        written += aside.write(script_json(detail_of(record, brief=written > _PAGE_CHARS)) + "\n")
+        yield row_of(record, place)
+
+
+def _write(target: Path, pieces: Iterable[str]) -> None:
+    if target.exists() and not target.is_file():  # /dev/stdout, a pipe
+        with open(target, "w", encoding="utf-8", errors="replace") as file:
+            file.writelines(pieces)
+        return
+    with replacing(target) as new:
+        new.writelines(piece.encode("utf-8", "replace") for piece in pieces)
+
+
+def _template() -> Template:
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError:
+        raise OpenCodeConfigError(
+            "a report page needs Jinja2: run 'pip install \"opencode-sync-sdk[report]\"'"
+        ) from None
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"money": money, "span": span, "short": short, "words": _word}
+    for name, file in (("style", "report.css"), ("script", "report.js")):
+        text = (_ASSETS / file).read_text(encoding="utf-8")
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        environment.globals[name] = text
+        environment.globals[f"{name}_hash"] = f"sha256-{digest}"
+    return environment.from_string((_ASSETS / "report.html.j2").read_text(encoding="utf-8"))
+
+
+def _word(status: str) -> str:
+    return status.replace("_", " ")
+
+
+# --- what the template shows ---------------------------------------------------------------------
+
+
+class Figure(NamedTuple):
+    """A number at the top of the page."""
 
     label: str
     value: str
     note: str
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A sum over time; its ticks are counted from the bottom, 0 to 100."""
+class Chart(NamedTuple):
+    """A sum over time; its ticks count from the bottom, 0 to 100."""
 
     name: str
     total: str
@@ -74,26 +166,8 @@ class Chart:
     ticks: list[Tick]
 
 
-@dataclass(frozen=True)
-class Page:
-    """All that the template shows, but for the details."""
-
-    title: str
-    when: str
-    figures: list[Figure]
-    statuses: list[tuple[str, int]]
-    kinds: list[tuple[str, int, float]]  # name, how many, percent of the most
-    timeline: Timeline | None
-    breaks: list[Break]
-    total_s: float
-    times: list[Tick]
-    charts: list[Chart]
-    untimed: int
-    jobs: str
-    width: int = WIDTH
-
-
-def page_of(rows: Sequence[Row], title: str) -> Page:
+def _page(rows: Sequence[Row], title: str) -> dict[str, Any]:
+    """Everything that the template shows, except for the details."""
     timed = [(row, row.started_at, row.started_at + row.seconds) for row in rows if row.started_at]
     spans = [(begin, end) for _, begin, end in timed]
     clock = Clock(spans)
@@ -103,25 +177,26 @@ def page_of(rows: Sequence[Row], title: str) -> Page:
         for (row, begin, _), lane in zip(timed, lanes, strict=True)
     ]
     statuses = Counter(row.status for row in rows)
-    return Page(
-        title=title,
-        when=_when(spans),
-        figures=_figures(rows, clock.total_s, 1 + max(lanes, default=-1)),
-        statuses=[(status, statuses[status]) for status in STATUSES if statuses[status]],
-        kinds=_kinds(rows),
-        timeline=timeline_of(bars, clock.total_s) if bars else None,
-        breaks=clock.breaks,
-        total_s=clock.total_s,
-        times=time_ticks(clock.total_s),
-        charts=_charts(bars, clock.total_s),
-        untimed=len(rows) - len(timed),
-        jobs=script_json(_jobs(rows, bars)),
-    )
+    return {
+        "title": title,
+        "when": _when(spans),
+        "figures": _figures(rows, clock.total_s, 1 + max(lanes, default=-1)),
+        "statuses": [(status, statuses[status]) for status in STATUSES if statuses[status]],
+        "kinds": _kinds(rows),
+        "timeline": timeline_of(bars, clock.total_s) if bars else None,
+        "breaks": clock.breaks,
+        "total_s": clock.total_s,
+        "times": time_ticks(clock.total_s),
+        "charts": _charts(bars, clock.total_s),
+        "untimed": len(rows) - len(timed),
+        "jobs": script_json(_jobs(rows, bars)),
+        "width": WIDTH,
+    }
 
 
 def _jobs(rows: Sequence[Row], bars: Sequence[Bar]) -> list[dict[str, Any]]:
     """The table's rows, in the order of the details."""
-    places = {id(bar.row): bar for bar in bars}
+    bar_of = {id(bar.row): bar for bar in bars}
     return [
         {
             "n": row.index,
@@ -134,7 +209,7 @@ def _jobs(rows: Sequence[Row], bars: Sequence[Bar]) -> list[dict[str, Any]]:
             "cost": round(row.cost, 8),
             "tokens": row.tokens.total,
             "seconds": round(row.seconds, 3),
-            **_place(places.get(id(row))),
+            **_place(bar_of.get(id(row))),
         }
         for row in rows
     ]
@@ -177,6 +252,7 @@ def _figures(rows: Sequence[Row], total_s: float, lanes: int) -> list[Figure]:
 
 
 def _kinds(rows: Sequence[Row]) -> list[tuple[str, int, float]]:
+    """The most frequent kinds of errors: name, count, percent of the first one's count."""
     kinds = Counter(row.kind for row in rows if row.kind).most_common(_MAX_KINDS)
     return [(kind, n, 100 * n / kinds[0][1]) for kind, n in kinds]
 
@@ -194,13 +270,13 @@ def _charts(bars: Sequence[Bar], total_s: float) -> list[Chart]:
         curves, top = curves_of(names, moments, total_s)
         ticks = [Tick(100 * value / top, shown(value)) for value in value_ticks(top)]
         total = money(top) if name == "Cost" else short(top)
-        # The highest first, so that the lower ones are drawn over it.
+        # The top of the stack first: the template draws the lower ones over it.
         charts.append(Chart(name, total, curves[::-1], ticks))
     return charts
 
 
 def _split(row: Row) -> list[float]:
-    """Tokens out, in and from the cache, which sum up to the total."""
+    """Tokens out, in and from the cache; together the total."""
     usage = row.tokens
     out, cached = usage.output + usage.reasoning, usage.cache_read
     return [out, max(0, usage.total - out - cached), cached]
@@ -214,7 +290,7 @@ def _when(spans: Sequence[tuple[float, float]]) -> str:
             datetime.fromtimestamp(instant, timezone.utc)
             for instant in (min(begin for begin, _ in spans), max(end for _, end in spans))
         )
-    except (OverflowError, ValueError, OSError):  # no time that a calendar has
+    except (OverflowError, ValueError, OSError):  # beyond the calendar
         return ""
     until = f"{last:%H:%M}" if first.date() == last.date() else f"{last.day} {last:%B %Y, %H:%M}"
     return f"{first.day} {first:%B %Y, %H:%M} to {until} UTC"
@@ -233,111 +309,9 @@ def _dollars(value: float) -> str:
 
 
 def script_json(value: Any) -> str:
-    """JSON that can stand in a script element: no text in it ends the element, or opens one."""
-    # ASCII: neither U+2028 nor half of a surrogate pair is there to be misread.
+    """JSON for a script element: no text in it can end the element or open one.
+
+    It is ASCII, so U+2028 and lone surrogates are escaped too.
+    """
     text = to_json(value, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-__all__ = ["checkpoint_to_html", "results_to_html", "write_html"]
-
-_ASSETS = Path(__file__).parent
-_PAGE_CHARS = 80_000_000  # of all details; a browser takes that in a second or two
-_WORDS = {
-    "ok": "ok",
-    "error": "error",
-    "denied": "denied",
-    "incomplete": "incomplete",
-    "timed_out": "timed out",
-    "cancelled": "cancelled",
-    "over_budget": "over budget",
-}
-
-
-def results_to_html(
-    results: Iterable[RunResult | OpenCodeError],
-    path: str | os.PathLike[str],
-    *,
-    title: str = "Batch",
-) -> None:
-    """Write the page of results, or of errors that stand in a result's place, to *path*.
-
-    Raises:
-        OpenCodeConfigError: Jinja2 is not installed, or *path* cannot be written.
-    """
-    write_html(records_of(results), path, title=title)
-
-
-def checkpoint_to_html(
-    checkpoint: str | os.PathLike[str], path: str | os.PathLike[str], *, title: str | None = None
-) -> None:
-    """Write the page of all jobs in a checkpoint's file to *path*; also while a batch writes it.
-
-    Raises:
-        OpenCodeConfigError: As above, or there is no such checkpoint.
-    """
-    write_html(records_in(checkpoint), path, title=title or Path(checkpoint).name)
-
-
-def write_html(
-    records: Iterable[Record], path: str | os.PathLike[str], *, title: str = "Batch"
-) -> None:
-    """Write the page of *records* to *path*; a file that is there is replaced, once all is well.
-
-    Args:
-        records: One mapping for each job, in the shape of a checkpoint's lines: the keys of
-            ``RunResult.to_dict()``, and ``failure``, None or ``{"type", "message", ...}``. They
-            are drawn one by one and not kept. Those without ``started_at``, a Unix time in
-            seconds, are placed in time by their first event, or not at all.
-
-    Raises:
-        OpenCodeConfigError: Jinja2 is not installed, or *path* cannot be written.
-    """
-    template = _template()
-    target = Path(os.path.realpath(Path(path).expanduser()))
-    with tempfile.TemporaryFile("w+", prefix="opencode-sync-", encoding="ascii") as aside:
-        rows = list(_drawn(records, aside))
-        aside.seek(0)
-        page = template.stream(page=page_of(rows, title), details=map(str.rstrip, aside))
-        page.enable_buffering(50)
-        try:
-            _write(target, page)
-        except OSError as error:
-            why = error.strerror or str(error)
-            raise OpenCodeConfigError(f"report {str(target)!r}: {why}") from error
-
-
-def _drawn(records: Iterable[Record], aside: TextIO) -> Iterator[Row]:
-    """The rows of *records*, while the details go to *aside*, a line each."""
-    written = 0
-    for place, record in enumerate(records):
-        written += aside.write(script_json(detail_of(record, brief=written > _PAGE_CHARS)) + "\n")
-        yield row_of(record, place)
-
-
-def _write(target: Path, pieces: Iterable[str]) -> None:
-    if target.exists() and not target.is_file():  # /dev/stdout, a pipe
-        with open(target, "w", encoding="utf-8", errors="replace") as file:
-            file.writelines(pieces)
-        return
-    with replacing(target) as new:
-        new.writelines(piece.encode("utf-8", "replace") for piece in pieces)
-
-
-def _template() -> Template:
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError:
-        raise OpenCodeConfigError(
-            "a report page needs Jinja2: run 'pip install \"opencode-sync-sdk[report]\"'"
-        ) from None
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"money": money, "span": span, "short": short, "words": _WORDS.get}
-    for name, file in (("style", "report.css"), ("script", "report.js")):
-        text = (_ASSETS / file).read_text(encoding="utf-8")
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        environment.globals[name] = text
-        environment.globals[f"{name}_hash"] = f"sha256-{digest}"
-    return environment.from_string((_ASSETS / "report.html.j2").read_text(encoding="utf-8"))

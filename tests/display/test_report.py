@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from opencode_sync import Job, OpenCodeConfigError, OpenCodeError, OpenCodeTimeoutError, RunResult
 from opencode_sync.batch.tally import kind_of
-from opencode_sync.display import report as report_room
+from opencode_sync.core.records import record_of
+from opencode_sync.display import report
 from opencode_sync.display.charts import (
     Clock,
     curves_of,
@@ -29,7 +30,7 @@ from opencode_sync.display.charts import (
     time_ticks,
     value_ticks,
 )
-from opencode_sync.display.jobs import detail_of, records_in, records_of, row_of
+from opencode_sync.display.jobs import detail_of, records_in, row_of
 from opencode_sync.display.report import (
     checkpoint_to_html,
     results_to_html,
@@ -175,19 +176,14 @@ def digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def test_the_page_points_to_nothing_outside_of_it(path: Path) -> None:
+def test_the_page_requests_nothing_and_has_no_inline_style_or_handler(path: Path) -> None:
     page = page_of(path, [record()])
 
     for tag, attributes in page.tags:
         target = attributes.get("href") or attributes.get("src") or "#"
         assert target.startswith("#") or target == "data:,", tag
     urls = re.findall(r"\w+://[^\s\"')]+|url\(|@import", path.read_text())
-    assert set(urls) == {"http://www.w3.org/2000/svg"}  # a name, which nobody asks for
-
-
-def test_no_element_has_a_style_or_a_handler_of_its_own(path: Path) -> None:
-    page = page_of(path, [record()])
-
+    assert set(urls) == {"http://www.w3.org/2000/svg"}  # a name, which is not requested
     names = {name for _, attributes in page.tags for name in attributes}
     assert not [name for name in names if name == "style" or name.startswith("on")]
 
@@ -205,7 +201,7 @@ def test_ids_are_unique_and_what_points_to_one_finds_it(path: Path) -> None:
 # --- complete ------------------------------------------------------------------------------------
 
 
-def test_a_row_tells_of_its_job_in_short(path: Path) -> None:
+def test_a_row_shows_its_job_in_short(path: Path) -> None:
     page = page_of(path, [record()])
 
     assert page.jobs == [
@@ -243,26 +239,12 @@ def test_a_row_unfolds_to_prompt_answer_tools_and_events(path: Path) -> None:
     ]
 
 
-def test_results_and_errors_of_a_batch_become_a_page(runner: ScriptedRunner, path: Path) -> None:
-    batch = runner.map(["a", "fail b", "c"], on_error="return")
-
-    results_to_html(batch, path, title="Letters")
-
-    page = Reading(path.read_text())
-    assert [(job["prompt"], job["status"]) for job in page.jobs] == [
-        ("a", "ok"),
-        ("fail b", "error"),
-        ("c", "ok"),
-    ]
-    assert "Letters" in page.text
-
-
 def test_a_checkpoint_makes_the_same_page_as_its_results(
     runner: ScriptedRunner, tmp_path: Path
 ) -> None:
     file, jobs = tmp_path / "batch.jsonl", ["a", "fail b", Job("c", key="see")]
     ends = list(runner.map(jobs, on_error="return", checkpoint=file))
-    results_to_html(ends, tmp_path / "results.html")
+    results_to_html(ends, tmp_path / "results.html", title="Letters")
 
     checkpoint_to_html(file, tmp_path / "file.html")
 
@@ -271,14 +253,30 @@ def test_a_checkpoint_makes_the_same_page_as_its_results(
         for name in ("results.html", "file.html")
     )
     assert ours == theirs
+    assert {job["prompt"]: job["status"] for job in ours.values()} == {
+        "a": "ok",
+        "fail b": "error",
+        "c": "ok",
+    }
+    assert "Letters" in (tmp_path / "results.html").read_text()
     assert "batch.jsonl" in (tmp_path / "file.html").read_text()
+
+
+def test_a_row_unfolds_to_warnings_and_sub_agents_too() -> None:
+    used = {"input": 1_000, "output": 20, "total": 1_020}
+    agent = {"agent": "general", "title": "look", "token_usage": used, "total_cost": 0.0012}
+
+    detail = detail_of(record(sub_agents=[agent], warnings=["The MCP server 'f' did not start."]))
+
+    assert ("Sub-agents", "general look (1,020 tokens, $0.0012)") in detail["facts"]
+    assert detail["warnings"] == ["The MCP server 'f' did not start."]
 
 
 def test_an_error_is_of_the_kind_that_the_batch_counts_it_under(runner: ScriptedRunner) -> None:
     late = OpenCodeTimeoutError("too late", result=RunResult(attempts=1))
     ends = [*runner.map(["fail a"], on_error="return"), late, OpenCodeError("no run")]
 
-    rows = [row_of(each, n) for n, each in enumerate(records_of(ends))]
+    rows = [row_of(each, n) for n, each in enumerate(map(record_of, ends))]
 
     assert [row.kind for row in rows] == [kind_of(e) for e in ends if isinstance(e, OpenCodeError)]
     assert [row.status for row in rows] == ["error", "timed_out", "error"]
@@ -353,37 +351,17 @@ def test_whatever_a_record_holds_makes_a_page(odd: dict[str, Any]) -> None:
 # --- of a size that opens ------------------------------------------------------------------------
 
 
-def test_of_a_long_text_the_beginning_is_shown_and_how_much_is_not() -> None:
-    detail = detail_of(record(prompt="x" * 30_000))
+def test_a_long_text_is_cut_and_so_is_a_long_list_of_events() -> None:
+    detail = detail_of(record(prompt="x" * 30_000, events=[{"type": "text"}] * 205))
 
     assert detail["prompt"] == "x" * 20_000 + "\n… 10,000 characters more"
-
-
-def test_warnings_are_shown() -> None:
-    warned = record(warnings=["The MCP server 'f' did not start."])
-
-    assert detail_of(warned)["warnings"] == ["The MCP server 'f' did not start."]
-
-
-def test_a_job_tells_what_its_sub_agents_used() -> None:
-    used = {"input": 1_000, "output": 20, "total": 1_020}
-    agent = {"agent": "general", "title": "look", "token_usage": used, "total_cost": 0.0012}
-
-    facts = detail_of(record(sub_agents=[agent]))["facts"]
-
-    assert ("Sub-agents", "general look (1,020 tokens, $0.0012)") in facts
-
-
-def test_of_many_events_the_first_are_shown_and_how_many_are_not() -> None:
-    detail = detail_of(record(events=[{"type": "text"}] * 205))
-
     assert (len(detail["events"]), detail["more_events"]) == (200, 5)
 
 
 def test_a_page_that_becomes_too_large_leaves_out_tools_and_events(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_room, "_PAGE_CHARS", 100)
+    monkeypatch.setattr(report, "_PAGE_CHARS", 100)
 
     page = page_of(path, [record(0), record(1)])
 
@@ -463,17 +441,6 @@ def test_a_page_that_cannot_be_completed_leaves_the_old_one(path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["report.html"]
 
 
-def test_a_link_beside_the_page_is_not_written_through(path: Path, tmp_path: Path) -> None:
-    victim = tmp_path / "victim"
-    victim.write_text("precious")
-    path.with_name(f"{path.name}.new").symlink_to(victim)
-
-    write_html([record()], path)
-
-    assert victim.read_text() == "precious"
-    assert len(Reading(path.read_text()).jobs) == 1
-
-
 def test_a_page_for_which_there_is_no_space_leaves_nothing(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -545,19 +512,15 @@ def test_jobs_that_ran_side_by_side_have_lanes_of_their_own() -> None:
     assert lanes_of([(0, 5), (1, 2), (2, 4), (3, 6), (6, 7)]) == [0, 1, 1, 2, 0]
 
 
-def test_hours_in_which_nothing_ran_are_left_out() -> None:
+def test_hours_in_which_nothing_ran_are_left_out_and_a_short_pause_is_not() -> None:
     clock = Clock([(1000, 1010), (1005, 1020), (91_020, 91_030)])
+    short = Clock([(0, 10), (100, 110)])
 
     assert clock.at(1005) == 5
     assert clock.at(91_025) == 25
     assert clock.total_s == 30
     assert [(each.at, each.skipped_s) for each in clock.breaks] == [(20, 90_000)]
-
-
-def test_a_short_pause_is_left_in() -> None:
-    clock = Clock([(0, 10), (100, 110)])
-
-    assert (clock.total_s, clock.breaks) == (110, [])
+    assert (short.total_s, short.breaks) == (110, [])
 
 
 def test_curves_are_stacked_and_end_at_the_sum() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from opencode_sync import OpenCodeClient, testing
+from opencode_sync import OpenCodeClient, build_env, testing
 from opencode_sync.testing import (
     Answer,
     ChatRequest,
@@ -634,11 +635,20 @@ def test_opencode_makes_the_requests_of_the_conversation_and_no_others(
 
 
 def test_a_title_that_opencode_asks_for_uses_up_no_reply(
-    client: OpenCodeClient, tmp_path: Path
+    opencode_binary: str, tmp_path: Path
 ) -> None:
     with_titles = {"agent": {"title": {"disable": False}}}
     with ScriptedModel(["done"]) as model:
-        result = client.run("hi", tmp_path, run_cfg=model.run_config(config_overrides=with_titles))
+        cfg = model.run_config(config_overrides=with_titles)
+        # Without --title, which our runners give.
+        subprocess.run(
+            [opencode_binary, "run", "-m", str(cfg.model), "hi"],
+            cwd=tmp_path,
+            env={**build_env(cfg), "PWD": str(tmp_path), "XDG_DATA_HOME": str(tmp_path / "data")},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=True,
+        )
 
-    assert result.answer == "done"
     assert (len(model.requests), len(model.side_requests)) == (1, 1)
