@@ -447,7 +447,7 @@ def _value_in(result: RunResult, schema: OutputSchema, is_cut: bool) -> Fit | Sc
         if result._json is None:
             return schema.find(result.answer, is_cut=is_cut)
         if (n := _n_outputs(result)) > 1:
-            raise SchemaMismatch([f"{OUTPUT_TOOL} was called with {n} different values at once"])
+            raise SchemaMismatch(f"{OUTPUT_TOOL} was called with {n} different values at once")
         return schema.take(result._json)  # the tool is called with whole JSON, or not at all
     except SchemaMismatch as mismatch:
         # Without the traceback, whose frames would keep the run's stream in memory.
