@@ -1,4 +1,10 @@
-"""The real opencode in front of a scripted model."""
+"""The real opencode in front of a scripted model, with a process per run and with a warm server.
+
+    script --says what--> model <--cfg-- runner: a client, then a server, one each for a module
+                                         server: the latter alone
+
+A module that needs another model or other settings defines `script` or `cfg` of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +15,83 @@ from typing import Any
 
 import pytest
 
-from opencode_sync import OpenCodeClient
+from opencode_sync import OpenCodeClient, OpenCodeServer, RunConfig
+from opencode_sync.api.runner import Runner
 from opencode_sync.testing import Answer, ChatRequest, ScriptedModel
+from tests.live.warm import MakeModel, MakeRunner, Script, config, make_what_stays
 
-MakeModel = Callable[..., ScriptedModel]
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what a test marked with only() would do with the other runner."""
+    items[:] = [item for item in items if not _is_left_out(item)]
+
+
+def _is_left_out(item: pytest.Item) -> bool:
+    mark = item.get_closest_marker("only")
+    callspec = getattr(item, "callspec", None)
+    return mark is not None and callspec is not None and mark.args[0] not in callspec._idlist
+
+
+@pytest.fixture(scope="module")
+def script() -> Callable[[ChatRequest], Answer]:
+    """What the module's model answers."""
+    return Script()
+
+
+@pytest.fixture(scope="module")
+def model(script: Callable[[ChatRequest], Answer]) -> Iterator[ScriptedModel]:
+    with ScriptedModel(script) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def cfg(model: ScriptedModel) -> RunConfig:
+    """Of the model; a run may change of it what a server's runs can differ in."""
+    return config(model)
+
+
+@pytest.fixture(scope="module", params=[OpenCodeClient, OpenCodeServer], ids=["process", "server"])
+def kind(request: pytest.FixtureRequest) -> type[Runner]:
+    chosen: type[Runner] = request.param
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def runner(kind: type[Runner], opencode_binary: str, cfg: RunConfig) -> Iterator[Runner]:
+    """One of each kind for all tests of the module."""
+    with kind(opencode_binary, run_cfg=cfg) as runner:  # type: ignore[arg-type]
+        make_what_stays(runner)
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def server(opencode_binary: str, cfg: RunConfig) -> Iterator[OpenCodeServer]:
+    with OpenCodeServer(opencode_binary, run_cfg=cfg) as server:
+        make_what_stays(server)
+        yield server
+
+
+@pytest.fixture
+def make(kind: type[Runner], opencode_binary: str, cfg: RunConfig) -> Iterator[MakeRunner]:
+    """Makes runners of a test's own, and closes them after it."""
+    with ExitStack() as made:
+
+        def make(**settings: Any) -> Runner:
+            settings = {"run_cfg": cfg, **settings}
+            return made.enter_context(kind(opencode_binary, **settings))  # type: ignore[arg-type]
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory to work in, which the module's tests share."""
+    return tmp_path_factory.mktemp("workspace")
 
 
 @pytest.fixture
 def scripted() -> Iterator[MakeModel]:
-    """Starts scripted models, and closes them after the test."""
+    """Starts scripted models of a test's own, and closes them after it."""
     with ExitStack() as models:
 
         def start(
@@ -30,14 +104,6 @@ def scripted() -> Iterator[MakeModel]:
 
 @pytest.fixture
 def client(opencode_binary: str) -> Iterator[OpenCodeClient]:
-    """A client of the real binary, with the default settings."""
+    """A client of a test's own, with the default settings."""
     with OpenCodeClient(opencode_binary) as client:
         yield client
-
-
-@pytest.fixture
-def workspace(tmp_path: Path) -> Path:
-    """An empty directory to work in."""
-    path = tmp_path / "workspace"
-    path.mkdir()
-    return path

@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from opencode_sync import (
-    OpenCodeClient,
+    BatchReport,
     OpenCodeError,
     OpenCodeIncompleteError,
-    OpenCodeServer,
     RunConfig,
     RunResult,
 )
 from opencode_sync.api.runner import Runner
 from opencode_sync.core.config import merged
 from opencode_sync.testing import Reply, ScriptedModel, TokenUsage
-from tests.live.warm import Script, config, open_connections, shell
+from tests.live.warm import Script, config, shell
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell"),
@@ -34,42 +31,21 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def script() -> Script:
-    return Script()
-
-
-@pytest.fixture(scope="module")
-def cfg(script: Script) -> Iterator[RunConfig]:
+def cfg(model: ScriptedModel) -> RunConfig:
     """Of a model of any length, and of one whose conversations are soon summed up."""
-    with ScriptedModel(script) as model:
-        cfg = config(model)
-        models = cfg.config_overrides["provider"]["scripted"]["models"]  # type: ignore[index]
-        small = models[model.name] | {
-            "name": "small",
-            "limit": {"context": 10_000, "output": 1_000},
-        }
-        audit = {"template": "Audit $ARGUMENTS", "description": "Audits", "subtask": True}
-        changes = {
-            "provider": {"scripted": {"models": {"small": small}}},
-            "compaction": {"auto": True},
-            "command": {"audit": audit},
-        }
-        yield cfg.replace(config_overrides=merged(cfg.config_overrides or {}, changes))
-
-
-@pytest.fixture(scope="module", params=[OpenCodeClient, OpenCodeServer], ids=["process", "server"])
-def runner(
-    request: pytest.FixtureRequest, opencode_binary: str, cfg: RunConfig
-) -> Iterator[Runner]:
-    with request.param(opencode_binary, run_cfg=cfg) as runner:
-        if isinstance(runner, OpenCodeServer):
-            open_connections(runner)
-        yield runner
-
-
-@pytest.fixture(scope="module")
-def workspace(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("workspace")
+    cfg = config(model)
+    models = cfg.config_overrides["provider"]["scripted"]["models"]  # type: ignore[index]
+    small = models[model.name] | {
+        "name": "small",
+        "limit": {"context": 10_000, "output": 1_000},
+    }
+    audit = {"template": "Audit $ARGUMENTS", "description": "Audits", "subtask": True}
+    changes = {
+        "provider": {"scripted": {"models": {"small": small}}},
+        "compaction": {"auto": True},
+        "command": {"audit": audit},
+    }
+    return cfg.replace(config_overrides=merged(cfg.config_overrides or {}, changes))
 
 
 def write_plugin(workspace: Path, code: str) -> None:
@@ -83,34 +59,30 @@ def write_plugin(workspace: Path, code: str) -> None:
 CUT = Reply("cut in the mid", finish_reason="length")
 
 
+PROMPTS = ["cut it", "filter it", "say nothing", "go on"]
+
+
 @dataclass
 class Batch:
-    """A batch with a cut, a filtered, an empty and a whole answer, and the same once more."""
+    """A batch with a cut, a filtered, an empty and a whole answer."""
 
-    first: list[RunResult | OpenCodeError]
-    first_report: Any
-    second: list[RunResult | OpenCodeError]
+    ends: list[RunResult | OpenCodeError]
+    report: BatchReport
+    checkpoint: Path
 
 
 @pytest.fixture(scope="module")
-def batch(
-    runner: Runner, script: Script, workspace: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Batch:
+def batch(runner: Runner, script: Script, tmp_path_factory: pytest.TempPathFactory) -> Batch:
     script.to("cut it", CUT)
     script.to("filter it", Reply("filtered", finish_reason="content_filter"))
     script.to("say nothing", Reply(""))
     # A step that is cut in the middle of a run: OpenCode runs its tool, and asks again.
-    going_on = Reply("So far", tool_calls=[shell("echo hi")], finish_reason="length")  # type: ignore[list-item]
+    going_on = Reply("So far", tool_calls=[shell("echo hi")], finish_reason="length")
     script.to("go on", going_on, "The whole answer.")
-    prompts = ["cut it", "filter it", "say nothing", "go on"]
     path = tmp_path_factory.mktemp("batch") / "jobs.jsonl"
 
-    batch = runner.map(prompts, workspace, checkpoint=path, on_error="return", max_workers=2)
-    first, report = list(batch), batch.report
-    script.to("cut it", "whole this time")
-    script.to("filter it", "whole this time")
-    second = list(runner.map(prompts, workspace, checkpoint=path, on_error="return"))
-    return Batch(first, report, second)
+    batch = runner.map(PROMPTS, path.parent, checkpoint=path, on_error="return", max_workers=2)
+    return Batch(list(batch), batch.report, path)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +96,7 @@ def batch(
 def test_a_cut_answer_is_an_error_that_says_why(
     batch: Batch, index: int, words: str, text: str
 ) -> None:
-    error = batch.first[index]
+    error = batch.ends[index]
 
     assert isinstance(error, OpenCodeIncompleteError)
     assert words in str(error)
@@ -134,14 +106,14 @@ def test_a_cut_answer_is_an_error_that_says_why(
 
 
 def test_the_last_step_says_whether_the_answer_is_whole(batch: Batch) -> None:
-    result = batch.first[3]
+    result = batch.ends[3]
 
     assert isinstance(result, RunResult)
     assert (result.status, result.answer) == ("ok", "The whole answer.")
 
 
 def test_cut_and_empty_answers_are_counted(batch: Batch) -> None:
-    report = batch.first_report
+    report = batch.report
 
     assert (report.done, report.failed, report.empty) == (2, 2, 1)
     assert sum(report.errors.values()) == 2
@@ -149,11 +121,19 @@ def test_cut_and_empty_answers_are_counted(batch: Batch) -> None:
     assert "1 with an empty answer" in str(report)
 
 
-def test_a_resumed_batch_asks_for_cut_answers_again(batch: Batch) -> None:
-    statuses = [end.status if isinstance(end, RunResult) else "failed" for end in batch.second]
+@pytest.mark.only("server")
+def test_a_resumed_batch_asks_for_cut_answers_again(
+    runner: Runner, batch: Batch, script: Script
+) -> None:
+    script.to("cut it", "whole this time")
+    script.to("filter it", "whole this time")
+    n_asked = len(script.requests)
 
-    assert statuses == ["ok", "ok", "ok", "ok"]
-    assert [end.answer for end in batch.second[:2]] == ["whole this time"] * 2  # type: ignore[union-attr]
+    again = list(runner.map(PROMPTS, batch.checkpoint.parent, checkpoint=batch.checkpoint))
+
+    assert [result.status for result in again] == ["ok", "ok", "ok", "ok"]
+    assert [result.answer for result in again[:2]] == ["whole this time"] * 2
+    assert len(script.requests) == n_asked + 2
 
 
 # --- whose words it is ---------------------------------------------------------------------------
@@ -171,7 +151,7 @@ NEAR_THE_LIMIT = TokenUsage(input=9_500, output=100)
 @pytest.fixture(scope="module")
 def summed_up(runner: Runner, cfg: RunConfig, script: Script, workspace: Path) -> RunResult:
     """A run in which the conversation is summed up between two steps."""
-    looking = Reply("Let me look.", tool_calls=[shell("echo hi")], usage=NEAR_THE_LIMIT)  # type: ignore[list-item]
+    looking = Reply("Let me look.", tool_calls=[shell("echo hi")], usage=NEAR_THE_LIMIT)
     prompt = script.to("Look into it", looking)
     script.to(CONTINUE, "That is all.")
     return runner.run(prompt, workspace, run_cfg=cfg.replace(model="scripted/small"))
@@ -192,6 +172,7 @@ def test_the_tokens_of_a_summary_are_counted(summed_up: RunResult) -> None:
     assert summed_up.token_usage.input == 9_500 + 2 * 100
 
 
+@pytest.mark.only("server")
 def test_a_good_answer_is_not_lost_by_a_summary_after_it(
     runner: Runner, cfg: RunConfig, script: Script, workspace: Path
 ) -> None:
@@ -210,12 +191,13 @@ def test_a_good_answer_is_not_lost_by_a_summary_after_it(
     assert (result.status, result.parsed) == ("ok", {"n": 5})
 
 
+@pytest.mark.only("server")
 def test_a_run_that_ends_with_a_summary_has_no_whole_answer(
     runner: Runner, cfg: RunConfig, script: Script, tmp_path: Path
 ) -> None:
     stop = '{"experimental.compaction.autocontinue": async (_, out) => { out.enabled = false }}'
     write_plugin(tmp_path, f"export const Stop = async () => ({stop})")
-    looking = Reply("Let me look.", tool_calls=[shell("echo hi")], usage=NEAR_THE_LIMIT)  # type: ignore[list-item]
+    looking = Reply("Let me look.", tool_calls=[shell("echo hi")], usage=NEAR_THE_LIMIT)
     prompt = script.to("Look once", looking)
 
     with pytest.raises(OpenCodeIncompleteError) as caught:
@@ -251,18 +233,18 @@ export const Noisy = async () => {
 """
 
 
+@pytest.mark.only("process")
 def test_text_that_a_plugin_prints_takes_no_event_with_it(
     runner: Runner, script: Script, tmp_path: Path
 ) -> None:
     write_plugin(tmp_path, NOISY)
-    looking = Reply("Let me look.", tool_calls=[shell("echo hi")])  # type: ignore[list-item]
+    looking = Reply("Let me look.", tool_calls=[shell("echo hi")])
     prompt = script.to("Look there", looking, "Found.")
 
     result = runner.run(prompt, tmp_path)
 
     assert (result.status, result.turns, len(result.tool_calls)) == ("ok", 2, 1)
     assert (result.final_text, result.answer) == ("Let me look.\n\nFound.", "Found.")
-    if isinstance(runner, OpenCodeClient):  # a server prints into a file of its own
-        noise = "".join(str(e.get("raw")) for e in result.events if e["type"] == "diagnostic")
-        assert noise == 'loaded {"plugin": [before {"a": 1} '
-        assert any(line.startswith('loaded {"plugin": [') for line in result.raw_stdout_lines)
+    noise = "".join(str(e.get("raw")) for e in result.events if e["type"] == "diagnostic")
+    assert noise == 'loaded {"plugin": [before {"a": 1} '
+    assert any(line.startswith('loaded {"plugin": [') for line in result.raw_stdout_lines)

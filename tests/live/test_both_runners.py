@@ -28,7 +28,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +42,6 @@ import pytest
 from opencode_sync import (
     OpenCodeBudgetError,
     OpenCodeCancelledError,
-    OpenCodeClient,
     OpenCodeConfigError,
     OpenCodeError,
     OpenCodeProcessError,
@@ -56,60 +54,20 @@ from opencode_sync import (
 )
 from opencode_sync.api.runner import Runner
 from opencode_sync.process.data_dirs import DataDirectories
-from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
-from tests.live.warm import config, conversation, open_connections, shell
+from opencode_sync.testing import Answer, ChatRequest, Reply, tool_call
+from tests.live.warm import WITHIN_S, MakeRunner, Script, conversation, shell
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell"),
     pytest.mark.timeout(240),
 ]
 
-WITHIN_S = 100.0  # a loaded machine takes its time
 GONE_S = 5.0  # what may pass after the end of a script that could do nothing itself
 IDLE_S = 3.0
 SLEEPS_S = (90901, 90902, 90903, 90904)
 _LAST_WORDS = [[str(sleep_s)] for sleep_s in SLEEPS_S]
 
 _ROOT = Path(__file__).parent.parent.parent
-
-MakeRunner = Callable[..., Runner]
-
-
-class Script:
-    """What the model answers to each prompt, and what it was asked."""
-
-    def __init__(self) -> None:
-        self._answers: dict[str, tuple[Answer, ...]] = {}
-        self._asked: dict[str, list[ChatRequest]] = {}
-        self._changed = threading.Condition()
-
-    def __call__(self, request: ChatRequest) -> Answer:
-        text = request.prompt
-        with self._changed:
-            # Text of attached files stands before the prompt.
-            known = (p for p in self._answers if text == p or text.endswith(f"\n{p}"))
-            prompt = next(known, text)
-            asked = self._asked.setdefault(prompt, [])
-            asked.append(request)
-            self._changed.notify_all()
-            replies = self._answers.get(prompt, (f"re {prompt}",))
-            return replies[min(len(asked), len(replies)) - 1]
-
-    def to(self, prompt: str, *replies: Answer) -> str:
-        """Answer *prompt* with *replies* in order, the last again and again."""
-        with self._changed:
-            self._answers[prompt] = replies
-            self._asked[prompt] = []
-        return prompt
-
-    def asked(self, prompt: str, times: int = 1) -> list[ChatRequest]:
-        """The requests for *prompt*, once there are as many."""
-        with self._changed:
-            came = self._changed.wait_for(
-                lambda: len(self._asked.get(prompt, ())) >= times, WITHIN_S
-            )
-            assert came, f"{prompt!r} was not asked {times} times"
-            return list(self._asked[prompt])
 
 
 class Tools:
@@ -156,46 +114,8 @@ class Tools:
 
 
 @pytest.fixture(scope="module")
-def script() -> Script:
-    return Script()
-
-
-@pytest.fixture(scope="module")
-def cfg(script: Script) -> Iterator[RunConfig]:
-    """Of the model; a run may change of it what a server's runs can differ in."""
-    with ScriptedModel(script) as model:
-        yield config(model)
-
-
-@pytest.fixture(scope="module", params=[OpenCodeClient, OpenCodeServer], ids=["process", "server"])
-def kind(request: pytest.FixtureRequest) -> type[Runner]:
-    chosen: type[Runner] = request.param
-    return chosen
-
-
-@pytest.fixture(scope="module")
-def runner(kind: type[Runner], opencode_binary: str, cfg: RunConfig) -> Iterator[Runner]:
-    """One for all tests, which have only to do with the runs."""
-    with kind(opencode_binary, run_cfg=cfg) as runner:  # type: ignore[arg-type]
-        if isinstance(runner, OpenCodeServer):
-            open_connections(runner)
-        yield runner
-
-
-@pytest.fixture
-def make(kind: type[Runner], opencode_binary: str, cfg: RunConfig) -> Iterator[MakeRunner]:
-    """Makes runners of a test's own, and closes them after it."""
-    with ExitStack() as made:
-
-        def make(**settings: Any) -> Runner:
-            settings = {"run_cfg": cfg, **settings}
-            return made.enter_context(kind(opencode_binary, **settings))  # type: ignore[arg-type]
-
-        yield make
-
-
-@pytest.fixture(scope="module")
 def workspace(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for each runner: tools write their ids there."""
     return tmp_path_factory.mktemp("workspace")
 
 
@@ -293,7 +213,7 @@ def test_what_a_tool_leaves_running_ends_with_the_run(whole: Whole) -> None:
 
 # --- the prompt and the answer -------------------------------------------------------------------
 
-SIZES = {700_000: "0.7 MB", 2_000_000: "2 MB", 8_000_000: "8 MB"}
+SIZE = 8_000_000
 
 
 def numbered(size: int) -> str:
@@ -304,15 +224,10 @@ def numbered(size: int) -> str:
 ODD = "-- \"first\" line\n\n'second'\twith a tab\u2028and a separator, ünï 🙂\r\n  "
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    [ODD + numbered(2_000_000) + ODD, "\ufeffafter a byte order mark"],
-    ids=["2 MB with every kind of character", "a byte order mark"],
-)
-def test_a_prompt_arrives_byte_for_byte(
-    runner: Runner, workspace: Path, script: Script, prompt: str
+def test_a_prompt_of_2_mb_arrives_byte_for_byte(
+    runner: Runner, workspace: Path, script: Script
 ) -> None:
-    script.to(prompt, "ok")
+    prompt = script.to("\ufeff" + ODD + numbered(2_000_000) + ODD, "ok")
 
     result = runner.run(prompt, workspace)
 
@@ -322,40 +237,18 @@ def test_a_prompt_arrives_byte_for_byte(
     assert result.answer == "ok"
 
 
-@pytest.mark.parametrize("size", SIZES, ids=SIZES.get)
-def test_a_large_answer_arrives_whole_by_run(
-    runner: Runner, workspace: Path, script: Script, size: int
-) -> None:
-    prompt = script.to(f"Count to {size}, run", numbered(size))
-
-    result = runner.run(prompt, workspace)
-
-    is_whole = result.final_text == numbered(size)
-    assert is_whole, len(result.final_text)
-    assert result.status == "ok"
-
-
-@pytest.mark.parametrize("size", SIZES, ids=SIZES.get)
-def test_a_large_answer_arrives_whole_by_stream(
-    runner: Runner, workspace: Path, script: Script, size: int
-) -> None:
-    prompt = script.to(f"Count to {size}, stream", numbered(size))
+def test_an_answer_of_8_mb_arrives_whole(runner: Runner, workspace: Path, script: Script) -> None:
+    prompt = script.to("Count", numbered(SIZE))
 
     with runner.stream(prompt, workspace) as stream:
         events = [event for event in stream if event["type"] != "text_delta"]
 
     assert [event["type"] for event in events] == ["step_start", "text", "step_finish"]
-    is_whole = events[1]["part"]["text"].rstrip("\n") == numbered(size)
+    is_whole = events[1]["part"]["text"].rstrip("\n") == numbered(SIZE)
     assert is_whole, len(events[1]["part"]["text"])
-    kept = [event for event in stream.result.events if event["type"] != "text_delta"]
-    is_kept = kept == events
+    is_kept = stream.result.final_text == numbered(SIZE)
     assert is_kept
-
-
-@pytest.mark.parametrize("prompt", ["", " \n\t "], ids=["empty", "blanks"])
-def test_a_blank_prompt_is_refused(runner: Runner, workspace: Path, prompt: str) -> None:
-    with pytest.raises(OpenCodeConfigError, match="blank"):
-        runner.run(prompt, workspace)
+    assert stream.result.status == "ok"
 
 
 # --- permissions ---------------------------------------------------------------------------------
@@ -539,7 +432,6 @@ def test_a_session_is_continued_and_forked(
     second = run("Second", session_id=first)
     branch = run("Third", session_id=first, fork=True)
     last = run("Fourth", continue_session=True)
-    again = run("Fifth", session_id=first)
 
     def said(prompt: str) -> list[str]:
         return [text for text in conversation(script.asked(prompt)[0]) if text != "ok"]
@@ -547,10 +439,8 @@ def test_a_session_is_continued_and_forked(
     assert said("Second") == ["First", "Second"]
     assert said("Third") == ["First", "Second", "Third"]
     assert said("Fourth") == ["First", "Second", "Third", "Fourth"]  # the branch was the last
-    assert said("Fifth") == ["First", "Second", "Fifth"]  # and left the original as it was
-    assert first == second == again
-    assert branch != first
-    assert last == branch
+    assert first == second
+    assert first != branch == last
 
 
 _GO_ON = """
@@ -587,14 +477,14 @@ def test_a_pickled_runner_goes_on_with_a_session_in_another_process(
 # --- threads -------------------------------------------------------------------------------------
 
 
-def test_four_threads_share_a_runner_and_each_gets_its_own_answer(
+def test_threads_share_a_runner_and_each_gets_its_own_answer(
     runner: Runner, workspace: Path
 ) -> None:
-    with ThreadPoolExecutor(4) as threads:
-        results = list(threads.map(lambda n: runner.run(f"Number {n}", workspace), range(4)))
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(lambda n: runner.run(f"Number {n}", workspace), range(2)))
 
-    assert [result.final_text for result in results] == [f"re Number {n}" for n in range(4)]
-    assert len({result.session_id for result in results}) == 4
+    assert [result.final_text for result in results] == [f"re Number {n}" for n in range(2)]
+    assert results[0].session_id != results[1].session_id
 
 
 # --- early ends: the tools are gone when control returns -----------------------------------------
@@ -604,16 +494,6 @@ def test_four_threads_share_a_runner_and_each_gets_its_own_answer(
 def sleeping(script: Script, tools: Tools) -> str:
     """A prompt that has tools started."""
     return script.to("Sleep well", Reply("Good night.", tool_calls=[tools.call]), "Awake.")
-
-
-def test_after_leaving_the_loop_no_tool_lives(
-    runner: Runner, workspace: Path, sleeping: str, tools: Tools
-) -> None:
-    for _ in runner.stream(sleeping, workspace):
-        tools.wait_until_started()
-        break
-
-    assert tools.living() == []
 
 
 def test_after_close_no_tool_lives_and_the_session_goes_on(
@@ -650,17 +530,6 @@ def test_after_cancel_in_another_thread_no_tool_lives(
     assert left == []
     assert caught.value.result is stream.result
     assert (stream.result.status, stream.result.final_text) == ("cancelled", "Good night.")
-
-
-def test_after_an_exception_of_the_consumer_no_tool_lives(
-    runner: Runner, workspace: Path, sleeping: str, tools: Tools
-) -> None:
-    with pytest.raises(ZeroDivisionError), runner.stream(sleeping, workspace) as stream:
-        for _ in stream:
-            tools.wait_until_started()
-            raise ZeroDivisionError
-
-    assert tools.living() == []
 
 
 def test_after_garbage_collection_no_tool_lives(
@@ -740,13 +609,12 @@ def test_after_ctrl_c_no_tool_lives_when_the_script_goes_on(
     assert tools.living() == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_within_5_s_of_a_signal_that_ends_the_script_no_tool_lives(
-    program: subprocess.Popen[bytes], tools: Tools, number: signal.Signals
+def test_within_5_s_of_a_kill_of_the_script_no_tool_lives(
+    program: subprocess.Popen[bytes], tools: Tools
 ) -> None:
-    program.send_signal(number)
+    program.kill()
 
-    assert program.wait(WITHIN_S) == -number
+    assert program.wait(WITHIN_S) == -signal.SIGKILL
     tools.wait_until_gone()
 
 
@@ -773,11 +641,10 @@ def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     "changes, left",
     [
-        ({"inherit_user_config": True}, {"user", "project", "parent"}),
         ({"inherit_user_config": False}, {"project"}),
         ({"inherit_user_config": True, "inherit_project_config": False}, {"user", "parent"}),
     ],
-    ids=["all", "without the user's", "without the project's"],
+    ids=["without the user's", "without the project's"],
 )
 def test_configuration_is_merged_with_ours_or_left_out(
     make: MakeRunner,
@@ -818,50 +685,3 @@ def test_only_a_server_tells_of_text_before_it_is_complete(runner: Runner, whole
     deltas = [event["delta"] for event in whole.result.events if event["type"] == "text_delta"]
 
     assert deltas == (["Let me look.", "Done."] if is_server(runner) else [])
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"print_logs": True},
-        {"log_level": "DEBUG"},
-        {"extra_env": {"A": "B"}},
-        {"mcp": {}},
-        {"config_overrides": {"username": "Ann"}},
-        {"instructions": ("more.md",)},
-        {"inherit_project_config": False},
-        {"disable_autoupdate": False},
-        {"pure": True},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_settings_of_the_whole_server_are_refused_by_name_on_a_run(
-    runner: Runner, cfg: RunConfig, workspace: Path, changes: dict[str, Any]
-) -> None:
-    # To the end of the check: an unknown session is refused without a start.
-    changed = cfg.replace(**changes, session_id="ses_of_nobody")
-    words = f"^{next(iter(changes))} is the same" if is_server(runner) else "ses_of_nobody"
-
-    with pytest.raises(OpenCodeConfigError, match=words):
-        runner.run("Hi", workspace, run_cfg=changed)
-
-
-def test_only_a_process_runs_without_plugins(kind: type[Runner], cfg: RunConfig) -> None:
-    pure = cfg.replace(pure=True)
-
-    if kind is OpenCodeServer:
-        with pytest.raises(OpenCodeConfigError, match="pure=True"):
-            kind(run_cfg=pure)
-    else:
-        kind(run_cfg=pure).close()
-
-
-def test_only_a_server_asks_somebody(runner: Runner, workspace: Path) -> None:
-    assert isinstance(runner, (OpenCodeClient, OpenCodeServer))
-
-    if isinstance(runner, OpenCodeServer):
-        with runner.session(workspace, on_permission=lambda request: "once") as chat:
-            assert chat.send("May I?").answer == "re May I?"
-    else:
-        with pytest.raises(OpenCodeConfigError, match="needs a server"):
-            runner.session(workspace, on_permission=lambda request: "once")

@@ -6,7 +6,7 @@ All runs are under way together, and share one model and one runner of each kind
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +17,6 @@ import pytest
 from opencode_sync import (
     BatchRun,
     OpenCodeBudgetError,
-    OpenCodeClient,
     OpenCodeError,
     OpenCodeIncompleteError,
     OpenCodeServer,
@@ -28,7 +27,7 @@ from opencode_sync import (
 from opencode_sync.api.runner import Runner
 from opencode_sync.core.config import merged
 from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, ToolCall, tool_call
-from tests.live.warm import config, open_connections, shell
+from tests.live.warm import config, shell
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell"),
@@ -60,24 +59,35 @@ def _answer(request: ChatRequest) -> Answer:
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[ScriptedModel]:
-    with ScriptedModel(_answer) as model:
-        yield model
+def script() -> Callable[[ChatRequest], Answer]:
+    return _answer
 
 
-@pytest.fixture(scope="module", params=[OpenCodeClient, OpenCodeServer], ids=["process", "server"])
-def runner(
-    request: pytest.FixtureRequest, opencode_binary: str, model: ScriptedModel
-) -> Iterator[Runner]:
-    cfg: RunConfig = config(model)
+@pytest.fixture(scope="module")
+def cfg(model: ScriptedModel) -> RunConfig:
+    """Of the model, and of one without a price."""
+    cfg = config(model)
     free = {"name": "Free", "limit": {"context": 100_000, "output": 9_000}, "tool_call": True}
     provider = {"scripted": {"models": {"free": free}}}
-    cfg = cfg.replace(config_overrides=merged(cfg.config_overrides or {}, {"provider": provider}))
-    with request.param(opencode_binary, run_cfg=cfg) as runner:
-        if isinstance(runner, OpenCodeServer):
-            open_connections(runner)
-        yield runner
+    return cfg.replace(config_overrides=merged(cfg.config_overrides or {}, {"provider": provider}))
 
+
+# Each way once with a server, and with processes where what they print tells of it.
+LIMITS: dict[str, dict[str, Any]] = {
+    "Unknown reason": {},
+    "Malformed call": {},
+    "Unknown reason, paid for": {"max_cost": 1.5 * STEP_COST},
+    "Delegate it": {},
+    "Work by steps": {"max_steps": 2},
+}
+ON_SERVER: dict[str, dict[str, Any]] = {
+    "Empty answer": {},
+    "Toolless step": {},
+    "Unoffered tool": {},
+    "Misfitting arguments": {},
+    "Structured output": {"max_repairs": 0, "schema": {"type": "object", "required": ["name"]}},
+    "Work by tokens": {"max_tokens": 2 * STEP_TOKENS},
+}
 
 Errors = dict[str, OpenCodeError]
 
@@ -85,19 +95,7 @@ Errors = dict[str, OpenCodeError]
 @pytest.fixture(scope="module")
 def errors(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Errors:
     """What each run ended with, by its prompt."""
-    limits: dict[str, dict[str, Any]] = {
-        "Unknown reason": {},
-        "Empty answer": {},
-        "Toolless step": {},
-        "Malformed call": {},
-        "Unoffered tool": {},
-        "Misfitting arguments": {},
-        "Structured output": {"max_repairs": 0, "schema": {"type": "object", "required": ["name"]}},
-        "Unknown reason, paid for": {"max_cost": 1.5 * STEP_COST},
-        "Delegate it": {},
-        "Work by steps": {"max_steps": 2},
-        "Work by tokens": {"max_tokens": 2 * STEP_TOKENS},
-    }
+    limits = LIMITS | (ON_SERVER if isinstance(runner, OpenCodeServer) else {})
     with ExitStack() as streams, ThreadPoolExecutor(len(limits)) as threads:
 
         def start(prompt: str) -> OpenCodeError:
@@ -111,13 +109,19 @@ def errors(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Errors:
         return dict(zip(limits, threads.map(start, limits), strict=True))
 
 
+def on_server(prompt: str) -> Any:
+    return pytest.param(prompt, marks=pytest.mark.only("server"))
+
+
 def _error_of(stream: RunStream) -> OpenCodeError:
     with pytest.raises(OpenCodeError) as caught:
         stream.wait()
     return caught.value
 
 
-@pytest.mark.parametrize("prompt", ["Unknown reason", "Empty answer", "Toolless step"])
+@pytest.mark.parametrize(
+    "prompt", ["Unknown reason", on_server("Empty answer"), on_server("Toolless step")]
+)
 def test_a_model_that_is_asked_again_and_again_ends_the_run(
     errors: Errors, prompt: str, model: ScriptedModel
 ) -> None:
@@ -136,7 +140,13 @@ def test_a_model_that_is_asked_again_and_again_ends_the_run(
 
 
 @pytest.mark.parametrize(
-    "prompt", ["Malformed call", "Unoffered tool", "Misfitting arguments", "Structured output"]
+    "prompt",
+    [
+        "Malformed call",
+        on_server("Unoffered tool"),
+        on_server("Misfitting arguments"),
+        on_server("Structured output"),
+    ],
 )
 def test_a_model_that_calls_tools_in_vain_again_and_again_ends_the_run(
     errors: Errors, prompt: str
@@ -179,6 +189,7 @@ def test_a_run_ends_with_its_last_step(errors: Errors) -> None:
     assert error.result.tool_calls[0]["part"]["state"]["output"] == "here\n"
 
 
+@pytest.mark.only("server")
 def test_a_run_ends_where_its_tokens_are_used_up(errors: Errors) -> None:
     error = errors["Work by tokens"]
 
@@ -190,6 +201,7 @@ def test_a_run_ends_where_its_tokens_are_used_up(errors: Errors) -> None:
 # --- prices that nobody knows --------------------------------------------------------------------
 
 
+@pytest.mark.only("server")
 def test_a_model_without_a_price_is_warned_of_and_bound_by_its_tokens(
     runner: Runner, tmp_path: Path
 ) -> None:
@@ -210,6 +222,7 @@ def test_a_model_without_a_price_is_warned_of_and_bound_by_its_tokens(
 # --- batches -------------------------------------------------------------------------------------
 
 
+@pytest.mark.only("server")
 def test_a_batch_stops_what_is_under_way_and_runs_it_again_with_a_larger_budget(
     runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,37 +53,17 @@ def asking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Options:
 def test_a_run_prints_the_answer_and_the_next_one_goes_on_with_its_session(
     shell: Shell, scripted: Scripted, asking: Options
 ) -> None:
-    model = scripted(["Your name is Bob.", "Bob."])
+    look = tool_call("bash", command="ls", description="List files")
+    model = scripted(["Your name is Bob.", Reply.calls(look, text="I look."), "Bob."])
 
     status, out, err = shell("run", "My name is Bob.", *asking(model))
     session = err.rpartition("session ")[2].strip()
-    again = shell("run", "What is my name?", *asking(model), "--session", session)
+    again = shell("run", "Who am I?", "--stream", *asking(model), "--session", session)
 
     assert (status, out) == (0, "Your name is Bob.\n")
-    assert again[:2] == (0, "Bob.\n")
+    assert again[:2] == (0, "I look.\n\nBob.\n")
+    assert again[2].splitlines()[0] == "[bash] ls"
     assert "My name is Bob." in json.dumps(model.requests[1].messages)
-
-
-def test_a_stream_prints_text_and_tools(shell: Shell, scripted: Scripted, asking: Options) -> None:
-    look = tool_call("bash", command="ls", description="List files")
-    model = scripted([Reply.calls(look, text="I look."), "Nothing."])
-
-    status, out, err = shell("run", "Look.", "--stream", *asking(model))
-
-    assert (status, out) == (0, "I look.\n\nNothing.\n")
-    assert err.splitlines()[0] == "[bash] ls"
-
-
-def test_an_answer_that_does_not_fit_its_schema_is_mended(
-    shell: Shell, scripted: Scripted, asking: Options, tmp_path: Path
-) -> None:
-    schema = tmp_path / "schema.json"
-    schema.write_text('{"type": "object", "properties": {"n": {"type": "integer"}}}')
-    model = scripted(['{"n": "one"}', '{"n": 1}'])
-
-    status, out, _ = shell("run", "How many?", "--schema", str(schema), *asking(model))
-
-    assert (status, out) == (0, '{"n": 1}\n')
 
 
 def test_a_map_runs_the_lines_of_a_file(
@@ -118,18 +98,6 @@ def test_a_chat_knows_what_was_said_before(
     assert first[:2] == (0, "Hello Bob.\nBob.\n")
     assert second[:2] == (0, "Still Bob.\n")
     assert "My name is Bob." in json.dumps(model.requests[-1].messages)
-
-
-def test_json_of_a_run_whose_key_is_refused_holds_the_reason(
-    shell: Shell, scripted: Scripted, asking: Options
-) -> None:
-    model = scripted(Reply.failure(401, "bad key"))
-
-    status, out, err = shell("run", "Look.", "--json", *asking(model))
-
-    assert status == 1
-    assert json.loads(out)["error"]["status_code"] == 401
-    assert "401: bad key" in err.splitlines()[-1]
 
 
 def test_a_run_that_ended_at_a_denied_tool_is_told_apart_from_one_that_is_done(

@@ -9,13 +9,14 @@ from __future__ import annotations
 import struct
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from opencode_sync import OpenCodeClient, OpenCodeProcessError, OpenCodeServer, RunResult
+from opencode_sync import OpenCodeClient, OpenCodeProcessError, OpenCodeServer, RunConfig, RunResult
+from opencode_sync.api.runner import Runner
 from opencode_sync.process import versions
 from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
 
@@ -72,9 +73,13 @@ def answer(request: ChatRequest) -> Answer:
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[ScriptedModel]:
-    with ScriptedModel(answer) as model:
-        yield model
+def script() -> Callable[[ChatRequest], Answer]:
+    return answer
+
+
+@pytest.fixture(scope="module")
+def cfg(model: ScriptedModel) -> RunConfig:
+    return model.run_config(mcp=MCP)
 
 
 class Warned:
@@ -85,25 +90,11 @@ class Warned:
         self.text = "\n".join(result.warnings)
 
 
-@pytest.fixture(scope="module", params=["process", "server"])
-def runner(
-    request: pytest.FixtureRequest, opencode_binary: str, model: ScriptedModel
-) -> Iterator[OpenCodeClient | OpenCodeServer]:
-    cfg = model.run_config(mcp=MCP)
-    kind = OpenCodeClient if request.param == "process" else OpenCodeServer
-    with kind(opencode_binary, run_cfg=cfg) as runner:
-        yield runner
-
-
 @pytest.fixture(scope="module")
-def warned(
-    runner: OpenCodeClient | OpenCodeServer,
-    model: ScriptedModel,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Warned:
-    cfg = model.run_config(mcp=MCP, variant="highest", permission={"deploy": "deny"})
+def warned(runner: Runner, cfg: RunConfig, model: ScriptedModel, workspace: Path) -> Warned:
+    odd = cfg.replace(variant="highest", permission={"deploy": "deny"})
     n_asked = len(model.requests)
-    result = runner.run("Say hello.", tmp_path_factory.mktemp("workspace"), run_cfg=cfg)
+    result = runner.run("Say hello.", workspace, run_cfg=odd)
     return Warned(result, model.requests[n_asked].tools)
 
 

@@ -15,8 +15,7 @@ import pytest
 
 from opencode_sync import OpenCodeClient, OpenCodeError, OpenCodeServer
 from opencode_sync.api.runner import Runner
-from tests.live.conftest import MakeModel
-from tests.live.warm import config
+from tests.live.warm import MakeModel, config
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="POSIX file systems"),

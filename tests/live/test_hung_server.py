@@ -22,10 +22,7 @@ from opencode_sync import (
 )
 from opencode_sync.server import pool
 from opencode_sync.testing import Reply, ScriptedModel
-
-from .warm import Script, config, model, script, shell
-
-__all__ = ["model", "script"]  # fixtures
+from tests.live.warm import Script, config, shell
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGSTOP")
 

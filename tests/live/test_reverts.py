@@ -11,9 +11,7 @@ import pytest
 
 from opencode_sync import OpenCodeConfigError, OpenCodeServer
 from opencode_sync.testing import ScriptedModel, tool_call
-from tests.live.warm import Script, config, model, open_connections, script, server
-
-__all__ = ["model", "script", "server"]  # fixtures; the server keeps no snapshots
+from tests.live.warm import Script, config, make_what_stays
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell"),
@@ -27,7 +25,7 @@ MakeRepository = Callable[[str], Path]
 def keeping(opencode_binary: str, model: ScriptedModel) -> Iterator[OpenCodeServer]:
     """A server that keeps snapshots."""
     with OpenCodeServer(opencode_binary, run_cfg=config(model, lean=False)) as server:
-        open_connections(server)
+        make_what_stays(server)
         yield server
 
 

@@ -13,17 +13,14 @@ import pytest
 from pydantic import BaseModel, field_validator
 
 from opencode_sync import (
-    OpenCodeClient,
     OpenCodeOutputError,
     OpenCodeServer,
     RunConfig,
     RunResult,
 )
+from opencode_sync.api.runner import Runner
 from opencode_sync.testing import Answer, ChatRequest, Reply, ToolCall, tool_call
-
-from .warm import Script, client, conversation, model, runner, script, server, workspace
-
-__all__ = ["client", "model", "runner", "script", "server", "workspace"]  # fixtures
+from tests.live.warm import Script, conversation
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell")
 
@@ -64,8 +61,9 @@ def saying(value: Mapping[str, Any]) -> Callable[[ChatRequest], Answer]:
 # --- both runners --------------------------------------------------------------------------------
 
 
+@pytest.mark.only("server")
 def test_an_answer_that_fits_becomes_the_parsed_value(
-    runner: OpenCodeServer | OpenCodeClient, workspace: Path, script: Script
+    runner: Runner, workspace: Path, script: Script
 ) -> None:
     script.answers["Describe it"] = saying(GOOD)
 
@@ -76,7 +74,7 @@ def test_an_answer_that_fits_becomes_the_parsed_value(
 
 
 def test_an_answer_that_does_not_fit_is_repaired_in_the_same_session(
-    runner: OpenCodeServer | OpenCodeClient, workspace: Path, script: Script
+    runner: Runner, workspace: Path, script: Script
 ) -> None:
     script.answers["Describe it"] = saying(BAD)
     script.answers[REPAIR] = saying(GOOD)
@@ -90,8 +88,9 @@ def test_an_answer_that_does_not_fit_is_repaired_in_the_same_session(
     assert "- $.legs: " in script.last.prompt
 
 
+@pytest.mark.only("server")
 def test_an_answer_that_never_fits_is_an_error_with_all_of_it(
-    runner: OpenCodeServer | OpenCodeClient, workspace: Path, script: Script
+    runner: Runner, workspace: Path, script: Script
 ) -> None:
     script.answers["Describe it"] = script.answers[REPAIR] = saying(BAD)
 
@@ -115,7 +114,7 @@ WHOLE = {"name": "root", "kids": [{"name": "leaf", "kids": []}]}
 
 
 def test_a_cut_answer_is_sent_back_and_no_part_of_it_or_of_a_thought_is_taken(
-    runner: OpenCodeServer | OpenCodeClient, workspace: Path, script: Script
+    runner: Runner, workspace: Path, script: Script
 ) -> None:
     script.to("Draw it", Reply(CUT, finish_reason="length"))
     script.to(REPAIR, f'<think>{{"name": "no"}}</think>\n```json\n{json.dumps(WHOLE)}\n```')
@@ -127,8 +126,9 @@ def test_a_cut_answer_is_sent_back_and_no_part_of_it_or_of_a_thought_is_taken(
     assert "cut off" in script.last.prompt
 
 
+@pytest.mark.only("server")
 def test_an_answer_that_stays_cut_is_an_error_that_says_so(
-    runner: OpenCodeServer | OpenCodeClient, workspace: Path, script: Script
+    runner: Runner, workspace: Path, script: Script
 ) -> None:
     script.to("Draw it", Reply(CUT, finish_reason="length"))
     script.to(REPAIR, Reply(CUT, finish_reason="length"))
@@ -150,8 +150,9 @@ class Choosy(BaseModel):
         return {"Rotkehlchen": "robin"}[name]
 
 
+@pytest.mark.only("server")
 def test_what_a_users_validator_raises_is_an_error_of_ours_with_what_was_spent(
-    runner: OpenCodeServer | OpenCodeClient, workspace: Path, script: Script
+    runner: Runner, workspace: Path, script: Script
 ) -> None:
     script.answers["Describe it"] = script.answers[REPAIR] = saying({"name": "Kiebitz"})
 

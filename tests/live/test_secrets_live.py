@@ -9,25 +9,19 @@ from __future__ import annotations
 import json
 import pickle
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from opencode_sync import (
-    OpenCodeClient,
     OpenCodeError,
     OpenCodeProcessError,
-    OpenCodeServer,
-    RunConfig,
     RunResult,
 )
 from opencode_sync.api.runner import Runner
 from opencode_sync.display.report import checkpoint_to_html
 from opencode_sync.testing import Reply
-from tests.live.conftest import MakeModel
-from tests.live.warm import config, shell
+from tests.live.warm import MakeModel, MakeRunner, config, shell
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="POSIX shell"),
@@ -36,19 +30,12 @@ pytestmark = [
 
 SECRET = "sk-live-0123456789abcdef"
 
-MakeRunner = Callable[..., Runner]
 
-
-@pytest.fixture(params=[OpenCodeClient, OpenCodeServer], ids=["process", "server"])
-def runner_of(request: pytest.FixtureRequest, opencode_binary: str) -> Iterator[MakeRunner]:
-    """Makes runners of one of the two kinds, and closes them after the test."""
-    with ExitStack() as runners:
-
-        def make(cfg: RunConfig | None = None) -> Runner:
-            runner: Runner = request.param(opencode_binary, run_cfg=cfg)
-            return runners.enter_context(runner)
-
-        yield make
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    path = tmp_path / "workspace"
+    path.mkdir()
+    return path
 
 
 def written_about(runner: Runner, workspace: Path, directory: Path) -> tuple[OpenCodeError, str]:
@@ -81,16 +68,18 @@ _WRONG_TYPE = """\
     "text, fault",
     [
         (_WITHOUT_COMMA, "CommaExpected at line 4, column 5"),
-        (_WRONG_TYPE, "Expected object | undefined"),
+        pytest.param(
+            *(_WRONG_TYPE, "Expected object | undefined"), marks=pytest.mark.only("server")
+        ),
     ],
     ids=["a missing comma", "a wrong type"],
 )
 def test_a_broken_configuration_is_named_and_not_quoted(
-    runner_of: MakeRunner, workspace: Path, tmp_path: Path, text: str, fault: str
+    make: MakeRunner, workspace: Path, tmp_path: Path, text: str, fault: str
 ) -> None:
     (workspace / "opencode.json").write_text(text % SECRET)
 
-    error, written = written_about(runner_of(), workspace, tmp_path)
+    error, written = written_about(make(run_cfg=None), workspace, tmp_path)
 
     assert SECRET not in written
     assert str(workspace / "opencode.json") in str(error)
@@ -98,8 +87,9 @@ def test_a_broken_configuration_is_named_and_not_quoted(
     assert ("mcp.x.headers" in str(error)) == (text is _WRONG_TYPE)
 
 
+@pytest.mark.only("server")
 def test_a_broken_configuration_of_the_user_s_own_is_not_quoted_either(
-    runner_of: MakeRunner, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: MakeRunner, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server reads that one before it listens."""
     file = tmp_path / "config" / "opencode" / "opencode.json"
@@ -108,7 +98,7 @@ def test_a_broken_configuration_of_the_user_s_own_is_not_quoted_either(
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
     with pytest.raises(OpenCodeError) as caught:
-        runner_of().run("hello", workspace)
+        make(run_cfg=None).run("hello", workspace)
 
     assert SECRET not in str(caught.value)
     assert "CommaExpected at line 4, column 5" in str(caught.value)
@@ -116,14 +106,14 @@ def test_a_broken_configuration_of_the_user_s_own_is_not_quoted_either(
 
 
 def test_a_key_that_the_provider_repeats_is_masked_and_what_a_tool_prints_is_kept(
-    runner_of: MakeRunner, workspace: Path, tmp_path: Path, scripted: MakeModel
+    make: MakeRunner, workspace: Path, tmp_path: Path, scripted: MakeModel
 ) -> None:
     refusal = Reply.failure(401, f"Incorrect API key provided: {SECRET}")
     model = scripted(lambda request: refusal if request.tool_results else shell(f"echo {SECRET}"))
     cfg = config(model)
     overrides = {**(cfg.config_overrides or {})}
     overrides["provider"]["scripted"]["options"]["apiKey"] = SECRET
-    runner = runner_of(cfg.replace(config_overrides=overrides))
+    runner = make(run_cfg=cfg.replace(config_overrides=overrides))
 
     error, written = written_about(runner, workspace, tmp_path)
 

@@ -30,10 +30,7 @@ from opencode_sync.api.server import OpenCodeServer
 from opencode_sync.core.events import Event
 from opencode_sync.testing import Reply, ScriptedModel, tool_call
 from tests import leaks
-
-from .warm import Script, config, conversation, model, script, server, shell, workspace
-
-__all__ = ["model", "script", "server", "workspace"]  # fixtures
+from tests.live.warm import Script, config, conversation, shell
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell")
 

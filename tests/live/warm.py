@@ -1,18 +1,21 @@
-"""A warm server of the real opencode, with a model that each test tells what to say."""
+"""What the tests of the real opencode have in common: a script for the model, and small words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import pytest
-
 from opencode_sync import OpenCodeClient, OpenCodeServer, RunConfig
-from opencode_sync.testing import Answer, ChatRequest, ScriptedModel, tool_call
+from opencode_sync.api.runner import Runner
+from opencode_sync.testing import Answer, ChatRequest, ScriptedModel, ToolCall, tool_call
 
+MakeModel = Callable[..., ScriptedModel]
+MakeRunner = Callable[..., Runner]
+
+WITHIN_S = 100.0  # a loaded machine takes its time
 CONNECTIONS = 12  # more than any test uses at once
 
 
@@ -22,18 +25,35 @@ class Script:
 
     answers: dict[str, Callable[[ChatRequest], Answer]] = field(default_factory=dict)
     requests: list[ChatRequest] = field(default_factory=list)
+    _told: dict[str, int] = field(default_factory=dict)  # how many requests had come before
+    _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def __call__(self, request: ChatRequest) -> Answer:
-        self.requests.append(request)
+        with self._changed:
+            self.requests.append(request)
+            self._changed.notify_all()
         told = (answer for begin, answer in self.answers.items() if _says(request, begin))
         return next(told, lambda request: f"re {request.prompt}")(request)
 
     def to(self, prompt: str, *replies: Answer) -> str:
         """Answer *prompt*, and what begins with it, with *replies*: one for each step."""
+        self._told[prompt] = len(self.requests)
         self.answers[prompt] = lambda request: replies[
             min(len(_results_since_prompt(request)), len(replies) - 1)
         ]
         return prompt
+
+    def asked(self, prompt: str, times: int = 1) -> list[ChatRequest]:
+        """The requests for *prompt* since to() was called for it, once there are as many."""
+
+        def found() -> list[ChatRequest]:
+            since = self.requests[self._told.get(prompt, 0) :]
+            return [request for request in since if _says(request, prompt)]
+
+        with self._changed:
+            came = self._changed.wait_for(lambda: len(found()) >= times, WITHIN_S)
+            assert came, f"{prompt!r} was not asked {times} times"
+            return found()
 
     @property
     def last(self) -> ChatRequest:
@@ -63,7 +83,7 @@ def conversation(request: ChatRequest) -> list[str]:
     return texts
 
 
-def shell(command: str) -> Answer:
+def shell(command: str) -> ToolCall:
     return tool_call("bash", command=command, description="A command")
 
 
@@ -75,34 +95,12 @@ def config(model: ScriptedModel, **changes: Any) -> RunConfig:
     return model.run_config(config_overrides=overrides, **changes)
 
 
-@pytest.fixture(scope="module")
-def script() -> Script:
-    return Script()
-
-
-@pytest.fixture(scope="module")
-def model(script: Script) -> Iterator[ScriptedModel]:
-    with ScriptedModel(script) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def server(opencode_binary: str, model: ScriptedModel) -> Iterator[OpenCodeServer]:
-    with OpenCodeServer(opencode_binary, run_cfg=config(model)) as server:
-        open_connections(server)
-        yield server
-
-
-@pytest.fixture
-def client(opencode_binary: str, model: ScriptedModel) -> Iterator[OpenCodeClient]:
-    with OpenCodeClient(opencode_binary, run_cfg=config(model)) as client:
-        yield client
-
-
-@pytest.fixture(params=["server", "process"])
-def runner(request: pytest.FixtureRequest, server: OpenCodeServer, client: OpenCodeClient) -> Any:
-    """Both runners, one after the other."""
-    return server if request.param == "server" else client
+def make_what_stays(runner: Runner) -> None:
+    """Make what a runner makes once when it is first used: no test is to be blamed for it."""
+    if isinstance(runner, OpenCodeServer):
+        open_connections(runner)
+    elif isinstance(runner, OpenCodeClient):
+        runner._directories.empty_config()
 
 
 def open_connections(server: OpenCodeServer) -> None:
@@ -115,8 +113,3 @@ def open_connections(server: OpenCodeServer) -> None:
         ]
         for response in begun:
             response.read()
-
-
-@pytest.fixture(scope="module")
-def workspace(server: OpenCodeServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("workspace")
