@@ -1,7 +1,8 @@
 """Ways for a run to end while its tools are at work, on whichever opencode.
 
-Tools     the processes that a run's tools are, found by the directory that they work in
-script()  a Python program that runs a prompt, to be interrupted or killed
+Tools       the processes that a run's tools are, found by the directory that they work in
+sleeping()  the same, found by how long they sleep
+script()    a Python program that runs a prompt, to be interrupted or killed
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import IO
 import psutil
 
 from opencode_sync import RunConfig
+from tests import leaks
 
 # One has a parent in another session, one has no parent at all, one is a plain child.
 COMMAND = "(setsid sh -c 'sleep 901 & sleep 902' &); sleep 903"
@@ -72,6 +74,18 @@ class Tools:
         while len(living := self.living()) != count:
             assert time.monotonic() < deadline, f"{len(living)} of {count} tools after {within_s} s"
             time.sleep(0.01)  # nobody tells of a process that comes or goes
+
+
+def sleeping(*seconds: int) -> list[psutil.Process]:
+    """The processes that sleep for one of *seconds*, started by these tests and not by others."""
+    commands = [["sleep", str(number)] for number in seconds]
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.cmdline() in commands:
+                mark = process.environ().get(leaks.SESSION, "")
+                found += [process] if mark.startswith(leaks.MARK) else []
+    return found
 
 
 class Script:

@@ -16,11 +16,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from opencode_sync.process.versions import binary_version
 
 RIVAL = "py-opencode-wrapper"
 RIVAL_VERSIONS = ("0.1.2", "0.3.8")
-SAMPLING_S = 0.05
 MARK = "OPENCODE_SYNC_BENCHMARK"  # a contender's name, in the environment of all it starts
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,17 +46,14 @@ class Answer:
 
     wall_s: float
     cpu_s: float
-    peak_mib: float
     answer: Any
 
 
 class Contender:
     """A worker's process; answers one task at a time."""
 
-    def __init__(self, name: str, argv: list[str], home: Path) -> None:
+    def __init__(self, name: str, argv: list[str], home: Path, workspace: Path) -> None:
         self.name = name
-        workspace = home / "workspace"
-        workspace.mkdir(parents=True, exist_ok=True)
         self._process = subprocess.Popen(
             argv,
             stdin=subprocess.PIPE,
@@ -68,11 +63,8 @@ class Contender:
             env=_environment(home, workspace) | {MARK: name},
         )
 
-    def ask(self, task: str, *, with_memory: bool = False, **arguments: Any) -> Answer:
+    def ask(self, task: str, **arguments: Any) -> Answer:
         """Have *task* done.
-
-        Args:
-            with_memory: Watch the memory of the worker and all below it, which takes some CPU.
 
         Raises:
             CannotRun: In the worker's words.
@@ -80,25 +72,19 @@ class Contender:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
-        with _peak_memory(self._process.pid, with_memory) as peak:
-            stdin.write(json.dumps({"task": task, "arguments": arguments}) + "\n")
-            stdin.flush()
-            line = stdout.readline()
-        told = json.loads(line or '{"error": "it ended"}')
+        stdin.write(json.dumps({"task": task, "arguments": arguments}) + "\n")
+        stdin.flush()
+        told = json.loads(stdout.readline() or '{"error": "it ended"}')
         if "error" in told:
             raise CannotRun(f"{self.name}: {told['error']}")
-        return Answer(told["wall_s"], told["cpu_s"], peak.mib, told["answer"])
+        return Answer(**told)
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
         try:
-            self._process.wait(15)
+            self._process.communicate(timeout=15)  # its stdin ends, and so does it
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+            self._process.communicate()
 
 
 def _environment(home: Path, workspace: Path) -> dict[str, str]:
@@ -119,53 +105,20 @@ def _environment(home: Path, workspace: Path) -> dict[str, str]:
 
 
 @dataclass
-class _Peak:
-    mib: float = 0.0
-
-
-@contextmanager
-def _peak_memory(pid: int, is_wanted: bool) -> Iterator[_Peak]:
-    """The most that a process and all below it held, pages that several share counted for each."""
-    peak = _Peak()
-    done = threading.Event()
-
-    def watch() -> None:
-        worker = psutil.Process(pid)
-        while not done.wait(SAMPLING_S):
-            resident = 0
-            for process in [worker, *worker.children(recursive=True)]:
-                try:
-                    resident += process.memory_info().rss
-                except psutil.Error:  # it has just ended
-                    continue
-            peak.mib = max(peak.mib, resident / 2**20)
-
-    if not is_wanted:
-        yield peak
-        return
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
-
-
-@dataclass
 class Setting:
-    """What the benchmarks share."""
+    """What the benchmarks share.
+
+    Attributes:
+        workspace: Where contenders have their runs work.
+        rivals: Their Pythons by name, or why there is none.
+    """
 
     is_quick: bool
     root: Path
+    workspace: Path
     binary: str | None
-    rivals: dict[str, str] = field(default_factory=dict)  # name -> its Python, or why there is none
+    rivals: dict[str, str]
     _contenders: ExitStack = field(default_factory=ExitStack)
-
-    @property
-    def workspace(self) -> Path:
-        """Where contenders have their runs work."""
-        return self.root / "workspace"
 
     def opencode(self) -> str:
         """The real binary.
@@ -183,43 +136,34 @@ class Setting:
         Raises:
             CannotRun: Where the rival could not be installed.
         """
-        module, python = name, sys.executable
-        if name in self.rivals:
-            module, python = "rival", self.rivals[name]
-            if not os.path.exists(python):
-                raise CannotRun(f"{name}: {python}")
+        python = self.rivals.get(name, sys.executable)
+        if not os.path.exists(python):
+            raise CannotRun(f"{name}: {python}")
+        module = "rival" if name in self.rivals else name
         argv = [python, "-m", f"tests.benchmarks.workers.{module}"]
-        contender = Contender(name, argv, self.root)
+        contender = Contender(name, argv, self.root, self.workspace)
         self._contenders.callback(contender.close)
         return contender
 
     def contenders(self, *names: str) -> dict[str, Contender]:
         return {name: self.contender(name) for name in names}
 
-    def rounds(self, full: int, quick: int) -> int:
+    def size(self, full: int, quick: int) -> int:
         return quick if self.is_quick else full
 
     def end_contenders(self) -> None:
         """End their processes, after a benchmark."""
         self._contenders.close()
 
-    def describe(self) -> dict[str, str]:
-        """The machine and the versions."""
-        memory_gib = psutil.virtual_memory().total / 2**30
-        return {
-            "cores": str(os.cpu_count()),
-            "memory": f"{memory_gib:.0f} GiB",
-            "processor": _processor(),
-            "system": f"{platform.system()} {platform.release()}",
-            "Python": platform.python_version(),
-            "opencode-sync": _own_version(),
-            "opencode": binary_version(self.binary) if self.binary else "none",
-            **{name: _told(python) for name, python in self.rivals.items()},
-        }
-
-
-def _told(python: str) -> str:
-    return "installed" if os.path.exists(python) else python
+    def describe(self) -> str:
+        """The moment, the machine and the versions, in one line."""
+        opencode = binary_version(self.binary) if self.binary else "none"
+        return (
+            f"{datetime.now(timezone.utc):%Y-%m-%d}, {'quick' if self.is_quick else 'full'} sizes: "
+            f"{os.cpu_count()} cores ({_processor()}), "
+            f"{psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.system()} "
+            f"{platform.release()}, Python {platform.python_version()}, OpenCode {opencode}"
+        )
 
 
 @contextmanager
@@ -234,7 +178,7 @@ def setting(is_quick: bool) -> Iterator[Setting]:
     with tempfile.TemporaryDirectory(prefix="opencode-sync-benchmarks-") as directory:
         root = Path(directory).resolve()
         (root / "workspace").mkdir()
-        made = Setting(is_quick, root, binary, rivals)
+        made = Setting(is_quick, root, root / "workspace", binary, rivals)
         try:
             yield made
         finally:
@@ -262,21 +206,9 @@ def _rival_python(version: str) -> str:
     return str(python)
 
 
-def _own_version() -> str:
-    try:
-        return metadata.version("opencode-sync-sdk")
-    except metadata.PackageNotFoundError:
-        from opencode_sync import __version__
-
-        return __version__
-
-
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo") as lines:
-            names = (
-                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-            )
-            return next(names, platform.processor())
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
+    return next((x.partition(": ")[2] for x in lines if x.startswith("model name")), "unknown")

@@ -128,14 +128,6 @@ def long_line(megabytes):
     finish()
 
 
-def long_stderr(megabytes):
-    start()
-    for _ in range(int(megabytes)):
-        complain("\x1b[31m" + "e" * ((1 << 20) - 6))
-    text("after the errors")
-    finish()
-
-
 def fail_with_long_stderr(megabytes):
     for _ in range(int(megabytes) << 10):
         complain("e" * 1023)

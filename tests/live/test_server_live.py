@@ -29,7 +29,7 @@ from opencode_sync import (
 from opencode_sync.api.server import OpenCodeServer
 from opencode_sync.core.events import Event
 from opencode_sync.testing import Reply, ScriptedModel, tool_call
-from tests import leaks
+from tests.endings import sleeping
 from tests.live.warm import Script, config, conversation, shell
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell")
@@ -209,15 +209,7 @@ def test_what_a_run_denies_its_sub_agents_do_not_do_either(
 
 
 def sleeps() -> list[psutil.Process]:
-    """The tools' processes, of these tests and no others."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            words = process.cmdline()
-            if words[:1] == ["sleep"] and words[1:] in (["901"], ["902"], ["903"]):
-                mark = process.environ().get(leaks.SESSION, "")
-                found += [process] if mark.startswith(leaks.MARK) else []
-    return found
+    return sleeping(901, 902, 903)
 
 
 def wait_for_sleeps(count: int) -> None:

@@ -8,11 +8,9 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from opencode_sync import (
@@ -27,12 +25,12 @@ from opencode_sync import (
     allow_reads,
 )
 from opencode_sync.testing import ScriptedModel, tool_call
+from tests.endings import sleeping
 from tests.live.warm import Script, config, conversation, shell
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell")
 
 WITHIN_S = 60
-SLEEP_S = "904"
 ASKING = RunConfig(permission={"bash": "ask", "edit": "ask"})
 
 
@@ -201,31 +199,21 @@ def test_sessions_are_listed_and_one_is_removed_if_asked_for(
 # --- turns ---------------------------------------------------------------------------------------
 
 
-def sleeps() -> list[psutil.Process]:
-    """The tool's processes."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.cmdline() == ["sleep", SLEEP_S]:
-                found.append(process)
-    return found
-
-
 def test_abort_ends_a_turn_with_its_tool_and_the_next_prompt_is_taken(
     server: OpenCodeServer, workspace: Path, script: Script
 ) -> None:
-    script.to("Sleep", shell(f"sleep {SLEEP_S}"), "Slept.")
+    script.to("Sleep", shell("sleep 904"), "Slept.")
     with server.session(workspace) as chat, ThreadPoolExecutor(1) as threads:
         sending = threads.submit(chat.send, "Sleep")
         end = time.monotonic() + WITHIN_S
-        while not sleeps() and time.monotonic() < end:
+        while not sleeping(904) and time.monotonic() < end:
             time.sleep(0.02)
 
         began = time.monotonic()
         chat.abort()
         with pytest.raises(OpenCodeCancelledError, match="aborted"):
             sending.result(WITHIN_S)
-        took_s, left = time.monotonic() - began, sleeps()
+        took_s, left = time.monotonic() - began, sleeping(904)
         after = chat.send("Hello")
 
     assert took_s < 2

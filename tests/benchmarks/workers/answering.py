@@ -44,12 +44,3 @@ def _cpu_s() -> float:
     """Seconds of CPU, of this process and of the children that it has reaped."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def resident_kib() -> dict[str, int]:
-    """What this process holds now, and held at most."""
-    with open("/proc/self/status") as status:
-        fields = dict(line.split(":", 1) for line in status)
-    return {
-        name: int(fields[key].split()[0]) for name, key in (("now", "VmRSS"), ("most", "VmHWM"))
-    }

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -27,29 +26,6 @@ def runs(binary: str, prompts: list[str], model: str, env: dict[str, str], **_: 
             events = [json.loads(line) for line in lines]
         answers.append("".join(event["part"].get("text", "") for event in events))
     return answers
-
-
-def ends(binary: str, count: int, threads: int) -> int:
-    def one(_: int) -> int:
-        done = subprocess.run([binary, "run", "a prompt"], capture_output=True, check=True)
-        return len(done.stdout.splitlines())
-
-    with ThreadPoolExecutor(threads) as pool:
-        return sum(pool.map(one, range(count)))
-
-
-def flood(binary: str, how: str) -> int:
-    return sum(1 for _ in _events(binary))
-
-
-def delays(binary: str, count: int) -> dict[str, list[float]]:
-    """Seconds between the writing of the first and last event and their being seen."""
-    first, last = [], []
-    for _ in range(count):
-        seen = [(time.monotonic_ns() - event["written_ns"]) / 1e9 for event in _events(binary)]
-        first.append(seen[0])
-        last.append(seen[-1])
-    return {"first": first, "last": last}
 
 
 def time_out(binary: str, timeout_s: float) -> float:
@@ -98,13 +74,6 @@ def turns(
         return list(pool.map(one, prompts))
 
 
-def _events(binary: str) -> Iterator[dict[str, Any]]:
-    with subprocess.Popen([binary, "run"], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            yield json.loads(line)
-
-
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.exit(serve(runs, ends, flood, delays, time_out, turns))
+    sys.exit(serve(runs, time_out, turns))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import sys
+import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
-from opencode_sync import OpenCodeClient, OpenCodeServer, OpenCodeTimeoutError, RunConfig
+from opencode_sync import Job, OpenCodeClient, OpenCodeServer, OpenCodeTimeoutError, RunConfig
+from tests.scripted import ScriptedRunner
 
-from .answering import resident_kib, serve
+from .answering import serve
 
 _kept: list[Any] = []  # what a later task is about
 
@@ -30,54 +33,6 @@ def runs(
         if len(prompts) == 1:
             return [client.run(prompts[0], workspace).final_text]
         return [result.final_text for result in client.map(prompts, workspace, max_workers=at_once)]
-
-
-def ends(binary: str, count: int, threads: int) -> int:
-    with OpenCodeClient(binary) as client, ThreadPoolExecutor(threads) as pool:
-        return sum(len(client.run("a prompt").events) for _ in range(1)) + sum(
-            pool.map(lambda _: len(client.run("a prompt").events), range(count - 1))
-        )
-
-
-def flood(binary: str, how: str) -> int:
-    with OpenCodeClient(binary) as client:
-        if how == "run":
-            return len(client.run("a prompt").events)
-        with client.stream("a prompt", keep_events=False, keep_raw=False) as stream:
-            return sum(1 for _ in stream)
-
-
-def delays(binary: str, count: int) -> dict[str, list[float]]:
-    first, last = [], []
-    with OpenCodeClient(binary) as client:
-        for _ in range(count):
-            with client.stream("a prompt") as stream:
-                seen = [(time.monotonic_ns() - event["written_ns"]) / 1e9 for event in stream]  # type: ignore[typeddict-item]
-            first.append(seen[0])
-            last.append(seen[-1])
-    return {"first": first, "last": last}
-
-
-def memory(binary: str, how: str) -> dict[str, float]:
-    """What a flood takes while its result is held, in KiB."""
-    with OpenCodeClient(binary) as client:
-        before = resident_kib()["now"]
-        with client.stream("a prompt", **_keeping(how)) as stream:
-            if how == "stream":
-                for _ in stream:
-                    pass
-            else:
-                stream.wait()
-        after = resident_kib()
-    return {"held": after["now"] - before, "peak": after["most"] - before}
-
-
-def _keeping(how: str) -> dict[str, bool]:
-    return {
-        "run": {},
-        "run without raw lines": {"keep_raw": False},
-        "stream": {"keep_events": False, "keep_raw": False},
-    }[how]
 
 
 def time_out(binary: str, timeout_s: float) -> float:
@@ -111,6 +66,54 @@ def turns(prompts: list[str], workspace: str, threads: int) -> list[str]:
     return [result.final_text for result in found]
 
 
+def batch(jobs: int, early: int) -> list[dict[str, float]]:
+    """How far a batch is, and what it holds, after *early* of its jobs and after all of them."""
+    marks = []
+    with tempfile.TemporaryDirectory() as directory, _runner() as runner:
+        prompts = (f"prompt {number}" for number in range(jobs))
+        began = time.perf_counter()
+        results = runner.map(prompts, checkpoint=Path(directory) / "batch.jsonl")
+        for done, _ in enumerate(results, 1):
+            if done in (early, jobs):
+                seconds = time.perf_counter() - began
+                marks.append({"jobs": done, "seconds": seconds, "peak_mib": _peak_mib()})
+    return marks
+
+
+def resume(lines: int) -> dict[str, float]:
+    """What it takes to go on with a batch of which *lines* jobs are done, one is not."""
+    with tempfile.TemporaryDirectory() as directory, _runner() as runner:
+        path = Path(directory) / "batch.jsonl"
+        list(runner.map([Job("prompt", key="job 0")], checkpoint=path))
+        written = path.read_text()
+        line = written.splitlines(keepends=True)[-1]
+        with path.open("a") as file:
+            file.writelines(line.replace("job 0", f"job {n}") for n in range(1, lines))
+        before, began = _peak_mib(), time.perf_counter()
+        jobs = (Job("prompt", key=f"job {number}") for number in range(lines + 1))
+        count = sum(1 for _ in runner.map(jobs, checkpoint=path))
+        assert count == lines + 1
+        return {"seconds": time.perf_counter() - began, "mib": _peak_mib() - before}
+
+
+class _Nothing(list[object]):
+    """Takes everything and keeps nothing: the runner's own record would be what grows."""
+
+    def append(self, item: object) -> None:
+        pass
+
+
+def _runner() -> ScriptedRunner:
+    runner = ScriptedRunner(max_workers=4)
+    runner.begun = _Nothing()  # type: ignore[assignment]
+    return runner
+
+
+def _peak_mib() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.exit(serve(runs, ends, flood, delays, memory, time_out, start_server, stop_server, turns))
+    sys.exit(serve(runs, time_out, start_server, stop_server, turns, batch, resume))

@@ -14,7 +14,7 @@ from opencode_wrapper import (  # type: ignore[import-not-found]
     RunConfig,
 )
 
-from .answering import resident_kib, serve
+from .answering import serve
 
 
 def runs(
@@ -36,68 +36,6 @@ def runs(
         return [result.final_text for result in found]
 
     return asyncio.run(all_of_them())
-
-
-def ends(binary: str, count: int, threads: int, startup_delay_s: float = 0.3) -> int:
-    """With *threads* at a time, which its README leaves to a semaphore of one's own."""
-
-    async def all_of_them() -> int:
-        client = AsyncOpenCodeClient(binary, startup_delay_s=startup_delay_s)
-        slots = asyncio.Semaphore(threads)
-
-        async def one() -> int:
-            async with slots:
-                return len((await client.async_run("a prompt", ".")).events)
-
-        return sum(await asyncio.gather(*[one() for _ in range(count)]))
-
-    return asyncio.run(all_of_them())
-
-
-def flood(binary: str, how: str) -> int:
-    async def run() -> int:
-        return len((await AsyncOpenCodeClient(binary).async_run("a prompt", ".")).events)
-
-    async def stream() -> int:
-        count = 0
-        async for _ in AsyncOpenCodeClient(binary).async_stream("a prompt", "."):
-            count += 1
-        return count
-
-    return asyncio.run(run() if how == "run" else stream())
-
-
-def delays(binary: str, count: int) -> dict[str, list[float]]:
-    async def one(client: Any) -> list[float]:
-        return [
-            (time.monotonic_ns() - event["written_ns"]) / 1e9
-            async for event in client.async_stream("a prompt", ".")
-        ]
-
-    async def all_of_them() -> list[list[float]]:
-        client = AsyncOpenCodeClient(binary)
-        return [await one(client) for _ in range(count)]
-
-    seen = asyncio.run(all_of_them())
-    return {"first": [times[0] for times in seen], "last": [times[-1] for times in seen]}
-
-
-def memory(binary: str, how: str) -> dict[str, float]:
-    """What a flood takes while its result is held, in KiB."""
-
-    async def held() -> dict[str, float]:
-        client = AsyncOpenCodeClient(binary)
-        before = resident_kib()["now"]
-        if how == "run":
-            result = await client.async_run("a prompt", ".")
-        else:
-            async for _ in client.async_stream("a prompt", "."):
-                pass
-        after = resident_kib()
-        del result
-        return {"held": after["now"] - before, "peak": after["most"] - before}
-
-    return asyncio.run(held())
 
 
 def time_out(binary: str, timeout_s: float) -> float:
@@ -135,4 +73,4 @@ def session(
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.exit(serve(runs, ends, flood, delays, memory, time_out, session))
+    sys.exit(serve(runs, time_out, session))
