@@ -340,7 +340,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
             executor = self._own_executor = ThreadPoolExecutor(self._most, "opencode-batch")
         _open.add(self)
         try:
-            _open.mind_exit()
+            _open.register()
             self._dispatch.begin(executor)
         except RuntimeError as error:  # no thread to be had, or the interpreter is at its end
             raise OpenCodeError(f"the batch cannot be started: {error}") from error
@@ -377,4 +377,4 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
             self._checkpoint.close()
 
 
-_open: UnderWay[BatchRun[Any]] = UnderWay(lambda batch: batch.cancel(REASON), is_minded=False)
+_open: UnderWay[BatchRun[Any]] = UnderWay(lambda batch: batch.cancel(REASON), is_registered=False)

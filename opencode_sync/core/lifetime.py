@@ -1,21 +1,17 @@
-"""Signals, whose handlers run between any two steps of Python in the main thread.
+"""What has to hold while signals, the interpreter's exit and forks come at any moment.
 
-deferred()  Ctrl-C held back while a process or a directory is made: it could come between the
-            making of a thing and the first reference to it, and nobody could give it back
-Flag        to be set in a handler that interrupts who sets the same one, or waits for it
-Queue       to be waited for without taking, and so to be taken from while Ctrl-C is held back
-CancelScope a deadline and a cancellation for all that waits in its name; to be cancelled in a
-            handler that interrupts who waits
+    deferred()   holds Ctrl-C back while a process or a directory is made: between the making of a
+                 thing and the first reference to it nobody could give it back
+    Flag         can be set in a signal's handler that interrupts its setter or its waiter
+    Queue        can be waited for without taking, and so be taken from while Ctrl-C is held back
+    CancelScope  a deadline and a cancellation for everything that waits in its name
+    UnderWay     what ends before the interpreter waits for its threads:
+                     main thread ends --> what was registered last, first: batches, runners, streams
+                                      --> concurrent.futures joins its workers, which wait for runs
+                                      --> atexit's own calls
+    Pinned       what cannot leave its process
 
-What is under way, ended before the interpreter waits for its threads.
-
-    main thread ends --> what was registered last, first: batches, submitted runs, streams
-                     --> concurrent.futures waits for its workers, which wait for runs
-                     --> atexit's own calls
-
-Knows weak references; what is to be ended, and how, is its maker's matter.
-
-What stays in its process: threads and a run hang on it, which no copy would have.
+Knows weak references and callbacks; what is ended, and how, is up to their makers.
 """
 
 from __future__ import annotations
@@ -44,8 +40,8 @@ T = TypeVar("T")
 def deferred() -> Iterator[None]:
     """Let a Ctrl-C that comes inside of the block take effect at its end.
 
-    Only the main thread of the main interpreter gets any; elsewhere this does nothing. The block
-    has to be short: it cannot be interrupted.
+    Only the main thread of the main interpreter gets signals; elsewhere this does nothing. The
+    block has to be short, as it cannot be interrupted.
     """
     caught: list[tuple[int, FrameType | None]] = []
     handler = signal.getsignal(signal.SIGINT)
@@ -63,6 +59,23 @@ def deferred() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if caught:
             handler(*caught[0])
+
+
+# The kernel may hand a signal to another thread than the main one, which alone runs handlers: a
+# wait without end would not notice. So each wait is cut into pieces of this length.
+SLICE_S = 1.0
+
+
+def _take(wakes: queue.SimpleQueue[None], timeout: float | None) -> None:
+    """Take one from *wakes*; raises queue.Empty after *timeout* seconds."""
+    left = math.inf if timeout is None else timeout
+    while True:
+        try:
+            return wakes.get(timeout=min(left, SLICE_S))
+        except queue.Empty:
+            left -= SLICE_S
+            if left <= 0:
+                raise
 
 
 class Flag:
@@ -83,30 +96,32 @@ class Flag:
         """Whether it is set, after at most *timeout* seconds."""
         if not self._is_set:
             with suppress(queue.Empty):
-                self._wakes.get(timeout=timeout)
+                _take(self._wakes, timeout)
                 self._wakes.put(None)  # for whoever else waits
         return self._is_set
 
 
 class Queue(queue.SimpleQueue[T]):
-    """A queue that can be waited for without taking anything from it; for one taker."""
+    """A queue that can be waited for without taking anything from it; for one reader."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # rings for each item
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each item
 
     def put(self, item: T, *args: Any) -> None:
         super().put(item, *args)
-        self._bell.put(None)
+        self._wakes.put(None)
 
     def wait(self, timeout: float | None) -> None:
-        """Return when it holds something; raises queue.Empty after *timeout* seconds."""
+        """Return when it holds an item; raises queue.Empty after *timeout* seconds."""
         while self.empty():
-            self._bell.get(timeout=timeout)  # at once where it rang for what is taken by now
+            _take(self._wakes, timeout)  # at once where the item was taken in the meantime
 
 
 class CancelScope:
-    """A deadline and a cancellation, for all that waits in its name.
+    """A deadline and a cancellation for everything that waits in its name.
+
+    Can be cancelled in a signal's handler that interrupts who waits.
 
     Attributes:
         deadline: The ``time.monotonic()`` instant at which waiting ends; infinity for never.
@@ -131,7 +146,7 @@ class CancelScope:
         return max(0.0, self.deadline - time.monotonic())
 
     def cancel(self) -> None:
-        """Wake all that waits. Idempotent, from any thread."""
+        """Wake everything that waits. Idempotent, from any thread."""
         self._is_cancelled = True
         with self._lock:
             for wake in tuple(self._wakes.values()):
@@ -153,7 +168,7 @@ class CancelScope:
     def wait(self, flag: Flag, timeout: float = math.inf) -> bool:
         """Whether *flag* is set; waits *timeout* seconds and to the end of this scope at most.
 
-        A cancellation sets *flag*, which therefore has to be of this waiter alone.
+        A cancellation sets *flag*, so no other waiter may share it.
         """
         with self.waking(flag.set):
             flag.wait(min(timeout, self.left(), threading.TIMEOUT_MAX))
@@ -164,54 +179,54 @@ REASON = "the interpreter is shutting down"
 
 
 class UnderWay(Generic[T]):
-    """Things that a forked child does not own, and that end with the interpreter.
+    """Things that end with the interpreter, and that a forked child does not own.
 
-    They are in a plain dict, whose single operations are atomic: a lock could be held by the very
-    thread that a finaliser interrupts.
+    They stand in a plain dict, whose single operations are atomic: a lock could be held by the
+    very thread that a finaliser interrupts.
     """
 
-    def __init__(self, end: Callable[[T], Any], *, is_minded: bool = True) -> None:
+    def __init__(self, end: Callable[[T], Any], *, is_registered: bool = True) -> None:
         """
         Args:
-            end: Called at the interpreter's exit with each that is there.
-            is_minded: Register at once; else :meth:`mind_exit` does.
+            end: Called at the interpreter's exit with each thing that is left.
+            is_registered: Register for the exit at once; else :meth:`register` does.
         """
         self._end = end
-        self._there: dict[int, weakref.ref[T]] = {}
-        self._minded: set[bool] = set()
-        if is_minded:
-            self.mind_exit()
+        self._items: dict[int, weakref.ref[T]] = {}
+        self._registered: set[bool] = set()
+        if is_registered:
+            self.register()
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._there.clear)
+            os.register_at_fork(after_in_child=self._items.clear)
 
     def add(self, item: T) -> None:
-        self._there[id(item)] = weakref.ref(item)
+        self._items[id(item)] = weakref.ref(item)
 
     def discard(self, item: T) -> None:
-        self._there.pop(id(item), None)
+        self._items.pop(id(item), None)
 
-    def mind_exit(self) -> None:
-        """Be called at the exit, before all that have been registered until now.
+    def register(self) -> None:
+        """Be called at the exit, before everything that is registered by now.
 
-        Once; and once more if it was since then that the pools of processes were first imported,
-        which wait for their own.
+        Idempotent; but registers again once the pools of processes are imported, which wait for
+        their workers.
         """
         has_processes = "concurrent.futures.process" in sys.modules
-        if has_processes in self._minded:
+        if has_processes in self._registered:
             return
-        self._minded.add(has_processes)
-        # concurrent.futures waits for its workers before atexit's own calls are made, and runs that
-        # they wait for have to end before that. CPython has no public door to this (bpo-39812).
+        self._registered.add(has_processes)
+        # concurrent.futures waits for its workers before atexit's own calls are made, and the runs
+        # that these wait for have to end before. CPython has no public way for it (bpo-39812).
         getattr(threading, "_register_atexit", atexit.register)(self._end_all)
 
     def _end_all(self) -> None:
-        for ref in list(self._there.values()):
+        for ref in list(self._items.values()):
             if (item := ref()) is not None:
                 self._end(item)
 
 
 class Pinned:
-    """Neither pickled nor copied."""
+    """Cannot be pickled or copied: threads and a run depend on it, and a copy would have none."""
 
     _instead: ClassVar[str] = "pass on its result"
 
