@@ -1,71 +1,156 @@
-"""Limits of a run reach it, whichever verb it was asked for with."""
+"""The options of a prompt, and what is refused before anything starts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from opencode_sync import Job, OpenCodeBudgetError
-from opencode_sync.api.session import Session
-from opencode_sync.core.request import Budget, Spent
-from tests.scripted import STEP_COST, STEP_TOKENS, ScriptedRunner
+from opencode_sync import OpenCodeConfigError, RunConfig
+from opencode_sync.batch.batch import Options
+from opencode_sync.core.request import (
+    BATCH_DEFAULTS,
+    BatchOptions,
+    Request,
+    RunSettings,
+    StreamOptions,
+    check_keywords,
+    directory,
+    shows,
+)
 
-PROMPT = "spend 9 steps"
-LIMITS = {"max_cost": 1.5 * STEP_COST, "max_tokens": STEP_TOKENS, "max_steps": 2}
+# --- options -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def runner() -> Iterator[ScriptedRunner]:
-    with ScriptedRunner(max_workers=2) as runner:
-        yield runner
+def test_a_verb_shows_each_of_its_options_with_the_default_that_it_has() -> None:
+    @shows(StreamOptions)
+    def verb(prompt: str, **options: Any) -> None:
+        pass
+
+    parameters = inspect.signature(verb).parameters
+    made, limits = RunSettings.of({}), RunSettings.of({}).limits
+    assert list(parameters) == ["prompt", *StreamOptions.__annotations__]
+    assert parameters["timeout_s"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert parameters["timeout_s"].annotation == "float | None"
+    for name in parameters.keys() - {"prompt", "schema"}:
+        assert parameters[name].default == getattr(made, name, getattr(limits, name, None))
 
 
-Ask = Callable[..., Any]
-VERBS: dict[str, Ask] = {
-    "run": lambda runner, where, **limits: runner.run(PROMPT, where, **limits),
-    "stream": lambda runner, where, **limits: runner.stream(PROMPT, where, **limits).wait(),
-    "submit": lambda runner, where, **limits: runner.submit(PROMPT, where, **limits).result(20),
-    "map": lambda runner, where, **limits: list(runner.map([PROMPT], where, **limits)),
-    "Job": lambda runner, where, **limits: list(runner.map([Job(PROMPT, where, **limits)])),
-    "send": lambda runner, where, **limits: Session(runner, where).send(PROMPT, **limits),
-    "session.stream": lambda runner, where, **limits: (
-        Session(runner, where).stream(PROMPT, **limits).wait()
-    ),
+def test_a_batch_shows_the_defaults_of_its_own_options() -> None:
+    own, shared = set(BATCH_DEFAULTS), set(RunSettings.of({}).limits.__dict__)
+
+    assert own < BatchOptions.__annotations__.keys()
+    assert {name: getattr(Options(), name) for name in own} == BATCH_DEFAULTS
+    assert BatchOptions.__annotations__.keys() - own - shared == {
+        *("run_cfg", "schema", "keep_events", "keep_raw"),
+    }
+
+
+def test_each_option_of_a_run_arrives_in_its_settings(tmp_path: Path) -> None:
+    limits = {"timeout_s": 1, "idle_timeout_s": 2, "max_cost": 3, "max_steps": 4, "max_tokens": 5}
+    tries = {"max_retries": 6, "retry_delay_s": 7, "max_repairs": 8}
+    others = {"log_file": tmp_path, "run_cfg": RunConfig(), "keep_events": False, "keep_raw": False}
+    options = {**limits, **tries, **others}
+
+    settings = RunSettings.of({**options, "schema": dict})
+
+    assert {*options, "schema"} == StreamOptions.__annotations__.keys()
+    assert {name: getattr(settings.limits, name) for name in limits | tries} == limits | tries
+    assert {name: getattr(settings, name) for name in others} == others
+    assert settings.output is not None
+
+
+def test_an_unknown_keyword_is_pythons_own_error_with_the_likely_name() -> None:
+    @shows(StreamOptions)
+    def verb(**options: Any) -> None:
+        check_keywords(verb, options)
+
+    with pytest.raises(TypeError) as caught:
+        verb(timeout=3)
+
+    assert str(caught.value).endswith(
+        "verb() got an unexpected keyword argument 'timeout'. Did you mean 'timeout_s'?"
+    )
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def request(prompt: Any = "Explain", workspace: Any = "/", **settings: Any) -> Request:
+    return Request(prompt, directory(workspace), RunConfig(**settings))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "blank": ({"prompt": " \n\t"}, "the prompt is blank"),
+    "bytes": ({"prompt": b"Explain"}, "prompt is bytes: use a str"),
+    "list": ({"prompt": ["Explain"]}, "prompt is list: use a str"),
+    "lone surrogate": ({"prompt": "\ud800"}, "the prompt cannot be encoded as UTF-8"),
+    "no workspace": ({"workspace": "/none/repo"}, "workspace '/none/repo' does not exist"),
+    "file as workspace": ({"workspace": __file__}, f"workspace {__file__!r} is not a directory"),
+    "empty workspace": ({"workspace": ""}, "workspace is '': use the path of a directory"),
+    "number as workspace": ({"workspace": 3}, "workspace is 3: use the path of a directory"),
+    "NUL in the workspace": ({"workspace": "a\0b"}, "workspace 'a\\x00b'"),
+    "long workspace": ({"workspace": "x" * 5000}, f"workspace '{'x' * 200}': File name too long"),
+    "home of nobody": ({"workspace": "~nobody-of-that-name"}, "workspace '"),
+    "no file": ({"files": ("none.txt",)}, "no file 'none.txt' (counted from /)"),
+    "directory as file": ({"files": ("/",)}, "files: '/' is a directory: name files, or"),
 }
 
 
-@pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("ask", VERBS.values(), ids=VERBS)
-def test_each_verb_takes_each_limit(
-    runner: ScriptedRunner, tmp_path: Path, ask: Ask, limit: str
+@pytest.mark.parametrize("given, message", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_run_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(OpenCodeConfigError) as raised:
+        request(**given)
+
+    assert str(raised.value).startswith(message)
+
+
+def test_a_blank_prompt_will_do_for_a_command() -> None:
+    assert request("", command="init").prompt == ""
+
+
+def test_files_count_from_the_workspace_and_an_image_may_not_be_empty(tmp_path: Path) -> None:
+    for name in ("empty.png", "empty.txt"):
+        (tmp_path / name).touch()
+
+    request(workspace=tmp_path, files=("empty.txt",))
+    with pytest.raises(OpenCodeConfigError, match=r"files: 'empty\.png' is empty, and so"):
+        request(workspace=tmp_path, files=("empty.png",))
+
+
+def test_a_link_as_workspace_leads_to_the_directory(tmp_path: Path) -> None:
+    for name, target in (("link", "."), ("to nothing", "none"), ("to itself", "to itself")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+
+    assert directory(tmp_path / "link") == tmp_path.resolve()
+    for name in ("to nothing", "to itself"):
+        with pytest.raises(OpenCodeConfigError, match=r"^workspace '.*'(:| does not exist)"):
+            directory(tmp_path / name)
+
+
+# --- plugins of the workspace, which OpenCode executes whatever it is told ------------------------
+
+
+@pytest.mark.parametrize("file", [".opencode/plugin/a.js", "sub/.opencode/plugins/b.ts"])
+@pytest.mark.parametrize("setting", [{"pure": True}, {"inherit_project_config": False}], ids=repr)
+def test_plugins_are_refused_where_they_are_to_be_left_out(
+    tmp_path: Path, file: str, setting: dict[str, bool]
 ) -> None:
-    with pytest.raises(OpenCodeBudgetError) as caught:
-        ask(runner, tmp_path, **{limit: LIMITS[limit]})
+    for place in (".git", "sub", Path(file).parent):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).touch()
 
-    error = caught.value
-    assert (error.limit_name, error.limit) == (limit, LIMITS[limit])
-    assert error.result is not None
-    assert (error.result.status, error.result.turns) == ("over_budget", 2)
+    with pytest.raises(OpenCodeConfigError, match=r"would execute '.*[ab]\.[jt]s' all the same"):
+        request(workspace=tmp_path / "sub", **setting)
+
+    assert request(workspace=tmp_path / "sub").prompt
 
 
-@pytest.mark.parametrize(
-    "budget, spent, told",
-    [
-        (Budget(5.0), Spent(5.5, 9), "max_total_cost of $5 is spent ($5.5): "),
-        (
-            Budget(None, 9_000),
-            Spent(5.5, 9_500),
-            "max_total_tokens of 9,000 tokens is spent (9,500",
-        ),
-        (Budget(5.0, 9_000), Spent(1.5, 9_500), "max_total_tokens of 9,000"),
-        (Budget(5.0, 9_000), Spent(5.0, 0), "max_total_cost of $5"),
-    ],
-    ids=["dollars", "tokens", "tokens first", "dollars first"],
-)
-def test_the_error_names_the_budget_that_is_spent(budget: Budget, spent: Spent, told: str) -> None:
-    assert budget.is_spent(spent)
+def test_plugins_outside_of_the_repository_are_not_its_own(tmp_path: Path) -> None:
+    for place in (".opencode/plugin", "repository/.git"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / ".opencode/plugin/own.js").touch()
 
-    assert str(budget.error(spent, Spent(), "it ended")).startswith(told)
+    assert request(workspace=tmp_path / "repository", pure=True).prompt
