@@ -1,24 +1,21 @@
-"""One line of output becomes one event: a plain dict, typed by its ``type``.
+"""Events: plain dicts, typed by their ``type``, and how they are read and written.
 
-Whatever the line holds, an event comes out and nothing of the line is lost: what is not a JSON
-object becomes a ``diagnostic``. Where a plugin printed text without a newline, its line holds the
-next event too, and becomes several events. Types and keys that are not listed here pass through as
-they are, since newer versions of OpenCode add both.
+    a line of output --iter_parse_lines()--> one event, or several with the text around them
+    an event --------------dump_event()----> a line of JSON --> EventLog, a run's ``log_file``
 
-A run's log file: each event as a line of JSON, in the file before the next one is waited for.
-
-{"type": "attempt", ...}       before each attempt
-{"type": "step_start", ...}    and so on, as they come
+Whatever a line holds, an event comes out and nothing of the line is lost: what is not a JSON object
+becomes a ``diagnostic``. If a plugin printed text without a newline, its line holds the next event
+too, and becomes several events. Types and keys that are not listed here pass through as they are,
+since newer versions of OpenCode add both.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from typing import Any, Literal, NoReturn, TypedDict, Union
@@ -157,13 +154,13 @@ class ReasoningDeltaEvent(_Stamped):
 
 
 class RetryEvent(_Stamped, total=False):
-    """The provider refused, and OpenCode asks it again on its own."""
+    """The provider refused a request, and OpenCode repeats it."""
 
     type: Literal["retry"]
     attempt: int
     message: str
     statusCode: int
-    retry_after_s: float  # what the provider asks for, if it does
+    retry_after_s: float  # if the provider asks for a pause
 
 
 class WarningEvent(_Stamped, total=False):
@@ -174,7 +171,7 @@ class WarningEvent(_Stamped, total=False):
 
 
 class SubAgentEvent(_Stamped, total=False):
-    """A sub-agent begins to work, or to work again; the events of its session follow.
+    """A sub-agent begins to work, or continues; the events of its session follow.
 
     They are like those of the run, with ``childID`` as their ``sessionID``.
     """
@@ -187,7 +184,7 @@ class SubAgentEvent(_Stamped, total=False):
 
 
 class CompactionEvent(_Stamped):
-    """OpenCode has the conversation summed up: the texts of this message are not an answer."""
+    """OpenCode has the conversation summarized: the texts of this message are not an answer."""
 
     type: Literal["compaction"]
     messageID: str
@@ -208,7 +205,7 @@ class QuestionEvent(_Stamped):
 
 
 class DiagnosticEvent(TypedDict, total=False):
-    """A line that is not a JSON object, or what stands beside the events of one."""
+    """A line that is not a JSON object, or the text beside events in one line."""
 
     type: Literal["diagnostic"]
     kind: Literal["empty_line", "non_object_json", "json_decode_error"]
@@ -220,8 +217,8 @@ class DiagnosticEvent(TypedDict, total=False):
 class OtherEvent(_Stamped, total=False):
     """What other versions of OpenCode print, and what this package adds.
 
-    Any further type passes through too. A type checker narrows by ``type`` only where each one is
-    a literal, so one that is not listed is compared as a str: ``kind: str = event["type"]``.
+    Types that are not listed pass through too. A type checker narrows by ``type`` only if each one
+    is a literal, so compare those as a str: ``kind: str = event["type"]``.
     """
 
     type: Literal[
@@ -260,6 +257,9 @@ Event = Union[  # noqa: UP007 - evaluated at run time, where Python 3.10's Typed
 ]
 
 
+# --- reading -------------------------------------------------------------------------------------
+
+
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not valid JSON")
 
@@ -267,9 +267,9 @@ def _no_constant(name: str) -> NoReturn:
 # Python's own reading of JSON takes NaN and Infinity for numbers.
 _decoder = json.JSONDecoder(parse_constant=_no_constant)
 
-# How an event begins that OpenCode prints (1.18.33): a plugin's text may hold objects of its own.
+# The beginning of an event that OpenCode prints (1.18.33): a plugin's text may hold other objects.
 _BEGINNING = re.compile(r'\{"type":"\w+","timestamp":\d+,"sessionID":"')
-_MOST_IN_A_LINE = 1_000  # looked for; each that is cut is read to where it ends
+_MOST_IN_A_LINE = 1_000  # beginnings that are tried; each takes time if its event is cut
 
 
 def parse_event_line(line: str | bytes) -> Event:
@@ -295,7 +295,7 @@ def parse_event_line(line: str | bytes) -> Event:
 
 
 def iter_parse_lines(lines: Iterable[str | bytes]) -> Iterator[Event]:
-    """The events of each line, lazily: one a line, unless a plugin's text stands in it too."""
+    """The events of each line, lazily: one per line, unless other text stands in it too."""
     for line in lines:
         event = parse_event_line(line)
         if event.get("kind") == "json_decode_error":
@@ -335,6 +335,9 @@ def is_cut(event: Event) -> bool:
     return beginning in raw or any(raw.endswith(beginning[:n]) for n in range(1, len(beginning)))
 
 
+# --- our own, and writing ------------------------------------------------------------------------
+
+
 def warning_events(messages: Iterable[str]) -> list[Event]:
     """One ``warning`` event for each of *messages*, which are full sentences."""
     now = time.time_ns() // 1_000_000
@@ -342,7 +345,7 @@ def warning_events(messages: Iterable[str]) -> list[Event]:
 
 
 def error_event(error: Exception) -> Event:
-    """*error*, one of ours, as OpenCode writes one."""
+    """*error*, one of ours, as an event like OpenCode's."""
     return {
         "type": "error",
         "error": {"name": type(error).__name__, "data": {"message": str(error)}},
@@ -365,23 +368,20 @@ def to_json(value: Any, **options: Any) -> str:
     try:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError:
-        plain = json.loads(json.dumps(value, **options))
-        return json.dumps(finite(plain), allow_nan=False, **options)
-
-
-def finite(value: Any) -> Any:
-    """*value* with None for each number that is not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        plain = json.loads(json.dumps(value, **options), parse_constant=lambda name: None)
+        return json.dumps(plain, **options)
 
 
 class EventLog:
-    """Truncated when made; written unbuffered, so that a kill of ours loses nothing.
+    """A run's log file: each event is in the file before the stream gives it out.
 
-    Runs that share one do not write over one another: each adds at the end, whole lines at a time.
+    ::
+
+        {"type": "attempt", ...}       before each attempt
+        {"type": "step_start", ...}    and so on, as they come
+
+    The file is truncated when it is opened, and written without a buffer: nothing is lost if this
+    process is killed. Runs may share a file, since each appends whole lines.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -391,19 +391,18 @@ class EventLog:
         """
         absolute = checked_path("log_file", path)
         try:
-            self._file = open(absolute, "wb", buffering=0, opener=_at_its_end)
+            self._file = open(absolute, "wb", buffering=0, opener=_appending)
         except OSError as error:
             raise OpenCodeConfigError(f"log_file {os.fspath(path)!r}: {error.strerror}") from error
 
     def mark_attempt(self) -> None:
-        """Write the line that stands before an attempt's events."""
-        mark: OtherEvent = {"type": "attempt", "timestamp": time.time_ns() // 1_000_000}
-        self.write([mark])
+        self.write([{"type": "attempt", "timestamp": time.time_ns() // 1_000_000}])
 
     def write(self, events: Iterable[Event]) -> None:
         """
         Raises:
-            OpenCodeError: If the disk is full, say; nothing more is written then.
+            OpenCodeError: If the system does not take them, such as for a full disk; the file is
+                closed then, and further events are dropped.
         """
         if self._file.closed:
             return
@@ -421,5 +420,5 @@ class EventLog:
         self._file.close()
 
 
-def _at_its_end(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_APPEND, 0o666)  # as open() does, within the umask
+def _appending(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_APPEND, 0o666)  # the mode that open() uses

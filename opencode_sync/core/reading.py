@@ -1,7 +1,13 @@
-"""What an event says: texts, usage, errors, refusals.
+"""What one event says, and the values that results are made of.
 
-Nothing here raises, whatever an event holds: missing or odd values count as nothing. Facts of
-OpenCode 1.18.33 where no other version is named.
+    text_of  message_id_of            texts, and whose they are
+    ended_well  why_cut               why a step ended
+    denied_tool  void_call  ...       tool calls
+    error_info --> ErrorInfo          errors
+    usage_of --> TokenUsage           tokens; number_of for dollars
+
+Nothing here raises, whatever an event holds: a missing or odd value counts as nothing. What is said
+of OpenCode was seen with 1.18.33.
 """
 
 from __future__ import annotations
@@ -14,7 +20,7 @@ from typing import Any
 from .text import strip_ansi
 
 ARGUMENTS_ERROR = "CommandArgumentsError"  # of our plugin
-TEXT_TYPES = ("text", "message", "assistant", "model")
+_TEXT_TYPES = ("text", "message", "assistant", "model")
 # Follows a step that ends for "content-filter", the one reason that is an error to OpenCode.
 FILTERED = "ContentFilterError"
 
@@ -51,7 +57,7 @@ class TokenUsage:
 
 @dataclass(frozen=True)
 class ErrorInfo:
-    """An ``error`` event in short.
+    """What an ``error`` event says.
 
     Attributes:
         name: OpenCode's name for it, such as ``"APIError"``.
@@ -75,8 +81,8 @@ class SubAgent:
 
     Attributes:
         session_id: The sub-agent's session.
-        agent: Its name, such as ``"general"``; ``""`` where OpenCode did not tell.
-        title: What it was called for; ``""`` where OpenCode did not tell.
+        agent: Its name, such as ``"general"``; ``""`` if OpenCode did not tell.
+        title: What it was called for; ``""`` if OpenCode did not tell.
         parent_id: The session that called it: the run's, or another sub-agent's.
         token_usage: Tokens, summed over its steps in this run, without its own sub-agents'.
         total_cost: US dollars, summed in the same way.
@@ -94,8 +100,8 @@ class SubAgent:
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """*value*, or an empty mapping where it is something else."""
-    # The first of the two is quick to ask for, and nearly always the answer.
+    """*value*, or an empty mapping if it is something else."""
+    # A dict nearly always, which is quicker to check than the abstract class.
     return value if isinstance(value, (dict, Mapping)) else {}
 
 
@@ -113,20 +119,19 @@ def message_id_of(event: Mapping[str, Any]) -> str | None:
 
 
 def ended_well(reason: str | None, *, was_denied: bool) -> bool:
-    """Whether a last step with this *reason* closes a whole answer.
+    """Whether the answer is whole if its last step ended for *reason*.
 
     Args:
-        was_denied: A tool's use was refused, at which OpenCode ends a run with the step closed.
+        was_denied: A tool's use was refused: then OpenCode may end the run after "tool-calls".
     """
-    # The others say that the answer is cut, or that nobody knows ("unknown", "other", none at all).
+    # Any other reason says that the answer is cut, or that nobody knows ("unknown", "other", None).
     return reason == "stop" or (reason == "tool-calls" and was_denied)
 
 
 def why_cut(reason: str | None) -> str | None:
-    """What is wrong with an answer whose last step ended for *reason*.
+    """What is wrong with an answer whose last step ended for *reason*, in words.
 
-    None where the reason is that of a whole answer, or the step is not the last: then what follows
-    is missing.
+    None if the answer is whole, or if another step should have followed.
     """
     if reason in (None, "stop", "tool-calls"):
         return None
@@ -137,18 +142,18 @@ def why_cut(reason: str | None) -> str | None:
 # --- texts ---------------------------------------------------------------------------------------
 
 
-def is_unsaid(part: Mapping[str, Any]) -> bool:
-    """Whether a text part is OpenCode's own or a plugin's, not the model's."""
+def is_synthetic(part: Mapping[str, Any]) -> bool:
+    """Whether OpenCode or a plugin wrote a text part, and not the model."""
     return bool(part.get("synthetic") or part.get("ignored"))
 
 
 def text_of(event: Mapping[str, Any]) -> tuple[str, bool]:
-    """The text of an event of TEXT_TYPES, and whether it is a piece of a longer one."""
+    """The text of an event with text, and whether it is a piece of a longer one."""
     if event.get("type") != "text":
         return _content_text(event.get("content")), False
     part = part_of(event)
     if isinstance(text := part.get("text"), str):
-        return "" if is_unsaid(part) else text, False
+        return "" if is_synthetic(part) else text, False
     for key in ("content", "text", "delta"):
         value = event.get(key)
         if isinstance(value, str):
@@ -172,11 +177,11 @@ def _content_text(content: Any) -> str:
 
 
 def strings_in(event: Mapping[str, Any]) -> list[str]:
-    """Readable texts of an event of any shape, stripped."""
+    """Readable texts in an event of any shape, stripped."""
     kind = event.get("type")
     if kind == "diagnostic":
         return []
-    if kind in TEXT_TYPES and (text := text_of(event)[0].strip()):
+    if kind in _TEXT_TYPES and (text := text_of(event)[0].strip()):
         return [text]
     inner = event.get("message")
     values = [_content_text(event.get("content")), *map(event.get, _TEXT_KEYS)]
@@ -189,24 +194,25 @@ def strings_in(event: Mapping[str, Any]) -> list[str]:
 
 
 def denied_tool(event: Mapping[str, Any]) -> str | None:
-    """The tool whose use *event* tells was refused, or None."""
+    """The name of the tool whose use was refused, or None if *event* tells of no refusal."""
     part = part_of(event)
     tool, state = part.get("tool"), mapping(part.get("state"))
     error = state.get("error")
     if isinstance(error, str) and state.get("status") == "error":
         is_refused = any(words in error for words in _REFUSALS) or _is_not_offered(tool, error)
         return tool if isinstance(tool, str) and is_refused else None
-    # A tool that is denied as a whole is not offered to the model, and a call of it comes back as
-    # "invalid", just as one of a tool that the model made up, or one whose arguments are not JSON.
+    # A tool that is denied as a whole is not offered to the model. A call of it becomes a call of
+    # "invalid", and so do calls of tools that do not exist, or with arguments that are not JSON.
     asked = mapping(state.get("input"))
     wanted, why = asked.get("tool"), asked.get("error", _NOT_OFFERED)
     return wanted if tool == "invalid" and _is_not_offered(wanted, why) else None
 
 
 def _is_not_offered(tool: Any, why: object) -> bool:
-    """Whether a call came to nothing since *tool*, one of OpenCode's own, was not offered.
+    """Whether *tool* is one of OpenCode's own that was not offered to the model.
 
-    Where all is denied, "invalid" is too: then it is the one that *why* names for any call.
+    Args:
+        why: The error. If everything is denied, it names the tool "invalid" for any call.
     """
     if not isinstance(tool, str) or tool not in _BUILT_IN_TOOLS or not isinstance(why, str):
         return False
@@ -215,13 +221,13 @@ def _is_not_offered(tool: Any, why: object) -> bool:
 
 
 def void_call(event: Mapping[str, Any]) -> str | None:
-    """The tool that *event* tells was called in vain, or None where a tool has begun.
+    """The name of a tool that could not be called, or None if *event* tells of a call.
 
-    There is no such tool for the model, or its arguments are not JSON, or not those of the tool.
+    The model has no such tool, or its arguments are not JSON, or do not fit the tool.
     """
     part = part_of(event)
     tool, state = part.get("tool"), mapping(part.get("state"))
-    if tool == "invalid" and state:
+    if tool == "invalid":
         return str(mapping(state.get("input")).get("tool", tool))
     error = state.get("error")
     is_void = isinstance(error, str) and (_NOT_OFFERED in error or _MISFITTING in error)
@@ -229,7 +235,7 @@ def void_call(event: Mapping[str, Any]) -> str | None:
 
 
 def called_session(event: Mapping[str, Any]) -> str | None:
-    """The session of the sub-agent that *event* tells was called, or None."""
+    """The session of the sub-agent that was called, or None if *event* tells of no such call."""
     part = part_of(event)
     if part.get("tool") != "task":
         return None
@@ -238,7 +244,7 @@ def called_session(event: Mapping[str, Any]) -> str | None:
 
 
 def gives_output(event: Mapping[str, Any]) -> bool:
-    """Whether *event* is the call of OpenCode's tool for structured output, which ends a run."""
+    """Whether *event* is a call of OpenCode's tool for structured output, which ends a run."""
     return part_of(event).get("tool") == "StructuredOutput"
 
 
@@ -253,7 +259,7 @@ def error_info(error: Any) -> ErrorInfo:
     data = data if isinstance(data, Mapping) else error
     status = data.get("statusCode")
     return ErrorInfo(
-        # What its HTTP layer refuses has a tag in the place of a name, and no words (1.18.33).
+        # A refusal by OpenCode's HTTP layer has a tag instead of a name, and no message.
         name=_words(error.get("name") or error.get("_tag")) or _NAMELESS,
         message=_words(data.get("message")),
         status_code=status if type(status) is int else None,
@@ -265,7 +271,7 @@ def _words(value: Any) -> str:
 
 
 def number_of(value: Any) -> float:
-    """*value* if it is a number that can be counted with, else 0.0."""
+    """*value* if it is a finite number from 0 up, else 0.0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return 0.0
     try:
@@ -276,7 +282,7 @@ def number_of(value: Any) -> float:
 
 
 def usage_of(tokens: Any) -> TokenUsage:
-    """The usage that ``tokens`` of a step tells."""
+    """The usage in the ``tokens`` of a step."""
     tokens = mapping(tokens)
     cache = mapping(tokens.get("cache"))
     counts = [tokens.get(key) for key in ("total", "input", "output", "reasoning")]
@@ -284,7 +290,7 @@ def usage_of(tokens: Any) -> TokenUsage:
 
 
 def saved_usage(usage: Any) -> TokenUsage:
-    """The usage that ``asdict`` was given for *usage*."""
+    """The usage that was written as a dict, such as in ``RunResult.to_dict()``."""
     return TokenUsage(**{f.name: _count(mapping(usage).get(f.name)) for f in fields(TokenUsage)})
 
 

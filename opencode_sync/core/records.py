@@ -1,16 +1,13 @@
-"""Results and errors as lines of JSON, and back.
+"""Results, and errors in their places, as lines of a checkpoint, and as rows of a table.
 
     Entry --line_of()--> a line --lines_in()--> its object --end_of()--> an equal result or error
+    results --results_to_records()--> flat rows --> results_to_frame()
 
     {"key": ..., "fingerprint": ..., "settings": ..., "failure": null, <RunResult.to_dict()>}
     {"key": ..., "fingerprint": ..., "settings": ..., "failure": {"type", "message", ...}, ...}
 
-All lines have the same keys, so that ``pandas.read_json(path, lines=True)`` reads them. A file that
-takes the place of another one, theirs or the page's, is written beside it: :func:`replacing`.
-
-Results as rows, for pandas and for whoever else takes a list of mappings.
-
-Knows results and errors; where they come from is the caller's matter.
+All lines have the same keys, so that ``pandas.read_json(path, lines=True)`` reads them. Knows what
+a line holds; the file is the checkpoint's matter.
 """
 
 from __future__ import annotations
@@ -20,20 +17,20 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from . import errors
 from .errors import OpenCodeError
 from .events import to_json
-from .reading import number_of, why_cut
+from .reading import number_of, saved_usage, why_cut
 from .request import Spent, tokens_of
-from .result import RunResult, TokenUsage
+from .result import RunResult
 from .text import tools_used
 
-_BEGINNING = b'{"key": "'  # of each line; what begins otherwise is none of ours
-# Attributes of an error that its result, in the same line, has too.
+_BEGINNING = b'{"key": "'  # of each line
+# Attributes of an error that are in the same line as the result's.
 _OF_RESULT = ("result", "events", "raw_stdout_lines", "stderr", "prompt", "index", "key")
 
 
@@ -70,8 +67,14 @@ def record_of(end: RunResult | OpenCodeError) -> dict[str, Any]:
     """A result, or an error in its place, as :func:`line_of` and the report page write it."""
     if isinstance(end, RunResult):
         return {"failure": None, **end.to_dict()}
-    result = end.result or RunResult(prompt=end.prompt or "", index=end.index, key=end.key)
-    return {"failure": failure_of(end), **result.to_dict()}
+    return {"failure": failure_of(end), **_result_of(end).to_dict()}
+
+
+def _result_of(end: RunResult | OpenCodeError) -> RunResult:
+    """The result, or an error's, or for an error without one an empty result."""
+    if isinstance(end, RunResult):
+        return end
+    return end.result or RunResult(prompt=end.prompt or "", index=end.index, key=end.key)
 
 
 class Line(NamedTuple):
@@ -102,7 +105,7 @@ def lines_in(file: Iterable[bytes], offset: int = 0) -> Iterator[Line]:
 
 
 def judged(entry: dict[str, Any]) -> dict[str, Any]:
-    """*entry*, as a failure where an earlier version took a cut answer for a whole one."""
+    """*entry*, or a failure if an earlier version took its cut answer for a whole one."""
     reason = entry.get("finish_reason")
     cut = why_cut(reason) if isinstance(reason, str) and entry.get("failure") is None else None
     if cut is None or entry.get("status") not in ("ok", "denied"):
@@ -112,7 +115,7 @@ def judged(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:
-    """The line's object, if it is one of ours."""
+    """The line's object, or None if it is not a line of a checkpoint."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
@@ -125,21 +128,17 @@ def parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def spent_in(entry: Mapping[str, Any]) -> Spent:
-    """What a line says that its job has cost, earlier tries included."""
-    usage = entry.get("token_usage")
-    counts = (
-        [] if not isinstance(usage, Mapping) else [usage.get(f.name) for f in fields(TokenUsage)]
-    )
-    own = tokens_of(TokenUsage(*(int(number_of(count)) for count in counts)))
+    """What a line's job has cost, earlier tries included."""
+    own = tokens_of(saved_usage(entry.get("token_usage")))
     cost = number_of(entry.get("total_cost")) + number_of(entry.get("cost_before"))
     return Spent(cost, own + int(number_of(entry.get("tokens_before"))))
 
 
 def is_unfinished(failure: Mapping[str, Any] | None) -> bool:
-    """Whether a job was ended from outside, and is to be run again whatever else is.
+    """Whether a job was stopped from outside, and so is always run again.
 
     Args:
-        failure: What :func:`failure_of` gives, or a line has.
+        failure: The ``failure`` of a line.
     """
     if failure is None:
         return False
@@ -148,8 +147,8 @@ def is_unfinished(failure: Mapping[str, Any] | None) -> bool:
 
 
 def may_be_torn(line: bytes) -> bool:
-    """Whether it is the beginning of a line of ours."""
-    # After a power cut, a file system may show zeros where data had not arrived.
+    """Whether *line* may be the beginning of a line of a checkpoint."""
+    # After a power cut, a file system may show zeros for data that had not arrived.
     begins = line.startswith(_BEGINNING) or _BEGINNING.startswith(line)
     return begins or not line.strip(b"\0")
 
@@ -178,7 +177,7 @@ def end_of(entry: Mapping[str, Any]) -> RunResult | OpenCodeError:
 
 
 def dumped(line: Mapping[str, Any]) -> bytes:
-    """JSON that every parser reads: no NaN, and no half of a surrogate pair."""
+    """*line* as JSON that every parser reads: without NaN and lone surrogates."""
     try:
         text = to_json(line, ensure_ascii=False, default=_plain)
     except RecursionError:  # nested deeper than JSON can be written
@@ -187,7 +186,7 @@ def dumped(line: Mapping[str, Any]) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON knows nothing of: values that structured output was made into."""
+    """A value of structured output that JSON has no type for, as one that it has."""
     if callable(dump := getattr(value, "model_dump", None)):
         return dump(mode="json")
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
@@ -195,15 +194,15 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def replacing(target: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
-    """Write a new file, which takes the place of *target* once the block has ended well.
+    """Write a new file, which replaces *target* when the block ends.
 
-    Until then it is ``NAME.new`` beside it; where the block fails, it is removed.
+    Until then it is ``NAME.new`` beside it; if the block fails, it is removed.
 
     Args:
         mode: Its permissions, within the umask.
     """
     new = target.with_name(f"{target.name}.new")
-    # One of a killed process, or a link that somebody else has put there to have a file of ours
+    # A file of a killed process, or a link that somebody put there to have a file of ours
     # overwritten: neither is opened.
     with suppress(FileNotFoundError):
         os.unlink(new)
@@ -220,11 +219,11 @@ def replacing(target: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
         raise
 
 
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # beside O_EXCL, which says the same on most systems
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # besides O_EXCL, which implies it on most systems
 
 
 def results_to_records(results: Iterable[RunResult | OpenCodeError]) -> list[dict[str, Any]]:
-    """One flat row for each result, or each error that stands in a result's place.
+    """One flat row for each result, or each error in a result's place.
 
     All rows have the same keys: those of RunResult that are plain values, ``error`` as one str or
     None, ``tools``, ``denied_tools`` and ``warnings`` as one str each, and the tokens as
@@ -234,10 +233,10 @@ def results_to_records(results: Iterable[RunResult | OpenCodeError]) -> list[dic
 
 
 def results_to_frame(results: Iterable[RunResult | OpenCodeError]) -> Any:
-    """The same as a ``pandas.DataFrame``, also where there are no results.
+    """The same as a ``pandas.DataFrame``; with all columns even if there are no results.
 
     Raises:
-        ImportError: If pandas, which this package does not ask for, is not installed.
+        ImportError: If pandas is not installed; this package does not depend on it.
     """
     try:
         pandas = importlib.import_module("pandas")
@@ -248,16 +247,16 @@ def results_to_frame(results: Iterable[RunResult | OpenCodeError]) -> Any:
 
 
 def _record(end: RunResult | OpenCodeError) -> dict[str, Any]:
+    result = _result_of(end)
     if isinstance(end, RunResult):
-        result, reason = end, None if end.error is None else str(end.error)
+        status, reason = end.status, None if end.error is None else str(end.error)
     else:
-        result = end.result or RunResult(prompt=end.prompt or "", index=end.index, key=end.key)
+        status = "error" if end.result is None else end.result.status
         reason = f"{type(end).__name__}: {end}".partition("\n")[0]
-    has_begun = isinstance(end, RunResult) or end.result is not None
     return {
         "index": result.index,
         "key": result.key,
-        "status": result.status if has_begun else "error",
+        "status": status,
         "error": reason,
         "prompt": result.prompt,
         "answer": result.answer,

@@ -26,7 +26,7 @@ from .reading import (
     denied_tool,
     ended_well,
     error_info,
-    is_unsaid,
+    is_synthetic,
     mapping,
     message_id_of,
     number_of,
@@ -53,141 +53,57 @@ Status = Literal["ok", "error", "denied", "incomplete", "timed_out", "cancelled"
 _SHOWN_CHARS = 80  # of a text in a repr
 
 
-@dataclass
-class _Step:
-    """What the model said in one step.
-
-    Attributes:
-        message_id: The id of OpenCode's message, or None.
-        pieces: Texts, and the blank lines between them.
-        reason: Why the step ended; None while it is under way.
-    """
-
-    message_id: str | None = None
-    pieces: list[str] = field(default_factory=list)
-    reason: str | None = None
-
-    @property
-    def text(self) -> str:
-        return "".join(self.pieces)
-
-
-@dataclass
-class _Texts:
-    """The model's texts, by step.
-
-    Attributes:
-        steps: At least one: texts before the first ``step_start`` are a step too.
-        summaries: Ids of messages in which OpenCode had the conversation summed up, for itself.
-        answered: The step with the whole answer, where OpenCode went on by itself after it.
-        latest: The message of the latest step; that of a summary too.
-        is_open: The next piece continues the last one.
-    """
-
-    steps: list[_Step] = field(default_factory=lambda: [_Step()])
-    summaries: set[str] = field(default_factory=set)
-    answered: _Step | None = None
-    latest: str | None = None
-    is_open: bool = False
-
-    @classmethod
-    def saved(cls, text: str, answer: str) -> _Texts:
-        """The texts of a result whose ``final_text`` and ``answer`` are these."""
-        last = _Step(pieces=[answer] if answer else [])
-        if not text.endswith(answer):  # OpenCode had gone on after it
-            return cls([_Step(pieces=[text])], answered=last)
-        before = text.removesuffix(answer).removesuffix("\n\n" if answer else "")
-        return cls([_Step(pieces=[before] if before else []), last])
-
-    def add(self, text: str, *, is_piece: bool, message_id: str | None) -> None:
-        if message_id in self.summaries:
-            return
-        pieces = self.steps[-1].pieces
-        if pieces and not (is_piece and self.is_open):
-            pieces.append("\n\n")
-        pieces.append(text)
-        self.is_open = is_piece
-
-    def begin_step(self, message_id: str | None) -> None:
-        self.latest = message_id
-        if message_id not in self.summaries:
-            self.steps.append(_Step(message_id))
-            self.is_open = False
-
-    def end_step(self, reason: str) -> None:
-        if self.latest not in self.summaries:
-            self.steps[-1].reason = reason
-
-    def leave_out(self, message_id: str) -> None:
-        """Leave out a message that is a summary, whether it has come or is still to come."""
-        self.summaries.add(message_id)
-        self.steps = [s for s in self.steps if s.message_id != message_id] or [_Step()]
-
-    def go_on(self) -> None:
-        """Take note that OpenCode, after a summary, prompts the model by itself.
-
-        If the model had given its whole answer before, that remains the answer, as it would be
-        without the summary.
-        """
-        if self.latest is not None:
-            self.leave_out(self.latest)
-        if self.answered is None and self.steps[-1].reason == "stop":
-            self.answered = self.steps[-1]
-
-
 class _FinalText:
-    """The field ``RunResult.final_text``: joined when it is read.
+    """The field ``RunResult.final_text``, joined when it is read.
 
-    To extend a str at each text would take 15 times as long as the JSON for 50,000 texts.
+    If each text extended a str, the time would grow with the square of their number.
     """
 
     def __get__(self, result: RunResult | None, owner: object = None) -> str:
-        if result is None:
-            return ""  # the field's default
-        return "\n\n".join(text for step in result._texts.steps if (text := step.text))
+        return "" if result is None else result._texts.joined()  # "" is the field's default
 
     def __set__(self, result: RunResult, text: str) -> None:
-        if text != result.final_text:
+        if text != result._texts.joined():
             result._texts = _Texts.saved(text, text)
 
 
 @dataclass(eq=False, repr=False)
 class RunResult:
-    """What a run produced; partial while it is under way or where it broke off.
+    """What a run produced; partial while it is under way, or if it was stopped.
 
     Attributes:
         events: The events in order, plain dicts.
-        final_text: The model's text of all steps; whole parts stand apart by a blank line. What
-            OpenCode adds by itself (summaries of a long conversation, "Continue ...") is not in it.
+        final_text: The model's text of all steps, with blank lines between whole texts. It leaves
+            out what OpenCode adds (summaries of a long conversation, "Continue ...").
         tool_calls: The events of tools, whole; those of sub-agents too.
-        exit_code: The exit status; None where there was no process, or it has not ended.
+        exit_code: The exit status; None if there was no process, or it has not ended.
         stderr: All of it, with its colours.
         raw_stdout_lines: The lines as they came, without newlines.
         token_usage: Tokens, summed over the steps; those of sub-agents at any depth too.
         total_cost: US dollars, summed over the steps; those of sub-agents at any depth, and of a
-            compaction, too. 0.0 where the provider reports none. OpenCode has no figures for a
-            step that was broken off, for requests that the provider refused, and for a title that
-            it asks the model for in a session that was begun elsewhere without one. Sub-agents in
-            the background, an experiment of OpenCode, are counted until the run's end.
+            compaction, too. 0.0 if the provider reports none. OpenCode has no figures for a step
+            that was broken off, for requests that the provider refused, and for a title that it
+            asks the model for in a session that was begun elsewhere without one. Sub-agents in the
+            background, an experiment of OpenCode, are counted until the run's end.
         sub_agents: What each sub-agent used, in the order of their first calls.
         turns: How many steps the model took, without those of sub-agents.
         session_id: To continue the conversation with.
         error: What went wrong, from the first ``error`` event.
         denied_tools: Names of tools whose use was refused, in order.
-        warnings: Full sentences on what did not take effect as it was asked for, each once, such
-            as an MCP server that did not start. They do not change the status.
+        warnings: Full sentences on what did not take effect as it was asked for, such as an MCP
+            server that did not start. Each occurs once; they do not change the status.
         finish_reason: Of the last step: ``"stop"``, ``"length"``, ``"tool-calls"``, ...; None
             while a step is under way.
         truncated: The output ended in the middle of a line.
         prompt, workspace, index, key: What was asked; *index* and *key* in a batch.
-        attempts: How often a process was started for it.
+        attempts: How many processes were started for it.
         started_at: When the first process started, a Unix time in seconds; None before that.
         duration_s: Seconds from the start of the first process to the end of the last.
         parsed: The validated value of structured output.
     """
 
     # Before final_text, so that the constructor has set it by then.
-    _texts: _Texts = field(default_factory=_Texts, kw_only=True)
+    _texts: _Texts = field(default_factory=lambda: _Texts(), kw_only=True)
     _stopped: Status | None = field(default=None, kw_only=True)
     _json: Any = field(default=None, kw_only=True)  # what *parsed* was made of
 
@@ -220,16 +136,16 @@ class RunResult:
     def answer(self) -> str:
         """The text of the last step alone.
 
-        If OpenCode sums the conversation up after a whole answer, and then goes on by itself, it is
-        that answer.
+        If OpenCode summarizes the conversation after a whole answer, and then goes on by itself,
+        it is that answer.
         """
         return (self._texts.answered or self._texts.steps[-1]).text
 
     @property
     def status(self) -> Status:
-        """How the run ended, so far as is known: ``"incomplete"`` until the closing step.
+        """How the run ended, as far as is known: ``"incomplete"`` until the closing step.
 
-        ``"incomplete"`` too if the closing step says that the answer is cut (``"length"``,
+        Also ``"incomplete"`` if the closing step says that the answer is cut (``"length"``,
         ``"content-filter"``), or does not say why it ended (``"unknown"``, ``"other"``).
         """
         if self._stopped is not None:
@@ -338,12 +254,12 @@ class RunResult:
         if session and all(known.session_id != session for known in self.sub_agents):
             self.sub_agents.append(SubAgent(session, agent, title, parent))
 
-    # -- for who runs it, and who shows it ---------------------------------------------------------
+    # -- for streams and displays ------------------------------------------------------------------
 
     def mark_stopped(
         self, status: Literal["timed_out", "cancelled", "over_budget", "incomplete", "error"]
     ) -> None:
-        """Record that the run was ended from outside, or by an error: *status* becomes its own."""
+        """Set the status of a run that was stopped, or that an error has ended."""
         self._stopped = status
 
     def _begin_turn(self) -> None:
@@ -356,12 +272,12 @@ class RunResult:
         """Whether the model neither said nor did anything."""
         return not self.tool_calls and not self.answer.strip()
 
-    def _is_said(self, event: Event) -> bool:
-        """Whether a text event, which is folded in already, has words of the model to the user."""
+    def _is_by_model(self, event: Event) -> bool:
+        """Whether a text event, which is folded in already, is the model's text to the user."""
         session = event.get("sessionID")
         is_ours = not session or session == self.session_id
         is_summary = message_id_of(event) in self._texts.summaries
-        return is_ours and not is_summary and not is_unsaid(part_of(event))
+        return is_ours and not is_summary and not is_synthetic(part_of(event))
 
     # -- as values ---------------------------------------------------------------------------------
 
@@ -381,20 +297,21 @@ class RunResult:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RunResult:
         """The result that :meth:`to_dict` gave *data* for; unknown keys are ignored."""
-        result = cls(**_known(RunResult, data))
-        for name in _LISTS:
-            setattr(result, name, list(data.get(name) or ()))
-        result.token_usage = saved_usage(data.get("token_usage"))
-        result.sub_agents = [
-            SubAgent(
-                **{**_known(SubAgent, each), "token_usage": saved_usage(each.get("token_usage"))}
-            )
-            for each in data.get("sub_agents") or ()
-        ]
-        if error := data.get("error"):
-            result.error = ErrorInfo(**_known(ErrorInfo, error))
-        text = data.get("final_text") or ""
-        result._texts = _Texts.saved(text, data.get("answer", text) or "")
+        error, text = data.get("error"), data.get("final_text") or ""
+        values = _known(RunResult, data) | {
+            **{name: list(data.get(name) or ()) for name in _LISTS},
+            "final_text": text,
+            "token_usage": saved_usage(data.get("token_usage")),
+            "sub_agents": [
+                SubAgent(
+                    **_known(SubAgent, each) | {"token_usage": saved_usage(each.get("token_usage"))}
+                )
+                for each in data.get("sub_agents") or ()
+            ],
+            "error": ErrorInfo(**_known(ErrorInfo, error)) if error else None,
+        }
+        texts = _Texts.saved(text, data.get("answer", text) or "")
+        result = cls(**values, _texts=texts)
         stopped = ("timed_out", "cancelled", "over_budget", "incomplete", "error")
         # A result that is incomplete by its events may still go on.
         if (status := data.get("status")) in stopped and status != result.status:
@@ -428,6 +345,91 @@ class RunResult:
     __hash__ = None  # type: ignore[assignment] # it changes while its run goes on
 
 
+@dataclass
+class _Step:
+    """What the model said in one step.
+
+    Attributes:
+        message_id: The id of OpenCode's message, or None.
+        pieces: Texts, and the blank lines between them.
+        reason: Why the step ended; None while it is under way.
+    """
+
+    message_id: str | None = None
+    pieces: list[str] = field(default_factory=list)
+    reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+@dataclass
+class _Texts:
+    """The model's texts, by step.
+
+    Attributes:
+        steps: The first one is of texts before any ``step_start``.
+        summaries: Ids of messages in which OpenCode had the conversation summarized.
+        answered: The step with the whole answer, where OpenCode went on by itself after it.
+        latest: The message of the latest step; that of a summary too.
+        is_open: The next piece continues the last one.
+    """
+
+    steps: list[_Step] = field(default_factory=lambda: [_Step()])
+    summaries: set[str] = field(default_factory=set)
+    answered: _Step | None = None
+    latest: str | None = None
+    is_open: bool = False
+
+    @classmethod
+    def saved(cls, text: str, answer: str) -> _Texts:
+        """The texts of a result whose ``final_text`` and ``answer`` are these."""
+        last = _Step(pieces=[answer] if answer else [])
+        if not text.endswith(answer):  # OpenCode had gone on after it
+            return cls([_Step(pieces=[text])], answered=last)
+        before = text.removesuffix(answer).removesuffix("\n\n" if answer else "")
+        return cls([_Step(pieces=[before] if before else []), last])
+
+    def add(self, text: str, *, is_piece: bool, message_id: str | None) -> None:
+        if message_id in self.summaries:
+            return
+        pieces = self.steps[-1].pieces
+        if pieces and not (is_piece and self.is_open):
+            pieces.append("\n\n")
+        pieces.append(text)
+        self.is_open = is_piece
+
+    def begin_step(self, message_id: str | None) -> None:
+        self.latest = message_id
+        if message_id not in self.summaries:
+            self.steps.append(_Step(message_id))
+            self.is_open = False
+
+    def end_step(self, reason: str) -> None:
+        if self.latest not in self.summaries:
+            self.steps[-1].reason = reason
+
+    def leave_out(self, message_id: str) -> None:
+        """Leave out a message that is a summary, whether it has come or is still to come."""
+        self.summaries.add(message_id)
+        self.steps = [s for s in self.steps if s.message_id != message_id]
+
+    def joined(self) -> str:
+        return "\n\n".join(text for step in self.steps if (text := step.text))
+
+    def go_on(self) -> None:
+        """Note that OpenCode, after a summary, prompts the model by itself.
+
+        If the model had given its whole answer before, that remains the answer, as it would be
+        without the summary.
+        """
+        if self.latest is not None:
+            self.leave_out(self.latest)
+        if self.answered is None and self.steps[-1].reason == "stop":
+            self.answered = self.steps[-1]
+
+
 _LISTS = ("events", "tool_calls", "raw_stdout_lines", "denied_tools", "warnings")
 
 
@@ -446,7 +448,7 @@ def aggregate_run_result(
     exit_code: int | None = None,
     stderr: str = "",
 ) -> RunResult:
-    """The result of events that are already there, such as a log file's."""
+    """The result of given events, such as those of a log file."""
     result = RunResult(raw_stdout_lines=list(raw_stdout_lines), exit_code=exit_code, stderr=stderr)
     for event in events:
         result.append_event(event)
@@ -454,9 +456,9 @@ def aggregate_run_result(
 
 
 def run_result_fuzzy_text(result: RunResult) -> str:
-    """Whatever readable text a result holds, for output of unknown shape.
+    """Any readable text in a result, for output of unknown shape.
 
-    ``final_text`` where there is any, else strings found in the events, else the raw lines.
+    ``final_text`` if there is any, else strings found in the events, else the raw lines.
     """
     if text := result.final_text.strip():
         return text
@@ -465,5 +467,5 @@ def run_result_fuzzy_text(result: RunResult) -> str:
 
 
 def is_cut_off(result: RunResult) -> bool:
-    """Whether the model was stopped at its output limit, in what it said last."""
+    """Whether the last step was stopped at the model's output limit."""
     return result.finish_reason == "length"

@@ -16,7 +16,7 @@ from typing import Any, Literal, TextIO
 
 from ..core.errors import OpenCodeConfigError
 from ..core.events import Event
-from ..core.reading import is_unsaid
+from ..core.reading import is_synthetic
 from ..core.result import RunResult
 from ..core.stream import RunStream
 from ..core.text import markdown, one_line, outcome, printable, verbatim
@@ -34,7 +34,7 @@ def event_line(event: Mapping[str, Any]) -> str:
     if event.get("type") == "tool_use":
         return tool_line(event)
     part = event.get("part")
-    if event.get("type") != "text" or not isinstance(part, Mapping) or is_unsaid(part):
+    if event.get("type") != "text" or not isinstance(part, Mapping) or is_synthetic(part):
         return ""
     return printable(str(part.get("text", "")))
 
@@ -97,7 +97,7 @@ def live(
         try:
             for event in _until_its_end(stream):
                 is_text = event.get("type") in ("text", "text_delta")
-                if is_text and not stream.result._is_said(event):
+                if is_text and not stream.result._is_by_model(event):
                     continue
                 for kind, text in pieces.of(event):
                     screen.show(kind, text)
