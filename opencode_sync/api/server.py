@@ -1,6 +1,10 @@
 """A warm server: the verbs of the client, without a process per run.
 
-Request --> Fleet: the server in use --> Link.begin() --> Turn, a source of events
+    run(), stream(), ... --> Request --> ServerPool.begin() --> Turn, a source of events
+    session() ----------> Session, whose sends are turns of one session
+
+Two kinds: a server of our own, started when it is needed, and one that somebody else started, which
+``connect`` reaches. Runs whose settings say ``attach`` go to the server that they name.
 """
 
 from __future__ import annotations
@@ -21,8 +25,9 @@ from ..core.errors import OpenCodeConfigError
 from ..core.lifetime import CancelScope
 from ..core.request import directory
 from ..process.command import DEFAULT_BINARY
-from ..server.pool import Attached, Elsewhere, Fleet, InUse, Own
+from ..server.pool import Attached, Attacher, Launcher, ServerPool
 from ..server.protocol import check_server_wide
+from ..server.running import RunningServer
 from ..server.turn import Turn
 from .runner import Request, Runner, StrPath
 
@@ -32,10 +37,10 @@ if TYPE_CHECKING:
     from .session import Session
 
 # A server takes 0.4 GB, with 16 sessions at work 0.8, with 8 directories 1.3: one that takes more
-# than this has kept what it should not.
+# than this does not free its memory.
 MAX_MEMORY_MB = 2_000
-# With a model that takes half a second, 8 runs at a time got 9 done per second, 16 got 14; its one
-# thread has enough to do with 28 per second. Where the model takes longer, more can pay.
+# With a model that takes half a second, 8 runs at a time did 9 per second, 16 did 14; the server's
+# one thread is busy with 28 per second. With a slower model more workers can help.
 WORKERS = 16
 
 
@@ -43,10 +48,10 @@ class OpenCodeServer(Runner):
     """Runs each prompt on one warm ``opencode serve``: some twenty times faster than a process.
 
     Safe to share between threads, picklable as its settings, and a context manager: closing it
-    ends the runs under way, and the server with all that it started.
+    cancels the runs under way, and stops the server with all that it started.
 
     The server is started on entry, or with the first run. It listens on loopback, with a random
-    password. If it dies, its runs end with OpenCodeServerError, and the next one starts it again.
+    password. If it dies, its runs end with OpenCodeServerError, and the next run starts it again.
     """
 
     _keeps_sessions = True
@@ -62,23 +67,24 @@ class OpenCodeServer(Runner):
         max_memory_mb: int | None = MAX_MEMORY_MB,
         watchdog: bool = True,
         any_version: bool = False,
+        _attach: tuple[str, str | None, str | None] | None = None,
     ) -> None:
         """
         Args:
             binary: A path, or a name on ``PATH``; looked for when the server is started.
-            run_cfg: Settings of the server, and of runs that bring none of their own. What is
-                the same for all runs of a server (``extra_env``, ``mcp``, ``config_overrides``,
-                ``instructions``, ...) can be set only here.
+            run_cfg: Settings of the server, and of runs that bring none of their own. Settings
+                that are the same for all runs of a server (``extra_env``, ``mcp``,
+                ``config_overrides``, ``instructions``, ...) can be set only here.
             data_dir: Where to keep sessions; None for a temporary directory.
             max_workers: Threads for ``submit`` and ``map``.
-            startup_timeout_s: Seconds until it must listen; it takes 1 to 2.
-            max_memory_mb: A server that takes more is followed by a fresh one, while the runs on
-                it go on to their end; None for no limit.
+            startup_timeout_s: Seconds until the server must listen; it takes 1 to 2.
+            max_memory_mb: A server that takes more megabytes is replaced by a fresh one, while the
+                runs on it go on to their end; None for no limit.
             watchdog: Keep a small process that stops the server if this process is killed outright.
             any_version: Use whatever OpenCode there is, at your own risk. Without it, a program or
-                an attached server of a version that is not known (from 1.17 up to, not including,
-                2) is refused with OpenCodeConfigError before anything is started; of an older
-                one there is a warning in each result.
+                an attached server of an unknown version (known are those from 1.17 up to, not
+                including, 2) is refused with OpenCodeConfigError before anything is started; with
+                an older version than tested each result has a warning.
         """
         super().__init__(run_cfg, max_workers)
         check_program("binary", binary)
@@ -96,14 +102,14 @@ class OpenCodeServer(Runner):
             "max_memory_mb": max_memory_mb,
             "watchdog": watchdog,
             "any_version": any_version,
+            "_attach": _attach,  # URL, user name and password of a server that runs elsewhere
         }
         if self._run_cfg.pure:
             raise OpenCodeConfigError(
                 "pure=True leaves out all plugins, also ours that keeps the server's password from "
                 "its tools: use OpenCodeClient for it"
             )
-        self._elsewhere: tuple[str, str | None, str | None] | None = None
-        self._begin_anew()
+        self._make_pools()
 
     @classmethod
     def connect(
@@ -118,30 +124,30 @@ class OpenCodeServer(Runner):
     ) -> OpenCodeServer:
         """Use a server that runs elsewhere; it is never stopped.
 
-        Its tools are stopped by its own means alone, and its sub-agents ask for what its own
-        configuration has them ask for, not for what a run's ``permission`` says. What that denies
-        is denied to new sub-agents too; one that goes on in a session of before keeps the rules
-        of that one. A denied tool that runs all the same ends the run.
+        Its tools can be stopped only by the server itself. Its sub-agents ask for what the server's
+        own configuration has them ask for, not for what a run's ``permission`` says. What that
+        denies is denied to new sub-agents too; one that is resumed keeps the rules of its session.
+        A run in which a denied tool runs all the same is ended.
 
         Args:
-            url: Where it is, such as ``"http://127.0.0.1:4096"``.
-            any_version: Use it also where it says that it is of a version that is not known.
+            url: Where the server is, such as ``"http://127.0.0.1:4096"``.
+            any_version: Use it also where it says that it is of an unknown version.
         """
-        server = cls(
-            run_cfg=run_cfg, max_workers=max_workers, watchdog=False, any_version=any_version
+        return cls(
+            run_cfg=run_cfg,
+            max_workers=max_workers,
+            any_version=any_version,
+            _attach=(url, username, password),
         )
-        server._elsewhere = (url, username, password)
-        server._begin_anew()
-        return server
 
-    def _begin_anew(self) -> None:
+    def _make_pools(self) -> None:
         self._owner_pid = os.getpid()
         settings = self._settings
-        if self._elsewhere is not None:
-            elsewhere = Elsewhere(*self._elsewhere, any_version=settings["any_version"])
-            self._fleet = Fleet(elsewhere)
+        if settings["_attach"] is not None:
+            attacher = Attacher(*settings["_attach"], any_version=settings["any_version"])
+            self._servers = ServerPool(attacher)
         else:
-            origin = Own(
+            launcher = Launcher(
                 settings["binary"],
                 self._run_cfg,
                 data_dir=settings["data_dir"],
@@ -149,30 +155,30 @@ class OpenCodeServer(Runner):
                 watchdog=settings["watchdog"],
                 any_version=settings["any_version"],
             )
-            self._fleet = Fleet(origin, settings["max_memory_mb"])
+            self._servers = ServerPool(launcher, settings["max_memory_mb"])
         self._attached = Attached(any_version=settings["any_version"])
-        weakref.finalize(self, _close_in, self._owner_pid, self._fleet, self._attached)
+        weakref.finalize(self, _close_in, self._owner_pid, self._servers, self._attached)
 
     @property
     def url(self) -> str:
-        """Where the server is; starts it, as all of these do."""
-        return self._server().link.connection.url
+        """The server's URL; starts it, as the other properties do."""
+        return self._server().connection.url
 
     @property
     def password(self) -> str | None:
-        """What it asks for; the user name of one of ours is ``"opencode"``."""
-        return self._server().link.connection.password
+        """The server's password; the user name of a server of our own is ``"opencode"``."""
+        return self._server().connection.password
 
     @property
     def pid(self) -> int | None:
-        """Its process id; None for one that runs elsewhere."""
+        """The server's process id; None for one that runs elsewhere."""
         process = self._server().process
         return process.pid if process is not None else None
 
     @property
     def version(self) -> str:
         """OpenCode's version, as the server says."""
-        return self._server().link.version
+        return self._server().version
 
     def __enter__(self) -> OpenCodeServer:
         super().__enter__()
@@ -181,23 +187,21 @@ class OpenCodeServer(Runner):
 
     def close(self) -> None:
         if os.getpid() == self._owner_pid:
-            self._fleet.give_up()  # the runs that wait for a start would not end before it does
+            self._servers.give_up()  # runs that wait for a start would not end before it does
         super().close()
-        _close_in(self._owner_pid, self._fleet, self._attached)
+        _close_in(self._owner_pid, self._servers, self._attached)
 
     def __repr__(self) -> str:
-        where = self._fleet.url or "not started"
+        where = self._servers.url or "not started"
         state = "closed" if self._closed else f"{len(self._streams)} running"
         risk = "any_version, " if self._settings["any_version"] else ""
         return f"<OpenCodeServer {where}, {risk}{state}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"settings": self._settings, "elsewhere": self._elsewhere}
+        return self._settings
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state["settings"])  # type: ignore[misc]
-        self._elsewhere = state["elsewhere"]
-        self._begin_anew()
+    def __setstate__(self, settings: dict[str, Any]) -> None:
+        self.__init__(**settings)  # type: ignore[misc]
 
     def session(
         self,
@@ -211,24 +215,25 @@ class OpenCodeServer(Runner):
         timeout_s: float | None = None,
         delete: bool = False,
     ) -> Session:
-        """A conversation: prompts one after another, each of which knows what was before.
+        """Begin or resume a conversation: each prompt is sent with what was said before.
 
-        Settings may say ``"ask"`` for a permission here.
+        The settings may say ``"ask"`` for a permission here.
 
         Args:
-            workspace: The directory that it works in.
-            session_id: Resume this one.
-            title: What it is called; None for the beginning of its first prompt.
+            workspace: The directory that the session works in.
+            session_id: The session to resume; None for a new one.
+            title: The session's title; None for the beginning of its first prompt.
             run_cfg: Settings of its turns, in place of this server's own as a whole.
             on_permission: Called with a PermissionRequest for each tool that needs permission, a
                 sub-agent's too, in the thread that waits for the turn. Returns ``"once"``,
-                ``"always"``, ``"reject"``, or ``("reject", message)``, of which the model hears
-                and goes on. What it raises rejects, ends the turn, and comes out where the turn
-                is waited for. Without it all is rejected, and stands in ``denied_tools``.
+                ``"always"``, ``"reject"``, or ``("reject", message)``, where the model gets the
+                message and goes on. An exception rejects the request, ends the turn, and is raised
+                where the turn is waited for. Without it every request is rejected, and the tool
+                stands in ``denied_tools``.
             on_question: Called with a QuestionRequest in the same way. Returns the chosen labels
                 for each question, or None to decline. Without it the model cannot ask.
-            timeout_s: For each turn that brings no limit of its own.
-            delete: Remove the session from the server when it is left.
+            timeout_s: Seconds for each turn that has no limit of its own.
+            delete: Delete the session from the server at :meth:`.Session.close`.
         """
         from .session import Session
 
@@ -246,9 +251,9 @@ class OpenCodeServer(Runner):
         )
 
     def sessions(self, workspace: StrPath | None = None) -> list[SessionInfo]:
-        """The sessions that the server keeps, of one directory or of all; the last used first."""
+        """List the server's sessions, of one directory or of all; the last used first."""
         where = None if workspace is None else str(directory(workspace))
-        return self._server().link.sessions.all(where)
+        return self._server().sessions.all(where)
 
     # -- for Runner ----------------------------------------------------------------------------
 
@@ -257,15 +262,18 @@ class OpenCodeServer(Runner):
 
     def _check(self, cfg: RunConfig, *, may_ask: bool = False) -> None:
         super()._check(cfg, may_ask=may_ask)
-        own = RunConfig() if cfg.attach or self._elsewhere else self._run_cfg
-        check_server_wide(cfg, own)
+        check_server_wide(cfg, self._run_cfg if self._is_launched(cfg) else RunConfig())
 
     def _checked(self, run_cfg: RunConfig | None, *, may_ask: bool = False) -> RunConfig:
         cfg = super()._checked(run_cfg, may_ask=may_ask)
-        if cfg.attach or self._elsewhere or cfg.config_overrides is not None:
+        if not self._is_launched(cfg) or cfg.config_overrides is not None:
             return cfg
         # What the server was told to deny is denied to each of its sessions.
         return cfg.replace(config_overrides=self._run_cfg.config_overrides)
+
+    def _is_launched(self, cfg: RunConfig) -> bool:
+        """Whether runs with *cfg* go to a server of our own."""
+        return not cfg.attach and self._settings["_attach"] is None
 
     def prepare(self, cfg: RunConfig) -> None:
         if not cfg.attach:
@@ -275,28 +283,28 @@ class OpenCodeServer(Runner):
         return True
 
     def _open(self, request: Request, scope: CancelScope, keep_raw: bool) -> Turn:
-        return self._servers(request.cfg).begin(request, scope)
-
-    def _servers(self, cfg: RunConfig) -> Fleet:
-        self._own_this_process()
-        return self._attached.of(cfg) if cfg.attach else self._fleet
+        return self._servers_for(request.cfg).begin(request, scope)
 
     def _kept_sessions(self, cfg: RunConfig) -> Sessions:
         self._check_open()
-        return self._servers(cfg).current().link.sessions
+        return self._servers_for(cfg).current().sessions
 
-    def _server(self) -> InUse:
+    def _server(self) -> RunningServer:
         self._check_open()
         self._own_this_process()
-        return self._fleet.current()
+        return self._servers.current()
+
+    def _servers_for(self, cfg: RunConfig) -> ServerPool:
+        self._own_this_process()
+        return self._attached.of(cfg) if cfg.attach else self._servers
 
     def _own_this_process(self) -> None:
         if os.getpid() != self._owner_pid:  # forked: the server is the parent's
             self._streams.clear()
-            self._begin_anew()
+            self._make_pools()
 
 
-def _close_in(pid: int, fleet: Fleet, attached: Attached) -> None:
+def _close_in(pid: int, servers: ServerPool, attached: Attached) -> None:
     if os.getpid() == pid:
-        fleet.close()
+        servers.close()
         attached.close()

@@ -1,25 +1,24 @@
 """HTTP to one OpenCode server.
 
-    any thread --> request() ------------------------------+
-    helper thread --> events(), in_background() ---------- +--> pool of connections --> server
-                                                           |
-    deadline, CancelScope.cancel(), cut(), close() --------+ end whatever is under way
+    any thread ------> request() -----------------------+
+    helper threads --> events(), in_background() -------+--> pool of connections --> server
+                                                        |
+    deadline, CancelScope.cancel(), cut(), close() -----+ end whatever is under way
 
-A request has a bound on its whole, however slowly the server answers, and goes over a connection
-that is shut down when its scope is cancelled. What comes back is bounded in size too. Knows
-requests and answers, nothing of prompts, sessions or processes.
+A request has a time limit as a whole, however slowly the server responds, and goes over a socket
+that is shut down when its scope is cancelled. Responses are bounded in size. Knows requests and
+responses, nothing of prompts, sessions or processes.
 """
 
 from __future__ import annotations
 
-import abc
 import json
 import math
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import SplitResult, unquote, urlsplit
 
@@ -36,80 +35,30 @@ USER = "opencode"  # OpenCode's own default
 CONNECT_S = 5.0
 REQUEST_S = 60.0
 # The first request in a directory reads its configuration: 1 to 4 s were seen. Where there is a
-# .opencode, OpenCode installs by npm into it before it answers: 90 s on a slow network.
+# .opencode, OpenCode runs npm in it before it responds: 90 s on a slow network.
 FIRST_S = 300.0
 
-# An answer of 8 MB is one message, and a turn's whole messages are asked for at once.
+# One message can take 8 MB, and all messages of a turn are requested at once.
 MAX_BYTES = 64_000_000
 MAX_LIST_BYTES = 4 * MAX_BYTES
 _PIECE = 65_536
 
 
-class Requests(abc.ABC):
-    """What can be asked of a server; see :class:`Connection`."""
-
-    @abc.abstractmethod
-    def request(
-        self,
-        method: str,
-        path: str,
-        body: Any = None,
-        *,
-        timeout_s: float = REQUEST_S,
-        max_bytes: int = MAX_BYTES,
-        **params: Any,
-    ) -> Any:
-        """Return the answer, parsed as JSON, or None where it is empty.
-
-        Args:
-            body: Goes out as JSON; None for none.
-            timeout_s: Bound on the whole request.
-            max_bytes: Bound on the answer.
-            params: For the query; what is None is left out.
-
-        Raises:
-            OpenCodeServerError: If the server refuses, with its status and words, or does not
-                answer in time.
-        """
-
-    def get(self, path: str, **params: Any) -> Any:
-        """Return the answer to a GET; see :meth:`request`."""
-        return self.request("GET", path, **params)
-
-    def post(self, path: str, body: Any = None, **params: Any) -> Any:
-        """Return the answer to a POST; see :meth:`request`."""
-        return self.request("POST", path, body, **params)
-
-    def object(self, method: str, path: str, body: Any = None, **params: Any) -> dict[str, Any]:
-        """Return the answer, which has to be a JSON object; see :meth:`request`."""
-        answer = self.request(method, path, body, **params)
-        if isinstance(answer, dict):
-            return answer
-        raise _odd_answer(method, path, "an object", answer)
-
-    def objects(self, path: str, **params: Any) -> list[dict[str, Any]]:
-        """Return the answer to a GET, which has to be a list of JSON objects."""
-        answer = self.request("GET", path, **params)
-        if isinstance(answer, list) and all(isinstance(each, dict) for each in answer):
-            return answer
-        raise _odd_answer("GET", path, "a list of objects", answer)
-
-
-class Connection(Requests):
+class Connection:
     """One server, reached by HTTP. Safe to share between threads; not across a fork.
 
     Attributes:
-        url: Where it is, without credentials.
+        url: The server's URL, without credentials.
         label: Its host and port.
-        password: What it asks for, or None.
-        lost: Why it is gone, once somebody knows; requests that fail then say so.
-        is_silent: It left the last request that has ended without an answer.
+        password: The password that is sent, or None.
+        lost: Why the server is gone, once that is known; requests that fail then say so.
+        is_silent: The last request that has ended got no response in time.
     """
 
     def __init__(
         self, url: str, *, username: str | None = None, password: str | None = None
     ) -> None:
-        """Connects nowhere yet. Credentials may stand in *url* too; the arguments come first.
+        """Does not connect yet. *url* may hold credentials; the arguments take precedence.
 
         Raises:
             OpenCodeConfigError: If *url* is not an HTTP URL.
@@ -126,19 +75,19 @@ class Connection(Requests):
         _check_credentials(username, password)
         self.password = password or None
         self._auth = httpx2.BasicAuth(username, password) if password else None
-        # Certificates take 70 ms to load, and without TLS are of no use.
+        # Loading certificates takes 70 ms, and plain HTTP needs none.
         self._tls = httpx2.create_ssl_context() if parts.scheme == "https" else None
         self._here = _Here()
         self._client = self._make_client()
         self._life = CancelScope()
-        self._asked: dict[int, _Call] = {}  # under way, but for those that are long by nature
+        self._waiting: dict[int, _Call] = {}  # requests under way
 
     def _make_client(self) -> httpx2.Client:
         import httpcore2
         import httpx2
 
         transport = httpx2.HTTPTransport(verify=False)
-        # The transport takes no network backend, and only there a total bound can be kept.
+        # The transport takes no network backend, which is where a total time limit can be kept.
         transport._pool = httpcore2.ConnectionPool(
             ssl_context=self._tls,
             max_connections=None,
@@ -159,13 +108,9 @@ class Connection(Requests):
         return f"<Connection to {self.url}>"
 
     @property
-    def is_asked(self) -> bool:
-        """Whether a request waits for its answer."""
-        return bool(self._asked)
-
-    def within(self, scope: CancelScope) -> Within:
-        """Return what makes requests that end with *scope*."""
-        return Within(self, scope)
+    def is_waiting(self) -> bool:
+        """Whether a request waits for its response."""
+        return bool(self._waiting)
 
     def request(
         self,
@@ -173,28 +118,35 @@ class Connection(Requests):
         path: str,
         body: Any = None,
         *,
+        scope: CancelScope | None = None,
         timeout_s: float = REQUEST_S,
         max_bytes: int = MAX_BYTES,
-        scope: CancelScope | None = None,
         keeps_open: bool = True,
         **params: Any,
     ) -> Any:
-        """Return the answer; see :meth:`Requests.request`.
+        """Return the response, parsed as JSON, or None where it is empty.
 
         Args:
+            body: Sent as JSON; None for an empty body.
             scope: Ends the request too.
-            keeps_open: Leave the connection to further requests.
+            timeout_s: Time limit of the whole request.
+            max_bytes: Size limit of the response.
+            keeps_open: Keep the connection for further requests.
+            params: The query; those that are None are left out.
+
+        Raises:
+            OpenCodeServerError: If the server refuses, with its status and words, or does not
+                respond in time.
         """
-        headers = dict(_JSON) if body is not None else {}
+        headers = {"Content-Type": "application/json"} if body is not None else {}
         if not keeps_open:
             headers["Connection"] = "close"
         with (
-            self._translated(method, path),
-            self._calling(timeout_s, scope, self._asked) as client,
+            self._calling(method, path, timeout_s, scope) as client,
             client.stream(
                 method,
                 path,
-                content=_json(body),
+                content=None if body is None else json.dumps(body).encode(),
                 headers=headers,
                 params={name: value for name, value in params.items() if value is not None},
                 timeout=_timeout(),
@@ -202,7 +154,22 @@ class Connection(Requests):
         ):
             content = _read(response, max_bytes)
         self.is_silent = False
-        return _answer(response, content)
+        return _parsed_response(response, content)
+
+    def get(self, path: str, **params: Any) -> Any:
+        """GET *path*; see :meth:`request`."""
+        return self.request("GET", path, **params)
+
+    def post(self, path: str, body: Any = None, **params: Any) -> Any:
+        """POST to *path*; see :meth:`request`."""
+        return self.request("POST", path, body, **params)
+
+    def objects(self, path: str, **params: Any) -> list[dict[str, Any]]:
+        """GET *path*, whose response must be a list of JSON objects; see :meth:`request`."""
+        response = self.request("GET", path, **params)
+        if isinstance(response, list) and all(isinstance(each, dict) for each in response):
+            return response
+        raise _odd_response(f"GET {path}", "a list of objects", response)
 
     def in_background(
         self,
@@ -211,9 +178,9 @@ class Connection(Requests):
         then: Callable[[OpenCodeServerError | None], None],
         *,
         timeout_s: float = math.inf,
-        scope: CancelScope | None = None,
+        **settings: Any,
     ) -> None:
-        """POST what the server answers only when all is done, without waiting for it.
+        """POST without waiting for the response, which comes only when all is done.
 
         *then* is called in a helper thread, with what went wrong or None.
         """
@@ -221,17 +188,9 @@ class Connection(Requests):
         def post() -> None:
             error: OpenCodeServerError | None = None
             try:
-                with (
-                    self._translated("POST", path),
-                    self._calling(timeout_s, scope) as client,
-                    client.stream(
-                        "POST", path, content=_json(body), headers=_JSON, timeout=_timeout()
-                    ) as response,
-                ):
-                    content = _read(response, MAX_BYTES)
-                _answer(response, content)
-            except OpenCodeServerError as refusal:
-                error = refusal
+                self.post(path, body, timeout_s=timeout_s, **settings)
+            except OpenCodeServerError as failure:
+                error = failure
             then(error)
 
         name = f"opencode-{self.label}-request"
@@ -241,20 +200,19 @@ class Connection(Requests):
         """Yield the data of each server-sent event, until the server ends the stream.
 
         Raises:
-            OpenCodeServerError: If the server refuses, or nothing came for *silence_s* seconds,
-                or the stream broke.
-            ValueError: If what comes is not such a stream, or an event is larger than
+            OpenCodeServerError: If the server refuses, sends nothing for *silence_s* seconds, or
+                the stream breaks.
+            ValueError: If the response is not an event stream, or an event is larger than
                 ``MAX_BYTES``.
         """
         import httpx2
 
         with (
-            self._translated("GET", path),
-            self._calling(math.inf) as client,
+            self._calling("GET", path, math.inf, is_stream=True) as client,
             client.sse(path, timeout=_timeout(silence_s), max_event_size=MAX_BYTES) as source,
         ):
             if source.response.status_code != 200:
-                _answer(source.response, _read(source.response, MAX_BYTES))
+                _parsed_response(source.response, _read(source.response, MAX_BYTES))
             try:
                 for event in source:
                     yield event.data
@@ -266,51 +224,40 @@ class Connection(Requests):
         self._life.cancel()
 
     def close(self) -> None:
-        """Give the connections back; nobody is to use them any more."""
+        """Close all sockets. Requests fail from now on."""
         self.cut()
         self._client.close()
 
     @contextmanager
     def _calling(
         self,
+        method: str,
+        path: str,
         timeout_s: float,
         scope: CancelScope | None = None,
-        calls: dict[int, _Call] | None = None,
+        *,
+        is_stream: bool = False,
     ) -> Iterator[httpx2.Client]:
-        """Give the client for one request, which ends in time or when it is cut.
+        """Yield the client for one request, which ends in time or when it is cut.
 
-        A finaliser may interrupt this thread's own request, and then this very thread may hold
-        the pool's locks, and its lists be half changed: that one gets a client of its own.
+        What httpx2 raises leaves as OpenCodeServerError.
         """
         import httpx2
 
-        call = _Call(time.monotonic() + min(timeout_s, scope.left() if scope else math.inf))
+        scope = CancelScope() if scope is None else scope
+        call = _Call(time.monotonic() + min(timeout_s, scope.left()))
+        # A finaliser may interrupt this thread's own request, while the thread holds the pool's
+        # locks and its lists are half changed: the inner request gets a client of its own.
         outer = self._here.call
-        with ExitStack() as ending:
-            ending.enter_context(self._life.waking(call.cut))
-            if scope is not None:
-                ending.enter_context(scope.waking(call.cut))
-            if calls is not None:
-                calls[id(call)] = call
-                ending.callback(calls.pop, id(call), None)
-            client = self._client if outer is None else self._make_client()
-            if outer is not None:
-                ending.callback(client.close)
-            self._here.call = call
-            try:
-                yield client
-            finally:
-                self._here.call = outer
-            if call.is_cut:  # an answer without a length may look whole then
-                raise httpx2.ReadError("the request was cut")
-
-    @contextmanager
-    def _translated(self, method: str, path: str) -> Iterator[None]:
-        """Have what httpx2 raises leave as OpenCodeServerError."""
-        import httpx2
-
+        client = self._client if outer is None else self._make_client()
+        self._here.call = call
+        if not is_stream:
+            self._waiting[id(call)] = call
         try:
-            yield
+            with self._life.waking(call.cut), scope.waking(call.cut):
+                yield client
+                if call.is_cut:  # a response without a length may look whole then
+                    raise httpx2.ReadError("the request was cut")
         # RuntimeError is what a closed client raises.
         except (httpx2.HTTPError, httpx2.InvalidURL, RuntimeError) as error:
             if isinstance(error, httpx2.TimeoutException):
@@ -318,20 +265,14 @@ class Connection(Requests):
             words = str(error) or type(error).__name__
             reason = self.lost or f"the server at {self.url} does not answer: {words}"
             raise OpenCodeServerError(f"{reason} ({method} {path})") from error
+        finally:
+            self._here.call = outer
+            self._waiting.pop(id(call), None)
+            if outer is not None:
+                client.close()
 
 
-class Within(Requests):
-    """The requests of one run to a server, which end with the run's scope."""
-
-    def __init__(self, connection: Connection, scope: CancelScope) -> None:
-        self.connection, self.scope = connection, scope
-
-    def request(self, method: str, path: str, body: Any = None, **settings: Any) -> Any:
-        """Return the answer; see :meth:`Requests.request`."""
-        return self.connection.request(method, path, body, scope=self.scope, **settings)
-
-
-# -- bounds on what the network does -------------------------------------------------------------
+# -- time limits and cancellation, at the socket -------------------------------------------------
 
 
 class _Call:
@@ -344,11 +285,14 @@ class _Call:
 
     def cut(self) -> None:
         self.is_cut = True
-        if (connected := self._socket) is not None:
-            _shut_down(connected)
+        if self._socket is not None:
+            # Closing would leave a thread that reads from it waiting; this wakes it. Not an SSL
+            # socket's own method, which would pull the session away from under the reader.
+            with suppress(OSError):
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def bound(self, timeout: float | None, connected: socket.socket | None = None) -> float | None:
-        """Return how long the next step may take, at most *timeout*; None for ever."""
+        """Return how long the next step may take, at most *timeout*; None for no limit."""
         import httpcore2
 
         self._socket = connected  # before the look at the flag: cut() does it the other way round
@@ -373,7 +317,7 @@ class _Here(threading.local):
 
 
 class _Backend:
-    """A ``httpcore2.NetworkBackend`` that keeps to the bounds of the thread's request."""
+    """A ``httpcore2.NetworkBackend`` that keeps to the limits of the thread's request."""
 
     def __init__(self, backend: httpcore2.NetworkBackend, here: _Here) -> None:
         self._backend, self._here = backend, here
@@ -389,7 +333,7 @@ class _Backend:
 
 
 class _Stream:
-    """A ``httpcore2.NetworkStream`` that keeps to them too."""
+    """A ``httpcore2.NetworkStream`` that does the same."""
 
     def __init__(self, stream: httpcore2.NetworkStream, here: _Here) -> None:
         self._stream, self._here = stream, here
@@ -398,7 +342,7 @@ class _Stream:
         return self._stream.read(max_bytes, self._here.bound(timeout, self._stream))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        # In pieces: a single write may wait for each part of what it has to say.
+        # In pieces: the timeout of one write holds for each send that it takes.
         for start in range(0, len(buffer), _PIECE):
             piece = buffer[start : start + _PIECE]
             self._stream.write(piece, self._here.bound(timeout, self._stream))
@@ -413,27 +357,13 @@ class _Stream:
         return getattr(self._stream, name)
 
 
-def _shut_down(connected: socket.socket) -> None:
-    # Closing would leave a thread that reads from it waiting; this wakes it. Not the method of an
-    # SSL socket, which would pull the session away from under the reader.
-    with suppress(OSError):
-        socket.socket.shutdown(connected, socket.SHUT_RDWR)
-
-
 def _timeout(read_s: float | None = None) -> httpx2.Timeout:
     import httpx2
 
     return httpx2.Timeout(None, read=read_s)
 
 
-# -- requests and answers ------------------------------------------------------------------------
-
-
-_JSON = {"Content-Type": "application/json"}
-
-
-def _json(body: Any) -> bytes | None:
-    return None if body is None else json.dumps(body).encode()
+# -- URLs and responses --------------------------------------------------------------------------
 
 
 def _parsed(url: str) -> SplitResult:
@@ -441,8 +371,8 @@ def _parsed(url: str) -> SplitResult:
         parts = urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname:
             return parts
-    # Not the value itself: a password may stand in it.
-    raise OpenCodeConfigError("the server's URL is none of HTTP: use 'http://HOST:PORT'")
+    # Without the value: it may hold a password.
+    raise OpenCodeConfigError("the server's URL is not an HTTP URL: use 'http://HOST:PORT'")
 
 
 def _check_credentials(*words: str) -> None:
@@ -451,12 +381,12 @@ def _check_credentials(*words: str) -> None:
             word.encode()
     except (AttributeError, UnicodeEncodeError):  # whose text would show it
         raise OpenCodeConfigError(
-            "the server's user name or password is no text: use a str that UTF-8 can encode"
+            "the server's user name or password is not text: use a str that UTF-8 can encode"
         ) from None
 
 
 def _read(response: httpx2.Response, max_bytes: int) -> bytes:
-    """Read the body, in pieces of 1 MB at most, however small it is on the wire."""
+    """Read the body, in chunks of 1 MB at most, however small it is on the wire."""
     chunks: list[bytes] = []
     size = 0
     for chunk in response.iter_bytes():
@@ -473,7 +403,7 @@ def _where(response: httpx2.Response) -> str:
     return f"{response.request.method} {response.request.url.path}"
 
 
-def _answer(response: httpx2.Response, content: bytes) -> Any:
+def _parsed_response(response: httpx2.Response, content: bytes) -> Any:
     where, status = _where(response), response.status_code
     if not response.is_success:
         words = "wrong or missing password" if status == 401 else _refusal(response, content)
@@ -485,9 +415,10 @@ def _answer(response: httpx2.Response, content: bytes) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
-        # OpenCode shows its web page where it knows no such path.
+        # OpenCode sends its web page for a path that it does not know.
         raise OpenCodeServerError(
-            f"the server answered {where} with no JSON: is it OpenCode 1.17 or later?"
+            f"the server answered {where} with something that is not JSON: "
+            "is it OpenCode 1.17 or later?"
         ) from None
 
 
@@ -505,10 +436,17 @@ def _refusal(response: httpx2.Response, content: bytes) -> str:
     return content[:500].decode("utf-8", "replace").strip() or response.reason_phrase
 
 
-def _odd_answer(method: str, path: str, wanted: str, got: object) -> OpenCodeServerError:
-    """Return the error for an answer of another shape than OpenCode's."""
+def checked_object(where: str, response: Any) -> dict[str, Any]:
+    """Return *response*, which must be a JSON object; else raise OpenCodeServerError."""
+    if isinstance(response, dict):
+        return response
+    raise _odd_response(where, "an object", response)
+
+
+def _odd_response(where: str, wanted: str, got: object) -> OpenCodeServerError:
+    """Return the error for a response of another shape than OpenCode's."""
     kind = "null" if got is None else type(got).__name__
     return OpenCodeServerError(
-        f"the server answered {method} {path} with {kind} where {wanted} was expected: "
+        f"the server answered {where} with {kind} where {wanted} was expected: "
         "is it OpenCode 1.17 or later?"
     )

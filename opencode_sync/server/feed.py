@@ -3,11 +3,11 @@
     server --> /global/event --> reader thread --+--> mailbox of a session --> receive()
                                                  +--> mailbox of another       (its caller's thread)
 
-A mailbox gets what concerns its session and those of its sub-agents, in order. The stream has no
-replay: where it broke or fell silent it is opened again, and every mailbox gets a GAP, so that who
-reads it asks for the state anew. When the server is gone, all who wait are told.
+A mailbox gets the messages about its session and its sub-agents' sessions, in order. The stream
+has no replay: when it breaks or falls silent it is opened again, and each mailbox gets a GAP, after
+which its receiver asks the server for the state. When the server is gone, all who wait are told.
 
-The reader is a daemon that only reads: it takes no lock of ours and runs no code of a user's. Knows
+The reader is a daemon thread that only reads: it takes no lock of ours and runs no user code. Knows
 how messages are addressed, nothing of what they mean.
 """
 
@@ -24,18 +24,24 @@ from typing import Any, NamedTuple
 
 from ..core import lifetime
 from ..core.errors import OpenCodeServerError
+from ..core.reading import mapping
 from .connection import CONNECT_S, MAX_BYTES, Connection
 
 _log = logging.getLogger("opencode_sync")
 
-PATH = "/global/event"  # of all directories; "/event" has those of one
+PATH = "/global/event"  # all directories; "/event" has one
 
-SILENCE_S = 30.0  # the server sends a heartbeat each 10 s
-REOPEN_S = 5.0  # how long one that refuses connections is not given up; it boots in 1.5 s
+SILENCE_S = 30.0  # the server sends a heartbeat every 10 s
+REOPEN_S = 5.0  # how long a broken stream is opened again; a server boots in 1.5 s
 PAUSE_S = 0.05  # before a broken stream is opened again; doubled at each failure
 JOIN_S = 2.0  # bound on waiting for the reader
 
 MAX_WAITING = 4 * MAX_BYTES  # characters of messages that a mailbox keeps
+
+# Types of messages that are ours; the server sends no such ones.
+REFUSED = "provider.refused"  # what preload.js saw of a provider's refusal
+ANSWER = "answer"  # the end of a request whose response comes only when all is done
+WAKE = "wake"  # says nothing: wakes who waits
 
 
 class Message(NamedTuple):
@@ -47,7 +53,7 @@ class Message(NamedTuple):
 
 
 GAP = Message("", "gap", {})
-"""Messages may be missing here: ask for the state anew. What follows may repeat some of it."""
+"""Messages may be missing here: ask for the state. The messages after it may repeat some of it."""
 
 
 class _Lost(NamedTuple):
@@ -60,18 +66,18 @@ class _Sized(NamedTuple):
 
 
 class Mailbox:
-    """The messages about one session and its sub-agents' sessions. A context manager.
+    """The messages about one session and its sub-agents' sessions.
 
-    One thread receives. What comes before the first :meth:`receive` waits in it.
+    One thread receives.
 
     Attributes:
-        sessions: The session and those of its sub-agents that are known, oldest first.
+        sessions: The session and its sub-agents' sessions that are known, oldest first.
     """
 
     def __init__(self, routes: dict[str, Mailbox], session_id: str) -> None:
-        # Its put() may interrupt itself, so a finaliser can use it in any thread.
+        # Its put() is reentrant, so a finaliser can use it in any thread.
         self._queue: lifetime.Queue[_Sized | _Lost] = lifetime.Queue()
-        # Of the reader alone, and of who receives alone: the difference is what waits.
+        # Written by the reader alone, and by the receiver alone: the difference is what waits.
         self._put_size = self._taken_size = 0
         self._is_full = False
         self.sessions: dict[str, None] = {}  # an ordered set, whose single operations are atomic
@@ -83,11 +89,11 @@ class Mailbox:
         """Take the messages about this session too."""
         self.sessions[session_id] = None
         self._routes[session_id] = self
-        if self._closed:  # it was, while the reader was adding a sub-agent
+        if self._closed:  # in the meantime, while the reader was adding a sub-agent
             self._routes.pop(session_id, None)
 
     def wait(self, timeout: float | None) -> None:
-        """Return when there is something to receive; what interrupts this loses nothing.
+        """Return when there is something to receive; an interruption loses nothing.
 
         Raises:
             queue.Empty: If nothing came for *timeout* seconds.
@@ -95,11 +101,11 @@ class Mailbox:
         self._queue.wait(timeout)
 
     def receive(self, timeout: float | None) -> list[Message]:
-        """All messages that are there, at least one.
+        """Return all messages that have come, at least one.
 
         Raises:
             queue.Empty: If none came for *timeout* seconds.
-            OpenCodeServerError: If the server is gone; from then on always.
+            OpenCodeServerError: If the server is gone; from then on every time.
         """
         messages: list[Message] = []
         self.wait(timeout)
@@ -117,10 +123,10 @@ class Mailbox:
     def put(self, message: Message, size: int = 0) -> None:
         """Add *message*; from any thread.
 
-        Where too much waits already it is dropped, and a GAP has who receives ask for the state.
+        If too much waits already it is dropped, and a GAP is put in its place.
 
         Args:
-            size: How much it counts for; only the reader's messages are large.
+            size: Its characters; 0 for a message that is never dropped.
         """
         if size and self._put_size - self._taken_size + size > MAX_WAITING:
             if not self._is_full:
@@ -133,7 +139,7 @@ class Mailbox:
         self._queue.put(_Sized(message, size))
 
     def fail(self, reason: str) -> None:
-        """Have :meth:`receive` raise, after the messages that are there; from any thread."""
+        """Have :meth:`receive` raise, after the messages that have come; from any thread."""
         self._queue.put(_Lost(reason))
 
     def close(self) -> None:
@@ -143,32 +149,22 @@ class Mailbox:
             if mailbox is self:
                 self._routes.pop(session_id, None)
 
-    def __enter__(self) -> Mailbox:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
 
 class EventStream:
     """The messages of one server, as long as it lives."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        # A plain dict, whose single operations are atomic: the reader is not to wait for a lock,
-        # nor a finaliser for one that its own thread holds.
+        # A plain dict, whose single operations are atomic: the reader must not wait for a lock,
+        # and a finaliser cannot wait for one that its own thread holds.
         self._routes: dict[str, Mailbox] = {}
         self._opened = lifetime.Flag()  # at least once; or lost before
         self._closing = lifetime.Flag()
         self._is_reading = False
         self._reader: threading.Thread | None = None
 
-    def __repr__(self) -> str:
-        state = self._connection.lost or f"{len(self._routes)} sessions"
-        return f"<EventStream of {self._connection.url}, {state}>"
-
     def open(self, scope: lifetime.CancelScope | None = None) -> None:
-        """Start reading. What is begun after the return is not missed. Once.
+        """Start reading; no message is missed after the return. Call it once.
 
         Args:
             scope: Ends the waiting too.
@@ -187,19 +183,19 @@ class EventStream:
             raise OpenCodeServerError(self._connection.lost)
 
     def mailbox(self, session_id: str) -> Mailbox:
-        """A mailbox for what the server says about *session_id* from now on."""
+        """Return a mailbox for the messages about *session_id* from now on."""
         mailbox = Mailbox(self._routes, session_id)
         if self._connection.lost is not None:
             mailbox.fail(self._connection.lost)
         return mailbox
 
     def put(self, message: Message, size: int = 0) -> None:
-        """Sort in *message*; what nobody waits for is dropped."""
+        """Give *message* to its mailbox; without one it is dropped."""
         if mailbox := self._routes.get(message.session_id):
             mailbox.put(message, size)
 
     def lose(self, reason: str) -> None:
-        """Record that the server is gone, and tell all who wait or will. First reason counts."""
+        """Record that the server is gone, and tell all who wait. The first reason counts."""
         if self._connection.lost is None:
             _log.debug("%s: %s", self._connection.label, reason)
             self._connection.lost = reason
@@ -208,7 +204,7 @@ class EventStream:
         self._opened.set()
 
     def close(self) -> None:
-        """End the reader, and cut the connection's long requests; who still waits is told."""
+        """End the reader, and cut the requests under way; whoever still waits is told."""
         self._closing.set()
         self.lose(f"the connection to {self._connection.url} was closed")
         self._connection.cut()
@@ -225,7 +221,7 @@ class EventStream:
             self.lose(f"{threading.current_thread().name}: {error!r}")
 
     def _read(self) -> None:
-        pause_s, give_up_at = PAUSE_S, time.monotonic()  # a first try that fails is the last
+        pause_s, give_up_at = PAUSE_S, time.monotonic()  # the first try is not repeated
         while self._connection.lost is None:
             self._is_reading = False
             try:
@@ -273,17 +269,13 @@ class EventStream:
 
 
 def _kinship(kind: str, properties: Mapping[str, Any]) -> tuple[str, str]:
-    """The parent's and the sub-agent's session, where a message tells of a sub-agent."""
+    """Return the parent's and the sub-agent's session if a message is about a sub-agent."""
     if kind == "session.created":
         info = mapping(properties.get("info"))
         return str(info.get("parentID")), str(info.get("id"))
     part = mapping(properties.get("part"))
     if part.get("tool") == "task":
-        # A sub-agent that is taken up again is not created; the tool call names its session.
+        # A sub-agent that is resumed is not created; the tool call names its session.
         metadata = mapping(mapping(part.get("state")).get("metadata"))
         return str(properties.get("sessionID")), str(metadata.get("sessionId"))
     return "", ""
-
-
-def mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

@@ -1,17 +1,16 @@
-"""An ``opencode serve`` of our own, from its start to its end.
+"""A process ``opencode serve`` of our own, from its start to its end.
 
-    child stdout, stderr --> output thread --> the URL, refusals, the last lines
-    child exit ------------> exit thread ----> on_exit(why), then its tools are stopped
+    stdout, stderr --> output thread --> the URL, the last lines; what our plugins tell --+
+    exit ------------> exit thread ----> how it ended; its tools are stopped --------------+--> feed
 
-The password goes out in the child's environment: preload.js writes it over where others could
-read it, and plugin.js takes it from what tools get. Knows a process and its lines; nothing of
+The password goes out in the child's environment: preload.js overwrites it where other processes
+could read it, and plugin.js takes it away from tools. Knows a process and its lines, nothing of
 requests.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import secrets
 import signal
 import socket
@@ -21,10 +20,9 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from ..core import lifetime
 from ..core.errors import OpenCodeBinaryNotFoundError, OpenCodeServerError
+from ..core.lifetime import CancelScope, Flag
 from ..core.secrets import without_quotes
 from ..core.text import strip_ansi
 from ..process import tree
@@ -36,8 +34,7 @@ from ..process.stderr import (
     split_told,
     unwritable_home,
 )
-
-_log = logging.getLogger("opencode_sync")
+from .feed import REFUSED, EventStream, Message
 
 LINES_KEPT = 1_000  # so that a quoted configuration is seen whole, and can be cut out
 LINES_TOLD = 20
@@ -46,13 +43,17 @@ JOIN_S = 2.0  # bound on waiting for our own threads, once the child is gone
 _LISTENING = "listening on http"
 
 
-class Server:
+class ServerProcess:
     """A started server, listening on loopback.
 
     Attributes:
         pid: Its process id.
         token: Marks it and all that it starts.
-        url, password: Where it is, and what it asks for.
+        env: What it was started with.
+        url, password: Where it listens, and the password that it asks for.
+        ending: How it has ended by itself, in words; None before, and where :meth:`stop` ended it.
+        feed: Told of its ending, of refusals by a provider and of errors of our plugin; None until
+            somebody listens.
     """
 
     def __init__(
@@ -62,38 +63,31 @@ class Server:
         directory: Path,
         *,
         timeout_s: float,
-        scope: lifetime.CancelScope,
-        on_exit: Callable[[str], None],
-        on_refusal: Callable[[str, int, float | None], None],
-        on_error: Callable[[str, Mapping[str, Any]], None],
+        scope: CancelScope,
     ) -> None:
         """Start it in *directory*, and wait until it listens.
 
         Args:
             scope: Ends the waiting too.
-            on_exit: Called in a helper thread when it has ended, with what ended it.
-            on_refusal: Called in a helper thread with a session, the HTTP status that a
-                provider refused it with, and the seconds that it asked to be left alone.
-            on_error: Called in a helper thread with a session and the error of our plugin.
 
         Raises:
             OpenCodeBinaryNotFoundError: If the binary cannot be run.
-            OpenCodeServerError: If it ends, or does not listen *timeout_s* seconds; with its words.
+            OpenCodeServerError: If it ends, or does not listen within *timeout_s* seconds; with
+                what it has printed.
         """
         self.token = tree.run_token()
         self.password = secrets.token_urlsafe(32)
+        self.env = env
         self.url = ""
-        self._on_exit = on_exit
-        self._on_refusal = on_refusal
-        self._on_error = on_error
+        self.ending: str | None = None
+        self.feed: EventStream | None = None
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
-        self._settled = lifetime.Flag()  # it listens, or has ended
-        self._env = env
-        self._exited = lifetime.Flag()
+        self._is_decided = Flag()  # it listens, or has ended
+        self._exited = Flag()
         self._is_stopping = False
         self._output, childs_end = socket.socketpair()
         try:
-            self._popen = self._start(binary, env, directory, childs_end)
+            self._popen = self._start(binary, directory, childs_end)
         except BaseException:
             self._output.close()
             tree.stop(self.token)
@@ -104,7 +98,7 @@ class Server:
         tree.mark(self.pid, self.token)
         self._threads = [self._thread("output", self._read), self._thread("exit", self._wait)]
         try:
-            if not scope.wait(self._settled, timeout_s) or not self.url:
+            if not scope.wait(self._is_decided, timeout_s) or not self.url:
                 raise OpenCodeServerError(self._why_not(timeout_s))
             self._check_password()
         except BaseException:
@@ -112,7 +106,7 @@ class Server:
             raise
 
     def _start(
-        self, binary: str, env: Mapping[str, str], directory: Path, output: socket.socket
+        self, binary: str, directory: Path, output: socket.socket
     ) -> subprocess.Popen[bytes]:
         try:
             return subprocess.Popen(
@@ -124,11 +118,11 @@ class Server:
                 stderr=output.fileno(),
                 cwd=directory,
                 env={
-                    **env,
+                    **self.env,
                     "OPENCODE_SERVER_PASSWORD": self.password,
                     "OPENCODE_SERVER_USERNAME": "opencode",
                     "PWD": str(directory),
-                    tree.MARKER: tree.chain(self.token, env),
+                    tree.MARKER: tree.chain(self.token, self.env),
                 },
                 start_new_session=True,
             )
@@ -138,7 +132,7 @@ class Server:
             ) from error
 
     def _check_password(self) -> None:
-        """Refuse a server whose environment tells its tools the password, where we can see that."""
+        """Refuse a server whose environment shows its tools the password, where we can see that."""
         with suppress(OSError):  # no such file (not Linux), or it has just ended
             if self.password.encode() in Path(f"/proc/{self.pid}/environ").read_bytes():
                 raise OpenCodeServerError(
@@ -179,10 +173,10 @@ class Server:
         return 0.0
 
     def stop(self, *, at_once: bool = False) -> None:
-        """End it with all that it started. Bounded, idempotent, from any thread.
+        """Stop it with all that it started. Bounded, idempotent, from any thread.
 
         Args:
-            at_once: Kill the server, which does not listen to a request to end.
+            at_once: Kill a server that does not respond to a request to end.
         """
         self._is_stopping = True
         if at_once and not self.has_exited:
@@ -201,11 +195,14 @@ class Server:
     def _wait(self) -> None:
         status = self._popen.wait()
         try:
-            if not self._is_stopping:  # told first: who sees the exit may ask why
-                self._on_exit(f"the server (pid {self.pid}) {_ending(status)}")
+            if not self._is_stopping:
+                # Before the exit can be seen: whoever sees it may ask why.
+                self.ending = f"the server (pid {self.pid}) {_ending(status)}"
+                if self.feed is not None:
+                    self.feed.lose(self.ending)
         finally:
             self._exited.set()
-            self._settled.set()
+            self._is_decided.set()
         if not self._is_stopping:
             tree.stop(self.token)
 
@@ -220,29 +217,33 @@ class Server:
     def _take(self, line: str) -> None:
         line, told = split_told(line)
         if told is not None:
-            self._take_told(told[len(PRELOAD_PREFIX) :])
+            self._pass_on(told[len(PRELOAD_PREFIX) :])
             if not line:
                 return
         self._lines.append(strip_ansi(line))
         if not self.url and _LISTENING in line:
             self.url = line[line.index("http") :].strip()
-            self._settled.set()
+            self._is_decided.set()
 
-    def _take_told(self, told: str) -> None:
+    def _pass_on(self, told: str) -> None:
+        """Make a message for the session of what plugin.js or preload.js has printed."""
         with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
             seen = json.loads(told)
             if seen.get("type") == "error":
-                self._on_error(str(seen["sessionID"]), seen["error"])
-                return
-            wait_s = asked_to_wait_s(seen.get("retry_after"), seen.get("retry_after_ms"))
-            self._on_refusal(str(seen["session"]), int(seen["status"]), wait_s)
+                message = Message(str(seen["sessionID"]), "session.error", {"error": seen["error"]})
+            else:
+                wait_s = asked_to_wait_s(seen.get("retry_after"), seen.get("retry_after_ms"))
+                refusal = {"status": int(seen["status"]), "retry_after_s": wait_s}
+                message = Message(str(seen["session"]), REFUSED, refusal)
+            if self.feed is not None:
+                self.feed.put(message)
 
     def _why_not(self, timeout_s: float) -> str:
         said = without_quotes("\n".join(self._lines)).strip()
         words = "\n".join(said.split("\n")[-LINES_TOLD:])
         if self.has_exited:
             what = f"opencode serve {_ending(self._popen.returncode)} before it listened"
-            known = unwritable_home(words) or refused_by_bun(words) or no_space(self._env)
+            known = unwritable_home(words) or refused_by_bun(words) or no_space(self.env)
             words = "\n".join(filter(None, (known, words)))
         else:
             what = f"opencode serve did not listen within {timeout_s:g} s (startup_timeout_s)"

@@ -1,19 +1,16 @@
-"""Where servers come from: started by us, or running elsewhere.
+"""The servers of one runner, of which one is in use.
 
-    Own.start() ------> process, data directory, configuration --+
-    Elsewhere.start() --> URL, password -------------------------+--> InUse: a link to it
-
-Knows how a server is started and ended; nothing of when, nor of what is asked of it.
-
-Of the servers of one runner, one is in use.
-
-    begin() --> the server in use --> Link.begin() --> Turn
+    begin() --> current(): the server in use --> RunningServer.begin() --> Turn, sent
                   |
                   +-- started with the first turn, and again when it has died
-                  +-- followed by a fresh one when it has grown too large: the turns on it go on to
-                      their end, and with the last of them it ends too
+                  +-- replaced when it has grown too large: its turns go on to their end,
+                      and with the last of them it is closed
 
-All have the same sessions. Knows when a server is started and ended; nothing of how.
+    Launcher.start() --> process, data directory, configuration --+
+    Attacher.start() --> URL, password ---------------------------+--> RunningServer
+
+All servers of one pool have the same sessions. Knows when and how a server is started and closed;
+nothing of what it is asked.
 """
 
 from __future__ import annotations
@@ -25,11 +22,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
-from ..core import lifetime
 from ..core.config import RunConfig
 from ..core.errors import (
     OpenCodeCancelledError,
@@ -40,144 +34,25 @@ from ..core.errors import (
 from ..core.lifetime import CancelScope, Flag
 from ..core.request import Request
 from ..core.secrets import Secrets
-from ..process import tree
 from ..process.command import PLUGIN, PRELOAD, build_env, resolve_binary, server_env
 from ..process.data_dirs import DataDirectories, Lease
 from ..process.versions import check_program_version
 from ..process.watchdog import add_directory, discard_directory, guard
-from .connection import Connection
-from .launch import Server
-from .running import Busy, Link, dispose
+from .launch import ServerProcess
+from .running import RunningServer
 from .turn import Turn
 
 _log = logging.getLogger("opencode_sync")
 
-# Of our own servers, one that leaves two such questions in a row unanswered is taken for dead. Two,
-# so that it is not blamed where all of us were stopped for a while, as a container can be.
-ANSWER_S = 5.0
-# One that uses the processor all the while is busy, or the machine is; a loop that never ends does
-# that too.
-BUSY_S = 30.0
-LOOK_S = 2.0  # between questions
-OPEN_S = 10.0  # how long one that listens may always take to answer
-JOIN_S = 2.0  # bound on waiting for the thread that asks
+OPEN_S = 10.0  # a server that listens may always take this long to respond
+START_ENDS_S = 8.0  # bound on waiting for a start that was given up
+
+_CANCELLED = "the run was cancelled while it was starting"
+_CLOSED = "the server was closed while the run was starting"
 
 
-@dataclass(eq=False)
-class InUse:
-    """A server with the turns on it; *process* is None for one that runs elsewhere.
-
-    Attributes:
-        has_used_tools: A turn has, since the last time that there was none.
-        keeps_background: A turn was to leave alone what its tools left running.
-    """
-
-    link: Link
-    process: Server | None = None
-    health: Health | None = None
-    turns: set[object] = field(default_factory=set)
-    is_retired: bool = False
-    has_used_tools: bool = False
-    keeps_background: bool = False
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether it has ended, as far as is known."""
-        return self.link.is_lost or (self.process is not None and self.process.has_exited)
-
-    def stop_strays(self) -> None:
-        """End what tools have left running without a session's mark; only between turns."""
-        if self.process is not None and not self.is_gone:
-            tree.stop_strays(self.process.token)
-
-    def close(self) -> None:
-        """Stop a server of ours with all that it started; let go of another one."""
-        if self.health is not None:
-            self.health.close()
-        if self.process is not None:
-            connection = self.link.connection
-            if not self.is_gone and not connection.is_silent:
-                dispose(connection)
-            self.process.stop(at_once=connection.is_silent)
-        self.link.close()
-
-
-class Health:
-    """Asks a server of ours, while somebody waits for it, whether it is alive; ends a dead one.
-
-    In a thread of its own, over a connection of its own.
-    """
-
-    def __init__(self, server: InUse, process: Server) -> None:
-        link = server.link
-        self._server, self._process = server, process
-        self._connection = Connection(link.connection.url, password=link.connection.password)
-        self._closing = lifetime.Flag()
-        name = f"opencode-{process.pid}-health"
-        self._thread = threading.Thread(target=self._ask, name=name, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop asking. Idempotent, from any thread."""
-        self._closing.set()
-        self._connection.close()
-        if self._thread is not threading.current_thread():
-            self._thread.join(JOIN_S)
-
-    def _ask(self) -> None:
-        n_silent, cpu_s = 0, 0.0
-        while not self._closing.wait(0.0 if n_silent else LOOK_S):
-            is_waited_for = self._server.turns or self._server.link.connection.is_asked
-            if not is_waited_for and not n_silent:
-                continue
-            if self._answers():
-                n_silent = 0
-                continue
-            if self._closing.is_set() or self._process.has_exited:
-                return
-            n_silent += 1
-            used_s, cpu_s = self._process.cpu_s() - cpu_s, self._process.cpu_s()
-            is_busy = used_s > 0.02 * ANSWER_S
-            if n_silent >= (BUSY_S / ANSWER_S if is_busy else 2):
-                return self._end(n_silent * ANSWER_S)
-
-    def _answers(self) -> bool:
-        try:
-            self._connection.get("/global/health", timeout_s=ANSWER_S, keeps_open=False)
-        except OpenCodeServerError as error:
-            # What is refused at once is not silent; the process's end is seen elsewhere.
-            return error.status_code is not None or not self._connection.is_silent
-        return True
-
-    def _end(self, silent_s: float) -> None:
-        reason = f"the server (pid {self._process.pid}) did not answer for {silent_s:g} s: ended"
-        _log.warning("%s", reason)
-        self._server.link.lose(reason)
-        self._process.stop(at_once=True)
-
-
-class Origin(Protocol):
-    """Gives servers, one after another, with the same sessions."""
-
-    def start(self) -> InUse:
-        """A server, ready for turns.
-
-        Raises:
-            OpenCodeError: If there is none to be had.
-        """
-
-    def give_up(self) -> None:
-        """Have a start that is under way fail, as far as it can be helped; from any thread."""
-
-    def remember(self, session_id: str, workspace: str) -> None:
-        """Keep in mind, beyond our end, that there is this session."""
-
-    def close(self) -> None:
-        """Give back what servers share, once the last one has ended. Idempotent."""
-
-
-class Elsewhere:
-    """A server that somebody else started."""
+class Attacher:
+    """Reaches a server that somebody else started."""
 
     def __init__(
         self,
@@ -189,36 +64,35 @@ class Elsewhere:
     ) -> None:
         self._url, self._username, self._password = url, username, password
         self._any_version = any_version
-        self._busy = Busy()
-        self._scope = lifetime.CancelScope()
+        self._at_work: dict[str, CancelScope] = {}
+        self._scope = CancelScope()
 
-    def start(self) -> InUse:
-        """Reach it; see :class:`Origin`."""
-        opening = lifetime.CancelScope(time.monotonic() + OPEN_S)
+    def start(self) -> RunningServer:
+        """Connect to it; raise OpenCodeError if that is not possible."""
+        opening = CancelScope(time.monotonic() + OPEN_S)
         with self._scope.waking(opening.cancel):
-            link = Link(
+            return RunningServer(
                 self._url,
                 username=self._username,
                 password=self._password,
                 any_version=self._any_version,
-                busy=self._busy,
+                at_work=self._at_work,
                 scope=opening,
             )
-        return InUse(link)
 
     def give_up(self) -> None:
-        """See :class:`Origin`."""
+        """Have a start that is under way fail; from any thread."""
         self._scope.cancel()
 
     def remember(self, session_id: str, workspace: str) -> None:
-        """Nothing: it keeps its own sessions."""
+        """Do nothing: the server keeps its own sessions."""
 
     def close(self) -> None:
-        """Nothing: it goes on."""
+        """Do nothing: the server goes on."""
 
 
-class Own:
-    """Servers of ours, on one data directory."""
+class Launcher:
+    """Starts servers of ours, one after another, on one data directory."""
 
     def __init__(
         self,
@@ -247,19 +121,19 @@ class Own:
             on_make=add_directory if watchdog else _nothing,
             on_remove=discard_directory if watchdog else _nothing,
         )
-        self._leases: list[Lease] = []  # one, from the first start on
-        self._busy = Busy()
-        self._scope = lifetime.CancelScope()  # of all starts
+        self._lease: Lease | None = None  # from the first start on
+        self._at_work: dict[str, CancelScope] = {}
+        self._scope = CancelScope()  # ends all starts
 
-    def start(self) -> InUse:
-        """Start one; see :class:`Origin`."""
+    def start(self) -> RunningServer:
+        """Start one; raise OpenCodeError if that fails."""
         try:
             return self._start()
         except OpenCodeError as error:
             Secrets(self._cfg).clean_error(error)
             raise
 
-    def _start(self) -> InUse:
+    def _start(self) -> RunningServer:
         binary = resolve_binary(self._binary)
         if not self._any_version:
             check_program_version(binary, self._scope.is_cancelled)
@@ -267,78 +141,52 @@ class Own:
         _check_plugin(env)
         if self._watchdog:
             guard()
-        if self._leases:
-            self._leases[0].empty()  # the one before has loaded what it has unpacked
+        if self._lease is None:
+            self._lease = self._directories.lease(env)
         else:
-            self._leases.append(self._directories.lease(env))
-        data = self._leases[0].path
-        empty = None if self._cfg.inherit_user_config else self._directories.empty_config()
+            self._lease.empty()  # the server before has loaded what it has unpacked
         env = server_env(
-            self._cfg, unpacked=self._leases[0].unpacked, data_home=data, empty_config=empty
+            self._cfg,
+            unpacked=self._lease.unpacked,
+            data_home=self._lease.path,
+            empty_config=(
+                None if self._cfg.inherit_user_config else self._directories.empty_config()
+            ),
         )
-        links: list[Link] = []  # to this server, once it is there
-
-        def on_exit(reason: str) -> None:
-            for link in links:
-                link.lose(reason)
-
-        def on_refusal(session_id: str, status: int, wait_s: float | None) -> None:
-            for link in links:
-                link.note_refusal(session_id, status, wait_s)
-
-        def on_error(session_id: str, error: Mapping[str, Any]) -> None:
-            for link in links:
-                link.note_error(session_id, error)
-
         deadline = time.monotonic() + self._timeout_s
-        process = Server(
-            binary,
-            env,
-            data,
-            timeout_s=self._timeout_s,
-            scope=self._scope,
-            on_exit=on_exit,
-            on_refusal=on_refusal,
-            on_error=on_error,
+        process = ServerProcess(
+            binary, env, self._lease.path, timeout_s=self._timeout_s, scope=self._scope
         )
-        opening = lifetime.CancelScope(max(deadline, time.monotonic() + OPEN_S))
+        opening = CancelScope(max(deadline, time.monotonic() + OPEN_S))
         try:
             with self._scope.waking(opening.cancel):
-                link = Link(
+                return RunningServer(
                     process.url,
                     password=process.password,
-                    has_marks=True,
-                    env=env,
+                    process=process,
                     name=binary,
                     any_version=self._any_version,
-                    busy=self._busy,
+                    at_work=self._at_work,
                     scope=opening,
                 )
-            links.append(link)
-            if process.has_exited:
-                raise OpenCodeServerError(f"the server (pid {process.pid}) ended at once")
-            server = InUse(link, process)
-            server.health = Health(server, process)
         except BaseException:
             process.stop(at_once=opening.is_over)
-            for link in links:
-                link.close()
             raise
-        return server
 
     def give_up(self) -> None:
-        """See :class:`Origin`."""
+        """Have a start that is under way fail, as far as possible; from any thread."""
         self._scope.cancel()
 
     def remember(self, session_id: str, workspace: str) -> None:
-        """See :class:`Origin`; in a temporary directory there is no beyond."""
-        for lease in self._leases if self._is_kept else ():
-            lease.remember(session_id, workspace)
+        """Keep in a data directory that stays that there is this session."""
+        if self._is_kept and self._lease is not None:
+            self._lease.remember(session_id, workspace)
 
     def close(self) -> None:
-        """Remove what is temporary; see :class:`Origin`."""
-        while self._leases:
-            self._leases.pop().release()
+        """Remove temporary directories, once the last server has ended. Idempotent."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.release()
         self._directories.close()
 
 
@@ -362,48 +210,41 @@ def _nothing(path: Path) -> None:
     pass
 
 
-EXIT_S = 1.0  # how long one that does not answer may take to be seen to have ended
-
-START_ENDS_S = 8.0  # bound on waiting for a start that was given up
-
-_CANCELLED = "the run was cancelled while it was starting"
-_CLOSED = "the server was closed while the run was starting"
-
-
-class Fleet:
+class ServerPool:
     """Thread-safe. Its lock is not held while a server starts, ends or is asked."""
 
-    def __init__(self, origin: Origin, max_memory_mb: int | None = None) -> None:
+    def __init__(self, starter: Launcher | Attacher, max_memory_mb: int | None = None) -> None:
         """
         Args:
-            max_memory_mb: A server that takes more is followed by a fresh one; None for no limit.
+            max_memory_mb: A server that takes more is replaced; None for no limit.
         """
-        self._origin = origin
+        self._starter = starter
         self._max_memory_mb = max_memory_mb
-        # Reentrant, since a finaliser may end a turn in the middle of anything.
+        # Reentrant, since a finaliser may end a turn at any line.
         self._lock = threading.RLock()
-        self._current: InUse | None = None
+        self._current: RunningServer | None = None
         self._starting: _Start | None = None
-        self._all: set[InUse] = set()
+        self._servers: set[RunningServer] = set()
         self._is_closed = False
 
     @property
     def url(self) -> str | None:
-        """Where the one in use is; None where none is."""
+        """The URL of the server in use; None if there is none."""
         current = self._current
-        return None if current is None else current.link.connection.url
+        return None if current is None else current.connection.url
 
-    def current(self, ticket: object = None, scope: CancelScope | None = None) -> InUse:
-        """Return the server to use now, started where there is none.
+    def current(self, scope: CancelScope | None = None, *, for_turn: bool = False) -> RunningServer:
+        """Return the server in use, started if there is none.
 
         Args:
-            ticket: Of a turn that begins: the server goes on as long as it has that.
             scope: Ends the waiting for a start, which goes on.
+            for_turn: Add *scope* to the server's ``turns``: it is kept until it leaves them.
 
         Raises:
             OpenCodeError: If it does not start.
-            OpenCodeCancelledError: If this was closed, or the run was cancelled.
+            OpenCodeCancelledError: If this was closed, or *scope* was cancelled.
         """
+        scope = CancelScope() if scope is None else scope
         is_fresh = False
         while True:
             with self._lock:
@@ -412,22 +253,21 @@ class Fleet:
                 if self._starting is None:
                     current = self._current
                     if current is not None and self._is_usable(current, is_fresh):
-                        if ticket is not None:
-                            current.turns.add(ticket)
+                        if for_turn:
+                            current.turns.add(scope)
                         return current
                     self._current = None
                     self._starting = _Start(functools.partial(self._start, current))
                 starting = self._starting
-            starting.wait(CancelScope() if scope is None else scope)
+            starting.wait(scope)
             is_fresh = True
 
-    def _start(self, former: InUse | None) -> None:
-        """Start a server in the place of *former*, in a thread of its own."""
+    def _start(self, former: RunningServer | None) -> None:
+        """Start a server in place of *former*, in a thread of its own."""
         try:
             if former is not None:
-                former.is_retired = True
-                self._end_if_done(former)
-            server = self._origin.start()
+                former.retire()
+            server = self._starter.start()
         except BaseException as error:
             with self._lock:
                 self._starting = None
@@ -435,116 +275,78 @@ class Fleet:
                 raise OpenCodeCancelledError(_CLOSED) from error
             raise
         with self._lock:
-            self._all.add(server)
+            # Without those that are closed.
+            there = {each for each in self._servers if each.turns or not each.is_gone}
+            self._servers = there | {server}
             self._current, self._starting = server, None
 
     def begin(self, request: Request, scope: CancelScope | None = None) -> Turn:
         """Send *request* to the server in use.
 
         Args:
-            scope: Of the run; what waits for the server ends with it.
+            scope: The run's; what waits for the server ends with it.
 
         Raises:
-            OpenCodeError: What :meth:`current` and :meth:`Link.begin` raise.
-            OpenCodeCancelledError: If it was cancelled.
+            OpenCodeError: As :meth:`current` and :meth:`RunningServer.begin` do.
+            OpenCodeCancelledError: If *scope* was cancelled.
         """
-        ticket = object()
         scope = CancelScope() if scope is None else scope
-        server = self.current(ticket, scope)
-        has_sent: list[bool] = []
-
-        def before_send() -> None:
-            has_sent.append(True)
+        server = self.current(scope, for_turn=True)
+        try:
+            turn = server.begin(request, scope)
+        except OpenCodeServerError as error:
+            if error.status_code is not None or scope.is_over or not server.has_died():
+                raise
+            # It had died before, and has taken nothing: the next one may.
+            server = self.current(scope, for_turn=True)
+            turn = server.begin(request, scope)
+        try:
             if scope.is_cancelled():
                 raise OpenCodeCancelledError(_CANCELLED)
-
-        try:
-            return self._begin(server, ticket, request, before_send, scope)
-        except OpenCodeServerError as error:
-            if error.status_code is not None or scope.is_over:
-                raise
-            has_died = _has_died(server)
-            # A prompt that was sent may be at work: it is not sent twice.
-            if has_sent or not has_died:
-                if (reason := server.link.connection.lost) is not None:
-                    raise OpenCodeServerError(reason) from error
-                raise
-        # It had died before, and has taken nothing: the next one may.
-        server = self.current(ticket, scope)
-        return self._begin(server, ticket, request, before_send, scope)
-
-    def _begin(
-        self,
-        server: InUse,
-        ticket: object,
-        request: Request,
-        before_send: Callable[[], None],
-        scope: CancelScope,
-    ) -> Turn:
-        try:
-            turn = server.link.begin(request, before_send, scope)
-        except BaseException:
-            self._leave(server, ticket)
+            turn.send()
+        except BaseException as error:
+            turn.close()
+            # The prompt may be at work: it is not sent twice.
+            is_lost = isinstance(error, OpenCodeServerError) and error.status_code is None
+            if is_lost and not scope.is_over and server.has_died():
+                reason = server.connection.lost
+                raise OpenCodeServerError(reason or str(error)) from error
             raise
-        if turn.keeps_background:
-            server.keeps_background = True
-        turn.on_close(lambda: self._end_turn(server, ticket, turn))
-        self._origin.remember(turn.session_id, str(request.workspace))
+        self._starter.remember(turn.session_id, str(request.workspace))
         return turn
 
     def give_up(self) -> None:
         """Start no more servers, nor wait for one that is starting; from any thread."""
         self._is_closed = True
-        self._origin.give_up()
+        self._starter.give_up()
 
     def close(self) -> None:
-        """End all servers. Idempotent."""
+        """Close all servers. Idempotent."""
         self.give_up()
         with self._lock:
             starting, self._current = self._starting, None
         if starting is not None:
             starting.join()
-        while self._all:
-            self._all.pop().close()
-        self._origin.close()
+        while self._servers:
+            self._servers.pop().close()
+        self._starter.close()
 
-    def _is_usable(self, server: InUse, is_fresh: bool) -> bool:
+    def _is_usable(self, server: RunningServer, is_fresh: bool) -> bool:
         # One that is too large from the start is used all the same.
         return not server.is_gone and (is_fresh or not self._is_too_large(server))
 
-    def _is_too_large(self, server: InUse) -> bool:
+    def _is_too_large(self, server: RunningServer) -> bool:
         if self._max_memory_mb is None or server.process is None:
             return False
         megabytes = server.process.memory() // 1_000_000
         if megabytes <= self._max_memory_mb:
             return False
-        _log.info("the server (pid %d) takes %d MB: recycled", server.process.pid, megabytes)
+        _log.info("the server (pid %d) takes %d MB: replaced", server.process.pid, megabytes)
         return True
-
-    def _end_turn(self, server: InUse, ticket: object, turn: Turn) -> None:
-        if turn.has_used_tools:
-            server.has_used_tools = True
-        self._leave(server, ticket)
-        # Of several turns, none can be told to have left them.
-        if server.has_used_tools and not server.turns and not server.keeps_background:
-            server.has_used_tools = False
-            server.stop_strays()
-
-    def _leave(self, server: InUse, ticket: object) -> None:
-        server.turns.discard(ticket)
-        self._end_if_done(server)
-
-    def _end_if_done(self, server: InUse) -> None:
-        with self._lock:
-            is_done = server.is_retired and not server.turns and server in self._all
-            if is_done:
-                self._all.discard(server)
-        if is_done:
-            server.close()
 
 
 class _Start:
-    """A server's start, in a thread of its own: who waits for it may leave before its end."""
+    """A server's start, in a thread of its own: whoever waits for it may leave before its end."""
 
     def __init__(self, start: Callable[[], None]) -> None:
         self._start = start
@@ -555,13 +357,13 @@ class _Start:
         try:
             self._thread.start()
         except RuntimeError as error:  # no thread to be had, or the interpreter is at its end
-            raise OpenCodeServerError(f"there is no thread to start it: {error}") from error
+            raise OpenCodeServerError(f"no thread can be started: {error}") from error
 
     def wait(self, scope: CancelScope) -> None:
         """Return when the server has started.
 
         Raises:
-            OpenCodeError: What kept it from starting.
+            OpenCodeError: Why it did not start.
             OpenCodeCancelledError: If *scope* was cancelled before.
             OpenCodeServerError: If the deadline of *scope* has passed before.
         """
@@ -593,12 +395,8 @@ class _Start:
             flag.set()
 
 
-def _has_died(server: InUse) -> bool:
-    return server.is_gone or (server.process is not None and server.process.wait_exited(EXIT_S))
-
-
 class Attached:
-    """The servers that ``RunConfig(attach=...)`` names, each reached once. Thread-safe."""
+    """The servers that ``RunConfig(attach=...)`` names, one pool for each. Thread-safe."""
 
     def __init__(self, *, any_version: bool = False) -> None:
         """
@@ -606,17 +404,19 @@ class Attached:
             any_version: Use them whatever their version is.
         """
         self._any_version = any_version
-        self._fleets: dict[tuple[str, str | None, str | None], Fleet] = {}
+        self._pools: dict[tuple[str, str | None, str | None], ServerPool] = {}
 
-    def of(self, cfg: RunConfig) -> Fleet:
-        """The one that *cfg* names."""
+    def of(self, cfg: RunConfig) -> ServerPool:
+        """Return the pool of the server that *cfg* names."""
         assert cfg.attach is not None
         key = (cfg.attach, cfg.username, cfg.password)
-        # One operation, so that two threads get the same.
-        origin = Elsewhere(*key, any_version=self._any_version)
-        return self._fleets.setdefault(key, Fleet(origin))
+        if (pool := self._pools.get(key)) is None:
+            # One operation, so that two threads get the same.
+            pool = ServerPool(Attacher(*key, any_version=self._any_version))
+            pool = self._pools.setdefault(key, pool)
+        return pool
 
     def close(self) -> None:
-        """Let go of them. Idempotent."""
-        while self._fleets:
-            self._fleets.popitem()[1].close()
+        """Disconnect from all of them. Idempotent."""
+        while self._pools:
+            self._pools.popitem()[1].close()

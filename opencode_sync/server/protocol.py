@@ -1,4 +1,7 @@
-"""A session's messages become the events that ``opencode run`` prints, and some more.
+"""What OpenCode's server takes and sends: the bodies of requests, and messages as events.
+
+    prompt, RunConfig --> session_body(), prompt_body(), command_body() --> POST
+    arguments of a command --> check_command()
 
     message.updated ------> compaction; which messages belong to the turn, and are complete
     message.part.updated -> step_start, text, reasoning, tool_use, step_finish   (each part once)
@@ -8,14 +11,9 @@
     session.error --------> error
     permission.asked, question.asked --> permission, question
 
-The turn is over when its session is idle and its answers are complete. Idle alone says nothing: it
+A turn is over when its session is idle and its answers are complete. Idle alone says nothing: it
 comes twice after an abort or an error, the second time perhaps only after the next prompt.
-Measured with OpenCode 1.18.33. Asks the server nothing.
-
-Settings -> what a server is asked: the only place that knows the bodies of its requests.
-
-What ``opencode run`` does on its own is done here too: the same rules for a session, the same
-treatment of files. Measured with OpenCode 1.18.33. Sends nothing.
+Measured with OpenCode 1.18.33. Sends and asks nothing.
 """
 
 from __future__ import annotations
@@ -33,15 +31,201 @@ from ..core.config import RunConfig
 from ..core.denials import OUTPUT_TOOL, Rule, make_rule, rules_of
 from ..core.errors import OpenCodeConfigError
 from ..core.events import Event
+from ..core.reading import mapping
 from ..core.schema import OutputSchema
 from ..process.command import UNTITLED
-from .feed import Message, mapping
+from . import feed
+from .feed import Message
 
-REFUSED = "provider.refused"  # ours: what preload.js saw of a provider's refusal
-ANSWER = "answer"  # ours: the end of a request that is answered when all is done
+TITLE_CHARACTERS = 50
+
+# Settings of the server as a whole, the same for all that it runs.
+SERVER_WIDE = (
+    "extra_env",
+    "mcp",
+    "config_overrides",
+    "instructions",
+    "inherit_user_config",
+    "inherit_project_config",
+    "disable_autoupdate",
+    "pure",
+    "lean",
+    "print_logs",
+    "log_level",
+)
+
+# Tools that would wait for an answer for ever.
+_NOBODY_TO_ASK = tuple(
+    {"permission": name, "pattern": "*", "action": "deny"}
+    for name in ("question", "plan_enter", "plan_exit")
+)
+
+# How files begin whose media type models know.
+_SIGNATURES = {
+    "image/png": rb"\x89PNG\r\n\x1a\n",
+    "image/jpeg": rb"\xff\xd8\xff",
+    "image/gif": rb"GIF8[79]a",
+    "image/webp": rb"RIFF.{4}WEBP",
+    "application/pdf": rb"%PDF-",
+}
+
+
+def check_server_wide(cfg: RunConfig, server: RunConfig) -> None:
+    """Raise OpenCodeConfigError for a run's setting that only a server can have.
+
+    One that is left out, or equal to the server's, is accepted.
+    """
+    for field in dataclasses.fields(RunConfig):
+        value = getattr(cfg, field.name)
+        if field.name in SERVER_WIDE and value not in (field.default, getattr(server, field.name)):
+            raise OpenCodeConfigError(
+                f"{field.name} is the same for all runs of a server: set it in the run_cfg that "
+                "the server is started with"
+            )
+
+
+def session_body(prompt: str, cfg: RunConfig, **allowed: bool) -> dict[str, Any]:
+    """Return the body for a new session; *allowed* is for :func:`permission_rules`."""
+    # Without a title OpenCode asks the model for one, with each prompt.
+    title = cfg.title or _head(prompt) or UNTITLED
+    rules = permission_rules(cfg, **allowed)
+    return {"title": title, "permission": [*_NOBODY_TO_ASK, *rules]}
+
+
+def _head(prompt: str) -> str:
+    line = prompt.strip().partition("\n")[0].strip()
+    return line if len(line) <= TITLE_CHARACTERS else line[: TITLE_CHARACTERS - 3] + "..."
+
+
+def permission_rules(
+    cfg: RunConfig, *, with_questions: bool = False, with_output: bool = False
+) -> list[Rule]:
+    """Return *permission* and *tools* as a session's rules; the last rule that matches counts.
+
+    Args:
+        with_questions: Allow the model to ask questions.
+        with_output: Allow the tool for structured output.
+    """
+    rules = [make_rule("question", "*", "allow")] if with_questions else []
+    # Not as "tools" in the prompt's body, which would replace all rules of the session.
+    rules += rules_of(cfg)
+    if with_output:
+        rules.append(make_rule(OUTPUT_TOOL, "*", "allow"))
+    return rules
+
+
+def missing_rules(has: Sequence[Rule], wanted: Sequence[Rule]) -> list[Rule]:
+    """Return the rules to add to a session that *has* some, so that those *wanted* are its last."""
+    # The rule for structured output is added and removed with the prompts that need it.
+    lasting = [rule for rule in wanted if rule["permission"] != OUTPUT_TOOL]
+    standing = [rule for rule in has if rule["permission"] != OUTPUT_TOOL]
+    if lasting and standing[-len(lasting) :] != lasting:
+        return list(wanted)
+    passing = list(wanted[len(lasting) :])
+    return passing if passing and has[-1:] != passing else []
+
+
+def prompt_body(
+    prompt: str, cfg: RunConfig, workspace: Path, output: OutputSchema | None = None
+) -> dict[str, Any]:
+    """Return the body for ``prompt_async``.
+
+    Args:
+        output: The schema of the answer.
+
+    Raises:
+        OpenCodeConfigError: If a file cannot be read.
+    """
+    body: dict[str, Any] = {"parts": [*_files(cfg, workspace), {"type": "text", "text": prompt}]}
+    if cfg.model is not None:
+        provider, _, model = cfg.model.partition("/")
+        body["model"] = {"providerID": provider, "modelID": model}
+    if output is not None:
+        body["format"] = {"type": "json_schema", "schema": output.tool_schema}
+    return body | _who(cfg)
+
+
+def command_body(arguments: str, cfg: RunConfig, workspace: Path) -> dict[str, Any]:
+    """Return the body for ``command``; raise OpenCodeConfigError if a file cannot be read."""
+    body: dict[str, Any] = {"command": cfg.command, "arguments": arguments}
+    if cfg.files:
+        body["parts"] = _files(cfg, workspace)
+    if cfg.model is not None:
+        body["model"] = cfg.model
+    return body | _who(cfg)
+
+
+def _who(cfg: RunConfig) -> dict[str, str]:
+    return {key: value for key in ("agent", "variant") if (value := getattr(cfg, key)) is not None}
+
+
+def _files(cfg: RunConfig, workspace: Path) -> list[dict[str, str]]:
+    return [_file(workspace / os.path.expanduser(file)) for file in cfg.files]
+
+
+def media_type_of(name: str, content: bytes) -> str:
+    """Guess a file's media type by its *content*, else by its *name*."""
+    import mimetypes
+
+    for media_type, signature in _SIGNATURES.items():
+        if re.match(signature, content, re.DOTALL):
+            return media_type
+    try:
+        content.decode()
+        return "text/plain"  # the model gets it as text; most providers refuse other types
+    except UnicodeDecodeError:
+        named = mimetypes.guess_type(name)[0]
+        # A provider would refuse the prompt for a file that is only named like an image.
+        return named if named and named not in _SIGNATURES else "application/octet-stream"
+
+
+def _file(path: Path) -> dict[str, str]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise OpenCodeConfigError(f"file {str(path)!r}: {error.strerror}") from None
+    media_type = media_type_of(path.name, content)
+    url = f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+    return {"type": "file", "mime": media_type, "filename": path.name, "url": url}
+
+
+# -- arguments of a command ----------------------------------------------------------------------
+
+_INTO_SHELL = re.compile(r"!`[^`]*\$(ARGUMENTS|\d)[^`]*`")
+_EXPANDED = re.compile(r"[`$@]")
+
+
+def check_command(command: str, template: str, arguments: str, *, has_plugin: bool) -> None:
+    """Refuse arguments that OpenCode would expand.
+
+    Args:
+        has_plugin: They are sealed, and opened by our plugin.
+
+    Raises:
+        OpenCodeConfigError: If the template passes them to the shell, or they hold characters that
+            OpenCode expands and are not sealed.
+    """
+    if _INTO_SHELL.search(template):
+        raise OpenCodeConfigError(into_shell(command))
+    if not has_plugin and (found := _EXPANDED.search(arguments)) is not None:
+        raise OpenCodeConfigError(
+            f"the arguments of command {command!r} hold {found[0]!r}, which OpenCode expands, by "
+            "the shell too: a server that runs elsewhere takes arguments without '`', '$' and '@'"
+        )
+
+
+def into_shell(command: str) -> str:
+    """Say why the arguments of *command* are refused."""
+    return (
+        f"command {command!r} puts its arguments into a shell command, where they could do "
+        "anything: run it without arguments, or give its text as the prompt"
+    )
+
+
+# -- messages as events --------------------------------------------------------------------------
 
 _STEPS = {"step-start": "step_start", "step-finish": "step_finish"}
-_TRACE = "\n    at "  # with it come the errors that end a turn outside of the model's loop
+_TRACE = "\n    at "  # in errors that end a turn outside of the model's loop
 
 
 class Translator:
@@ -49,9 +233,9 @@ class Translator:
 
     Attributes:
         has_begun: The server has taken the prompt.
-        has_used_tools: A tool has run, so that something of it may be left.
-        structured: The last structured output, unchecked; None where there was none.
-        prompt_id: The message that the prompt became; None until it has.
+        has_used_tools: A tool has run, which may have left processes.
+        structured: The last structured output, unchecked; None if there was none.
+        prompt_id: The prompt's message; None until the server has taken it.
         model: Provider and name of the model that answers; None until one does.
     """
 
@@ -67,8 +251,8 @@ class Translator:
         Args:
             since: When the session's last message was made, in the server's milliseconds; only
                 later ones belong to the turn.
-            tells_refusals: What a provider refused comes as REFUSED too. It takes another way than
-                the server's messages, and so may come before or after the retry that it explains.
+            tells_refusals: A provider's refusals come as REFUSED too: not in the server's messages,
+                and so before or after the retry that each explains.
         """
         self.has_begun = self.has_used_tools = False
         self.structured: Any = None
@@ -95,48 +279,68 @@ class Translator:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more is to come."""
+        """Whether nothing more will come."""
         is_done = self.has_begun and self._is_idle and not self._open
         is_refused = self._refusal is not None and bool(self._errors)
         return self._has_ended or is_refused or (is_done and (self._has_answer or self._is_stopped))
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether it may be over without a word that says so."""
+        """Whether it may be over although no message says so."""
         return not self.is_over and (self._is_idle or self._is_answered or bool(self._errors))
 
     def stopped(self) -> None:
-        """The turn is being aborted by us, and what the server says about that is no error."""
+        """Note that we abort the turn: what the server says about that is not an error."""
         self._is_stopped = True
 
     @property
     def has_unexplained(self) -> bool:
-        """Whether a retry is held back until it is known what was refused."""
+        """Whether a retry is held back until its reason is known."""
         return bool(self._unexplained)
 
     def take_unexplained(self) -> list[Event]:
-        """The retries that were held back: nothing was refused, or nothing tells of it."""
+        """Return the retries that were held back; their reasons stay unknown."""
         events, self._unexplained = list(self._unexplained.values()), {}
         return events
 
     def end(self) -> list[Event]:
-        """The turn is over, by what the server says when asked; the last events."""
+        """Note that the turn is over, as the server says when asked; return the last events."""
         self._has_ended = True
         if self._refusal is None or self._errors:
             return []
         return self._tell_error({"name": "UnknownError", "data": {"message": self._refusal}})
 
     def read(self, message: Message) -> list[Event]:
-        """The events that *message* amounts to; mostly none or one."""
-        rule = _RULES.get(message.type)
-        return rule(self, message.session_id, message.properties) if rule else []
+        """Return the events of *message*; mostly none or one."""
+        session_id, kind, properties = message
+        match kind:
+            case "message.updated":
+                return self._message(session_id, properties)
+            case "message.part.updated":
+                return self._part(session_id, properties)
+            case "message.part.delta":
+                return self._delta(session_id, properties)
+            case "session.created":
+                return self._new_session(session_id, properties)
+            case "session.status":
+                return self._status(session_id, properties)
+            case "session.error":
+                return self._error(session_id, properties)
+            case "permission.asked" | "question.asked":
+                asked = kind.removesuffix(".asked")
+                return [_event(asked, session_id, request=dict(properties))]
+            case feed.REFUSED:
+                return self._refused(session_id, properties)
+            case feed.ANSWER:
+                return self._answer(properties)
+        return []
 
     def covers(self, stored: Mapping[str, Any]) -> bool:
         """Whether a stored message is of this turn or a later one."""
         return _created(mapping(stored.get("info"))) > self._since
 
     def read_stored(self, session_id: str, stored: Iterable[Mapping[str, Any]]) -> list[Event]:
-        """The events of what the server has stored of a session, but for those told before."""
+        """Return the events of a session's stored messages that have not come before."""
         events: list[Event] = []
         for entry in stored:
             info = mapping(entry.get("info"))
@@ -147,7 +351,7 @@ class Translator:
                 events += self._part(session_id, {"part": part})
         return events
 
-    # -- rules ---------------------------------------------------------------------------------
+    # -- by type of message --------------------------------------------------------------------
 
     def _message(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
         info = mapping(properties.get("info"))
@@ -216,7 +420,7 @@ class Translator:
         return self._sub_agent(session_id, parent_id, info.get("agent"), info.get("title"))
 
     def _task(self, session_id: str, part: Mapping[str, Any]) -> list[Event]:
-        # A session that is taken up again is not created.
+        # A session that is resumed is not created.
         state = mapping(part.get("state"))
         asked, metadata = mapping(state.get("input")), mapping(state.get("metadata"))
         agent, title = asked.get("subagent_type"), asked.get("description")
@@ -269,11 +473,11 @@ class Translator:
 
     def _error(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
         if session_id != self._session_id:
-            return []  # its parent hears of it as the failure of a tool
+            return []  # its parent's tool call fails with it
         error = mapping(properties.get("error"))
         message = str(mapping(error.get("data")).get("message"))
         if _TRACE in message and (self._is_idle or not self.has_begun):
-            # The last word of a turn that failed around the model's loop; mostly said before.
+            # The end of a turn that failed outside of the model's loop; mostly a repetition.
             self._has_ended = True
             message = message.partition("\n")[0]
             error = {"name": error.get("name"), "data": {"message": message}}
@@ -288,44 +492,21 @@ class Translator:
         if self._is_stopped and key[0] == "MessageAbortedError":
             return []
         if key[0] == "StructuredOutputError":
-            return []  # an answer in words; whether they will do is for others to say
+            return []  # an answer in words, which may fit the schema all the same
         self._errors.add(key)
         return [_event("error", self._session_id, error=dict(error))]
 
-    def _answer(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
+    def _answer(self, properties: Mapping[str, Any]) -> list[Event]:
         self._is_answered = True
         error = properties.get("error")
-        # The reason comes as a message, before it or after; the refusal itself has none.
+        # The reason comes as a message, before or after; the refusal itself has none.
         if error is not None and error.status_code is not None:
             self._refusal = str(error)
         return []
 
-    def _request(self, session_id: str, properties: Mapping[str, Any], kind: str) -> list[Event]:
-        return [_event(kind, session_id, request=dict(properties))]
-
-    def _permission(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
-        return self._request(session_id, properties, "permission")
-
-    def _question(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
-        return self._request(session_id, properties, "question")
-
-
-_RULES = {
-    "message.updated": Translator._message,
-    "message.part.updated": Translator._part,
-    "message.part.delta": Translator._delta,
-    "session.created": Translator._new_session,
-    "session.status": Translator._status,
-    "session.error": Translator._error,
-    "permission.asked": Translator._permission,
-    "question.asked": Translator._question,
-    REFUSED: Translator._refused,
-    ANSWER: Translator._answer,
-}
-
 
 def parts_of(stored: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The parts of a stored message."""
+    """Return the parts of a stored message."""
     parts = stored.get("parts")
     return [mapping(part) for part in parts] if isinstance(parts, list) else []
 
@@ -341,7 +522,7 @@ def _event(kind: str, session_id: str, **more: Any) -> Event:
 
 
 def _explained(retry: Event, seen: Mapping[str, Any]) -> Event:
-    """*retry* with what was seen of the provider's refusal."""
+    """Return *retry* with what was *seen* of the provider's refusal."""
     more: dict[str, Any] = {
         "statusCode": seen["status"],
         "message": f"{seen['status']} {retry.get('message')}",
@@ -349,190 +530,3 @@ def _explained(retry: Event, seen: Mapping[str, Any]) -> Event:
     if seen.get("retry_after_s") is not None:
         more["retry_after_s"] = seen["retry_after_s"]
     return cast(Event, {**retry, **more})
-
-
-TITLE_CHARACTERS = 50
-
-# Settings of the server as a whole, the same for all that it runs.
-SERVER_WIDE = (
-    "extra_env",
-    "mcp",
-    "config_overrides",
-    "instructions",
-    "inherit_user_config",
-    "inherit_project_config",
-    "disable_autoupdate",
-    "pure",
-    "lean",
-    "print_logs",
-    "log_level",
-)
-
-# They would wait for an answer for ever.
-_NOBODY_TO_ASK = tuple(
-    {"permission": name, "pattern": "*", "action": "deny"}
-    for name in ("question", "plan_enter", "plan_exit")
-)
-
-# How the files begin that models read as they are.
-_SIGNATURES = {
-    "image/png": rb"\x89PNG\r\n\x1a\n",
-    "image/jpeg": rb"\xff\xd8\xff",
-    "image/gif": rb"GIF8[79]a",
-    "image/webp": rb"RIFF.{4}WEBP",
-    "application/pdf": rb"%PDF-",
-}
-
-
-def check_server_wide(cfg: RunConfig, server: RunConfig) -> None:
-    """Refuse a run's setting that is the server's, unless it is the same or left out.
-
-    Raises:
-        OpenCodeConfigError: Names the setting.
-    """
-    for field in dataclasses.fields(RunConfig):
-        value = getattr(cfg, field.name)
-        if field.name in SERVER_WIDE and value not in (field.default, getattr(server, field.name)):
-            raise OpenCodeConfigError(
-                f"{field.name} is the same for all runs of a server: set it in the run_cfg that "
-                "the server is started with"
-            )
-
-
-def session_body(prompt: str, cfg: RunConfig, **allowed: bool) -> dict[str, Any]:
-    """A new session for *prompt*; *allowed* is for :func:`permission_rules`."""
-    # Without a title the model is asked for one, with each prompt.
-    title = cfg.title or _head(prompt) or UNTITLED
-    rules = permission_rules(cfg, **allowed)
-    return {"title": title, "permission": [*_NOBODY_TO_ASK, *rules]}
-
-
-def _head(prompt: str) -> str:
-    line = prompt.strip().partition("\n")[0].strip()
-    return line if len(line) <= TITLE_CHARACTERS else line[: TITLE_CHARACTERS - 3] + "..."
-
-
-def permission_rules(
-    cfg: RunConfig, *, with_questions: bool = False, with_output: bool = False
-) -> list[Rule]:
-    """*permission* and *tools* as rules of a session; of those that match, the last one counts.
-
-    Args:
-        with_questions: There is somebody who answers the model's questions.
-        with_output: It is to call the tool that takes down structured output.
-    """
-    rules = [make_rule("question", "*", "allow")] if with_questions else []
-    # Not with the prompt, where OpenCode takes "tools" for the session's only rules.
-    rules += rules_of(cfg)
-    if with_output:
-        rules.append(make_rule(OUTPUT_TOOL, "*", "allow"))
-    return rules
-
-
-def missing_rules(has: Sequence[Rule], wanted: Sequence[Rule]) -> list[Rule]:
-    """What a session that *has* rules lacks for those *wanted* to be its last."""
-    # The rule for structured output comes and goes with the prompts that need it.
-    lasting = [rule for rule in wanted if rule["permission"] != OUTPUT_TOOL]
-    standing = [rule for rule in has if rule["permission"] != OUTPUT_TOOL]
-    if lasting and standing[-len(lasting) :] != lasting:
-        return list(wanted)
-    passing = list(wanted[len(lasting) :])
-    return passing if passing and has[-1:] != passing else []
-
-
-def prompt_body(
-    prompt: str, cfg: RunConfig, workspace: Path, output: OutputSchema | None = None
-) -> dict[str, Any]:
-    """*prompt* with its files, for ``prompt_async``.
-
-    Args:
-        output: What the answer has to look like.
-
-    Raises:
-        OpenCodeConfigError: If a file cannot be read.
-    """
-    body: dict[str, Any] = {"parts": [*_files(cfg, workspace), {"type": "text", "text": prompt}]}
-    if cfg.model is not None:
-        provider, _, model = cfg.model.partition("/")
-        body["model"] = {"providerID": provider, "modelID": model}
-    if output is not None:
-        body["format"] = {"type": "json_schema", "schema": output.tool_schema}
-    return body | _who(cfg)
-
-
-_INTO_SHELL = re.compile(r"!`[^`]*\$(ARGUMENTS|\d)[^`]*`")
-_EXPANDED = re.compile(r"[`$@]")
-
-
-def check_command(command: str, template: str, arguments: str, *, has_plugin: bool) -> None:
-    """Refuse arguments that OpenCode would expand.
-
-    Args:
-        has_plugin: They go sealed, to be opened by our plugin.
-
-    Raises:
-        OpenCodeConfigError: If the template hands them to the shell, or nothing opens them.
-    """
-    if _INTO_SHELL.search(template):
-        raise OpenCodeConfigError(into_shell(command))
-    if not has_plugin and (found := _EXPANDED.search(arguments)) is not None:
-        raise OpenCodeConfigError(
-            f"the arguments of command {command!r} hold {found[0]!r}, which OpenCode expands, by "
-            "the shell too: a server that runs elsewhere takes arguments without '`', '$' and '@'"
-        )
-
-
-def into_shell(command: str) -> str:
-    """Why the arguments of *command* are refused."""
-    return (
-        f"command {command!r} puts its arguments into a shell command, where they could do "
-        "anything: run it without arguments, or give its text as the prompt"
-    )
-
-
-def command_body(arguments: str, cfg: RunConfig, workspace: Path) -> dict[str, Any]:
-    """The command with its *arguments*.
-
-    Raises:
-        OpenCodeConfigError: If a file cannot be read.
-    """
-    body: dict[str, Any] = {"command": cfg.command, "arguments": arguments}
-    if cfg.files:
-        body["parts"] = _files(cfg, workspace)
-    if cfg.model is not None:
-        body["model"] = cfg.model
-    return body | _who(cfg)
-
-
-def _who(cfg: RunConfig) -> dict[str, str]:
-    return {key: value for key in ("agent", "variant") if (value := getattr(cfg, key)) is not None}
-
-
-def _files(cfg: RunConfig, workspace: Path) -> list[dict[str, str]]:
-    return [_file(workspace / os.path.expanduser(file)) for file in cfg.files]
-
-
-def media_type_of(name: str, content: bytes) -> str:
-    """What a file is by its *content*, and where that does not tell, by its *name*."""
-    import mimetypes
-
-    for media_type, signature in _SIGNATURES.items():
-        if re.match(signature, content, re.DOTALL):
-            return media_type
-    try:
-        content.decode()
-        return "text/plain"  # the model gets it as text; most providers refuse other types
-    except UnicodeDecodeError:
-        named = mimetypes.guess_type(name)[0]
-        # A provider would refuse the prompt for an image that is none.
-        return named if named and named not in _SIGNATURES else "application/octet-stream"
-
-
-def _file(path: Path) -> dict[str, str]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise OpenCodeConfigError(f"file {str(path)!r}: {error.strerror}") from None
-    media_type = media_type_of(path.name, content)
-    url = f"data:{media_type};base64,{base64.b64encode(content).decode()}"
-    return {"type": "file", "mime": media_type, "filename": path.name, "url": url}

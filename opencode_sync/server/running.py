@@ -1,30 +1,34 @@
-"""A server in use: a connection, its event stream, and the turns under way.
+"""A server in use: its process or none, its connection, its feed, and the turns on it.
 
-    begin(request) --> session: new, continued or forked --> prompt sent --> Turn
+    begin(request) --> session: new, resumed or forked --> Turn, whose send() sends the prompt
+    health thread ---> is a server of ours alive? One that answers nothing is stopped
+    retire() --------> closed with the last of its turns
 
-Serves a server of our own and one that runs elsewhere alike. Knows what is asked of a server and in
-which order; nothing of processes.
+The same for a server of ours and for one that runs elsewhere. Knows what a server is asked, and in
+which order; nothing of when a server is started.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, suppress
 from typing import Any
 
 from ..core.config import RunConfig
 from ..core.errors import OpenCodeConfigError, OpenCodeServerError
-from ..core.lifetime import CancelScope
+from ..core.lifetime import CancelScope, Flag
 from ..core.mcp import warnings_of
+from ..core.reading import mapping
 from ..core.request import Request
+from ..process import tree
 from ..process.command import sealed
-from ..process.stderr import no_space
 from ..process.versions import check_server_version, unknown_variant
-from .connection import FIRST_S, Connection, Requests, Within
-from .feed import EventStream, Message, mapping
+from .connection import FIRST_S, Connection
+from .feed import EventStream
+from .launch import ServerProcess
 from .protocol import (
-    REFUSED,
     check_command,
     command_body,
     missing_rules,
@@ -33,42 +37,32 @@ from .protocol import (
     session_body,
 )
 from .sessions import Sessions, id_of, rules_of, stored_messages
-from .turn import ABORT_S, Replies, Turn, allow_once, decline, reject
+from .turn import ABORT_S, Turn, add_no_space
 
-DISPOSE_S = 1.5  # bound on asking a server to end what it runs; it takes 0.3 s
+_log = logging.getLogger("opencode_sync")
 
+DISPOSE_S = 1.5  # bound on asking a server to stop what it runs; it takes 0.3 s
+EXIT_S = 1.0  # how long the exit of a server that does not respond may take to be seen
 
-class Busy:
-    """The sessions that have a turn under way, on whichever of the servers that share them."""
-
-    def __init__(self) -> None:
-        self._sessions: set[str] = set()
-        self._lock = threading.RLock()  # reentrant: a finaliser may end a turn at any line
-
-    def take(self, session_id: str) -> None:
-        """Note that *session_id* has one.
-
-        Raises:
-            OpenCodeConfigError: If it has one already.
-        """
-        with self._lock:
-            if session_id in self._sessions:
-                raise OpenCodeConfigError(
-                    f"session {session_id!r} has a run under way: wait for it"
-                )
-            self._sessions.add(session_id)
-
-    def give_back(self, session_id: str) -> None:
-        self._sessions.discard(session_id)
+# A server of ours that leaves two such requests in a row unanswered counts as dead. Two, so that it
+# is not blamed where all of us were suspended for a while, as a container can be.
+ANSWER_S = 5.0
+# One that uses the processor all the while is busy, or the machine is; so is an endless loop.
+BUSY_S = 30.0
+LOOK_S = 2.0  # between requests
+JOIN_S = 2.0  # bound on waiting for the health thread
 
 
-class Link:
-    """Opens the event stream when made.
+class RunningServer:
+    """A server, ready for turns.
 
     Attributes:
         connection: For requests.
-        sessions: Those that the server keeps.
-        version: The server's.
+        feed: Its messages.
+        process: The process of a server of ours; None for one that runs elsewhere.
+        sessions: The sessions that it keeps.
+        version: OpenCode's version, as the server says.
+        turns: The scopes of the runs that have a turn on it, or are about to.
     """
 
     def __init__(
@@ -77,272 +71,307 @@ class Link:
         *,
         username: str | None = None,
         password: str | None = None,
-        has_marks: bool = False,
-        env: Mapping[str, str] | None = None,
+        process: ServerProcess | None = None,
         name: str | None = None,
         any_version: bool = False,
-        busy: Busy | None = None,
+        at_work: dict[str, CancelScope] | None = None,
         scope: CancelScope | None = None,
     ) -> None:
-        """
+        """Check the version, and open the event stream.
+
         Args:
-            has_marks: The processes of its tools bear the session's id.
-            env: What it was started with, where it is one of ours.
-            name: What it is called in a message; None for its URL.
-            any_version: Use it whatever its version is.
-            busy: Of all servers with the same sessions.
-            scope: Ends the opening.
+            process: Stays the caller's where this raises.
+            name: The server's name in a message; None for its URL.
+            any_version: Accept every version.
+            at_work: The sessions with a turn under way, on all servers with the same sessions.
+            scope: Ends the waiting.
 
         Raises:
             OpenCodeConfigError: If *url* is not an HTTP URL, or the version is not known.
-            OpenCodeServerError: If the server refuses or does not answer.
+            OpenCodeServerError: If the server refuses or does not respond.
         """
         self.connection = Connection(url, username=username, password=password)
+        self.feed = EventStream(self.connection)
         self.sessions = Sessions(self.connection)
-        self._stream = EventStream(self.connection)
-        self._has_marks, self._env = has_marks, env
-        self._busy = Busy() if busy is None else busy
-        scope = CancelScope() if scope is None else scope
-        self._always: dict[
-            str, list[tuple[str, str]]
-        ] = {}  # permissions and patterns, by directory
+        self.process = process
+        self.turns: set[CancelScope] = set()
+        self._env = None if process is None else process.env
+        self._at_work = {} if at_work is None else at_work
+        self._is_retired = self._has_used_tools = self._keeps_background = False
+        # Permissions and patterns that were always allowed, by directory.
+        self._always: dict[str, list[tuple[str, str]]] = {}
         self._without_mcp: set[str] = set()  # directories whose configuration has no MCP server
-        self._models: dict[tuple[str, str, str], list[str] | None] = {}  # variants of models
+        self._variants: dict[tuple[str, str, str], list[str] | None] = {}  # by directory and model
+        self._life = CancelScope()  # ends the health thread
+        self._health: threading.Thread | None = None
         try:
-            health = self.connection.within(scope).get("/global/health")
+            if process is not None:
+                process.feed = self.feed
+                if process.ending is not None:  # before it could tell the feed
+                    raise OpenCodeServerError(process.ending)
+            health = self.connection.get("/global/health", scope=scope)
             self.version = str(mapping(health).get("version"))
             self._warnings = [] if any_version else check_server_version(name or url, self.version)
-            self._stream.open(scope)
+            self.feed.open(scope)
+            if process is not None:
+                self._health = threading.Thread(
+                    target=self._watch,
+                    args=(process,),
+                    name=f"opencode-{process.pid}-health",
+                    daemon=True,
+                )
+                self._health.start()
         except BaseException:
-            self.close()
+            self.feed.close()
+            self.connection.close()
             raise
 
     @property
-    def is_lost(self) -> bool:
-        """Whether the server is gone, as far as is known."""
-        return self.connection.lost is not None
+    def is_gone(self) -> bool:
+        """Whether it has ended, so far as is known."""
+        has_exited = self.process is not None and self.process.has_exited
+        return has_exited or self.connection.lost is not None
 
-    def lose(self, reason: str) -> None:
-        """The server is gone: tell all who wait."""
-        self._stream.lose(reason)
+    def has_died(self) -> bool:
+        """Whether it has ended; waits for an exit that is just happening."""
+        return self.is_gone or (self.process is not None and self.process.wait_exited(EXIT_S))
 
-    def note_refusal(self, session_id: str, status: int, retry_after_s: float | None) -> None:
-        """Tell the session that a provider refused a request of it."""
-        refusal = {"status": status, "retry_after_s": retry_after_s}
-        self._stream.put(Message(session_id, REFUSED, refusal))
-
-    def note_error(self, session_id: str, error: Mapping[str, Any]) -> None:
-        """Tell the session that our plugin has ended its prompt."""
-        self._stream.put(Message(session_id, "session.error", {"error": error}))
+    def retire(self) -> None:
+        """Take no more turns, and close when the last one has ended."""
+        self._is_retired = True
+        if not self.turns:
+            self.close()
 
     def close(self) -> None:
-        """End threads and connections; the server goes on."""
-        self._stream.close()
+        """Stop a server of ours with all that it started; one elsewhere goes on. Idempotent."""
+        self._life.cancel()
+        if self._health is not None and self._health is not threading.current_thread():
+            self._health.join(JOIN_S)
+        if self.process is not None:
+            if not self.is_gone and not self.connection.is_silent:
+                # It stops what it runs, also what we could not find.
+                with suppress(OpenCodeServerError):
+                    self.connection.post("/global/dispose", timeout_s=DISPOSE_S)
+            self.process.stop(at_once=self.connection.is_silent)
+        self.feed.close()
         self.connection.close()
 
     # -- turns ---------------------------------------------------------------------------------
 
-    def begin(
-        self,
-        request: Request,
-        before_send: Callable[[], None] = lambda: None,
-        scope: CancelScope | None = None,
-    ) -> Turn:
-        """Send the prompt, in the session that its settings say, or a new one.
+    def begin(self, request: Request, scope: CancelScope) -> Turn:
+        """Prepare a turn, in the session that the settings name or in a new one.
+
+        Its prompt is not sent yet. *scope*, which is in :attr:`turns`, leaves it when the turn is
+        closed, or where this raises.
 
         Args:
-            before_send: Called when all is ready; what fails later may have been done.
-            scope: Of the run: it ends all requests, those of the turn too.
+            scope: The run's; all requests end with it, those of the turn too.
 
         Raises:
             OpenCodeConfigError: If the session is unknown, in use, or of another directory.
-            OpenCodeServerError: If the server refuses or does not answer.
+            OpenCodeServerError: If the server refuses or does not respond.
         """
-        cfg, workspace = request.cfg, request.workspace
-        directory = cfg.remote_dir or str(workspace)
-        scope = CancelScope() if scope is None else scope
-        requests = self.connection.within(scope)
-        body = (
-            prompt_body(request.prompt, cfg, workspace, request.output)
-            # There is no format for a command: it is asked for in words.
-            if cfg.command is None
-            else command_body(
-                self._arguments(request, cfg.command, directory, requests), cfg, workspace
+        cfg = request.cfg
+        directory = cfg.remote_dir or str(request.workspace)
+        sessions = Sessions(self.connection, scope)
+        session_id, is_new = cfg.session_id, False
+        try:
+            body = self._body(request, directory, scope)
+            if cfg.continue_session:
+                session_id = sessions.latest(directory)
+                if session_id is None and cfg.fork:
+                    raise OpenCodeConfigError(
+                        f"fork=True, but there is no session yet in {directory}"
+                    )
+            if session_id is None:
+                is_new = True
+                made = self.connection.request(
+                    "POST",
+                    "/session",
+                    session_body(request.prompt, cfg, **_allowed(request)),
+                    directory=directory,
+                    timeout_s=FIRST_S,
+                    scope=scope,
+                )
+                session_id = id_of(made)
+            else:
+                session_id = _resume(session_id, directory, request, sessions)
+            if cfg.share:
+                sessions.share(session_id, directory)
+            if self._at_work.setdefault(session_id, scope) is not scope:
+                raise OpenCodeConfigError(
+                    f"session {session_id!r} has a run under way: wait for it"
+                )
+        except BaseException as error:
+            self.leave(scope)
+            if isinstance(error, OpenCodeServerError):
+                add_no_space(error, self._env)
+            raise
+        try:
+            turn = Turn(
+                request,
+                self.connection,
+                self.feed.mailbox(session_id),
+                session_id,
+                directory,
+                body,
+                since=0 if is_new else self._last_message(session_id, directory, scope),
+                env=self._env,
+                always=self._always.setdefault(directory, []),
+                warnings=self._warnings,
+                at_end=functools.partial(self._warnings_at_end, cfg, directory, scope),
+                on_close=functools.partial(self._end_turn, scope),
+                scope=scope,
             )
-        )
-        with self._space_told():
-            session_id = self._session(request, directory, requests)
-        self._busy.take(session_id)
-        try:
-            turn = self._turn(session_id, directory, request, scope)
         except BaseException:
-            self._busy.give_back(session_id)
+            del self._at_work[session_id]
+            self.leave(scope)
             raise
-        try:
-            before_send()
-            with self._space_told():
-                _send(turn, body)
-        except BaseException:
-            turn.close()
-            raise
+        self._keeps_background |= cfg.keep_background
         return turn
 
-    def _arguments(self, request: Request, command: str, directory: str, requests: Requests) -> str:
-        """What to send for a command's arguments, which are not to be expanded."""
-        arguments = request.instructed
-        if not arguments.strip():
-            return arguments
-        listed = requests.get("/command", timeout_s=FIRST_S, directory=directory)
-        # An unknown one is refused by the server.
-        templates = [mapping(each) for each in listed if mapping(each).get("name") == command]
-        template = str(templates[0].get("template")) if templates else ""
-        check_command(command, template, arguments, has_plugin=self._has_marks)
-        return sealed(arguments) if self._has_marks else arguments
+    def leave(self, scope: CancelScope) -> None:
+        """Take *scope* out of :attr:`turns`."""
+        self.turns.discard(scope)
+        if self._is_retired and not self.turns:
+            self.close()
 
-    def _turn(self, session_id: str, directory: str, request: Request, scope: CancelScope) -> Turn:
-        cfg, answers = request.cfg, request.answers
-        requests = self.connection.within(scope)
-        is_new = not (cfg.session_id or cfg.continue_session)
-        permission = answers.permission or (allow_once if cfg.auto else reject)
-        question = answers.question or decline
-        turn = Turn(
-            self.connection,
-            self._stream.mailbox(session_id),
-            session_id,
-            directory,
-            since=0 if is_new else _last_message(requests, session_id, directory),
-            with_reasoning=bool(cfg.thinking),
-            keep_background=cfg.keep_background,
-            has_marks=self._has_marks,
-            env=self._env,
-            warnings=[*request.warnings, *self._warnings],
-            at_end=lambda model: self._unheeded(cfg, directory, model, requests),
-            replies=Replies(
-                requests, directory, permission, question, self._always.setdefault(directory, [])
-            ),
-            scope=scope,
-        )
-        turn.on_close(lambda: self._busy.give_back(session_id))
-        return turn
+    def _end_turn(self, scope: CancelScope, turn: Turn) -> None:
+        self._at_work.pop(turn.session_id, None)
+        self._has_used_tools |= turn.has_used_tools
+        self.leave(scope)
+        # While other turns go on, nobody can tell which of them a process belongs to.
+        if self._has_used_tools and not self.turns and not self._keeps_background:
+            self._has_used_tools = False
+            if self.process is not None and not self.is_gone:
+                # What tools have left running without a session's mark.
+                tree.stop_strays(self.process.token)
 
-    @contextmanager
-    def _space_told(self) -> Iterator[None]:
-        """Add the reason to a failure that a full disk explains."""
-        try:
-            yield
-        except OpenCodeServerError as error:
-            has_failed = error.status_code is not None and error.status_code >= 500
-            if has_failed and self._env is not None and (full := no_space(self._env)):
-                error.args = (f"{error}; {full}",)
-            raise
+    def _body(self, request: Request, directory: str, scope: CancelScope) -> dict[str, Any]:
+        cfg, arguments = request.cfg, request.instructed
+        if cfg.command is None:
+            return prompt_body(request.prompt, cfg, request.workspace, request.output)
+        # A command has no format: the schema of its answer is said in words.
+        if arguments.strip():
+            listed = self.connection.get(
+                "/command", timeout_s=FIRST_S, directory=directory, scope=scope
+            )
+            # The server refuses an unknown one.
+            templates = [
+                mapping(each).get("template")
+                for each in listed
+                if mapping(each).get("name") == cfg.command
+            ]
+            template = str(templates[0]) if templates else ""
+            has_plugin = self.process is not None
+            check_command(cfg.command, template, arguments, has_plugin=has_plugin)
+            arguments = sealed(arguments) if has_plugin else arguments
+        return command_body(arguments, cfg, request.workspace)
 
-    def _unheeded(
-        self, cfg: RunConfig, directory: str, model: tuple[str, str] | None, requests: Within
+    def _last_message(self, session_id: str, directory: str, scope: CancelScope) -> int:
+        """Return when the session's last message was made; 0 where it has none."""
+        # Two: a prompt whose format was taken away is as young as its answer.
+        newest = stored_messages(self.connection, session_id, directory, limit=2, scope=scope)
+        times = [mapping(mapping(entry.get("info")).get("time")).get("created") for entry in newest]
+        return max((time for time in times if isinstance(time, int)), default=0)
+
+    def _warnings_at_end(
+        self, cfg: RunConfig, directory: str, scope: CancelScope, model: tuple[str, str] | None
     ) -> list[str]:
-        """What OpenCode passed over without a word in a turn that has ended, in sentences.
-
-        Raises:
-            OpenCodeServerError: If the server does not say.
-        """
+        """Return what OpenCode ignored silently in a turn that has ended, in sentences."""
         warnings: list[str] = []
+        settings: dict[str, Any] = {"directory": directory, "timeout_s": ABORT_S, "scope": scope}
         if directory not in self._without_mcp:
-            states = requests.get("/mcp", directory=directory, timeout_s=ABORT_S)
+            states = self.connection.get("/mcp", **settings)
             warnings += warnings_of(states)
             if states == {}:
                 self._without_mcp.add(directory)
         if cfg.variant is not None and model is not None:
-            known = self._variants(directory, *model, requests)
+            key = (directory, *model)
+            if key not in self._variants:
+                providers = self.connection.get("/config/providers", **settings)
+                self._variants[key] = _variants_in(providers, *model)
+            known = self._variants[key]
             if known is not None and cfg.variant not in known:
                 warnings.append(unknown_variant(cfg.variant, "/".join(model), known))
         return warnings
 
-    def _variants(
-        self, directory: str, provider: str, model: str, requests: Within
-    ) -> list[str] | None:
-        """Names of the model's variants, or None where the server does not know the model."""
-        key = directory, provider, model
-        if key not in self._models:
-            found: list[str] | None = None
-            answer = requests.get("/config/providers", directory=directory, timeout_s=ABORT_S)
-            listed = mapping(answer).get("providers")
-            for each in listed if isinstance(listed, list) else ():
-                if mapping(each).get("id") == provider:
-                    there = mapping(mapping(each).get("models")).get(model)
-                    found = None if there is None else list(mapping(mapping(there).get("variants")))
-            self._models[key] = found
-        return self._models[key]
+    # -- the health thread ---------------------------------------------------------------------
 
-    # -- sessions ------------------------------------------------------------------------------
+    def _watch(self, process: ServerProcess) -> None:
+        """While somebody waits for the server, ask whether it is alive; stop a dead one."""
+        n_silent, cpu_s = 0, 0.0
+        woken = Flag()
+        # A connection of its own: what is silent here says nothing of the other requests.
+        with closing(Connection(self.connection.url, password=self.connection.password)) as own:
+            while not self._life.is_cancelled():
+                if not n_silent:
+                    self._life.wait(woken, LOOK_S)
+                    if not (self.turns or self.connection.is_waiting):
+                        continue
+                if _answers(own, self._life):
+                    n_silent = 0
+                    continue
+                if self._life.is_cancelled() or process.has_exited:
+                    return
+                n_silent += 1
+                used_s, cpu_s = process.cpu_s() - cpu_s, process.cpu_s()
+                is_busy = used_s > 0.02 * ANSWER_S
+                if n_silent >= (BUSY_S / ANSWER_S if is_busy else 2):
+                    self._end_dead(process, n_silent * ANSWER_S)
+                    return
 
-    def _session(self, request: Request, directory: str, requests: Within) -> str:
-        cfg, sessions = request.cfg, Sessions(requests)
-        session_id = cfg.session_id
-        if cfg.continue_session:
-            session_id = sessions.latest(directory)
-            if session_id is None and cfg.fork:
-                raise OpenCodeConfigError(f"fork=True, but there is no session yet in {directory}")
-        if session_id is None:
-            body = session_body(request.prompt, cfg, **_allowed(request))
-            made = requests.object("POST", "/session", body, timeout_s=FIRST_S, directory=directory)
-            session_id = id_of(made)
-        else:
-            session_id = self._taken_up(session_id, directory, request, sessions)
-        if cfg.share:
-            sessions.share(session_id, directory)
-        return session_id
+    def _end_dead(self, process: ServerProcess, silent_s: float) -> None:
+        reason = f"the server (pid {process.pid}) did not answer for {silent_s:g} s: ended"
+        _log.warning("%s", reason)
+        self.feed.lose(reason)
+        process.stop(at_once=True)
 
-    def _taken_up(
-        self, session_id: str, directory: str, request: Request, sessions: Sessions
-    ) -> str:
-        """The session itself, or a fork of it, with the rules of *request* added to its own."""
-        cfg = request.cfg
-        session = sessions.known(session_id, directory)
-        own = str(session.get("directory"))
-        if own != directory and own != sessions.resolved(directory):
-            raise OpenCodeConfigError(
-                f"session {session_id!r} works in {own!r}, not in {directory!r}: "
-                "pass that workspace"
-            )
-        rules = permission_rules(cfg, **_allowed(request))
-        change: dict[str, Any] = {}
-        if cfg.fork:
-            session_id = sessions.fork(session_id, directory, rules=rules)
-        elif missing := missing_rules(rules_of(session), rules):
-            change["permission"] = missing
-        if cfg.title is not None:
-            change["title"] = cfg.title
-        if change:
-            sessions.change(session_id, directory, **change)
-        return session_id
+
+def _answers(connection: Connection, scope: CancelScope) -> bool:
+    try:
+        connection.get("/global/health", timeout_s=ANSWER_S, keeps_open=False, scope=scope)
+    except OpenCodeServerError as error:
+        # A refusal is an answer; the process's exit is seen elsewhere.
+        return error.status_code is not None or not connection.is_silent
+    return True
 
 
 def _allowed(request: Request) -> dict[str, bool]:
-    """What of *request* needs a rule, beside its settings."""
+    """Return what *request* needs to be allowed beside its settings."""
     return {
         "with_questions": request.answers.question is not None,
         "with_output": request.output is not None,
     }
 
 
-def _send(turn: Turn, body: Mapping[str, Any]) -> None:
-    """Send the prompt; one that may have been taken all the same is aborted."""
-    try:
-        turn.send(body)
-    except BaseException as error:
-        if not isinstance(error, OpenCodeServerError) or error.status_code is None:
-            turn.stop()
-        raise
+def _resume(session_id: str, directory: str, request: Request, sessions: Sessions) -> str:
+    """Add the rules of *request* to the session, or to a fork of it; return the id of either."""
+    cfg = request.cfg
+    session = sessions.known(session_id, directory)
+    own = str(session.get("directory"))
+    if own != directory and own != sessions.resolved(directory):
+        raise OpenCodeConfigError(
+            f"session {session_id!r} works in {own!r}, not in {directory!r}: pass that workspace"
+        )
+    rules = permission_rules(cfg, **_allowed(request))
+    changes: dict[str, Any] = {}
+    if cfg.fork:
+        session_id = sessions.fork(session_id, directory, rules=rules)
+    elif missing := missing_rules(rules_of(session), rules):
+        changes["permission"] = missing
+    if cfg.title is not None:
+        changes["title"] = cfg.title
+    if changes:
+        sessions.change(session_id, directory, **changes)
+    return session_id
 
 
-def _last_message(requests: Requests, session_id: str, directory: str) -> int:
-    """When the session's last message was made; 0 where it has none."""
-    # Not the last one alone: a prompt whose format was taken away is as young as that.
-    newest = stored_messages(requests, session_id, directory, limit=2)
-    times = [mapping(mapping(entry.get("info")).get("time")).get("created") for entry in newest]
-    return max((time for time in times if isinstance(time, int)), default=0)
-
-
-def dispose(connection: Connection) -> None:
-    """Have a server end all that it runs, before it is stopped."""
-    with suppress(OpenCodeServerError):
-        connection.post("/global/dispose", timeout_s=DISPOSE_S)
+def _variants_in(providers: Any, provider: str, model: str) -> list[str] | None:
+    """Return the names of the model's variants; None where the server does not know the model."""
+    listed = mapping(providers).get("providers")
+    for each in listed if isinstance(listed, list) else ():
+        if mapping(each).get("id") == provider:
+            found = mapping(mapping(each).get("models")).get(model)
+            return None if found is None else list(mapping(mapping(found).get("variants")))
+    return None

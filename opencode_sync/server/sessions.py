@@ -1,13 +1,16 @@
-"""What a server is asked about its sessions, besides prompts.
+"""The sessions that a server keeps: list, read, fork, change, revert, delete.
 
-Knows requests and answers; nothing of turns.
+    Sessions.METHOD(session_id, directory) --> requests --> SessionInfo, messages, ids
+
+OpenCode answers some requests wrongly instead of refusing them (1.18.33), such as a fork at an
+unknown message; they are checked here first. Knows requests and responses, nothing of turns.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +18,11 @@ from urllib.parse import quote
 
 from ..core.denials import OUTPUT_TOOL
 from ..core.errors import OpenCodeConfigError, OpenCodeServerError
-from ..core.reading import denied_tool, number_of
-from .connection import FIRST_S, MAX_LIST_BYTES, REQUEST_S, Requests
-from .feed import mapping
+from ..core.lifetime import CancelScope
+from ..core.reading import denied_tool, mapping, number_of
+from .connection import FIRST_S, MAX_LIST_BYTES, REQUEST_S, Connection, checked_object
 
-MOST = 10_000  # sessions to be listed; by default OpenCode gives 100
+MOST = 10_000  # sessions in a list; by default OpenCode gives 100
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,11 @@ class SessionInfo:
     """A session that a server keeps.
 
     Attributes:
-        session_id: To resume it by.
+        session_id: Its id, to resume it by.
         title: Its title.
         workspace: The directory that it works in.
-        parent_id: Of a sub-agent's session, the one that it works for.
-        total_cost: US dollars of all its turns, without its sub-agents'.
+        parent_id: For a sub-agent's session, the session that it works for; else None.
+        total_cost: US dollars, summed over its turns, without its sub-agents'.
         created_at, updated_at: Seconds since the epoch.
     """
 
@@ -45,69 +48,71 @@ class SessionInfo:
 
 
 class Sessions:
-    """Of one server; *directory* is always the one that the session works in."""
+    """The sessions of one server; *directory* is always the one that the session works in."""
 
-    def __init__(self, connection: Requests) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, scope: CancelScope | None = None) -> None:
+        """
+        Args:
+            scope: Ends the requests.
+        """
+        self._connection, self._scope = connection, scope
 
     def all(self, directory: str | None = None) -> list[SessionInfo]:
-        """Those of *directory* or of all, the last used first."""
+        """Return those of *directory* or of all directories, the last used first."""
         # Without a directory, /session gives those of one project alone.
         path = "/session" if directory else "/experimental/session"
         found = self._objects(path, directory=directory, limit=MOST)
         return [_info(each) for each in found]
 
     def latest(self, directory: str) -> str | None:
-        """The last used, but for sub-agents'."""
+        """Return the id of the last used one that is not a sub-agent's."""
         found = self._objects("/session", directory=directory, roots="true", limit=1)
         return id_of(found[0]) if found else None
 
     def known(self, session_id: str, directory: str) -> dict[str, Any]:
-        """The session's description; raises OpenCodeConfigError if there is none."""
+        """Return the session's description; raise OpenCodeConfigError if there is none."""
         # An id of another form makes the server fail, not refuse.
         if session_id.startswith("ses"):
+            path = path_of(session_id)
             try:
-                return self._connection.object(
-                    "GET", path_of(session_id), timeout_s=FIRST_S, directory=directory
-                )
+                return checked_object(f"GET {path}", self._get(path, directory))
             except OpenCodeServerError as error:
                 if error.status_code != 404:
                     raise
         raise OpenCodeConfigError(f"session {session_id!r} is unknown to the server")
 
     def resolved(self, directory: str) -> str | None:
-        """*directory* as the server calls it, without links; None where it has none."""
+        """Return *directory* as the server calls it, without links; None if it has none."""
         try:
-            where = self._connection.get("/path", timeout_s=FIRST_S, directory=directory)
+            own = mapping(self._get("/path", directory)).get("directory")
         except OpenCodeServerError as error:
             if error.status_code is None:
                 raise
             return None
-        own = mapping(where).get("directory")
         return own if isinstance(own, str) else None
 
     def messages(self, session_id: str, directory: str) -> list[dict[str, Any]]:
-        """All messages, oldest first; see :func:`stored_messages`."""
+        """Return all messages, oldest first; see :func:`stored_messages`."""
         try:
-            return stored_messages(self._connection, session_id, directory)
+            return stored_messages(self._connection, session_id, directory, scope=self._scope)
         except OpenCodeServerError:
             self.known(session_id, directory)
             raise
 
     def last_prompt(self, session_id: str, directory: str) -> str | None:
-        """Id of the last prompt that is not taken back; None where there is none."""
-        taken_back = _taken_back(self.known(session_id, directory))
+        """Return the id of the last prompt that is not reverted, or None."""
+        reverted = _reverted_from(self.known(session_id, directory))
         last = None
         for message in self.messages(session_id, directory):
             info = mapping(message.get("info"))
-            if taken_back is not None and info.get("id") == taken_back:
+            if reverted is not None and info.get("id") == reverted:
                 break
             if info.get("role") == "user":
                 last = str(info.get("id"))
         return last
 
     def last_message(self, session_id: str, directory: str) -> dict[str, Any]:
-        """The description of the last message; {} where there is none."""
+        """Return the description of the last message; {} if there is none."""
         path = path_of(session_id, "/message")
         stored = self._objects(path, directory=directory, limit=1)
         return dict(mapping(stored[0].get("info"))) if stored else {}
@@ -120,53 +125,54 @@ class Sessions:
         message_id: str | None = None,
         rules: Sequence[Any] = (),
     ) -> str:
-        """A copy, as it was before *message_id*, with the same rules and *rules*.
+        """Copy the session as it was before *message_id*; return the copy's id.
 
-        Without one it is a copy of all but what is taken back.
+        Args:
+            message_id: None for all messages that are not reverted.
+            rules: Permission rules that the copy has beside the session's own.
         """
         session = self.known(session_id, directory)
         if message_id is not None:
             self._check_message(session_id, message_id, directory)
         else:
-            message_id = _taken_back(session)
+            message_id = _reverted_from(session)
         body = {} if message_id is None else {"messageID": message_id}
-        path = path_of(session_id, "/fork")
-        made = self._connection.object("POST", path, body, directory=directory)
-        fork_id = id_of(made)
-        # A fork begins without any rules.
+        fork_id = id_of(self._post(session_id, "/fork", directory, body))
+        # OpenCode gives a fork no rules.
         if rules := [*rules_of(session), *rules]:
             self.change(fork_id, directory, permission=rules)
         return fork_id
 
     def change(self, session_id: str, directory: str, **changes: Any) -> None:
-        """Set a title; add rules."""
-        self._connection.request("PATCH", path_of(session_id), changes, directory=directory)
+        """Set ``title``; add the rules of ``permission``."""
+        self._connection.request(
+            "PATCH", path_of(session_id), changes, directory=directory, scope=self._scope
+        )
 
     def share(self, session_id: str, directory: str) -> None:
         """Make it public."""
-        self._connection.post(path_of(session_id, "/share"), directory=directory)
+        self._post(session_id, "/share", directory)
 
     def summarize(self, session_id: str, directory: str, model: str, timeout_s: float) -> None:
-        """Have *model* put a summary in the place of the past, as far as it is concerned."""
+        """Have *model* write a summary, which it gets instead of the earlier messages."""
         provider, _, name = model.partition("/")
         body = {"providerID": provider, "modelID": name}
-        path = path_of(session_id, "/summarize")
-        self._connection.post(path, body, timeout_s=timeout_s, directory=directory)
+        self._post(session_id, "/summarize", directory, body, timeout_s)
 
     def revert(
         self, session_id: str, directory: str, message_id: str, *, all_files: bool
     ) -> list[str]:
-        """Take back *message_id* and all after it; returns the files that were restored.
+        """Take back *message_id* and all after it; return the files that were restored.
 
         Raises:
-            OpenCodeConfigError: If some files cannot be restored and *all_files* are to be.
+            OpenCodeConfigError: If *all_files* is set and some files cannot be restored.
         """
         self._check_message(session_id, message_id, directory)
         messages = self.messages(session_id, directory)
-        taken = _taken_back(self.known(session_id, directory))
+        end = _reverted_from(self.known(session_id, directory))
         files, _ = _changes(_between(messages, message_id), directory)
-        # Of what is taken back already, it was said then.
-        _, lost = _changes(_between(messages, message_id, taken), directory)
+        # What is reverted already was checked then.
+        _, lost = _changes(_between(messages, message_id, end), directory)
         if lost and all_files:
             raise OpenCodeConfigError(
                 f"OpenCode cannot restore what was changed by {', '.join(lost)}: it has no "
@@ -174,10 +180,9 @@ class Sessions:
                 "another); pass all_files=False to take the messages back all the same"
             )
         body = {"messageID": message_id}
-        path = path_of(session_id, "/revert")
-        reverted = mapping(self._connection.post(path, body, directory=directory))
+        reverted = mapping(self._post(session_id, "/revert", directory, body))
         if not mapping(reverted.get("revert")).get("snapshot"):
-            if files and all_files:  # those that a server made which kept snapshots
+            if files and all_files:  # changed on a server that kept snapshots
                 raise OpenCodeServerError(
                     "OpenCode took the messages back, but restored no files, since it keeps no "
                     f"snapshots any more: {', '.join(files)}"
@@ -186,28 +191,30 @@ class Sessions:
         return files
 
     def unrevert(self, session_id: str, directory: str) -> None:
-        """Give back what was taken back.
+        """Undo a revert.
 
         Raises:
-            OpenCodeConfigError: If nothing is, or there was a prompt since.
+            OpenCodeConfigError: If nothing is reverted, or a prompt came after it.
         """
-        if _taken_back(self.known(session_id, directory)) is None:
+        if _reverted_from(self.known(session_id, directory)) is None:
             raise OpenCodeConfigError(
                 "there is nothing to give back: nothing was reverted, or a prompt came after it"
             )
-        self._connection.post(path_of(session_id, "/unrevert"), directory=directory)
+        self._post(session_id, "/unrevert", directory)
 
     def delete(self, session_id: str, directory: str) -> None:
-        """Remove it, if it is there."""
+        """Remove it; one that is not there is no error."""
         with suppress(OpenCodeConfigError):
             self.known(session_id, directory)
-            self._connection.request("DELETE", path_of(session_id), directory=directory)
+            self._connection.request(
+                "DELETE", path_of(session_id), directory=directory, scope=self._scope
+            )
 
     def _check_message(self, session_id: str, message_id: str, directory: str) -> None:
-        # Of an unknown one, OpenCode makes a fork of the whole, and a revert of nothing.
+        # For an unknown one, OpenCode forks the whole session, and reverts nothing.
         path = path_of(session_id, f"/message/{quote(message_id, safe='')}")
         try:
-            self._connection.get(path, timeout_s=FIRST_S, directory=directory)
+            self._get(path, directory)
         except OpenCodeServerError as error:
             if is_prompt_with_format(error):
                 return
@@ -217,25 +224,44 @@ class Sessions:
                 f"message {message_id!r} is unknown to session {session_id!r}"
             ) from None
 
+    def _get(self, path: str, directory: str) -> Any:
+        return self._connection.get(path, timeout_s=FIRST_S, directory=directory, scope=self._scope)
+
     def _objects(self, path: str, **params: Any) -> list[dict[str, Any]]:
-        return self._connection.objects(path, timeout_s=FIRST_S, **params)
+        return self._connection.objects(path, timeout_s=FIRST_S, scope=self._scope, **params)
+
+    def _post(
+        self,
+        session_id: str,
+        verb: str,
+        directory: str,
+        body: Any = None,
+        timeout_s: float = REQUEST_S,
+    ) -> Any:
+        path = path_of(session_id, verb)
+        return self._connection.post(
+            path, body, timeout_s=timeout_s, directory=directory, scope=self._scope
+        )
 
 
 def stored_messages(
-    connection: Requests,
+    connection: Connection,
     session_id: str,
     directory: str,
     *,
     limit: int | None = None,
     timeout_s: float = REQUEST_S,
+    scope: CancelScope | None = None,
 ) -> list[dict[str, Any]]:
-    """What a server has stored of a session, oldest first.
+    """Return the newest *limit* messages that a server has stored of a session, oldest first.
 
-    OpenCode cannot give a prompt with a format (1.18.33), as it is while its turn goes on: then
-    this is what comes after it.
+    OpenCode cannot give a prompt with a format (1.18.33), which a prompt has while its turn goes
+    on: then the messages after it are returned.
 
     Args:
-        limit: That many of the newest; None for all.
+        limit: None for all messages.
+        timeout_s: Time limit of each request.
+        scope: Ends the requests.
     """
 
     def newest(limit: int | None) -> list[dict[str, Any]] | None:
@@ -246,6 +272,7 @@ def stored_messages(
                 limit=limit,
                 timeout_s=timeout_s,
                 max_bytes=MAX_LIST_BYTES,
+                scope=scope,
             )
         except OpenCodeServerError as error:
             if not is_prompt_with_format(error):
@@ -273,19 +300,22 @@ _WRITING = frozenset({"write", "edit"})
 
 
 def _between(messages: Iterable[Any], first: str, end: str | None = None) -> Iterator[Any]:
-    """The messages from *first* on, and before *end*; both are ids."""
-
-    def is_not(message_id: str | None) -> Callable[[Any], bool]:
-        return lambda message: mapping(mapping(message).get("info")).get("id") != message_id
-
-    return itertools.takewhile(is_not(end), itertools.dropwhile(is_not(first), messages))
+    """Yield the messages from *first* on, and before *end*; both are ids."""
+    is_inside = False
+    for message in messages:
+        message_id = mapping(mapping(message).get("info")).get("id")
+        is_inside = is_inside or message_id == first
+        if is_inside and message_id == end:
+            return
+        if is_inside:
+            yield message
 
 
 def _changes(messages: Iterable[Any], directory: str) -> tuple[list[str], list[str]]:
-    """The files that OpenCode has snapshots of, and what else has, or may have, changed files.
+    """Return the files that OpenCode has snapshots of, and what else may have changed files.
 
     A step with a snapshot has a ``patch`` with the files that were changed in it. OpenCode has
-    none of files in another repository inside of its own, and does not say so.
+    no snapshots of files in a repository inside of its own, and does not say so.
     """
     files: dict[str, None] = {}
     written: list[tuple[str, str]] = []
@@ -310,13 +340,13 @@ def _changes(messages: Iterable[Any], directory: str) -> tuple[list[str], list[s
 
 
 def path_of(session_id: str, what: str = "") -> str:
-    """The path of requests about a session."""
+    """Return the path of requests about a session."""
     return f"/session/{quote(session_id, safe='')}{what}"
 
 
-def id_of(session: Mapping[str, Any]) -> str:
-    """The id of a session that the server describes."""
-    session_id = session.get("id")
+def id_of(session: Any) -> str:
+    """Return the id of a session that the server describes."""
+    session_id = mapping(session).get("id")
     if isinstance(session_id, str):
         return session_id
     raise OpenCodeServerError(
@@ -325,7 +355,7 @@ def id_of(session: Mapping[str, Any]) -> str:
 
 
 def rules_of(session: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The permission rules of a session that the server describes."""
+    """Return the permission rules of a session that the server describes."""
     rules = session.get("permission")
     if not isinstance(rules, list):
         return []
@@ -333,12 +363,12 @@ def rules_of(session: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def is_prompt_with_format(error: OpenCodeServerError) -> bool:
-    """Whether a message was refused for being one, see :func:`stored_messages`."""
+    """Whether a message was refused for having a format, see :func:`stored_messages`."""
     return error.status_code == 400 and "OutputFormat" in str(error)
 
 
-def _taken_back(session: Any) -> str | None:
-    """Of a session's description: the first message that a revert took, until the next prompt."""
+def _reverted_from(session: Any) -> str | None:
+    """Return the first message that a revert took back, until the next prompt; else None."""
     message_id = mapping(mapping(session).get("revert")).get("messageID")
     return None if message_id is None else str(message_id)
 

@@ -34,7 +34,8 @@ from opencode_sync.core.request import Request
 from opencode_sync.process import tree
 from opencode_sync.process.data_dirs import UNPACKED
 from opencode_sync.server.connection import FIRST_S
-from opencode_sync.server.pool import Elsewhere, Fleet, InUse
+from opencode_sync.server.pool import Attacher, ServerPool
+from opencode_sync.server.running import RunningServer
 from tests import serving
 from tests.standin import VERSION
 from tests.webserver import Answer, WebServer
@@ -461,7 +462,7 @@ def test_a_recycled_server_ends_with_its_last_run(serve: Serve, workspace: Path)
     next(stream)
     old = server.pid
     assert old is not None
-    server._fleet._max_memory_mb = 1
+    server._servers._max_memory_mb = 1
 
     server.run("say hello", workspace)
     lived_on = psutil.pid_exists(old)
@@ -478,7 +479,7 @@ def test_a_session_takes_no_second_turn_on_the_server_that_follows(
     stream = server.stream("hold", workspace)
     next(stream)
     cfg = RunConfig(session_id=stream.session_id)
-    server._fleet._max_memory_mb = 1
+    server._servers._max_memory_mb = 1
 
     with pytest.raises(OpenCodeConfigError, match="has a run under way"):
         server.run("say hello", workspace, run_cfg=cfg)
@@ -533,19 +534,19 @@ def test_what_leaves_out_our_preloaded_file_is_refused_for_a_server(serve: Serve
 
 
 def test_a_server_that_does_not_start_is_not_tried_again(tmp_path: Path) -> None:
-    class Failing(Elsewhere):
+    class Failing(Attacher):
         starts = 0
 
-        def start(self) -> InUse:
+        def start(self) -> RunningServer:
             self.starts += 1
             raise OpenCodeServerError("it does not start")
 
-    origin = Failing("http://127.0.0.1:1")
+    starter = Failing("http://127.0.0.1:1")
 
     with pytest.raises(OpenCodeServerError, match="it does not start"):
-        Fleet(origin).begin(Request("say hello", tmp_path, RunConfig()))
+        ServerPool(starter).begin(Request("say hello", tmp_path, RunConfig()))
 
-    assert origin.starts == 1
+    assert starter.starts == 1
 
 
 def test_closing_does_not_wait_for_a_server_that_does_not_start(
@@ -592,10 +593,6 @@ ENDS = {
 def test_a_program_that_ends_takes_its_server_along(binary: str, workspace: Path, end: str) -> None:
     program = f"""
 import os, sys
-from opencode_sync.server.pool import Fleet
-from opencode_sync.server.connection import FIRST_S
-from opencode_sync.core.request import Request
-from opencode_sync.server.pool import Elsewhere, InUse
 from opencode_sync.api.server import OpenCodeServer
 server = OpenCodeServer({binary!r})
 stream = server.stream("tool", {str(workspace)!r})
@@ -664,7 +661,7 @@ def test_the_first_request_in_a_directory_may_take_minutes(
     server: OpenCodeServer, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patience: dict[tuple[str, str], float] = {}
-    connection = server._fleet.current().link.connection
+    connection = server._servers.current().connection
     request = connection.request
 
     def noted(method: str, path: str, *args: Any, **settings: Any) -> Any:

@@ -21,7 +21,6 @@ from opencode_sync import (
     OpenCodeConfigError,
     OpenCodeProcessError,
     OpenCodeServer,
-    OpenCodeServerError,
     PermissionRequest,
     QuestionRequest,
     RunConfig,
@@ -31,9 +30,6 @@ from opencode_sync import (
     ask_in_terminal,
 )
 from opencode_sync.api.permissions import answers_of, permission_request, question_request
-from opencode_sync.server.connection import Requests
-from opencode_sync.server.protocol import OUTPUT_TOOL, missing_rules
-from opencode_sync.server.sessions import stored_messages
 from tests import serving
 from tests.scripted import STEP_COST, ScriptedRunner
 from tests.standin import VERSION
@@ -498,67 +494,3 @@ def test_who_sits_at_the_terminal_answers_questions(
     request: QuestionRequest = question_request(ASKED)
 
     assert ask_in_terminal(request) == reply
-
-
-# --- what a server has stored --------------------------------------------------------------------
-
-
-class Stored(Requests):
-    """A connection to a server that cannot give the messages up to the one at *unreadable*."""
-
-    def __init__(self, messages: int, unreadable: int | None = None) -> None:
-        self._messages = [{"number": number} for number in range(messages)]
-        self._unreadable = unreadable
-
-    def request(self, method: str, path: str, body: Any = None, **settings: Any) -> Any:
-        limit = settings["limit"]
-        messages = self._messages[-limit:] if limit else self._messages
-        if {"number": self._unreadable} in messages:
-            raise OpenCodeServerError("Expected OutputFormatJsonSchema", status_code=400)
-        return messages
-
-
-@pytest.mark.parametrize(
-    "stored, messages",
-    [
-        (Stored(3), [0, 1, 2]),
-        (Stored(5, unreadable=2), [3, 4]),
-        (Stored(5, unreadable=4), []),
-        (Stored(0), []),
-    ],
-    ids=["all readable", "in the middle", "the last", "none"],
-)
-def test_of_messages_those_after_an_unreadable_one_are_read(
-    stored: Any, messages: list[int]
-) -> None:
-    found, last = (stored_messages(stored, "ses_1", "/", limit=limit) for limit in (None, 1))
-
-    assert [message["number"] for message in found] == messages
-    assert [message["number"] for message in last] == messages[-1:]
-
-
-# --- rules ---------------------------------------------------------------------------------------
-
-
-def rule(name: str) -> dict[str, str]:
-    return {"permission": name, "pattern": "*", "action": "allow"}
-
-
-A, B, OUTPUT = rule("a"), rule("b"), rule(OUTPUT_TOOL)
-
-
-@pytest.mark.parametrize(
-    "has, wanted, missing",
-    [
-        ([], [A], [A]),
-        ([B, A], [A], []),
-        ([A, B], [A], [A]),
-        ([A, B], [], []),
-        ([A], [A, OUTPUT], [OUTPUT]),
-        ([A, OUTPUT], [A], []),
-        ([A, OUTPUT], [A, OUTPUT], []),
-        ([A], [B, OUTPUT], [B, OUTPUT]),
-    ],
-)
-def test_a_session_gets_the_rules_that_it_lacks(has: Any, wanted: Any, missing: Any) -> None:
-    assert missing_rules(has, wanted) == missing

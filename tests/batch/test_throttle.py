@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 
 from opencode_sync.batch.throttle import MAX_PAUSE_S, Throttle, is_rate_limit, retry_after_s
-from opencode_sync.process.stderr import PRELOAD_PREFIX
-from opencode_sync.server.launch import Server
 
 
 class Clock:
@@ -157,20 +155,3 @@ def test_the_headers_of_the_refusal_that_a_run_ended_with_are_read_too() -> None
     event = {"type": "error", "error": {"data": {"statusCode": 429, "responseHeaders": headers}}}
 
     assert retry_after_s(event) == 1.5
-
-
-def test_what_a_server_s_stderr_tells_of_a_refusal_is_passed_on_and_odd_lines_are_not() -> None:
-    seen: list[tuple[str, int, float | None]] = []
-    server = object.__new__(Server)  # its process is not needed to read a line
-    server._on_refusal = lambda *refusal: seen.append(refusal)
-
-    for told in (
-        "[1]",
-        '"status"',
-        "[" * 100_000,
-        '{"denials": true}',
-        '{"session": "ses_1", "status": 429, "retry_after": "5", "retry_after_ms": null}',
-    ):
-        server._take(PRELOAD_PREFIX + told)
-
-    assert seen == [("ses_1", 429, 5.0)]

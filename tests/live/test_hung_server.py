@@ -20,7 +20,7 @@ from opencode_sync import (
     OpenCodeTimeoutError,
     RunConfig,
 )
-from opencode_sync.server import pool
+from opencode_sync.server import running
 from opencode_sync.testing import Reply, ScriptedModel
 from tests.live.warm import Script, config, shell
 
@@ -65,7 +65,7 @@ def timed_out_after_s(work: Callable[[], object], limit: str) -> float:
 def test_what_waits_for_a_server_that_hangs_ends_in_time_and_by_its_name(
     server: OpenCodeServer, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "ANSWER_S", WITHIN_S)  # or it is ended by what is tested below
+    monkeypatch.setattr(running, "ANSWER_S", WITHIN_S)  # or it is ended by what is tested below
     gate = threading.Event()
     script.to("Warm up", "Warm.")
     slow = script.to("Take your time", Reply(["Begun. ", gate, "Done."]))

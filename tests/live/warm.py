@@ -106,7 +106,7 @@ def make_what_stays(runner: Runner) -> None:
 def open_connections(server: OpenCodeServer) -> None:
     """All that tests will use, at once, so that none of them opens one that stays."""
     with ExitStack() as requests:
-        client = server._fleet.current().link.connection._client
+        client = server._servers.current().connection._client
         begun = [
             requests.enter_context(client.stream("GET", "/global/health"))
             for _ in range(CONNECTIONS)

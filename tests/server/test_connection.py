@@ -18,7 +18,7 @@ import pytest
 
 from opencode_sync.core.errors import OpenCodeConfigError, OpenCodeServerError
 from opencode_sync.core.lifetime import CancelScope
-from opencode_sync.server.connection import MAX_BYTES, Connection
+from opencode_sync.server.connection import MAX_BYTES, Connection, checked_object
 from tests.webserver import WITHIN_S, Answer, WebServer
 
 SECRET = "a-secret-word"
@@ -150,7 +150,7 @@ def test_a_refused_password_is_called_that(server: WebServer, connect: Connect) 
 def test_an_answer_that_is_no_json_is_refused(server: WebServer, connect: Connect) -> None:
     server.answers["/session"] = Answer(b"<html>a page</html>")
 
-    with pytest.raises(OpenCodeServerError, match=r"GET /session with no JSON"):
+    with pytest.raises(OpenCodeServerError, match=r"GET /session with something that is not JSON"):
         connect(server.url).get("/session")
 
 
@@ -395,7 +395,7 @@ def test_a_request_ends_with_its_scope(
 
     def ask() -> None:
         try:
-            connection.within(scope).get("/slow")
+            connection.get("/slow", scope=scope)
         except OpenCodeServerError as error:
             errors.put(error)
 
@@ -409,14 +409,14 @@ def test_a_request_ends_with_its_scope(
     assert isinstance(errors.get(timeout=5), OpenCodeServerError)
     thread.join(WITHIN_S)
     with pytest.raises(OpenCodeServerError, match="cut"):
-        connection.within(scope).get("/session")
+        connection.get("/session", scope=scope)
 
 
 def test_cancelling_a_scope_whose_request_has_ended_harms_no_other(
     server: WebServer, connect: Connect
 ) -> None:
     connection, scope = connect(server.url), CancelScope()
-    connection.within(scope).get("/session")
+    connection.get("/session", scope=scope)
 
     scope.cancel()
 
@@ -477,6 +477,6 @@ def test_an_answer_of_another_shape_is_an_error_that_names_the_request(
     connection = connect(server.url)
 
     with pytest.raises(OpenCodeServerError, match="answered GET /session with"):
-        connection.object("GET", "/session")
+        checked_object("GET /session", connection.get("/session"))
     with pytest.raises(OpenCodeServerError, match="answered GET /session with"):
         connection.objects("/session")

@@ -5,17 +5,19 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from opencode_sync import OpenCodeIncompleteError, OpenCodeServerError, RunResult
+from opencode_sync import OpenCodeIncompleteError, OpenCodeServerError, RunConfig, RunResult
 from opencode_sync.core.events import Event
+from opencode_sync.core.request import NO_ANSWERS, Answers, Request
 from opencode_sync.server import turn as _turn
 from opencode_sync.server.connection import Connection
 from opencode_sync.server.feed import EventStream
 from opencode_sync.server.protocol import Translator
-from opencode_sync.server.turn import Replies, Turn
+from opencode_sync.server.turn import Turn
 from tests.interrupting import interrupt_once
 from tests.webserver import WITHIN_S, Answer, Feed, WebServer
 
@@ -71,10 +73,11 @@ def feed(server: WebServer, stream: EventStream) -> Feed:
 def begin(stream: EventStream) -> Iterator[Callable[..., Turn]]:
     turns: list[Turn] = []
 
-    def begin(**settings: Any) -> Turn:
-        connection = stream._connection
-        turns.append(Turn(connection, stream.mailbox(ROOT), ROOT, "/w", **settings))
-        turns[-1].send({"parts": []})
+    def begin(answers: Answers = NO_ANSWERS, **settings: Any) -> Turn:
+        request = Request("x", Path("/"), RunConfig(), answers=answers)
+        connection, mailbox = stream._connection, stream.mailbox(ROOT)
+        turns.append(Turn(request, connection, mailbox, ROOT, "/w", {"parts": []}, **settings))
+        turns[-1].send()
         return turns[-1]
 
     yield begin
@@ -306,13 +309,13 @@ def test_stopping_a_turn_of_a_server_that_is_gone_is_harmless(
 
 
 def test_closing_calls_what_waits_for_it_once(begin: Begin) -> None:
-    turn, calls = begin(), []
-    turn.on_close(lambda: calls.append("closed"))
+    calls: list[Turn] = []
+    turn = begin(on_close=calls.append)
 
     turn.close()
     turn.close()
 
-    assert calls == ["closed"]
+    assert calls == [turn]
 
 
 # --- requests ------------------------------------------------------------------------------------
@@ -347,12 +350,11 @@ def test_what_nobody_answers_is_refused(
 
 
 def test_an_answer_reaches_the_server_as_it_was_given(
-    server: WebServer, stream: EventStream, begin: Begin, feed: Feed
+    server: WebServer, begin: Begin, feed: Feed
 ) -> None:
     is_busy(server)
     answers = {"answers": [["B"]]}
-    replies = Replies(stream._connection, "/w", question=lambda request: answers)
-    turn = begin(replies=replies)
+    turn = begin(Answers(question=lambda request: answers))
     ask(feed, "question")
     until_asked(turn)
 
@@ -364,14 +366,14 @@ def test_an_answer_reaches_the_server_as_it_was_given(
 
 
 def test_an_exception_in_an_answer_refuses_and_reaches_the_caller(
-    server: WebServer, stream: EventStream, begin: Begin, feed: Feed
+    server: WebServer, begin: Begin, feed: Feed
 ) -> None:
     is_busy(server)
 
     def fail(request: Any) -> Any:
         raise ZeroDivisionError
 
-    turn = begin(replies=Replies(stream._connection, "/w", fail))
+    turn = begin(Answers(fail))
     ask(feed)
     until_asked(turn)
 
