@@ -4,8 +4,8 @@
     stderr, errors, events ------------+--> cleaned(): "***" for each value, quoted files cut out
 
 OpenCode 1.18.33 quotes a broken configuration, keys included; a provider may repeat the key that it
-refuses. Diagnostics alone are cleaned: what the model says and what tools print is kept as it is.
-Knows names and shapes of settings, and OpenCode's words for a broken file.
+refuses. Only diagnostics are cleaned: what the model says and what tools print is kept as it is.
+Knows names and shapes of settings, and how OpenCode reports a broken file.
 """
 
 from __future__ import annotations
@@ -15,48 +15,32 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 from .config import RunConfig
 from .errors import OpenCodeError
 from .events import Event, dump_event, parse_event_line
+from .mcp import mapping
 
-MASK = "***"
+_MASK = "***"
 # Types of events that neither the model nor a tool made.
-DIAGNOSTICS = ("error", "retry", "warning", "diagnostic")
-LONG = 8  # characters; a shorter value is masked where its name says that it is a secret
-SHORTEST = 4  # and one that is shorter still would be found in words that say something else
+_DIAGNOSTICS = ("error", "retry", "warning", "diagnostic")
+_LONG = 8  # characters; a shorter value is masked only where its name says that it is a secret
+_SHORTEST = 4  # and one that is shorter still would be found in words that say something else
 
 _NAMED = re.compile(r"key|token|secret|passw|credential|auth|cookie", re.IGNORECASE)
 _NAMED_IN_ENVIRONMENT = re.compile(
     r"(?:^|_)(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE
 )
 VALUES_ARE_SECRET = ("headers", "env", "environment")
-# What stands in these is called as somebody likes: an agent "keyword-finder" is no secret.
-NAMES_ARE_FREE = ("agent", "mode", "mcp", "provider", "models", "command", "tools", "permission")
-_WORDS = (None, True, False, "allow", "ask", "deny")  # of switches and permissions
-_NO_SECRETS = {"allow", "deny", "true", "false", "none", "null"}
-# Of what is only listed beside secrets: a path, a URL that has no login and no query, a number.
+# The user chooses the names in these: an agent "keyword-finder" is not a secret.
+_NAMES_ARE_FREE = ("agent", "mode", "mcp", "provider", "models", "command", "tools", "permission")
+_WORDS = (None, True, False, "allow", "ask", "deny")  # values of switches and permissions
+_NOT_SECRETS = {"allow", "deny", "true", "false", "none", "null"}
+# Not secret where only the neighbours are: a path, a URL without login and query, a number.
 _PLAIN = re.compile(r"[/~.].*|\w+://[^@?#]*|[\d.,]+", re.DOTALL)
 _LOGIN = re.compile(r"://([^/@\s]*)@")
 _JSON_VARIABLES = ("OPENCODE_CONFIG_CONTENT", "OPENCODE_AUTH_CONTENT")
-
-_FILE, _FAULTS, _END = "--- JSONC Input ---", "--- Errors ---", "--- End ---"
-_POSITION = re.compile(r"^\w+ at line \d+, column \d+$", re.MULTILINE)
-_GOT = re.compile(r"(\bExpected [^\n]*?), got ([^\n]*)")
-_CONFIG_ERRORS = "Config"  # what their names begin with
-
-
-def is_secret(name: str, value: Any) -> bool:
-    """Whether a setting of this name holds a secret."""
-    if value in _WORDS or (name.lower().endswith("tokens") and isinstance(value, (int, float))):
-        return False  # "*token*": "deny", and maxTokens
-    return _NAMED.search(name) is not None
-
-
-def setting_name(name: str, key: object) -> str:
-    """What the setting *key* in the setting *name* is called; "" where its user has named it."""
-    return "" if name in NAMES_ARE_FREE else str(key)
 
 
 class Secrets:
@@ -67,11 +51,11 @@ class Secrets:
 
     @cached_property
     def _values(self) -> list[str]:
-        # Looked for when there is something to clean: most runs have nothing to complain of.
+        # Collected when there is something to clean: most runs have nothing to complain about.
         values = {value for name, each in os.environ.items() for value in _of_parent(name, each)}
         for cfg in self._configs:
             values.update(_of_config(cfg))
-        # A configuration is quoted as JSON, by OpenCode with letters of all languages as they are.
+        # A configuration is quoted as JSON, by OpenCode without escapes for other alphabets.
         for is_ascii in (True, False):
             values |= {json.dumps(value, ensure_ascii=is_ascii)[1:-1] for value in values}
         # The longest first: one may be a part of another.
@@ -82,23 +66,22 @@ class Secrets:
 
     def cleaned(self, text: str) -> str:
         """*text* without what it quotes of a configuration, and with secrets masked."""
-        if not text:
-            return text
         text = without_quotes(text)
-        for value in self._values:
-            if value in text:
-                text = _masked(text, value)
+        for value in self._values if text else ():
+            if value not in text:
+                continue
+            if len(value) >= _LONG:
+                text = text.replace(value, _MASK)
+            else:  # a short one may be a part of a word
+                text = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", _MASK, text)
         return text
 
     def clean_events(self, events: Sequence[Event]) -> Sequence[Event]:
-        """*events* with their diagnostics cleaned; *events* itself where that changes nothing."""
-        for event in events:
-            if event.get("type") in DIAGNOSTICS:
-                break
-        else:
+        """*events* with their diagnostics cleaned; *events* itself if that changes nothing."""
+        if not any(event.get("type") in _DIAGNOSTICS for event in events):
             return events
         cleaned = [
-            self._in(event) if event.get("type") in DIAGNOSTICS else event for event in events
+            self._in(event) if event.get("type") in _DIAGNOSTICS else event for event in events
         ]
         return events if cleaned == list(events) else cleaned
 
@@ -107,7 +90,7 @@ class Secrets:
         return [self._clean_line(line) for line in lines]
 
     def clean_error(self, error: OpenCodeError) -> None:
-        """Clean the text of *error* and its attributes, but for the result and the events."""
+        """Clean the text and the attributes of *error*, except the result and its parts."""
         error.args = tuple(self._in(each) for each in error.args)
         for name, value in vars(error).items():
             if name not in ("result", "events", "raw_stdout_lines", "prompt", "key"):
@@ -115,7 +98,7 @@ class Secrets:
 
     def _clean_line(self, line: str) -> str:
         event = parse_event_line(line)
-        if event.get("type") not in DIAGNOSTICS:
+        if event.get("type") not in _DIAGNOSTICS:
             return line
         if "raw" in event:
             return self.cleaned(line)
@@ -123,18 +106,31 @@ class Secrets:
         return line if cleaned == event else dump_event(cleaned).decode().rstrip("\n")
 
     def _in(self, value: Any) -> Any:
+        """*value* with all strings in it cleaned."""
         if isinstance(value, str):
             return self.cleaned(value)
-        if isinstance(value, dict):  # its type says how it is read, and is no secret
+        if isinstance(value, dict):  # its type says how it is read, and is not a secret
             return {key: each if key == "type" else self._in(each) for key, each in value.items()}
         return [self._in(each) for each in value] if isinstance(value, list) else value
 
 
-# --- values --------------------------------------------------------------------------------------
+# --- secret values -------------------------------------------------------------------------------
+
+
+def is_secret(name: str, value: Any) -> bool:
+    """Whether a setting of this name holds a secret."""
+    if value in _WORDS or (name.lower().endswith("tokens") and isinstance(value, (int, float))):
+        return False  # "*token*": "deny", and maxTokens
+    return _NAMED.search(name) is not None
+
+
+def setting_name(name: str, key: object) -> str:
+    """What the setting *key* in the setting *name* is called; "" if the user chose its name."""
+    return "" if name in _NAMES_ARE_FREE else str(key)
 
 
 def _of_parent(name: str, value: str) -> Iterator[str]:
-    """The secrets of one variable that a child inherits."""
+    """The secrets in one variable that a child inherits."""
     if name in _JSON_VARIABLES:
         yield from _of_json(name, value)
     if _NAMED_IN_ENVIRONMENT.search(name):
@@ -144,20 +140,18 @@ def _of_parent(name: str, value: str) -> Iterator[str]:
 def _of_config(cfg: RunConfig) -> Iterator[str]:
     if cfg.password is not None:
         yield from _wanted(cfg.password, is_named=True)
-    for url in filter(None, (cfg.attach,)):
-        yield from _logins(url)
     for name, value in (cfg.extra_env or {}).items():
         if name in _JSON_VARIABLES:
             yield from _of_json(name, value)
         yield from _wanted(value, is_named=is_secret(name, value))
-    yield from _of_setting({"mcp": cfg.mcp, "tools": cfg.tools})
-    yield from _of_setting(cfg.config_overrides)
+    for setting in (cfg.attach, {"mcp": cfg.mcp, "tools": cfg.tools}, cfg.config_overrides):
+        yield from _of_setting(setting)
 
 
 def _of_json(name: str, text: str) -> Iterator[str]:
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):  # comments, say; OpenCode itself may take it
+    except (ValueError, RecursionError):  # comments, say, which OpenCode accepts
         return
     yield from _of_setting(value, is_listed=name == "OPENCODE_AUTH_CONTENT")
 
@@ -169,8 +163,8 @@ def _of_setting(
 
     Args:
         name: What it is called.
-        is_named: That, or what it stands in is called, says that it is a secret.
-        is_listed: It stands where values are secrets as a rule: among headers, say.
+        is_named: Its name, or that of a setting around it, says that it is a secret.
+        is_listed: It stands where values are usually secret: among headers, say.
     """
     if isinstance(value, Mapping):
         for key, each in value.items():
@@ -184,41 +178,34 @@ def _of_setting(
     elif isinstance(value, (list, tuple)):
         flag = ""  # of a command line
         for each in value:
-            name, equals, rest = str(each).partition("=")
+            name, equals, rest = each.partition("=") if isinstance(each, str) else ("", "", "")
             is_option = flag.startswith("-") and is_secret(flag, each)
             yield from _of_setting(each, is_named=is_named or is_option, is_listed=is_listed)
             if equals and is_secret(name, rest):
                 yield from _wanted(rest, is_named=True)
             flag = "" if equals else name
     elif isinstance(value, str):
-        yield from _logins(value)
+        for login in _LOGIN.findall(value):
+            yield from _wanted(login.partition(":")[2] or login, is_named=True)
         if is_named or is_listed:
             yield from _wanted(value, is_named=is_named)
 
 
-def _logins(text: str) -> Iterator[str]:
-    for login in _LOGIN.findall(text):
-        yield from _wanted(login.partition(":")[2] or login, is_named=True)
-
-
 def _wanted(value: Any, *, is_named: bool) -> Iterator[str]:
-    """*value*, and what follows a word like "Bearer" in it, where that is to be masked."""
+    """*value*, and what follows a word like "Bearer" in it, if they are to be masked."""
     text = str(value).strip()
     if not is_named and _PLAIN.fullmatch(text):
         return
     for each in {text, text.rpartition(" ")[2]}:
-        if len(each) >= (SHORTEST if is_named else LONG) and each.lower() not in _NO_SECRETS:
+        if len(each) >= (_SHORTEST if is_named else _LONG) and each.lower() not in _NOT_SECRETS:
             yield each
 
 
-def _masked(text: str, value: str) -> str:
-    if len(value) >= LONG:
-        return text.replace(value, MASK)
-    # A short one may be a part of a word.
-    return re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", MASK, text)
-
-
 # --- a broken configuration ----------------------------------------------------------------------
+
+_FILE, _FAULTS, _END = "--- JSONC Input ---", "--- Errors ---", "--- End ---"
+_POSITION = re.compile(r"^\w+ at line \d+, column \d+$", re.MULTILINE)
+_GOT = re.compile(r"(\bExpected [^\n]*?), got ([^\n]*)")
 
 
 def without_quotes(text: str) -> str:
@@ -229,8 +216,8 @@ def without_quotes(text: str) -> str:
 
 
 def _without_file(text: str) -> str:
-    # The beginning or the end may be cut off. What stands in the file may look like a mark, so the
-    # last one counts.
+    # The beginning or the end may be cut off. Text in the file may look like a mark, so the last
+    # mark counts.
     before, begins, rest = text.partition(_FILE)
     if not begins:
         before, rest = "", text
@@ -240,7 +227,7 @@ def _without_file(text: str) -> str:
 
 
 def _without_value(match: re.Match[str]) -> str:
-    """What was expected, and the name of the setting, where it follows what was found."""
+    """What was expected, and the name of the setting if it follows the value."""
     expected, rest = match[1], match[2]
     try:
         end = json.JSONDecoder().raw_decode(rest)[1]
@@ -250,15 +237,15 @@ def _without_value(match: re.Match[str]) -> str:
 
 
 def config_refusal(body: Any) -> str | None:
-    """What a server's answer says of a broken configuration, or None for any other answer."""
-    if not isinstance(body, Mapping) or not str(body.get("name")).startswith(_CONFIG_ERRORS):
+    """What a server's answer says about a broken configuration, or None for any other answer."""
+    name = str(mapping(body).get("name"))
+    if not name.startswith("Config"):
         return None
-    data = cast(Any, body.get("data"))
-    data = data if isinstance(data, Mapping) else {}
+    data = mapping(body.get("data"))
     where = f" at {data['path']}" if data.get("path") else ""
     words = [without_quotes(str(data["message"])).strip()] if data.get("message") else []
     for issue in data.get("issues") or ():
         if isinstance(issue, Mapping):
-            name = ".".join(map(str, issue.get("path") or ()))
-            words.append(f"{name}: {without_quotes(str(issue.get('message')))}")
-    return f"{body['name']}{where}" + (f": {'; '.join(words)}" if words else "")
+            setting = ".".join(map(str, issue.get("path") or ()))
+            words.append(f"{setting}: {without_quotes(str(issue.get('message')))}")
+    return f"{name}{where}" + (f": {'; '.join(words)}" if words else "")
