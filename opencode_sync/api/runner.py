@@ -11,6 +11,7 @@ process per run and for a server.
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
 import os
 import threading
@@ -259,11 +260,7 @@ class Runner(abc.ABC):
             jobs,
             Options(
                 workspace=workspace,
-                run_cfg=self._checked(settings.run_cfg),
-                limits=settings.limits,
-                output=settings.output,
-                keep_events=settings.keep_events,
-                keep_raw=settings.keep_raw,
+                settings=dataclasses.replace(settings, run_cfg=self._checked(settings.run_cfg)),
                 default_workers=self._workers,
                 on_error=on_error,
                 **of_batch,  # type: ignore[arg-type]

@@ -5,10 +5,8 @@
             +-- found in the checkpoint: ready at once
 
 The caller's thread is the only one that touches the input, the progress bar, and what is given out;
-what happens in between is the dispatch's. Knows nothing of OpenCode: a job is what a stream is made
-of.
-
-How a batch is to go: values, checked before anything is drawn.
+everything between is the dispatch's. Knows nothing of OpenCode: a job becomes a stream by the
+runner's ``begin``.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar, cast
@@ -26,58 +24,52 @@ from typing import Any, Generic, Literal, TypeVar, cast
 from ..core.config import Job, RunConfig, check_count, check_number, checked_path
 from ..core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
 from ..core.lifetime import REASON, Pinned, UnderWay
-from ..core.request import LIMITS_OF_A_JOB, Budget, absolute
+from ..core.request import LIMITS_OF_A_JOB, Budget, RunSettings, absolute
 from ..core.result import RunResult
-from ..core.schema import OutputSchema
-from ..core.stream import Limits
-from ..process.capacity import workers_for_processes
 from .checkpoint import Checkpoint, Saved, job_fingerprint, settings_fingerprint
 from .dispatch import Dispatch
-from .job import End, Settings, Streams, Task
+from .job import End, JobRunner, Task
 from .tally import BatchReport, Progress, Tally
 from .throttle import Throttle
 
 OnError = Literal["raise", "return"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a batch is to go; checked when made. Meanings as for ``map``.
+    """The options of a batch, checked when made; they mean what they mean for ``map``.
 
     Attributes:
-        default_workers: How many jobs at a time, where neither user nor executor say.
+        settings: Those of a job that has none of its own.
+        default_workers: Gives the number of jobs at a time where neither *max_workers* nor the
+            executor does.
     """
 
-    workspace: str | os.PathLike[str] = "."
-    run_cfg: RunConfig = field(default_factory=RunConfig)
-    limits: Limits = field(default_factory=Limits)
-    output: OutputSchema | None = None
-    keep_events: bool = True
-    keep_raw: bool = True
-    max_total_cost: float | None = None
-    max_total_tokens: int | None = None
-    max_workers: int | None = None
-    default_workers: Callable[[], int] = workers_for_processes
-    buffersize: int | None = None
-    ordered: bool = True
-    on_error: OnError = "raise"
-    progress: bool | Literal["always"] = False
-    checkpoint: str | os.PathLike[str] | None = None
-    retry_failed: bool = True
-    executor: Executor | None = None
-    adaptive: bool = True
+    workspace: str | os.PathLike[str]
+    settings: RunSettings
+    max_total_cost: float | None
+    max_total_tokens: int | None
+    max_workers: int | None
+    default_workers: Callable[[], int]
+    buffersize: int | None
+    ordered: bool
+    on_error: OnError
+    progress: bool | Literal["always"]
+    checkpoint: str | os.PathLike[str] | None
+    retry_failed: bool
+    executor: Executor | None
+    adaptive: bool
 
     def workers(self) -> int:
         """How many jobs at a time."""
-        own = self.default_workers
-        return self.max_workers or _workers_of(self.executor) or own()
+        return self.max_workers or _workers_of(self.executor) or self.default_workers()
 
     @property
     def cost_limit(self) -> str | None:
-        """Name of the limit of dollars that there is; None where there is none."""
+        """Name of the limit in dollars that is set, or None."""
         if self.max_total_cost is not None:
             return "max_total_cost"
-        return None if self.limits.max_cost is None else "max_cost"
+        return None if self.settings.limits.max_cost is None else "max_cost"
 
     def __post_init__(self) -> None:
         for name in ("max_workers", "buffersize"):
@@ -94,15 +86,27 @@ class Options:
             raise OpenCodeConfigError(f"executor is {kind}: use a concurrent.futures.Executor")
 
 
-def fault_of(job: object) -> str | None:
-    """What makes it no job that could be told from others, or None."""
+def _settings_of(index: int, job: object, default: RunSettings) -> RunSettings:
+    """The settings of *job*, with those of *default* where it has none of its own.
+
+    Raises:
+        OpenCodeConfigError: It is not a job, or has a setting that cannot be used.
+    """
     if not isinstance(job, Job):
-        return f"is {type(job).__name__}: use a str or a Job"
-    if not isinstance(job.run_cfg, (RunConfig, type(None))):
-        return f"has a run_cfg of type {type(job.run_cfg).__name__}: use a RunConfig"
-    if not isinstance(job.key, (str, type(None))):
-        return f"has a key of type {type(job.key).__name__}: use a str"
-    return None
+        raise OpenCodeConfigError(f"job {index} is {type(job).__name__}: use a str or a Job")
+    for name, kind in (("prompt", str), ("run_cfg", RunConfig), ("key", str)):
+        value = getattr(job, name)
+        if not isinstance(value, kind) and (value is not None or name == "prompt"):
+            raise OpenCodeConfigError(
+                f"job {index} has a {name} of type {type(value).__name__}: use a {kind.__name__}"
+            )
+    own = {name: getattr(job, name) for name in LIMITS_OF_A_JOB}
+    limits = {name: limit for name, limit in own.items() if limit is not None}
+    return replace(
+        default,
+        limits=replace(default.limits, **limits),
+        run_cfg=default.run_cfg if job.run_cfg is None else job.run_cfg,
+    )
 
 
 def _check_choice(name: str, value: object, *choices: object) -> None:
@@ -111,7 +115,7 @@ def _check_choice(name: str, value: object, *choices: object) -> None:
 
 
 def _workers_of(executor: Executor | None) -> int | None:
-    """How many jobs *executor* carries out at a time, where it says so; in no public words."""
+    """How many jobs *executor* carries out at a time, or None; executors say it privately."""
     most = getattr(executor, "_max_workers", None)
     if isinstance(most, int):
         return most
@@ -121,6 +125,11 @@ def _workers_of(executor: Executor | None) -> int | None:
     return None
 
 
+def _fingerprint_of(settings: RunSettings) -> str:
+    schema = None if settings.output is None else settings.output.json_schema
+    return settings_fingerprint(settings.run_cfg or RunConfig(), schema)
+
+
 T = TypeVar("T", bound=RunResult | OpenCodeError, covariant=True)
 
 
@@ -128,32 +137,34 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
     """The results of a batch, and its report: an iterator and a context manager.
 
     Nothing starts before the first result is asked for. Leaving the block, or losing the last
-    reference, ends the runs under way with their tools, within seconds; finished ones are in the
-    checkpoint by then. One thread iterates; :meth:`close` and ``report`` may come from any.
+    reference, stops the runs under way with their tools, within seconds; finished ones are in the
+    checkpoint by then. One thread iterates; :meth:`close` and ``report`` may be used from any.
     """
 
-    def __init__(self, runner: Streams, jobs: Iterable[str | Job], options: Options) -> None:
+    def __init__(self, runner: JobRunner, jobs: Iterable[str | Job], options: Options) -> None:
         self._is_ended = True  # nothing to close, should one of the next lines raise
         if isinstance(jobs, (str, bytes, Job, Mapping)) or not isinstance(jobs, Iterable):
             raise OpenCodeConfigError(f"jobs is {type(jobs).__name__}: use an iterable of prompts")
+        self._runner = runner
         self._jobs = iter(jobs)
         self._n_jobs = len(jobs) if isinstance(jobs, Sized) else None
         self._options = options
-        self._most = options.workers()
-        self._buffersize = options.buffersize or 2 * self._most
-        self._runner = runner
+        self._max_workers = options.workers()
+        self._buffersize = options.buffersize or 2 * self._max_workers
         path = options.checkpoint
         self._tally = Tally(None if path is None else Path(path), options.cost_limit)
+        self._throttle = Throttle(self._max_workers, adaptive=options.adaptive)
+        # Made when the first result is asked for.
         self._dispatch: Dispatch | None = None
         self._checkpoint: Checkpoint | None = None
         self._own_executor: ThreadPoolExecutor | None = None
-        self._is_prepared = False  # the runner, by the first job that is not in the checkpoint
         self._progress: Progress | None = None
-        self._settings = ""
+        self._fingerprint = ""  # of the settings of the batch
+        self._is_prepared = False  # the runner, for the first job that is not in the checkpoint
         self._drawn = self._given = 0
         self._has_input = True
         self._input_error: Exception | None = None
-        self._error: OpenCodeError | None = None
+        self._error: OpenCodeError | None = None  # of cancel(), for who iterates
         self._advancing, self._closing = threading.Lock(), threading.Lock()
         self._pid = os.getpid()
         self._is_ended = False
@@ -161,10 +172,8 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
     @property
     def report(self) -> BatchReport:
         """The batch as it stands, during it and after its end."""
-        if self._dispatch is not None:
-            return self._dispatch.report()
-        most = self._most
-        return self._tally.report(running=0, rate_limits=0, max_workers=most, lowest=most)
+        running = 0 if self._dispatch is None else self._dispatch.running
+        return self._tally.report(running, self._throttle)
 
     def __iter__(self) -> BatchRun[T]:
         return self
@@ -187,11 +196,11 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
             self._advancing.release()
 
     def close(self) -> None:
-        """End the runs under way with their tools; iteration then just ends. Idempotent."""
+        """Stop the runs under way with their tools; iteration then just ends. Idempotent."""
         self._stop("the batch was closed")
 
     def cancel(self, reason: str = "the batch was cancelled") -> None:
-        """The same, but who iterates gets OpenCodeCancelledError."""
+        """The same, but the thread that iterates gets OpenCodeCancelledError."""
         self._stop(reason, OpenCodeCancelledError(reason))
 
     def __enter__(self) -> BatchRun[T]:
@@ -208,9 +217,9 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
     def __del__(self) -> None:
         if getattr(self, "_is_ended", True):
             return
-        with contextlib.suppress(Exception):  # a finaliser has nobody to raise to
+        with contextlib.suppress(Exception):  # nobody could catch it
             if self._dispatch is not None and self._dispatch.is_this_thread:
-                # It was interrupted in the middle of anything, a write that holds its lock too.
+                # This finaliser has interrupted it anywhere, also in a write that holds a lock.
                 threading.Thread(
                     target=self.close, name="opencode-batch-close", daemon=True
                 ).start()
@@ -222,7 +231,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         return f"<BatchRun {state}, {self._drawn} drawn, {self._given} given>"
 
     def _next(self) -> End:
-        dispatch = self._begin()
+        dispatch = self._dispatch or self._begin()
         self._draw(dispatch)
         if self._given == self._drawn:
             if self._input_error is not None:
@@ -247,16 +256,16 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
     # -- the input -------------------------------------------------------------------------------
 
     def _draw(self, dispatch: Dispatch) -> None:
-        """Draw jobs until the buffer is full; only one where there is something to give."""
+        """Draw jobs until the buffer is full; only one where a result can be given at once."""
         place = self._given if self._options.ordered else None
         while self._has_input and self._drawn - self._given < self._buffersize:
-            is_ready = dispatch.shelf.has(place)
+            is_ready = dispatch.has_finished(place)
             try:
                 job = next(self._jobs)
             except StopIteration:
                 self._has_input = False
                 return
-            except Exception as error:  # noqa: BLE001 - raised in its place, after what was drawn
+            except Exception as error:  # noqa: BLE001 - raised after the results of what was drawn
                 self._has_input, self._input_error = False, error
                 return
             self._add(dispatch, self._drawn, job)
@@ -265,42 +274,41 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
                 return
 
     def _add(self, dispatch: Dispatch, index: int, job: str | Job) -> None:
-        task = self._task(index, job)
-        if isinstance(task, OpenCodeError):
-            task.index = index
-            dispatch.shelf.put(index, task)
-            self._tally.finish(index, str(job), None, task, 0.0)
+        """Have *job* run, unless it is invalid or the checkpoint has it."""
+        if isinstance(job, str):
+            job = Job(job)
+        try:
+            settings = _settings_of(index, job, self._options.settings)
+        except OpenCodeConfigError as error:
+            error.index = index
+            dispatch.offer(index, error)
+            self._tally.finish(error)
             return
+        task = self._task(index, job, settings)
         if self._checkpoint is not None and task.key is not None:
-            wanted = not self._options.retry_failed
-            saved = self._checkpoint.find(task.key, task.fingerprint, failures=wanted)
+            saved = self._checkpoint.find(
+                task.key, task.fingerprint, failures=not self._options.retry_failed
+            )
             if saved is not None:
                 self._tally.count("cached")
-                dispatch.shelf.put(index, saved)
+                dispatch.offer(index, saved)
                 return
             self._tally.count("retried", int(self._checkpoint.has_failed(task.key)))
         if not self._is_prepared and self._options.executor is None:
-            self._runner.prepare(self._options.run_cfg)
+            self._runner.prepare(self._options.settings.run_cfg or RunConfig())
         self._is_prepared = True
         dispatch.put(task)
 
-    def _task(self, index: int, job: str | Job) -> Task | OpenCodeConfigError:
-        """*job* with the batch's settings where it has none; or what is wrong with it."""
-        if isinstance(job, str):
-            job = Job(job)
-        if fault := fault_of(job):
-            return OpenCodeConfigError(f"job {index} {fault}")
-        options = self._options
-        cfg = options.run_cfg if job.run_cfg is None else job.run_cfg
-        workspace = absolute(options.workspace if job.workspace is None else job.workspace)
-        own = {name: getattr(job, name) for name in LIMITS_OF_A_JOB}
-        limits = {name: limit for name, limit in own.items() if limit is not None}
-        key, fingerprint = job.key, ""
-        if self._checkpoint is not None:
-            settings = self._settings if job.run_cfg is None else self._fingerprint(cfg)
-            fingerprint = job_fingerprint(job.prompt, workspace, settings)
-            key = self._checkpoint.take_key(key, fingerprint)
-        return Task(index, job.prompt, workspace, key, cfg, limits, fingerprint)
+    def _task(self, index: int, job: Job, settings: RunSettings) -> Task:
+        workspace = absolute(self._options.workspace if job.workspace is None else job.workspace)
+        task = Task(index, job.prompt, workspace, settings, job.key)
+        if self._checkpoint is None:
+            return task
+        has_own = job.run_cfg is not None
+        common = _fingerprint_of(settings) if has_own else self._fingerprint
+        fingerprint = job_fingerprint(job.prompt, workspace, common)
+        key = self._checkpoint.take_key(job.key, fingerprint)
+        return replace(task, key=key, fingerprint=fingerprint)
 
     def _load(self, index: int, saved: Saved) -> End:
         assert self._checkpoint is not None
@@ -310,26 +318,21 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
             end.prompt, end.key, end.result.index = end.result.prompt, end.result.key, index
         return end
 
-    def _fingerprint(self, cfg: RunConfig) -> str:
-        output = self._options.output
-        return settings_fingerprint(cfg, None if output is None else output.json_schema)
-
     # -- beginning and end -----------------------------------------------------------------------
 
     def _begin(self) -> Dispatch:
-        if self._dispatch is not None:
-            return self._dispatch
+        """Open the checkpoint, show the bar, and start the dispatch."""
         options = self._options
-        self._settings = self._fingerprint(options.run_cfg)
+        self._fingerprint = _fingerprint_of(options.settings)
         if options.checkpoint is not None:
-            self._checkpoint = Checkpoint(options.checkpoint, self._settings, options.output)
+            output = options.settings.output
+            self._checkpoint = Checkpoint(options.checkpoint, self._fingerprint, output)
         if options.progress:
             self._progress = Progress(self._n_jobs, always=options.progress == "always")
         # Nothing that its thread holds may lead back here, or dropping the batch would not end it.
         self._dispatch = Dispatch(
             self._runner,
-            Settings(options.limits, options.output, options.keep_events, options.keep_raw),
-            Throttle(self._most, adaptive=options.adaptive),
+            self._throttle,
             self._tally,
             checkpoint=self._checkpoint,
             budget=Budget(options.max_total_cost, options.max_total_tokens),
@@ -337,12 +340,13 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         )
         executor = options.executor
         if executor is None:
-            executor = self._own_executor = ThreadPoolExecutor(self._most, "opencode-batch")
+            executor = ThreadPoolExecutor(self._max_workers, "opencode-batch")
+            self._own_executor = executor
         _open.add(self)
         try:
             _open.register()
-            self._dispatch.begin(executor)
-        except RuntimeError as error:  # no thread to be had, or the interpreter is at its end
+            self._dispatch.start(executor)
+        except RuntimeError as error:  # no thread can be started, or the interpreter shuts down
             raise OpenCodeError(f"the batch cannot be started: {error}") from error
         return self._dispatch
 
@@ -351,7 +355,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
             self._progress.show(self.report)
 
     def _stop(self, reason: str, error: OpenCodeError | None = None) -> None:
-        if os.getpid() != self._pid:  # a forked child owns none of this
+        if os.getpid() != self._pid:  # all of it belongs to the process that forked this one
             self._is_ended = True
             return
         with self._closing:

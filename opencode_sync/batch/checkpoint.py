@@ -1,16 +1,16 @@
 """Finished jobs on disk, one line of JSON each, found again by key.
 
-    write(entries) --> lines, synced           (how one is written: _saved)
+    write(entries) --> lines at the end of the file, synced       (a line: see core.records)
     find(key) -------> Saved --load()--> the result or error as it was
 
-In memory are the keys and where their lines begin. A line is complete and synced, or it is cut off
-by the next to open the file. One batch writes: it locks ``PATH.lock``, which stays behind, and the
-file itself, which may have other names. Knows results; nothing of how they came about.
+In memory are only the keys and where their lines begin. A line is complete and synced, or it is cut
+off by the next batch that opens the file. One batch writes: it locks ``PATH.lock``, which stays
+behind, and the file itself, which may have other names.
 
-Fingerprints of jobs: equal for what asks the same of OpenCode, and no secret goes into them.
-
-Passwords, variables' values and whatever a key of a configuration calls a secret are left out
-before anything is hashed, so a fingerprint tells nothing of them, and a new key is no new job.
+A job is found again if its fingerprint is the same: a hash of the prompt, the workspace and the
+settings. Passwords, values of variables and whatever a configuration's key calls a secret are left
+out before anything is hashed, so a fingerprint reveals none of them, and a new API key does not
+make a new job.
 """
 
 from __future__ import annotations
@@ -52,62 +52,20 @@ from ..core.secrets import VALUES_ARE_SECRET, is_secret, setting_name
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-_DIGITS = 32  # 128 bits: no two of any number of jobs are alike by chance
-_USER_IN_URL = re.compile(r"://[^/@\s]*@")
-
-
-def settings_fingerprint(cfg: RunConfig, schema: Mapping[str, Any] | None = None) -> str:
-    """What *cfg* asks for, without its secrets, and what the answers have to look like."""
-    settings = {
-        field.name: value
-        for field in fields(cfg)
-        if field.name != "password" and (value := getattr(cfg, field.name)) != field.default
-    }
-    if isinstance(environment := settings.get("extra_env"), Mapping):
-        settings["extra_env"] = sorted(environment)
-    plain = _without_secrets(settings)
-    return _hashed(plain if schema is None else [plain, schema])
-
-
-def job_fingerprint(prompt: str, workspace: str, settings: str) -> str:
-    """A job's, given that of its settings."""
-    return _hashed([prompt, workspace, settings])
-
-
-def _without_secrets(value: Any, name: str = "") -> Any:
-    """*value*, a setting that is called *name*."""
-    if isinstance(value, Mapping):
-        plain: dict[str, Any] = {}
-        for key, each in value.items():
-            below = setting_name(name, key)
-            is_left_out = name in VALUES_ARE_SECRET or is_secret(below, each)
-            plain[str(key)] = None if is_left_out else _without_secrets(each, below)
-        return plain
-    if isinstance(value, (list, tuple)):
-        return [_without_secrets(each) for each in value]
-    return _USER_IN_URL.sub("://", value) if isinstance(value, str) else value
-
-
-def _hashed(value: Any) -> str:
-    # ASCII, so that lone surrogates pass.
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
-
-
-__all__ = ["Checkpoint", "Entry", "Saved"]
-
 _log = logging.getLogger("opencode_sync")
 
-# What a system says of a directory that it cannot sync: a network file system, or a directory that
-# may be written and not read. Its entry is as safe there as that system makes it.
+# Errors of systems that cannot sync a directory: network file systems, or a directory that may be
+# written and not read. Its entry is then as safe as that system makes it.
 _NOT_SYNCED = {
     *(errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF),
     *(errno.EACCES, errno.EPERM),
 }
+_DIGITS = 32  # 128 bits: no two of any number of jobs are alike by chance
+_USER_IN_URL = re.compile(r"://[^/@\s]*@")
 
 
 class Saved(NamedTuple):
-    """Where a finished job stands."""
+    """A finished job in the file: where its line begins, and what the index has of it."""
 
     offset: int
     is_failure: bool
@@ -128,22 +86,23 @@ class Checkpoint:
         """Open *path*, or make it.
 
         Args:
-            settings: Fingerprint of what all jobs have in common.
-            output: What values are made of again that stand there as JSON.
+            settings: Fingerprint of the settings that all jobs have in common.
+            output: Schema that the values in the file are validated with when they are loaded.
 
         Raises:
-            OpenCodeConfigError: It is in use, damaged, no checkpoint, or of other settings.
+            OpenCodeConfigError: It is in use, damaged, not a checkpoint, or was written with other
+                settings.
         """
-        # What a link leads to, so that two names of one file have one lock.
+        # Links are resolved, so that two names of one file have one lock.
         self._path = Path(os.path.realpath(os.path.expanduser(path)))
         self._named = os.path.abspath(os.path.expanduser(path))
         self._settings = settings
         self._output = output
         self._index: dict[str, Saved] = {}
-        self._taken: dict[str, int] = {}  # how often a key was given out by this batch
-        self._superseded = 0
+        self._taken: dict[str, int] = {}  # how many jobs of this batch have each key
+        self._superseded = 0  # lines whose key has a later line
         self.spent = Spent()  # by earlier batches
-        # Held against close(), after which the descriptor is another's.
+        # Held by close() too, after which the descriptor's number may be another file's.
         self._writing = threading.Lock()
         self._lock = self._acquire()
         try:
@@ -184,12 +143,13 @@ class Checkpoint:
         return key
 
     def find(self, key: str, fingerprint: str, *, failures: bool = True) -> Saved | None:
-        """Where *key* stands; None if it does not, or has failed and *failures* are not wanted.
+        """The finished job *key*, or None if it is to be run, such as after it was stopped.
 
-        A job that was ended from outside does not stand there: it is to be run again.
+        Args:
+            failures: Find failed jobs too.
 
         Raises:
-            OpenCodeConfigError: If what stands there was another prompt, workspace or settings.
+            OpenCodeConfigError: The file has *key* with another prompt, workspace or settings.
         """
         saved = self._index.get(key)
         if saved is None or saved.is_unfinished or (saved.is_failure and not failures):
@@ -202,16 +162,15 @@ class Checkpoint:
         return saved
 
     def has_failed(self, key: str) -> bool:
-        """Whether *key* stands there with a failure."""
+        """Whether the file has *key* with a failure."""
         saved = self._index.get(key)
         return saved is not None and saved.is_failure
 
     def load(self, saved: Saved) -> RunResult | OpenCodeError:
-        """The finished job as it was.
+        """Read a finished job's result or error from the file.
 
         Raises:
-            OpenCodeConfigError: If the line is damaged, or its value does not fit the schema any
-                more.
+            OpenCodeConfigError: The line is damaged, or its value no longer fits the schema.
         """
         try:
             with self._reading() as file:
@@ -234,8 +193,8 @@ class Checkpoint:
         """Append *entries*; returns when they are on the disk.
 
         Raises:
-            OpenCodeError: If the system does not take them, or the file was removed or replaced;
-                none of them is in the file then.
+            OpenCodeError: The disk is full or broken, or the file was removed or replaced; then
+                none of them is in the file.
         """
         entries = [self._with_earlier_tries(entry) for entry in entries]
         lines = [line_of(entry, self._settings) for entry in entries]
@@ -262,7 +221,7 @@ class Checkpoint:
                 self._size += len(line)
 
     def close(self) -> None:
-        """Give the file back, with one line a job. Idempotent."""
+        """Reduce the file to one line for each job, and unlock it. Idempotent."""
         with self._writing:
             if not self._is_open:
                 return
@@ -275,7 +234,7 @@ class Checkpoint:
         except OSError as error:  # the file is as good as before, only longer
             _log.warning("checkpoint %s keeps old failures: %s", self._path, error.strerror)
         finally:
-            # Locked until now, or another batch's lines would go with the file that is replaced.
+            # Not unlocked before: what another batch wrote would be lost with the replaced file.
             if os.name != "nt":
                 _unlock_and_close(self._descriptor)
             self._lock.release()
@@ -303,7 +262,7 @@ class Checkpoint:
             raise self._refusal(error.strerror or str(error)) from error
 
     def _begin(self) -> None:
-        """Lock the file against other batches, and make sure that it will be found again."""
+        """Lock the file against other batches, and sync its directory's entry for it."""
         if not _locked(self._descriptor):
             raise self._in_use()
         try:
@@ -313,7 +272,7 @@ class Checkpoint:
             raise self._refusal(error.strerror or str(error)) from error
 
     def _check_in_place(self) -> None:
-        """Raise OSError unless the path leads to the file that is written here."""
+        """Raise OSError if the path no longer leads to the file that is open here."""
         try:
             there = os.stat(self._named)
         except (FileNotFoundError, NotADirectoryError):
@@ -361,7 +320,7 @@ class Checkpoint:
             yield from file
 
     def _reading(self) -> IO[bytes]:
-        """The file from its beginning, and not another one that has its name by now."""
+        """Open the file again, to read; raise OSError if its name is another file's by now."""
         file = open(self._path, "rb")
         if os.path.samestat(os.fstat(file.fileno()), self._identity):
             return file
@@ -385,8 +344,8 @@ class Checkpoint:
         self._index[key] = saved
 
     def _drop_superseded(self) -> None:
-        """Keep the last line of each key: a failure gives way to what a later run made of it."""
-        if os.stat(self._path).st_nlink > 1:  # under its other names it would stay as it is
+        """Keep only the last line of each key: a failure goes when a later run has succeeded."""
+        if os.stat(self._path).st_nlink > 1:  # its other names would keep the old file
             return
         current = {saved.offset for saved in self._index.values()}
         offset = 0
@@ -430,7 +389,7 @@ def _not_in_place() -> OSError:
 
 
 def _locked(descriptor: int) -> bool:
-    """Lock the file itself; False where somebody else has."""
+    """Lock the file itself; False if another process has."""
     if sys.platform != "win32":
         import fcntl
 
@@ -438,7 +397,7 @@ def _locked(descriptor: int) -> bool:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             return False
-        except OSError:  # a file system without locks: that of the name has to do
+        except OSError:  # a file system without locks: the lock of the name has to do
             pass
     return True
 
@@ -447,7 +406,48 @@ def _unlock_and_close(descriptor: int) -> None:
     if sys.platform != "win32":
         import fcntl
 
-        # Said, since a forked child may have the descriptor too, and would hold the lock with it.
+        # A forked child may have the descriptor too: closing ours alone would leave the lock held.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
+
+
+# --- fingerprints ---------------------------------------------------------------------------------
+
+
+def settings_fingerprint(cfg: RunConfig, schema: Mapping[str, Any] | None = None) -> str:
+    """Hash the settings *cfg*, without secrets, and the *schema* of the answers."""
+    settings = {
+        field.name: value
+        for field in fields(cfg)
+        if field.name != "password" and (value := getattr(cfg, field.name)) != field.default
+    }
+    if isinstance(environment := settings.get("extra_env"), Mapping):
+        settings["extra_env"] = sorted(environment)
+    plain = _without_secrets(settings)
+    return _hashed(plain if schema is None else [plain, schema])
+
+
+def job_fingerprint(prompt: str, workspace: str, settings: str) -> str:
+    """Hash a job, given the fingerprint of its *settings*."""
+    return _hashed([prompt, workspace, settings])
+
+
+def _without_secrets(value: Any, name: str = "") -> Any:
+    """*value* of the setting *name*, with None in the place of secrets below it."""
+    if isinstance(value, Mapping):
+        plain: dict[str, Any] = {}
+        for key, each in value.items():
+            below = setting_name(name, key)
+            is_left_out = name in VALUES_ARE_SECRET or is_secret(below, each)
+            plain[str(key)] = None if is_left_out else _without_secrets(each, below)
+        return plain
+    if isinstance(value, (list, tuple)):
+        return [_without_secrets(each) for each in value]
+    return _USER_IN_URL.sub("://", value) if isinstance(value, str) else value
+
+
+def _hashed(value: Any) -> str:
+    # ASCII, so that lone surrogates pass.
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]

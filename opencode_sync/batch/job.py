@@ -1,23 +1,16 @@
-"""One job of a batch: what is to be done, and what came of it.
+"""One job of a batch: what is to be done, where it is done, and what came of it.
 
-    Task --carry_out()--> a runner's stream --> Outcome: a result, or an error in its place
-    Future of an Outcome --outcome_of()------------^   also where an executor lost it
+    in a thread of ours:   Work(task) ----------------------------------+
+    in another process:    Work --pickled--> RemoteWork(task) --+       |
+                                    a copy of the runner, one   |       |
+                                    for each worker process     v       v
+                                            carry_out() --> runner.begin() --> RunStream
+                                                 |
+                                                 +--> Outcome: a result, or an error in its place
 
-Nothing is raised here: whatever goes wrong with a task is its end, and no other's.
-
-A task in a worker process, perhaps on another machine.
-
-    RemoteWork(task) --> this process's runner --> stream --> Outcome
-                         one, made of the pickled    ^
-    Lifeline, Dask: is it still wanted? --no--cancel-+
-
-A worker process keeps one runner, and watches the batch that it works for: it ends its runs when
-the batch is closed or dead. Knows of executors only what Dask says of dropped tasks.
-
-Tasks carried out in threads of this process; pickled, in worker processes.
-
-Work(task) --> carry_out() --> stream, which stop() and spent() know
-  +-- pickled --> RemoteWork(task), tied to us by a lifeline, which stop() cuts
+Whatever goes wrong with a job is its outcome, and no other job's. A worker process ends its jobs
+when their batch is closed or dead, perhaps on another machine: see Liveness. Of executors this
+module knows only how Dask tells of dropped tasks.
 """
 
 from __future__ import annotations
@@ -30,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, CancelledError, Future
 from contextlib import contextmanager
@@ -41,36 +35,30 @@ from ..core.errors import OpenCodeCancelledError, OpenCodeError, OpenCodeOutputE
 from ..core.reading import ended_well
 from ..core.request import RunSettings, Spent
 from ..core.result import ErrorInfo, RunResult
-from ..core.schema import OutputSchema
-from ..core.stream import Limits, RunStream, cancel_together
+from ..core.stream import RunStream, cancel_together
 from ..process.data_dirs import temporary_prefix
 from .throttle import is_rate_limit, retry_after_s
+
+POLL_S = 0.2  # how soon a worker process notices that its batch is closed
 
 End = RunResult | OpenCodeError
 
 
-class Streams(Protocol):
-    """What jobs are run on, a runner; picklable, if they are to run in other processes."""
+class JobRunner(Protocol):
+    """What a batch uses of a runner, which is pickled for jobs in other processes."""
 
-    @property
-    def begin(self) -> Callable[..., RunStream]: ...
+    def begin(
+        self,
+        prompt: str,
+        workspace: str,
+        settings: RunSettings,
+        *,
+        on_begin: Callable[[RunStream], None],
+    ) -> RunStream: ...
 
     def prepare(self, cfg: RunConfig) -> None: ...
 
     def close(self) -> None: ...
-
-
-class Listener(Protocol):
-    """Who hears of refusals for too many requests as they come; from any thread."""
-
-    def refused(self, index: int, retry_after_s: float | None) -> None:
-        """The provider refused a request of the task, which waits to ask again."""
-
-    def recovered(self, index: int) -> None:
-        """The task goes on."""
-
-    def spent(self) -> None:
-        """A task has ended a step, which may have cost something."""
 
 
 @dataclass(frozen=True)
@@ -80,38 +68,27 @@ class Task:
     index: int
     prompt: str
     workspace: str
+    settings: RunSettings = field(default_factory=RunSettings)
     key: str | None = None
-    run_cfg: RunConfig | None = None
-    limits: Mapping[str, Any] = field(default_factory=dict)  # its own, over those of the batch
     fingerprint: str = ""
     tries: int = 1
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What all tasks of a batch have in common."""
-
-    limits: Limits
-    output: OutputSchema | None = None
-    keep_events: bool = True
-    keep_raw: bool = True
-
-
 @dataclass
 class Outcome:
-    """How a task ended.
+    """What came of a job.
 
     Attributes:
         end: Its result, or the error in its place.
-        refusals: How often a provider refused for too many requests.
-        retry_after_s: How long the provider wants to be left alone that refused it last; None where
-            it does not say, or has answered since.
+        refusals: How often a provider refused it for too many requests.
         busy_s: Seconds that it took.
-        is_remote: It comes from another process, so its refusals are news.
-        is_final: It ended by itself, not because somebody or something ended it.
+        retry_after_s: Seconds that the provider asked to wait with its last refusal; None where it
+            did not say, or has answered since.
+        is_remote: It comes from another process, whose refusals nobody has heard of yet.
+        is_final: It ended by itself: neither cancelled, nor lost with its worker.
     """
 
-    end: RunResult | OpenCodeError
+    end: End
     refusals: int = 0
     busy_s: float = 0.0
     retry_after_s: float | None = None
@@ -124,28 +101,40 @@ class Outcome:
 
     @property
     def result(self) -> RunResult | None:
-        """What was got, also where it failed."""
+        """The result, or the partial result of an error."""
         return self.end.result if isinstance(self.end, OpenCodeError) else self.end
 
     @property
     def was_refused(self) -> bool:
-        """Whether it failed of too many requests, with nothing done that a new run would repeat."""
+        """Whether it failed for too many requests before it did anything, so may be repeated."""
         if not isinstance(self.end, OpenCodeError) or self.end.result is None:
             return False
         result = self.end.result
-        info = result.error
         is_untouched = not result.tool_calls and not result.turns
+        info = result.error
         return is_untouched and info is not None and is_rate_limit(info.status_code, info.message)
 
 
+class Listener:
+    """Is told about jobs under way, from the threads that carry them out; ignores it by default."""
+
+    def refused(self, index: int, retry_after_s: float | None) -> None:
+        """A provider refused a request of job *index*, which waits to ask again."""
+
+    def recovered(self, index: int) -> None:
+        """Job *index* goes on."""
+
+    def spent(self) -> None:
+        """A job has ended a step, which may have cost something."""
+
+
 def carry_out(
-    runner: Streams,
+    runner: JobRunner,
     task: Task,
-    settings: Settings,
     on_begin: Callable[[RunStream], None],
     listener: Listener,
 ) -> Outcome:
-    """Run *task* to its end. Whatever is raised becomes its end, with what the run has spent."""
+    """Run *task* to its end. What is raised becomes its outcome, with what the run has spent."""
     began = time.monotonic()
     begun: list[RunStream] = []
 
@@ -154,21 +143,9 @@ def carry_out(
         on_begin(stream)
 
     refusals, is_waiting, wait_s = 0, False, None
-    end: RunResult | OpenCodeError
+    end: End
     try:
-        limits = replace(settings.limits, **task.limits)
-        with runner.begin(
-            task.prompt,
-            task.workspace,
-            RunSettings(
-                limits=limits,
-                run_cfg=task.run_cfg,
-                output=settings.output,
-                keep_events=settings.keep_events,
-                keep_raw=settings.keep_raw,
-            ),
-            on_begin=remember,
-        ) as stream:
+        with runner.begin(task.prompt, task.workspace, task.settings, on_begin=remember) as stream:
             for event in stream:
                 if event.get("type") == "step_finish":
                     listener.spent()
@@ -184,18 +161,18 @@ def carry_out(
         end = error.with_traceback(None)
         if end.__cause__ is not None:
             end.__cause__ = end.__cause__.with_traceback(None)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's and no other's
+    except Exception as error:  # noqa: BLE001 - whatever it is, it ends this job and no other
         end = OpenCodeError(f"{type(error).__name__}: {error}")
         end.__cause__ = error
     except (KeyboardInterrupt, SystemExit) as error:  # a callback that exits; Ctrl-C in a worker
-        end = interrupted(error)
+        end = _interrupted(error)
     if isinstance(end, OpenCodeError) and end.result is None and begun:
         end.result = begun[0].result
     return Outcome(end, refusals, time.monotonic() - began, wait_s)
 
 
 def _is_refusal(event: Mapping[str, Any]) -> bool:
-    """Whether it tells of too many requests: tried again by OpenCode, or given up."""
+    """Whether it tells of too many requests: retried by OpenCode, or given up."""
     if event.get("type") == "retry":
         return is_rate_limit(event.get("statusCode"), event.get("message"))
     error = event.get("error") if event.get("type") == "error" else None
@@ -204,87 +181,133 @@ def _is_refusal(event: Mapping[str, Any]) -> bool:
 
 
 def outcome_of(future: Future[Outcome]) -> Outcome:
-    """What came of it; what is wrong with the executor becomes an error too."""
+    """The outcome of a job that an executor is done with, also where it lost the job."""
     if future.cancelled():
         return Outcome(OpenCodeCancelledError("the job was cancelled"))
     error = future.exception()
     if error is None:
         return future.result()
     if isinstance(error, (CancelledError, KeyboardInterrupt, SystemExit)):
-        return Outcome(interrupted(error))
+        return Outcome(_interrupted(error))
     what = "worker was lost" if isinstance(error, BrokenExecutor) else "executor gave it up"
     lost = OpenCodeError(f"the job's {what}: {type(error).__name__}: {error}")
     lost.__cause__ = error
     return Outcome(lost, is_final=False)
 
 
-def interrupted(error: BaseException) -> OpenCodeCancelledError:
+def _interrupted(error: BaseException) -> OpenCodeCancelledError:
     return OpenCodeCancelledError(f"the job's worker was interrupted: {error!r}")
 
 
-def of_task(end: End, task: Task) -> End:
-    """*end*, which says whose it is."""
-    end.index, end.key, end.prompt = task.index, task.key, task.prompt
-    if isinstance(end, OpenCodeError) and end.result is not None:
-        end.result.index, end.result.key = task.index, task.key
-    return end
+# --- in threads of this process -------------------------------------------------------------------
 
 
-def executor_error(error: Exception) -> OpenCodeError:
-    is_gone = isinstance(error, (BrokenExecutor, RuntimeError))
-    what = "takes no more jobs" if is_gone else "cannot take the job"
-    ours = OpenCodeError(f"the executor {what}: {type(error).__name__}: {error}")
-    ours.__cause__ = error
-    return ours
+class Work:
+    """The jobs of a batch under way in threads of this process; what an executor is to call.
+
+    Pickled, it becomes a RemoteWork, which :meth:`stop` reaches too.
+    """
+
+    def __init__(self, runner: JobRunner, listener: Listener) -> None:
+        self._runner = runner
+        self._listener = listener
+        self._streams: dict[int, RunStream] = {}
+        self._stop_reason: str | None = None
+        self._remote: RemoteWork | None = None
+
+    def __repr__(self) -> str:
+        return "opencode job"  # Dask shows it as the name of its task
+
+    def __call__(self, task: Task) -> Outcome:
+        def on_begin(stream: RunStream) -> None:
+            self._streams[task.index] = stream
+            # stop() looks for streams after it has set the reason: one of the two sees the other.
+            if self._stop_reason is not None:
+                stream.cancel(self._stop_reason)
+
+        try:
+            return carry_out(self._runner, task, on_begin, self._listener)
+        finally:
+            self._streams.pop(task.index, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._remote is None:
+            self._remote = RemoteWork(pickle.dumps(self._runner), Liveness.begin())
+            if self._stop_reason is not None:  # by now: executors pickle in threads of their own
+                self._remote.liveness.end()
+        remote = self._remote
+        return RemoteWork, (remote.runner, remote.liveness)
+
+    def spent(self) -> dict[int, Spent]:
+        """What the jobs under way in this process have spent so far, by index."""
+        streams = list(self._streams.items())
+        return {index: Spent.on(stream.result) for index, stream in streams}
+
+    def result_of(self, index: int) -> RunResult | None:
+        """The partial result of a job under way in this process."""
+        stream = self._streams.get(index)
+        return None if stream is None else stream.result
+
+    def stop(self, reason: str, *, spare_done: bool = False) -> None:
+        """Stop what is under way, wherever it is, and what begins later.
+
+        Args:
+            spare_done: Let a job in this process finish whose last step has ended well.
+        """
+        self._stop_reason = reason
+        if self._remote is not None:
+            self._remote.liveness.end()
+        streams = [
+            stream
+            for stream in list(self._streams.values())
+            if not (spare_done and ended_well(stream.result.finish_reason, was_denied=False))
+        ]
+        cancel_together(streams, reason)
 
 
-def unforeseen(error: BaseException) -> OpenCodeError:
-    ours = OpenCodeError(f"the batch broke off: {type(error).__name__}: {error}")
-    ours.__cause__ = error
-    return ours
-
-
-POLL_S = 0.2  # how soon a worker process notices that its batch is closed
+# --- in another process ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RemoteWork:
-    """What a Work becomes in another process."""
+    """What Work becomes in another process, where it carries out one job a call."""
 
     runner: bytes
-    settings: Settings
-    lifeline: Lifeline
+    liveness: Liveness
 
     def __call__(self, task: Task) -> Outcome:
-        is_cut = self.lifeline.watch()
-        if is_cut():
+        is_over = self.liveness.watch()
+        if is_over():
             return Outcome(OpenCodeCancelledError("the batch was closed before the run began"))
         done = threading.Event()
 
+        def cancel_when_over(stream: RunStream) -> None:
+            while not done.wait(POLL_S):
+                if is_over():
+                    stream.cancel("the batch was closed")
+                    return
+
         def on_begin(stream: RunStream) -> None:
             threading.Thread(
-                target=_cancel_when,
-                args=(is_cut, stream, done),
-                name="opencode-lifeline",
-                daemon=True,
+                target=cancel_when_over, args=(stream,), name="opencode-batch-watch", daemon=True
             ).start()
 
         try:
             with _runner_of(self.runner) as runner:
-                outcome = carry_out(runner, task, self.settings, on_begin, _Nobody())
+                outcome = carry_out(runner, task, on_begin, Listener())
             return replace(outcome, end=_sendable(outcome.end), is_remote=True)
         finally:
             done.set()
 
 
 def _sendable(end: End) -> End:
-    """*end*, or an error in its place where the user's value in it cannot be pickled.
+    """*end*, or an error where its ``parsed`` value cannot be pickled.
 
-    What the executor cannot bring back would be lost with all that it has cost.
+    An executor that cannot send a result back would lose it, with all that it has cost.
     """
     if not isinstance(end, RunResult) or end.parsed is None:
         return end
-    # Dask and its like send more than pickle can: what these pickle by value.
+    # Dask sends more than pickle can: what cloudpickle pickles by value.
     dumps = getattr(sys.modules.get("cloudpickle"), "dumps", pickle.dumps)
     try:
         pickle.loads(dumps(end.parsed))
@@ -299,92 +322,72 @@ def _sendable(end: End) -> End:
     return OpenCodeOutputError(message, text=end.answer, result=end)
 
 
-def _cancel_when(is_cut: Callable[[], bool], stream: RunStream, done: threading.Event) -> None:
-    while not done.wait(POLL_S):
-        if is_cut():
-            stream.cancel("the batch was closed")
-            return
-
-
-class _Nobody:
-    """The batch learns of refusals and costs from the outcome."""
-
-    def refused(self, index: int, retry_after_s: float | None) -> None:
-        pass
-
-    def recovered(self, index: int) -> None:
-        pass
-
-    def spent(self) -> None:
-        pass
-
-
 @dataclass(frozen=True)
-class Lifeline:
-    """Ties runs in worker processes to the batch that they are for.
+class Liveness:
+    """Tells worker processes whether the batch that they work for still goes on.
 
-    It is cut when its file is gone or the batch's process is, as seen on the same machine; and
-    where Dask has dropped the task, on whichever.
+    It does not when its file is gone, or its process, as far as that can be seen: on the same
+    machine. On any machine it is over for a job whose task Dask has dropped.
     """
 
     path: str
     pid: int
     started: float
-    place: tuple[str, ...]
+    machine: tuple[str, ...]
 
     @classmethod
-    def tie(cls) -> Lifeline:
-        """A new one, of this process."""
+    def begin(cls) -> Liveness:
+        """One for a batch of this process."""
         import psutil
 
         descriptor, path = tempfile.mkstemp(prefix=f"{temporary_prefix()}batch-")
         os.close(descriptor)
-        return cls(path, os.getpid(), psutil.Process().create_time(), _place())
+        return cls(path, os.getpid(), psutil.Process().create_time(), _this_machine())
 
-    def cut(self) -> None:
-        """End what holds on to it. Idempotent."""
+    def end(self) -> None:
+        """End the jobs in worker processes. Idempotent."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
 
     def watch(self) -> Callable[[], bool]:
-        """For the thread that a task runs in: tells whether the task is wanted no longer."""
+        """Return what tells whether it is over; called in the thread that carries out a job."""
         # Another machine's process may have the same number, and another's files are not ours.
-        is_here = self.place == _place()
-        is_dropped = _dask_task()
+        is_here = self.machine == _this_machine()
+        is_dropped = _dropped_by_dask()
 
-        def is_cut() -> bool:
+        def is_over() -> bool:
             if is_dropped is not None and is_dropped():
                 return True
-            if is_here and not self._is_alive():
-                self.cut()  # nobody else will
+            if is_here and not self._is_process_alive():
+                self.end()  # nobody else will remove the file
             return is_here and not os.path.exists(self.path)
 
-        return is_cut
+        return is_over
 
-    def _is_alive(self) -> bool:
+    def _is_process_alive(self) -> bool:
         import psutil
 
         try:
             batch = psutil.Process(self.pid)
             # Two processes may read the start of one a little differently.
-            is_it = abs(batch.create_time() - self.started) < 2.0
-            return is_it and batch.status() != psutil.STATUS_ZOMBIE
+            is_same = abs(batch.create_time() - self.started) < 2.0
+            return is_same and batch.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
 
 
-def _place() -> tuple[str, ...]:
-    """What processes have in common that see the same processes and files."""
+def _this_machine() -> tuple[str, ...]:
+    """Equal in processes that see the same processes and files."""
     names = [os.uname().nodename]
-    with contextlib.suppress(OSError):  # all but Linux
+    with contextlib.suppress(OSError):  # only Linux has these
         names += [os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "mnt")]
         with open("/proc/sys/kernel/random/boot_id") as file:
             names.append(file.read())
     return tuple(names)
 
 
-def _dask_task() -> Callable[[], bool] | None:
-    """Tells whether the Dask task of this thread was dropped; None where there is no such task."""
+def _dropped_by_dask() -> Callable[[], bool] | None:
+    """What tells whether Dask has dropped this thread's task; None outside of a Dask task."""
     distributed = sys.modules.get("distributed")
     if distributed is None:
         return None
@@ -401,30 +404,29 @@ def _dask_task() -> Callable[[], bool] | None:
     return is_dropped
 
 
-_runners: dict[bytes, Streams] = {}
-_users: dict[bytes, int] = {}
+# This process's runners by their pickled form, and how many jobs use each.
+_runners: dict[bytes, JobRunner] = {}
+_n_users: Counter[bytes] = Counter()
 _runners_lock = threading.Lock()
 
 
 @contextmanager
-def _runner_of(pickled: bytes) -> Iterator[Streams]:
-    """This process's runner for *pickled*; of others, those that nobody uses are closed."""
-    idle: list[Streams] = []
+def _runner_of(pickled: bytes) -> Iterator[JobRunner]:
+    """This process's runner for *pickled*; others that no job uses are closed."""
+    unused: list[JobRunner] = []
     with _runners_lock:
         if pickled not in _runners:
-            idle = [_runners.pop(other) for other in list(_runners) if not _users.get(other)]
+            unused = [_runners.pop(other) for other in list(_runners) if not _n_users[other]]
             _runners[pickled] = pickle.loads(pickled)
         runner = _runners[pickled]
-        _users[pickled] = _users.get(pickled, 0) + 1
+        _n_users[pickled] += 1
     try:
-        for other in idle:
+        for other in unused:
             other.close()
         yield runner
     finally:
         with _runners_lock:
-            _users[pickled] -= 1
-            if not _users[pickled]:
-                del _users[pickled]
+            _n_users[pickled] -= 1
 
 
 def _close_runners() -> None:
@@ -432,72 +434,7 @@ def _close_runners() -> None:
         runner.close()
 
 
-# A worker process that was forked ends without atexit's calls, but with these. At the interpreter's
-# end, when this may be loaded too, there is none to be one any more.
+# A forked worker process ends without atexit's calls, but with these. At the interpreter's end,
+# where this module may be loaded too, no more can be registered, and none is needed.
 with contextlib.suppress(RuntimeError):
     getattr(threading, "_register_atexit", atexit.register)(_close_runners)
-
-
-@dataclass(repr=False)
-class Work:
-    """Carries out tasks in threads of this process; pickled, in another one."""
-
-    runner: Streams
-    settings: Settings
-    listener: Listener
-    _streams: dict[int, RunStream] = field(default_factory=dict)
-    _stop_reason: str | None = None
-    _lifeline: Lifeline | None = None
-    _remote: RemoteWork | None = None
-
-    def __repr__(self) -> str:
-        return "opencode job"  # Dask shows it as the name of its task
-
-    def __call__(self, task: Task) -> Outcome:
-        def on_begin(stream: RunStream) -> None:
-            self._streams[task.index] = stream
-            # stop() looks for streams after it has set the reason: one of the two sees the other.
-            if self._stop_reason is not None:
-                stream.cancel(self._stop_reason)
-
-        try:
-            return carry_out(self.runner, task, self.settings, on_begin, self.listener)
-        finally:
-            self._streams.pop(task.index, None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self._remote is None:
-            self._lifeline = Lifeline.tie()
-            self._remote = RemoteWork(pickle.dumps(self.runner), self.settings, self._lifeline)
-            if self._stop_reason is not None:  # by now: executors pickle in threads of their own
-                self._lifeline.cut()
-        remote = self._remote
-        return RemoteWork, (remote.runner, remote.settings, remote.lifeline)
-
-    def spent(self) -> dict[int, Spent]:
-        """What tasks under way in this process have spent so far, by index."""
-        streams = list(self._streams.items())
-        return {index: Spent.on(stream.result) for index, stream in streams}
-
-    def result_of(self, index: int) -> RunResult | None:
-        """What the task has produced by now that is under way in this process."""
-        stream = self._streams.get(index)
-        return None if stream is None else stream.result
-
-    def stop(self, reason: str, *, spare_done: bool = False) -> None:
-        """End what is under way, wherever it is; what begins later is ended too.
-
-        Args:
-            spare_done: Let those in this process end by themselves whose last step has ended well.
-        """
-        self._stop_reason = reason
-        if self._lifeline is not None:
-            self._lifeline.cut()
-        streams = [
-            s for s in list(self._streams.values()) if not (spare_done and _is_done(s.result))
-        ]
-        cancel_together(streams, reason)
-
-
-def _is_done(result: RunResult) -> bool:
-    return ended_well(result.finish_reason, was_denied=False)

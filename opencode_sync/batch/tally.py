@@ -1,11 +1,12 @@
-"""What a batch did, counted as it goes: BatchReport is one look at it.
+"""What a batch has done so far: counted as it goes, shown as a report and as a progress bar.
 
-Holds numbers, the few slowest jobs, and of the others a bounded number in short, so that its size
-does not grow with the batch.
+    jobs that end --finish(), spend(), count()--> Tally --report()--> BatchReport: str, table, page
+                                                                          |
+                                                                          +--> Progress: a bar
 
-One bar for a batch, on a terminal or in a notebook.
-
-Only the thread that iterates the batch touches it. tqdm is imported with the first bar.
+A tally holds numbers, the few slowest jobs, and in short the last jobs that are in no checkpoint,
+so its size does not grow with the batch. It is filled from any thread; the bar belongs to the
+thread that iterates the batch.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ..core.errors import OpenCodeError
 from ..core.request import Spent, tokens_of, unpriced, unpriced_tokens
 from ..core.result import RunResult, TokenUsage
 from ..core.text import html_table
+from .throttle import Throttle
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -34,11 +36,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger("opencode_sync")
 
 SLOWEST = 5
-_PROMPT_CHARS = 60
-_MAX_KINDS = 100  # of errors told apart; a provider may put anything into a name
 MAX_ROWS = 10_000
+_PROMPT_CHARS = 60  # of a slow job
 _ROW_CHARS = 500  # of a text in a row: rows with two such texts take 20 MB in all
-_ROW_ITEMS = 50  # of a list in it
+_ROW_ITEMS = 50  # of a list in a row
+_MAX_KINDS = 100  # of errors told apart; a provider may put anything into a name
 
 Row = Mapping[str, Any]
 """A job in short, in the shape of a checkpoint's line: what the report's page takes."""
@@ -59,12 +61,12 @@ class BatchReport:
     """A batch at one moment, during it or after its end; ``str()`` of it is for people.
 
     Attributes:
-        done: Jobs that ended well, those from the checkpoint not among them.
+        done: Jobs that ended well in this batch, so without those from the checkpoint.
         failed: Jobs that ended with an error.
-        empty: Of those done, the ones without an answer and without a tool call.
+        empty: How many of the jobs done gave no answer and called no tool.
         cached: Jobs whose result or error came from the checkpoint.
-        retried: Jobs that were begun again: after a start-up failure, a refusal for too many
-            requests, or since the checkpoint has them as failed.
+        retried: Jobs that were started again: after a start-up failure, a refusal for too many
+            requests, or a failure that the checkpoint has.
         not_run: Jobs that were drawn and not run to an end: the budget was spent, or the batch was
             left.
         running: Jobs under way.
@@ -75,10 +77,10 @@ class BatchReport:
         busy_s: Seconds that the jobs took, summed: more than *wall_s* where several run at once.
         rate_limits: How often a provider refused for too many requests.
         max_workers: How many jobs may be in flight without refusals.
-        lowest_workers: The least that the refusals brought that down to.
+        lowest_workers: The lowest number that refusals brought that down to.
         slowest: The jobs that took longest, slowest first.
         errors: How many errors there were, by kind.
-        warnings: Full sentences, such as that no limit of dollars binds tokens at $0.00.
+        warnings: Full sentences, such as that a limit in dollars does not bind tokens at $0.00.
         rows: The last 10,000 jobs that are in no checkpoint, in short, for :meth:`to_html`.
         checkpoint: The batch's checkpoint, or None.
     """
@@ -104,7 +106,7 @@ class BatchReport:
     checkpoint: Path | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers as values that ``json`` takes."""
+        """The numbers, slowest jobs, errors and warnings as values that ``json`` takes."""
         data = asdict(replace(self, rows=(), checkpoint=None))
         del data["rows"], data["checkpoint"]
         return data
@@ -114,10 +116,10 @@ class BatchReport:
 
         With a checkpoint it has all jobs that are in it, with their tools and events, those of
         earlier batches too. Without one it has the last 10,000 jobs and the beginnings of their
-        texts; a page of results that were kept is made by ``results_to_html``.
+        texts; ``results_to_html`` makes a page of results that you have kept.
 
         Args:
-            title: What stands at its head; the checkpoint's name, unless given.
+            title: The page's title; None for the checkpoint's name.
 
         Raises:
             OpenCodeConfigError: Jinja2 is not installed, or *path* cannot be written.
@@ -145,8 +147,7 @@ class BatchReport:
             (self.running, "running"),
         ):
             counts += [f"{n} {word}"] if n else []
-        tokens = self.tokens
-        used = f"{tokens.total} tokens ({tokens.input} in, {tokens.output} out)"
+        used = f"{self.tokens.total} tokens ({self.tokens.input} in, {self.tokens.output} out)"
         lines = [
             ", ".join(counts),
             f"${self.total_cost:.4f}, {used}",
@@ -174,34 +175,33 @@ class Tally:
     def __init__(self, checkpoint: Path | None = None, cost_limit: str | None = None) -> None:
         """
         Args:
-            checkpoint: The file of the jobs that :meth:`finish` is told to be saved.
-            cost_limit: Name of the limit of dollars that there is, to warn where it cannot bind.
+            checkpoint: The batch's checkpoint, which has the jobs that are said to be saved.
+            cost_limit: Name of the batch's limit in dollars, to warn where it cannot bind; or None.
         """
         self._checkpoint = checkpoint
-        self._rows: deque[Row] = deque(maxlen=MAX_ROWS)
         self._cost_limit = cost_limit
-        self._unpriced = 0  # tokens at $0.00
-        self._has_warned = False
         self._lock = threading.Lock()
         self._began: float | None = None
         self._ended: float | None = None
-        self._report = BatchReport()
         self._counts: Counter[str] = Counter()
-        self._cost = 0.0
-        self._busy_s = 0.0
+        self._total_cost = 0.0
         self._tokens = TokenUsage()
+        self._busy_s = 0.0
+        self._unpriced = 0  # tokens at $0.00
+        self._has_warned = False
         self._errors: Counter[str] = Counter()
         self._slowest: list[tuple[float, int, SlowJob]] = []
+        self._rows: deque[Row] = deque(maxlen=MAX_ROWS)
 
     @property
     def spent(self) -> Spent:
-        """What the finished jobs have cost."""
+        """What finished jobs have spent."""
         with self._lock:
-            return Spent(self._cost, tokens_of(self._tokens))
+            return Spent(self._total_cost, tokens_of(self._tokens))
 
     @property
     def mean(self) -> Spent:
-        """What a finished job has cost on average; nothing before the first."""
+        """What a finished job has spent on average; nothing before the first."""
         finished = self._counts["done"] + self._counts["failed"]
         spent = self.spent
         return Spent(spent.cost / finished, spent.tokens // finished) if finished else Spent()
@@ -219,50 +219,46 @@ class Tally:
         with self._lock:
             self._counts[what] += n
 
+    def spend(self, result: RunResult | None) -> None:
+        """Add what a run spent that is not counted as done or failed."""
+        with self._lock:
+            self._spend(result)
+
     def cut_short(self, end: OpenCodeError, *, is_saved: bool) -> None:
         """Count a job that was stopped since the batch's budget is spent."""
+        with self._lock:
+            self._counts["not_run"] += 1
+            self._spend(end.result)
         if not is_saved:
             self._rows.append(row_of(end))
-        self.spend(end.result)
-        self.count("not_run")
-
-    def spend(self, result: RunResult | None) -> None:
-        """Add what a run cost that is not counted as done or failed."""
-        with self._lock:
-            self._spend(result)
 
     def finish(
-        self,
-        index: int,
-        prompt: str,
-        key: str | None,
-        end: RunResult | OpenCodeError,
-        busy_s: float = 0.0,
-        *,
-        is_saved: bool = False,
+        self, end: RunResult | OpenCodeError, busy_s: float = 0.0, *, is_saved: bool = False
     ) -> None:
-        """Count a job that has ended; one that is in no checkpoint is kept in short."""
-        result = end.result if isinstance(end, OpenCodeError) else end
+        """Count a job that has ended after *busy_s* seconds."""
         with self._lock:
-            self._counts["failed" if isinstance(end, OpenCodeError) else "done"] += 1
             if isinstance(end, OpenCodeError):
-                self._count_error(kind_of(end))
+                self._counts["failed"] += 1
+                kind = kind_of(end)
+                is_known = kind in self._errors or len(self._errors) < _MAX_KINDS
+                self._errors[kind if is_known else "others"] += 1
+                self._spend(end.result)
             else:
+                self._counts["done"] += 1
                 self._counts["empty"] += end._is_empty
-            self._spend(result)
+                self._spend(end)
             self._busy_s += busy_s
-            beginning = " ".join(prompt[: 2 * _PROMPT_CHARS].split())[:_PROMPT_CHARS]
-            job = SlowJob(busy_s, index, key, beginning)
+            beginning = " ".join((end.prompt or "")[: 2 * _PROMPT_CHARS].split())[:_PROMPT_CHARS]
+            index = end.index or 0
+            job = SlowJob(busy_s, index, end.key, beginning)
             heapq.heappush(self._slowest, (busy_s, -index, job))
             if len(self._slowest) > SLOWEST:
                 heapq.heappop(self._slowest)
         if not is_saved:
             self._rows.append(row_of(end))
 
-    def report(
-        self, *, running: int, rate_limits: int, max_workers: int, lowest: int
-    ) -> BatchReport:
-        """The batch as it stands; the arguments are what others count."""
+    def report(self, running: int, throttle: Throttle) -> BatchReport:
+        """The batch as it stands, with *running* jobs in flight."""
         with self._lock:
             began, ended = self._began, self._ended or time.monotonic()
             return BatchReport(
@@ -273,13 +269,13 @@ class Tally:
                 retried=self._counts["retried"],
                 not_run=self._counts["not_run"],
                 running=running,
-                total_cost=self._cost,
+                total_cost=self._total_cost,
                 tokens=self._tokens,
                 wall_s=0.0 if began is None else ended - began,
                 busy_s=self._busy_s,
-                rate_limits=rate_limits,
-                max_workers=max_workers,
-                lowest_workers=lowest,
+                rate_limits=throttle.refusals,
+                max_workers=throttle.most,
+                lowest_workers=throttle.lowest,
                 slowest=tuple(job for *_, job in sorted(self._slowest, reverse=True)),
                 errors=dict(self._errors.most_common()),
                 warnings=self._warnings(),
@@ -293,17 +289,14 @@ class Tally:
         return (unpriced(self._unpriced, self._cost_limit),)
 
     def _spend(self, result: RunResult | None) -> None:
-        if result is not None:
-            self._cost += result.total_cost
-            self._tokens += result.token_usage
-            self._unpriced += unpriced_tokens(result)
-            if self._unpriced and self._cost_limit and not self._has_warned:
-                self._has_warned = True
-                _log.warning("%s", unpriced(self._unpriced, self._cost_limit))
-
-    def _count_error(self, kind: str) -> None:
-        known = kind in self._errors or len(self._errors) < _MAX_KINDS
-        self._errors[kind if known else "others"] += 1
+        if result is None:
+            return
+        self._total_cost += result.total_cost
+        self._tokens += result.token_usage
+        self._unpriced += unpriced_tokens(result)
+        if not self._has_warned and (warnings := self._warnings()):
+            self._has_warned = True
+            _log.warning("%s", *warnings)
 
 
 def kind_of(error: OpenCodeError) -> str:
@@ -330,6 +323,7 @@ def row_of(end: RunResult | OpenCodeError) -> Row:
     if result is None:
         result = RunResult(prompt=end.prompt or "", index=end.index, key=end.key)
     info = result.error
+    tools = [event.get("part") for event in result.tool_calls[:_ROW_ITEMS]]
     return {
         **{name: getattr(result, name) for name in _PLAIN},
         "prompt": _beginning(result.prompt),
@@ -341,7 +335,7 @@ def row_of(end: RunResult | OpenCodeError) -> Row:
         "token_usage": asdict(result.token_usage),
         "tool_calls": [
             {"part": {"tool": str(part.get("tool"))[:_ROW_CHARS]}}
-            for part in (event.get("part") for event in result.tool_calls[:_ROW_ITEMS])
+            for part in tools
             if isinstance(part, Mapping)
         ],
         "denied_tools": list(result.denied_tools[:_ROW_ITEMS]),
@@ -357,13 +351,13 @@ def _beginning(text: str) -> str:
 
 
 class Progress:
-    """A bar with what is done, failed, spent and left."""
+    """A bar that shows what is done, failed, spent and left."""
 
     def __init__(self, total: int | None, *, always: bool = False) -> None:
         """
         Args:
-            total: How many jobs there are, or None where nobody knows.
-            always: Show it, also where stderr is neither a terminal nor a notebook.
+            total: How many jobs there are, or None where that is not known.
+            always: Show it also where stderr is neither a terminal nor a notebook.
         """
         self._bar: tqdm[Any] | None = None
         if _is_seen(always):
@@ -376,8 +370,12 @@ class Progress:
         """Bring the bar up to date."""
         if self._bar is None:
             return
+        parts = [f"{report.failed} failed"]
+        parts += [f"{report.cached} cached"] if report.cached else []
+        parts += [f"${report.total_cost:.4f}", f"{report.tokens.total:,} tokens"]
+        parts += [f"{report.rate_limits} rate limits"] if report.rate_limits else []
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
         finished = report.done + report.failed + report.cached
-        self._bar.set_postfix_str(_summary(report), refresh=False)
         if finished > self._bar.n:
             self._bar.update(finished - self._bar.n)
 
@@ -393,26 +391,5 @@ def _is_seen(always: bool) -> bool:
     stream = sys.stderr
     if stream is None or always:  # a service, or a program without a console, has none
         return stream is not None
-    # A notebook's stream says that it is no terminal, and shows a bar all the same.
+    # A notebook's stream says that it is not a terminal, and shows a bar all the same.
     return stream.isatty() or type(stream).__module__.partition(".")[0] == "ipykernel"
-
-
-def _summary(report: BatchReport) -> str:
-    parts = [
-        f"{report.failed} failed",
-        f"${report.total_cost:.4f}",
-        f"{_short(report.tokens.total)} tokens",
-    ]
-    if report.cached:
-        parts.insert(1, f"{report.cached} cached")
-    if report.rate_limits:
-        parts.append(f"{report.rate_limits} rate limits")
-    return ", ".join(parts)
-
-
-def _short(n: float) -> str:
-    for unit in ("", "k", "M"):
-        if n < 1000:
-            return f"{n:.0f}{unit}" if not unit else f"{n:.1f}{unit}"
-        n /= 1000
-    return f"{n:.1f}G"

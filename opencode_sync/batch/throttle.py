@@ -1,11 +1,11 @@
-"""How many jobs may be in flight, when a provider says that they are too many.
+"""How many jobs may be in flight while a provider refuses requests for being too many.
 
-    refused(job)   --> as many as are not waiting for the provider, which are those that it bears
-    recovered(job) --> that one waits no more
-    succeeded()    --> more again: fast up to half of what was too many, slowly around it
+    refused(job)   --> down to as many jobs as are not waiting: what the provider bears
+    recovered(job) --> that job no longer waits
+    succeeded()    --> up again: fast to half of what was too many, slowly around it
 
-Additive increase with a slow start, as TCP has it. Knows numbers and words of providers; nothing of
-jobs but their names. Not thread-safe: its owner holds a lock.
+Additive increase with a slow start, as TCP has it. Knows numbers and the words of providers, and of
+jobs only their index. Not thread-safe: its owner holds a lock.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 from ..process.stderr import asked_to_wait_s
 
 BURST_S = 1.0  # refusals this close together have one cause
-MAX_PAUSE_S = 300.0  # a retry-after of hours is a quota that is used up: jobs are to fail of it
-_NEAR_REFUSAL = 0.25  # share of the usual step upward where it was refused before
+MAX_PAUSE_S = 300.0  # a retry-after of hours means that a quota is used up: then jobs fail
+_NEAR_REFUSAL = 0.25  # of the usual step upward, near the number that was refused before
 
 _TOO_MANY = (429, 529)  # 529: "overloaded", Anthropic's
 _TOO_MANY_WORDS = re.compile(r"rate.?limit|too many requests|overloaded|quota", re.IGNORECASE)
@@ -30,10 +30,10 @@ class Throttle:
     """The number of jobs that may be in flight, between 1 and *most*.
 
     Attributes:
-        most: What is allowed without refusals.
-        is_adaptive: Whether refusals change what is allowed.
-        refusals: How often a provider said that it was too much.
-        lowest: The least that was allowed so far.
+        most: How many are allowed without refusals.
+        is_adaptive: Whether refusals change how many are allowed.
+        refusals: How often a provider refused a request.
+        lowest: The lowest number that was allowed so far.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Throttle:
         self.is_adaptive = adaptive
         self._clock = clock
         self._level = float(most)
-        self._too_many = math.inf  # what was refused last
+        self._too_many = math.inf  # the number that was refused last
         self._cut_at = -math.inf
         self._waiting: set[int] = set()
         self._paused_until = -math.inf
@@ -65,8 +65,8 @@ class Throttle:
         """Note that a provider refused a request while *in_flight* jobs were under way.
 
         Args:
-            job: Which of them it was; None for one that has ended by now.
-            retry_after_s: How long the provider wants to be left alone.
+            job: Index of the job, which waits; None for one that has ended.
+            retry_after_s: Seconds that the provider asks to wait, or None.
         """
         self.refusals += 1
         if not self.is_adaptive:
@@ -76,7 +76,7 @@ class Throttle:
         if job is not None:
             self._waiting.add(job)
             self._cut(in_flight - len(self._waiting))
-        # While there are more than allowed, refusals are those of the last cut, still at work.
+        # Refusals that come while more are in flight than allowed belong to the last cut.
         elif self._clock() >= self._cut_at + BURST_S and in_flight <= self.limit:
             self._cut(in_flight // 2)
 
@@ -107,19 +107,16 @@ class Throttle:
 
 
 def is_rate_limit(status_code: object, message: object) -> bool:
-    """Whether a provider's refusal means: too much at a time.
-
-    Words count only where the status is not known.
-    """
+    """Whether a provider refused for too many requests; the words count without a status only."""
     if isinstance(status_code, int):
         return status_code in _TOO_MANY
     return isinstance(message, str) and _TOO_MANY_WORDS.search(message) is not None
 
 
 def retry_after_s(event: Mapping[str, Any]) -> float | None:
-    """The seconds that a ``retry`` or ``error`` event asks to wait, or None where it does not say.
+    """The seconds that a ``retry`` or ``error`` event asks to wait, or None if it does not say.
 
-    An ``error`` event has the headers of the refusal upon which OpenCode gave up.
+    An ``error`` event has the headers of the refusal that made OpenCode give up.
     """
     error = event.get("error")
     data = error.get("data") if isinstance(error, Mapping) else None

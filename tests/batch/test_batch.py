@@ -32,8 +32,7 @@ from opencode_sync import (
     RunConfig,
     RunResult,
 )
-from opencode_sync.batch.job import Outcome, Settings, Task, Work
-from opencode_sync.core.stream import Limits
+from opencode_sync.batch.job import Listener, Outcome, Task, Work
 from tests.scripted import STEP_COST, STEP_TOKENS, ScriptedRunner
 
 ROOT = Path(__file__).parents[2]
@@ -706,12 +705,12 @@ for result in Telling().map(["hold"], executor=pool):
 
 
 def test_a_task_that_is_pickled_only_after_the_stop_is_not_wanted_any_more() -> None:
-    work = Work(ScriptedRunner(), Settings(Limits()), None)  # type: ignore[arg-type]
+    work = Work(ScriptedRunner(), Listener())
     work.stop("the batch was closed")
 
     remote = pickle.loads(pickle.dumps(work))
 
-    assert not os.path.exists(remote.lifeline.path)
+    assert not os.path.exists(remote.liveness.path)
     assert isinstance(remote(Task(0, "a", ".")).end, OpenCodeCancelledError)
 
 

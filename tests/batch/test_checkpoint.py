@@ -27,8 +27,9 @@ from opencode_sync import (
     RunConfig,
     RunResult,
 )
-from opencode_sync.batch.checkpoint import Checkpoint, Entry
+from opencode_sync.batch.checkpoint import Checkpoint
 from opencode_sync.core import records
+from opencode_sync.core.records import Entry
 from tests.scripted import ScriptedRunner
 
 ROOT = Path(__file__).parents[2]

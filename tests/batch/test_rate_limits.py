@@ -15,11 +15,10 @@ import pytest
 
 from opencode_sync.api.runner import Request, Runner
 from opencode_sync.batch import dispatch
-from opencode_sync.batch.job import Outcome, Settings, Task, carry_out
+from opencode_sync.batch.job import Listener, Outcome, Task, carry_out
 from opencode_sync.core.errors import OpenCodeError, OpenCodeProcessError
 from opencode_sync.core.events import Event
 from opencode_sync.core.lifetime import CancelScope
-from opencode_sync.core.request import Limits
 from opencode_sync.core.result import RunResult
 from opencode_sync.process.stderr import asked_to_wait_s
 from opencode_sync.testing import Reply, ScriptedModel
@@ -146,7 +145,7 @@ def test_they_fail_where_that_is_switched_off() -> None:
     assert any(isinstance(end, OpenCodeProcessError) for end in ends)
 
 
-class _Heard:
+class _Heard(Listener):
     """What a batch hears of refusals."""
 
     def __init__(self) -> None:
@@ -155,19 +154,12 @@ class _Heard:
     def refused(self, index: int, retry_after_s: float | None) -> None:
         self.waits_s.append(retry_after_s)
 
-    def recovered(self, index: int) -> None:
-        pass
-
-    def spent(self) -> None:
-        pass
-
 
 def carried_out(tries: int, *replies: Reply) -> tuple[list[float | None], Outcome]:
     """What was heard, and how the job ended."""
     heard = _Heard()
     with ScriptedModel(replies) as model, AskingRunner(model, tries) as runner:
-        task, settings = Task(0, "Hi", "."), Settings(Limits())
-        outcome = carry_out(runner, task, settings, lambda stream: None, heard)
+        outcome = carry_out(runner, Task(0, "Hi", "."), lambda stream: None, heard)
     return heard.waits_s, outcome
 
 

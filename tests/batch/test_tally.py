@@ -94,10 +94,3 @@ def test_no_stderr_at_all_is_no_error(runner: ScriptedRunner) -> None:
         results = list(runner.map(["a"], progress=True))
 
     assert len(results) == 1
-
-
-@pytest.mark.parametrize(
-    "n, text", [(0, "0"), (999, "999"), (1500, "1.5k"), (2_500_000, "2.5M"), (4e12, "4000.0G")]
-)
-def test_large_numbers_are_short(n: float, text: str) -> None:
-    assert tally._short(n) == text
