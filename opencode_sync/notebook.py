@@ -3,7 +3,7 @@
     %%opencode --workspace repo --into result
     Which tests are missing?
 
-What comes is shown in the cell as it comes. Knows IPython; is loaded by nothing else.
+The answer is shown below the cell as it comes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def load(shell: Any) -> None:
 
 
 def unload(shell: Any) -> None:
-    """End what the magic has started; its cells then do nothing but start it again."""
+    """Stop the runs and the server that cells have started."""
     global _loaded
     if _loaded is not None:
         _loaded.close()
@@ -44,22 +44,22 @@ def unload(shell: Any) -> None:
 
 
 class Magic:
-    """The magic, with the runners that its cells share."""
+    """The magic, and the runners that its cells share."""
 
     def __init__(self, shell: Any) -> None:
         self._shell = shell
         self._runners: dict[type[Runner], Runner] = {}
 
     def opencode(self, line: str, cell: str) -> None:
-        """Run the cell as a prompt, and show what comes as it comes.
+        """Run the cell as a prompt, and show the answer as it comes.
 
         %%opencode [--workspace W] [--model M] [--server] [--into NAME] [--fill]
 
         --workspace W  where to work (default: the notebook's directory)
         --model M      provider/model
-        --server       on one warm server, started with the first such cell
-        --into NAME    put the result into a variable, also where the run fails or is stopped
-        --fill         put the value of each {variable} into the prompt; {{name}} stays {name}
+        --server       use a warm server, which the first such cell starts
+        --into NAME    put the result into a variable, even if the run fails or is stopped
+        --fill         put the value of each {variable} into the prompt; write {{name}} for {name}
         """
         options = _options(line)
         names = self._shell.user_ns
@@ -76,7 +76,7 @@ class Magic:
                 names[options.into] = stream.result
 
     def close(self) -> None:
-        """End the runs under way, and the server. Idempotent."""
+        """Stop the current runs, and the server. Idempotent."""
         for runner in self._runners.values():
             runner.close()
         self._runners.clear()
@@ -88,10 +88,10 @@ class Magic:
 
 
 def filled(template: str, names: Mapping[str, Any]) -> str:
-    """*template* with each ``{name}`` replaced by its value; other braces stay as they are.
+    """Replace each ``{name}`` in *template* by its value; other braces stay as they are.
 
     Raises:
-        OpenCodeConfigError: If there is no such name; ``{{name}}`` is how to write the braces.
+        OpenCodeConfigError: A name is not defined. ``{{name}}`` gives ``{name}``.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -119,14 +119,14 @@ def _options(line: str) -> argparse.Namespace:
     parser = _parser()
     try:
         words = shlex.split(line)
-    except ValueError as error:  # a quotation mark without its other
+    except ValueError as error:  # a quotation mark that is not closed
         parser.error(str(error))
     return parser.parse_args(words)
 
 
 def _variable(text: str) -> str:
     if not text.isidentifier() or iskeyword(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of a variable")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a variable name")
     return text
 
 

@@ -21,8 +21,8 @@ from tempfile import TemporaryDirectory
 from ..api.client import OpenCodeClient
 from ..core.errors import OpenCodeBinaryNotFoundError, OpenCodeError
 from ..core.result import RunResult
-from ..core.text import table
-from ..display.stream import event_line, tool_line, tool_name
+from ..core.text import table, tools_used
+from ..display.stream import tool_line
 from ..process.command import TESTED_VERSION, resolve_binary
 from ..process.data_dirs import temporary_prefix
 from ..process.install import install
@@ -151,8 +151,10 @@ class _Show:
         self.say(f"\n2. A stream, printed as it comes.\n   > {_LOOK}")
         with self.client.stream(_LOOK, self.script.workspace, timeout_s=TIMEOUT_S) as stream:
             for event in stream:
-                if line := event_line(event):
-                    self.say(f"   {line}")
+                if event["type"] == "tool_use":
+                    self.say(f"   {tool_line(event)}")
+                elif event["type"] == "text":
+                    self.say(f"   {event['part']['text']}")
                     self.script.is_watched.set()
         self._check("stream", stream.result, answer=_FOUND, tools=["bash"])
         seen = self.script.was_watched_in_time
@@ -184,7 +186,7 @@ class _Show:
         steps = len(tools) + 1
         self._expect(name, "status", result.status, "ok")
         self._expect(name, "answer", result.answer, answer)
-        self._expect(name, "tools", [tool_name(call) for call in result.tool_calls], tools)
+        self._expect(name, "tools", tools_used(result), tools)
         self._expect(name, "tokens", result.token_usage.total, _STEP_TOKENS * steps)
         dollars = round(_STEP_DOLLARS * steps, 6)
         self._expect(name, "dollars", round(result.total_cost, 6), dollars)

@@ -1,3 +1,3 @@
-"""What people look at: a stream as it comes, and the report page of a batch."""
+"""What people look at: a run as it goes on, and the report page of a batch."""
 
 from .stream import live as live

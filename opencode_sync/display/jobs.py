@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import OpenCodeConfigError
-from ..core.reading import TokenUsage, number_of
+from ..core.reading import TokenUsage, mapping, number_of, part_of, saved_usage
 from ..core.records import dumped, lines_in
 from ..core.text import one_line, printable
 
@@ -101,7 +101,7 @@ class Row:
 
 def row_of(record: Record, place: int) -> Row:
     """Make the row of *record*; *place* is its index if it has none."""
-    failure, error = _mapping(record, "failure"), _mapping(record, "error")
+    failure, error = mapping(record.get("failure")), mapping(record.get("error"))
     index = record.get("index")
     key = record.get("key")
     status, tools = _status(record, failure), _tool_parts(record)
@@ -117,7 +117,7 @@ def row_of(record: Record, place: int) -> Row:
         is_empty=status == "ok" and not tools and not answer.strip(),
         tools=tuple(one_line(str(part.get("tool"))[:100], 40) for part in tools),
         cost=number_of(record.get("total_cost")),
-        tokens=_tokens(_mapping(record, "token_usage")),
+        tokens=saved_usage(record.get("token_usage")),
         seconds=number_of(record.get("duration_s")),
         started_at=_started_at(record),
         cost_before=number_of(record.get("cost_before")),
@@ -144,8 +144,8 @@ def _kind(failure: Record, error: Record) -> str | None:
 
 
 def _message(record: Record) -> str:
-    failure = _mapping(record, "failure")
-    return _text(failure or _mapping(record, "error"), "message")
+    failure = mapping(record.get("failure"))
+    return _text(failure or mapping(record.get("error")), "message")
 
 
 def _beginning(text: str) -> str:
@@ -161,12 +161,8 @@ def _started_at(record: Record) -> float | None:
     return None if first is None else first / 1000
 
 
-def _tokens(usage: Record) -> TokenUsage:
-    return TokenUsage(*(int(number_of(usage.get(f.name))) for f in fields(TokenUsage)))
-
-
 def _tool_parts(record: Record) -> list[Record]:
-    parts = [_mapping(event, "part") for event in _mappings(record, "tool_calls")]
+    parts = [part_of(event) for event in _mappings(record, "tool_calls")]
     return [part for part in parts if part.get("tool")]
 
 
@@ -193,7 +189,10 @@ def detail_of(record: Record, *, brief: bool = False) -> dict[str, Any]:
         "stderr": "" if (stderr := printable(stderr).strip()) in printable(message) else stderr,
         "parsed": None if parsed is None else _cut(_pretty(parsed), most),
         "denied": [one_line(str(name), 40) for name in _items(record, "denied_tools")[:_MAX_ITEMS]],
-        "warnings": _warnings(record),
+        "warnings": [
+            one_line(str(text)[:_WARNING_CHARS], _WARNING_CHARS)
+            for text in _items(record, "warnings")[:_MAX_ITEMS]
+        ],
         "facts": _facts(record),
         "left_out": left_out,
     }
@@ -207,15 +206,8 @@ def detail_of(record: Record, *, brief: bool = False) -> dict[str, Any]:
     return {name: value for name, value in detail.items() if value}
 
 
-def _warnings(record: Record) -> list[str]:
-    return [
-        one_line(str(text)[:_WARNING_CHARS], _WARNING_CHARS)
-        for text in _items(record, "warnings")[:_MAX_ITEMS]
-    ]
-
-
 def _facts(record: Record) -> list[tuple[str, str]]:
-    usage = _tokens(_mapping(record, "token_usage"))
+    usage = saved_usage(record.get("token_usage"))
     shown = [f"{value:,} {f.name}" for f in fields(usage)[1:] if (value := getattr(usage, f.name))]
     facts = {
         "Workspace": record.get("workspace"),
@@ -231,15 +223,15 @@ def _facts(record: Record) -> list[tuple[str, str]]:
 
 
 def _sub_agent(used: Record) -> str:
-    usage = _tokens(_mapping(used, "token_usage"))
+    usage = saved_usage(used.get("token_usage"))
     tokens = sum(getattr(usage, f.name) for f in fields(usage)[1:])
     name = f"{_text(used, 'agent')[:100]} {_text(used, 'title')[:100]}".strip()
     return f"{name} ({tokens:,} tokens, ${number_of(used.get('total_cost')):.4f})"
 
 
 def _tool(part: Record) -> dict[str, Any]:
-    state = _mapping(part, "state")
-    time, metadata = _mapping(state, "time"), _mapping(state, "metadata")
+    state = mapping(part.get("state"))
+    time, metadata = mapping(state.get("time")), mapping(state.get("metadata"))
     begin, end = number_of(time.get("start")), number_of(time.get("end"))
     asked = state.get("input")
     command = asked.get("command") if isinstance(asked, Mapping) and len(asked) <= 2 else None
@@ -283,11 +275,6 @@ def _cut(text: str, most: int) -> str:
 
 
 # --- values of unknown type ----------------------------------------------------------------------
-
-
-def _mapping(source: Record, name: str) -> Record:
-    value = source.get(name)
-    return value if isinstance(value, Mapping) else {}
 
 
 def _items(source: Record, name: str) -> list[Any]:

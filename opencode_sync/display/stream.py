@@ -1,9 +1,7 @@
-"""A run as a person sees it: text as it comes, each tool as one line.
+"""Shows a run while it goes on: the text as it comes, one line for each tool.
 
-    live(stream) --> text, deltas, tools --+--> a terminal or a file, as it comes
-                                           +--> one cell of a notebook, updated in place
-
-Knows events and screens; whose run it is, and what it costs, is somebody else's matter.
+live(stream) --> _Pieces: events as pieces to show --+--> _Terminal: a terminal or a file
+                                                     +--> _Cell: a notebook's cell, in place
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from typing import Any, Literal, TextIO
 
 from ..core.errors import OpenCodeConfigError
 from ..core.events import Event
-from ..core.reading import is_synthetic
+from ..core.reading import mapping, part_of
 from ..core.result import RunResult
 from ..core.stream import RunStream
 from ..core.text import markdown, one_line, outcome, printable, verbatim
@@ -25,35 +23,16 @@ LINE_WIDTH = 100
 UPDATE_S = 0.1  # between updates of a cell while text comes in deltas
 
 Kind = Literal["begin", "more", "end", "line", "pause"]
-"""Text that begins a paragraph, goes on with it, or ends it; a line of its own; or nothing, while
-somebody else may write."""
-
-
-def event_line(event: Mapping[str, Any]) -> str:
-    """What a person would want to see of *event*: text, a tool's line, or "" for all else."""
-    if event.get("type") == "tool_use":
-        return tool_line(event)
-    part = event.get("part")
-    if event.get("type") != "text" or not isinstance(part, Mapping) or is_synthetic(part):
-        return ""
-    return printable(str(part.get("text", "")))
-
-
-def tool_name(event: Mapping[str, Any]) -> str:
-    """The tool's name in its event, or the event's type where it names none."""
-    part = event.get("part")
-    return str((part.get("tool") if isinstance(part, Mapping) else None) or event.get("type"))
+"""Text that begins, continues or ends a paragraph; a line of its own; or a pause, in which
+something else may write to the screen."""
 
 
 def tool_line(event: Mapping[str, Any]) -> str:
-    """The event of a tool in one line: ``"[bash] ls -l (exit status 2)"``."""
-    part = event.get("part")
-    part = part if isinstance(part, Mapping) else {}
-    state = part.get("state")
-    state = state if isinstance(state, Mapping) else {}
-    name = one_line(tool_name(event), LINE_WIDTH // 2)
-    metadata = state.get("metadata")
-    status = metadata.get("exit") if isinstance(metadata, Mapping) else None
+    """One line for a tool's event: ``"[bash] ls -l (exit status 2)"``."""
+    part = part_of(event)
+    state = mapping(part.get("state"))
+    name = one_line(str(part.get("tool") or event.get("type")), LINE_WIDTH // 2)
+    status = mapping(state.get("metadata")).get("exit")
     ending = f" (exit status {status})" if status else ""
     if state.get("status") == "error":
         ending = f" (failed: {one_line(str(state.get('error')), LINE_WIDTH // 2)})"
@@ -62,34 +41,32 @@ def tool_line(event: Mapping[str, Any]) -> str:
 
 
 def _subject(state: Mapping[str, Any]) -> str:
-    """What a tool was used on: its title, else its first argument."""
+    """The tool's title, else its first argument."""
     if title := state.get("title"):
         return str(title)
-    arguments = state.get("input")
-    values = arguments.values() if isinstance(arguments, Mapping) else ()
-    return next((str(value) for value in values), "")
+    return next((str(value) for value in mapping(state.get("input")).values()), "")
 
 
 def live(
     stream: RunStream, *, file: TextIO | None = None, notes: TextIO | None = None
 ) -> RunResult:
-    """Show what *stream* gives as it comes, and return its result.
+    """Show the events of *stream* as they come, and return its result.
 
-    In a notebook that is one cell of Markdown, updated in place; elsewhere, or where *file* is
-    given, it is plain text. An interrupt ends the run.
+    In a notebook they are one cell of Markdown, updated in place; elsewhere, or if *file* is
+    given, plain text. An interrupt stops the run.
 
     Args:
-        file: Gets the model's text, standing as in ``result.final_text``; None for stdout.
-        notes: Gets a line for each tool, retry and warning; None for *file*.
+        file: Where the model's text goes, laid out as in ``result.final_text``; None for stdout.
+        notes: Where a line for each tool, retry and warning goes; None for *file*.
 
     Raises:
-        OpenCodeError: As iterating does, when all that came is on the screen.
+        OpenCodeError: As iterating over *stream* does, after everything is shown.
     """
-    if not hasattr(stream, "result"):  # what run() returns has ended
+    if not hasattr(stream, "result"):  # a RunResult, most likely
         kind = type(stream).__name__
         raise OpenCodeConfigError(f"stream is {kind}: use what a runner's stream() returns")
     is_cell = file is None and notes is None and in_notebook()
-    # A program may have no stdout: a service, or one without a console.
+    # A service has no stdout.
     shown_in = file or sys.stdout or io.StringIO()
     screen: _Cell | _Terminal = _Cell() if is_cell else _Terminal(shown_in, notes)
     pieces = _Pieces()
@@ -98,7 +75,7 @@ def live(
             for event in _until_its_end(stream):
                 is_text = event.get("type") in ("text", "text_delta")
                 if is_text and not stream.result._is_by_model(event):
-                    continue
+                    continue  # a sub-agent's, a summary, or not of the model
                 for kind, text in pieces.of(event):
                     screen.show(kind, text)
         finally:
@@ -110,38 +87,33 @@ def _until_its_end(stream: RunStream) -> Iterator[Event]:
     try:
         yield from stream
     except KeyboardInterrupt:
-        if stream.wait_ended(0):  # by this interrupt, as a rule
-            yield from stream  # what the run had still written
+        if stream.wait_ended(0):  # usually because of this interrupt
+            yield from stream  # the run's last output
         raise
 
 
 def in_notebook() -> bool:
-    """Whether there is a cell to show Markdown in; imports nothing."""
+    """Whether this runs in a notebook, whose cells show Markdown; imports nothing."""
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 class _Pieces:
-    """Events as pieces to show.
+    """Turns events into pieces to show.
 
-    A server gives text twice, in deltas and then whole: what has been shown is left out.
+    A server sends text twice, in deltas and then whole: what is shown already is left out.
     """
 
     def __init__(self) -> None:
-        self._shown: dict[object, str] = {}  # by part, while its deltas come
+        self._shown: dict[object, str] = {}  # of each part whose deltas are coming
         self._open_part: object = None
-        self._sub_agents: set[object] = set()  # sessions
 
     def of(self, event: Mapping[str, Any]) -> Iterator[tuple[Kind, str]]:
         kind = event.get("type")
-        if kind == "sub_agent":
-            self._sub_agents.add(event.get("childID"))
-        elif kind in ("text", "text_delta") and event.get("sessionID") in self._sub_agents:
-            pass  # said to the agent that called it
-        elif kind == "text_delta":
+        if kind == "text_delta":
             yield from self._delta(event.get("partID"), str(event.get("delta", "")))
         elif kind == "text":
-            yield from self._whole(event.get("part"))
+            yield from self._whole(part_of(event))
         elif kind == "tool_use":
             self._open_part = None
             yield "line", tool_line(event)
@@ -160,11 +132,10 @@ class _Pieces:
         self._open_part = part_id
         self._shown[part_id] = self._shown.get(part_id, "") + text
 
-    def _whole(self, part: object) -> Iterator[tuple[Kind, str]]:
-        part = part if isinstance(part, Mapping) else {}
+    def _whole(self, part: Mapping[str, Any]) -> Iterator[tuple[Kind, str]]:
         text = str(part.get("text", ""))
         shown = self._shown.pop(part.get("id"), "")
-        # Deltas are lost with a connection; what was shown of them is then said again.
+        # If a connection broke, deltas are missing: the whole text is shown again.
         rest = text[len(shown) :] if text.startswith(shown) else ""
         if shown and part.get("id") == self._open_part:
             yield "end", rest
@@ -178,12 +149,12 @@ class _Pieces:
 
 
 class _Terminal:
-    """Plain text: paragraphs apart by a blank line, lines between them."""
+    """Plain text: a blank line between paragraphs, notes on lines of their own."""
 
     def __init__(self, file: TextIO, notes: TextIO | None) -> None:
         self._file = file
         self._notes = notes or file
-        # A terminal obeys escape sequences; a file or a program gets the text as it is.
+        # A terminal would obey escape sequences; a file gets the text unchanged.
         self._clean = printable if file.isatty() else str
         self._is_begun = self._is_in_paragraph = False
 
@@ -221,7 +192,7 @@ def _write(file: TextIO, text: str) -> None:
     try:
         file.write(text)
     except UnicodeEncodeError as error:
-        # What an encoding has not is no reason to end the run.
+        # A character that the encoding lacks must not end the run.
         file.write(text.encode(error.encoding, "replace").decode(error.encoding))
 
 

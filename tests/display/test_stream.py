@@ -15,7 +15,7 @@ from opencode_sync.core.errors import OpenCodeError
 from opencode_sync.core.result import RunResult
 from opencode_sync.core.stream import RunStream
 from opencode_sync.display import stream as display
-from opencode_sync.display.stream import event_line, live, tool_line
+from opencode_sync.display.stream import live, tool_line
 
 
 def text(words: str, part: str = "a") -> dict[str, Any]:
@@ -112,15 +112,6 @@ def test_a_long_command_keeps_to_the_width() -> None:
 
     assert len(line) == display.LINE_WIDTH
     assert line.endswith("... (exit status 1)")
-
-
-@pytest.mark.parametrize(
-    "event, line",
-    [(text("Hi."), "Hi."), (LS, "[bash] ls"), ({"type": "step_start", "part": {}}, "")],
-    ids=["text", "tool", "else"],
-)
-def test_an_event_is_told_as_what_a_person_wants_to_see(event: dict[str, Any], line: str) -> None:
-    assert event_line(event) == line
 
 
 # --- a terminal ----------------------------------------------------------------------------------
