@@ -14,8 +14,8 @@ from opencode_sync import (
     OpenCodeClient,
     OpenCodeConfigError,
     OpenCodeProcessError,
+    build_argv,
 )
-from opencode_sync.process import command as _command
 from opencode_sync.testing import ScriptedModel, tool_call
 from tests.endings import COMMAND, Tools, script
 
@@ -31,9 +31,9 @@ def test_a_flag_that_the_binary_does_not_know_is_named_with_its_version(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def argv(*args: Any) -> list[str]:
-        return [*_command.build_argv(*args), "--from-the-future"]
+        return [*build_argv(*args), "--from-the-future"]
 
-    monkeypatch.setattr("opencode_sync.api.client.build_argv", argv)
+    monkeypatch.setattr("opencode_sync.process.command.build_argv", argv)
     version = subprocess.check_output([opencode_binary, "--version"], text=True).strip()
 
     with pytest.raises(OpenCodeProcessError) as caught:
