@@ -129,8 +129,7 @@ class Process:
             with lifetime.deferred():
                 self._popen = self._start(argv, cwd, env, stdin)
                 self.pid = self._popen.pid
-                tree.mark(self.pid, self._token)
-                self._born = tree.born(self.pid)
+                self._root = tree.mark(self.pid, self._token)
                 self._exit_fd = _exit_fd(self.pid)
                 self.started_at = time.monotonic()
                 self._start_readers(self._popen)
@@ -236,7 +235,7 @@ class Process:
         Returns whether there was anything to end.
         """
         assert self._popen is not None
-        stopped = tree.stop(self._token, roots=(self.pid,), since=self._born)
+        stopped = tree.stop(self._token, root=self._root)
         begun = time.monotonic()
         while self.returncode is None and _pause(begun, REAP_S, exit_fd=self._exit_fd):
             pass

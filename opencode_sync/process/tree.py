@@ -1,30 +1,21 @@
-"""The processes of a run: marked in their environment, found by the mark, and stopped.
+"""The processes of a run: marked when started, found by the mark, and stopped.
 
     opencode        OPENCODE_SYNC_RUN=A       set by us: chain()
       tool          OPENCODE_SYNC_RUN=A       inherited, through setsid and double forks too
         opencode    OPENCODE_SYNC_RUN=A/B     a tool that uses opencode_sync itself
       tool          a resource limit of A's   env -i: Linux hands it down all the same, see mark()
 
-OpenCode's end is not its tools' end: they have sessions of their own and go on under pid 1, where a
-walk over parents does not find them; the mark does. What bears A is stopped with A, so an outer run
-takes its inner ones along. A token has the form PROCESS.N; PROCESS alone stands for all runs of one
-Python process.
+When OpenCode ends, its tools do not: they have sessions of their own and go on below pid 1, where
+a walk over parents does not find them; the mark does. What bears A is stopped with A, so an outer
+run takes its inner ones along. A token has the form PROCESS.N; PROCESS alone stands for all runs of
+one Python process.
 
-Out of reach is a tool that was handed to a service or a container, and one of another user, if we
-are not root. Where there are no such limits (all but Linux), also a tool that cleans its
-environment (or writes over it, as some daemons do to set their title) and outlives both its parent
+Out of reach is a tool that was handed to a service or a container, and one of another user unless
+we are root. Where there are no such limits (all systems but Linux), also a tool that cleans its
+environment (or overwrites it, as some daemons do to set their title) and outlives both its parent
 and the leader of its session.
 
-Also loaded without the package, by the watchdog's process: imports nothing else of ours.
-
-The system's processes, as one look shows them: parent, session, age, and one variable.
-
-    pids() --> is_older(pid, since)? --> look_at(pid) --> Seen
-                                         variable(pid, name, part) --> its value, "" or None
-                                         limit_of(pid) --> a number that it was given, or 0
-
-Knows processes; nothing of runs, their marks, or signals. Also loaded without the package, by the
-watchdog's process.
+Also loaded without the package, by the watchdog's process: imports no other module of ours.
 """
 
 from __future__ import annotations
@@ -37,199 +28,41 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import psutil
 
-# How long it is remembered when a process was started: a pid is not given away again so soon.
-KNOWN_S = 1.0
-_MOST_KNOWN = 10_000
-
-_known: dict[int, tuple[int, float]] = {}  # pid -> when it was started, until when that is known
-
-# A look opens files, and a program that has no descriptor left to do it with is just the one whose
-# runs must be stopped: one is set aside.
-_reserve: list[int] = []  # at most one, but for two threads at once
-
-
-class Seen(NamedTuple):
-    """A process in the table.
-
-    Attributes:
-        parent, session: Their pids.
-        started: When it was, in the system's ticks; 0 where that is not known. A child's is never
-            less than its parent's.
-        is_alive: False for a zombie.
-    """
-
-    parent: int
-    session: int
-    started: int
-    is_alive: bool
-
-
-def set_aside() -> None:
-    """Keep a descriptor for looks to come, and what they import."""
-    import psutil  # noqa: F401
-
-    if not _reserve:
-        with suppress(OSError):
-            _reserve.append(os.open(os.devnull, os.O_RDONLY))
-
-
-def descriptors() -> list[int]:
-    """File descriptors that are kept until the interpreter ends."""
-    return list(_reserve)
-
-
-def is_older(pid: int, since: int) -> bool:
-    """Whether it is known, without a look, that *pid* was started before the tick *since*.
-
-    False says nothing: it was not looked at, or longer than ``KNOWN_S`` seconds ago.
-    """
-    started, known_until = _known.get(pid, (since, 0.0))
-    return started < since and time.monotonic() < known_until
-
-
-if sys.platform.startswith("linux"):
-    import resource
-
-    # psutil takes 40 microseconds for what a read takes 10, and all processes are looked at many
-    # times. Pids go round, so none is given away again between a look and what follows from it.
-
-    _BLOCK_BYTES = 65_536
-
-    def pids() -> list[int]:
-        """Of all processes, but what is started meanwhile with a pid that had gone by."""
-        try:
-            names = os.listdir("/proc")
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            with suppress(IndexError):  # another thread has taken it
-                os.close(_reserve.pop())
-            names = os.listdir("/proc")
-        return [int(name) for name in names if name.isdigit()]
-
-    def look_at(pid: int) -> Seen | None:
-        """None for what is no longer there, or not for us to see."""
-        # "PID (NAME) STATE PARENT GROUP SESSION ...", and a name may have ")" and spaces; the time
-        # of the start is the 22nd field.
-        try:
-            fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split(None, 20)
-        except PermissionError:  # hidden from us
-            return None
-        if len(fields) < 20:
-            return None
-        seen = Seen(int(fields[1]), int(fields[3]), int(fields[19]), fields[0] not in (b"Z", b"X"))
-        if len(_known) > _MOST_KNOWN:
-            _known.clear()
-        _known[pid] = (seen.started, time.monotonic() + KNOWN_S)
-        return seen
-
-    def variable(pid: int, name: str, part: str) -> str | None:
-        """The variable *name* of its environment; "" where it has none with *part* in it.
-
-        None where there is no environment: it is just starting another program, has ended, or is
-        none of a user's.
-        """
-        try:
-            environ = _read(f"/proc/{pid}/environ")
-        except PermissionError:  # another user's, and so it stays
-            return ""
-        if part.encode() in environ:  # rarely
-            for setting in environ.split(b"\0"):
-                key, _, value = setting.partition(b"=")
-                if key == name.encode():
-                    return value.decode(errors="replace")
-        return "" if environ else None
-
-    def limit_of(pid: int) -> int:
-        """The hard limit that :func:`set_limit` sets; 0 where it cannot be seen."""
-        try:
-            return resource.prlimit(pid, resource.RLIMIT_RTTIME)[1]
-        except (OSError, ValueError):  # it has ended, or is another user's
-            return 0
-
-    def set_limit(pid: int, value: int) -> None:
-        """Give *pid* a limit of *value*, if it has none."""
-        with suppress(OSError, ValueError):  # it has ended, or the system refuses
-            if resource.prlimit(pid, resource.RLIMIT_RTTIME)[1] == resource.RLIM_INFINITY:
-                resource.prlimit(pid, resource.RLIMIT_RTTIME, (value, value))
-
-    def _read(path: str) -> bytes:
-        """All of it; empty for a process that has ended."""
-        # "Too many open files", say, does not mean that there is none. A file object, since a bare
-        # descriptor could be left open by a Ctrl-C.
-        with suppress(FileNotFoundError, ProcessLookupError), io.FileIO(path) as file:
-            data = block = file.read(_BLOCK_BYTES)
-            while len(block) == _BLOCK_BYTES:  # less is the end
-                block = file.read(_BLOCK_BYTES)
-                data += block
-            return data
-        return b""
-
-else:
-
-    def pids() -> list[int]:
-        import psutil
-
-        return psutil.pids()
-
-    def look_at(pid: int) -> Seen | None:
-        import psutil
-
-        with suppress(psutil.Error, ProcessLookupError, PermissionError):
-            process = psutil.Process(pid)
-            parent = process.parent()  # None where the pid is a later process's by now
-            session = os.getsid(pid) if hasattr(os, "getsid") else pid
-            is_alive = process.status() != psutil.STATUS_ZOMBIE
-            return Seen(parent.pid if parent else 0, session, 0, is_alive)
-        return None
-
-    def variable(pid: int, name: str, part: str) -> str | None:
-        import psutil
-
-        with suppress(psutil.Error):  # ended, or another user's
-            return psutil.Process(pid).environ().get(name, "")
-        return None
-
-    def limit_of(pid: int) -> int:
-        return 0
-
-    def set_limit(pid: int, value: int) -> None:
-        pass
-
-
-_log = logging.getLogger("opencode_sync")
-
 MARKER = "OPENCODE_SYNC_RUN"
 GRACE_S = 1.0  # between asking and killing
 BOUND_S = 4.5  # on a whole stop(); what is killed is gone within milliseconds
 FIRST_PAUSE_S = 0.005
 LONGEST_PAUSE_S = 0.1
-# A process shows no environment for the moment in which it starts another program, and what ends
-# after pids() may have forked before. A look that met nothing of the kind is believed; else it
-# takes two that find nothing, a pause apart.
+# A process shows no environment for the moment in which it starts another program, and one that
+# ends after it was listed may have forked before. A look that met nothing of the kind is believed;
+# otherwise it takes two that find nothing, a pause apart.
 QUIET_LOOKS = 2
+
+_log = logging.getLogger("opencode_sync")
+
+# --- tokens and marks ----------------------------------------------------------------------------
 
 
 def process_token() -> str:
-    """The token of all runs of this Python process; a forked child has one of its own."""
+    """The token of all runs of this Python process; a forked child has its own."""
     return _process_token
 
 
 def run_token() -> str:
     """A new token, for one run."""
-    set_aside()
+    _set_aside()
     return f"{_process_token}.{next(_run_numbers)}"
 
 
 def chain(token: str, env: Mapping[str, str]) -> str:
-    """The value of the marker for a child whose environment would else be *env*."""
+    """The value of the marker for a child whose environment would otherwise be *env*."""
     outer = env.get(MARKER)
     return f"{outer}/{token}" if outer else token
 
@@ -239,15 +72,27 @@ def belongs(mark: str, token: str) -> bool:
     return any(part == token or part.startswith(f"{token}.") for part in mark.split("/"))
 
 
-def mark(pid: int, token: str) -> None:
+def mark(pid: int, token: str) -> Seen | None:
     """Mark our child *pid*, just started, and all that it will start with *token* once more.
 
     Linux hands resource limits down through every fork and exec, whatever becomes of environment,
     parent and session. The one for real-time processes that do not sleep is unlimited nearly
-    everywhere, is touched by next to nobody, and a limit of 100,000 years changes nothing. One that
+    everywhere, almost nobody touches it, and a limit of 100,000 years changes nothing. A limit that
     is set already stays: it is an outer run's, or somebody's for a reason.
+
+    Returns:
+        The child, as the root of :func:`stop`; None if there is no descriptor left to look at it.
     """
-    set_limit(pid, _limits(token)[0])
+    if sys.platform.startswith("linux"):
+        import resource
+
+        with suppress(OSError, ValueError):  # it has ended, or the system refuses
+            if _limit_of(pid) == resource.RLIM_INFINITY:
+                limit = _limits(token)[0]
+                resource.prlimit(pid, resource.RLIMIT_RTTIME, (limit, limit))
+    with suppress(OSError):
+        return _look_at(pid)
+    return None
 
 
 def _limits(token: str) -> range:
@@ -277,21 +122,117 @@ _renew()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
 
+# --- looking at processes ------------------------------------------------------------------------
 
-def find(token: str) -> list[psutil.Process]:
-    """All living processes that bear *token*, except this one. 1 ms where there are 100."""
-    limits = _limits(token)
-    bearing = (
-        pid
-        for pid in pids()
-        if (limit_of(pid) in limits and (seen := look_at(pid)) is not None and seen.is_alive)
-        or belongs(variable(pid, MARKER, token) or "", token)
-    )
-    return [process for pid in bearing if pid != os.getpid() and (process := _process(pid))]
+# Looking opens files, and a program that has no descriptor left for it is just the one whose runs
+# must be stopped: one is set aside.
+_reserve: list[int] = []  # at most one, unless two threads add theirs at once
 
 
-Sign = Callable[[int], "bool | None"]
-"""Whether a process is ours; None where it cannot be told for the moment."""
+def _set_aside() -> None:
+    """Keep a descriptor for later looks, and import what they need."""
+    import psutil  # noqa: F401
+
+    if not _reserve:
+        with suppress(OSError):
+            _reserve.append(os.open(os.devnull, os.O_RDONLY))
+
+
+def descriptors() -> list[int]:
+    """File descriptors that are kept until the interpreter ends."""
+    return list(_reserve)
+
+
+def _pids() -> list[int]:
+    """Pids of all processes. One that starts during the scan may be missed."""
+    import psutil
+
+    try:
+        return psutil.pids()
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        with suppress(IndexError):  # another thread has taken it
+            os.close(_reserve.pop())
+        return psutil.pids()
+
+
+class Seen(NamedTuple):
+    """A process at one moment.
+
+    Attributes:
+        parent, session: Their pids.
+        started: The system's ticks at its start, 0 where they are unknown. A child's are never less
+            than its parent's.
+        is_alive: False for a zombie.
+    """
+
+    pid: int
+    parent: int
+    session: int
+    started: int
+    is_alive: bool
+
+
+# What has ended, or is hidden from us. Other errors are raised: "too many open files", say, does
+# not mean that there is no process.
+_GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
+
+if sys.platform.startswith("linux"):
+
+    def _look_at(pid: int) -> Seen | None:
+        """None for what has ended, or is hidden from us."""
+        # psutil would read this file three times, between which the process may change, and takes
+        # five times as long, for all processes of the machine at each end of a run. Its start times
+        # change with the machine's clock; ticks do not.
+        with suppress(*_GONE), io.FileIO(f"/proc/{pid}/stat") as file:
+            # "PID (NAME) STATE PARENT GROUP SESSION ...", and a name may have ")" and spaces; the
+            # time of the start is the 22nd field.
+            fields = file.read(4096).rpartition(b")")[2].split(None, 20)
+            is_alive = fields[0] not in (b"Z", b"X")
+            return Seen(pid, int(fields[1]), int(fields[3]), int(fields[19]), is_alive)
+        return None
+
+else:
+
+    def _look_at(pid: int) -> Seen | None:
+        import psutil
+
+        with suppress(psutil.Error, *_GONE):
+            process = psutil.Process(pid)
+            session = os.getsid(pid) if hasattr(os, "getsid") else pid
+            is_alive = process.status() != psutil.STATUS_ZOMBIE
+            return Seen(pid, process.ppid(), session, 0, is_alive)
+        return None
+
+
+def _marker_of(pid: int) -> str | None:
+    """The value of the marker; "" where it is not set.
+
+    None where there is no environment: the process is just starting another program, or has ended.
+    """
+    import psutil
+
+    try:
+        env = psutil.Process(pid).environ()
+    except psutil.AccessDenied:  # another user's, and it stays so
+        return ""
+    except (psutil.Error, *_GONE):
+        return None
+    return env.get(MARKER, "") if env else None
+
+
+def _limit_of(pid: int) -> int:
+    """The hard limit that :func:`mark` sets; 0 where it cannot be seen."""
+    if sys.platform.startswith("linux"):
+        import resource
+
+        with suppress(OSError, ValueError):  # it has ended, or is another user's
+            return resource.prlimit(pid, resource.RLIMIT_RTTIME)[1]
+    return 0
+
+
+# --- finding and stopping ------------------------------------------------------------------------
 
 
 class Stopped(NamedTuple):
@@ -306,108 +247,97 @@ class Stopped(NamedTuple):
     left: list[psutil.Process]
 
 
-def born(pid: int) -> int:
-    """When our child *pid*, not yet reaped, was started; 0 where that cannot be had."""
-    with suppress(OSError):  # no descriptor left
-        if (seen := look_at(pid)) is not None:
-            return seen.started
-    return 0
+def find(token: str) -> list[psutil.Process]:
+    """All living processes that bear *token*, except this one."""
+    tree = Tree(token)
+    bearing = [pid for pid in _pids() if pid != os.getpid() and tree.bears(pid)]
+    seen = filter(None, map(_look_at, bearing))
+    return [process for each in seen if each.is_alive and (process := _process(each.pid))]
 
 
 def stop(
     token: str,
     *,
-    roots: Iterable[int] = (),
-    since: int = 0,
+    root: Seen | None = None,
     spare: Collection[str] = (),
     grace_s: float | None = None,
     bound_s: float | None = None,
 ) -> Stopped:
     """End what bears *token*, with all descendants.
 
-    All are asked (SIGTERM), and after the grace what is left is killed, until nothing is found any
-    more. An obedient tree takes some 20 ms. From any thread, in a finaliser too; takes no lock. If
-    it is interrupted (by a second Ctrl-C), it kills at once, then raises. Zombies count as gone:
-    reaping is their parents' business.
+    All are asked (SIGTERM), and after the grace what is left is killed, until a look finds nothing
+    more. An obedient tree takes some 20 ms. May be called in any thread, and in a finaliser; takes
+    no lock. If it is interrupted (by a second Ctrl-C), it kills at once, then raises. Zombies count
+    as gone: reaping them is up to their parents.
 
     Args:
-        roots: Pids of our own children of which descendants count whatever their environment;
-            one that has been reaped is ignored, even if the pid is another process's now.
-        since: When the first that bears the token was started, as :func:`born` tells; what is
-            older is passed over. 0 for all.
+        root: Our child that was the first to bear the token, as :func:`mark` returned it. Its
+            descendants count whatever their environment; what is older than it is passed over. If
+            it has ended, what it left in its session counts.
         spare: Tokens of runs under *token* to leave alone.
         grace_s: Seconds between asking and killing; None for ``GRACE_S``.
         bound_s: Seconds for all; None for ``BOUND_S``.
     """
-    tree = Tree(_by_mark(token, spare), token, roots=tuple(roots), since=since)
-    return tree.stop(grace_s=grace_s, bound_s=bound_s)
+    return Tree(token, root=root, spare=spare).stop(grace_s=grace_s, bound_s=bound_s)
 
 
 def stop_strays(token: str) -> Stopped:
     """Stop what has lost its parent and all signs of *token* but the limit, with all descendants.
 
-    Of a server's processes these are what no session can be told for: a tool cleaned their
-    environment, and its shell has ended.
+    Of a server's processes, these are the ones that cannot be assigned to a session: a tool cleaned
+    their environment, and its shell has ended.
     """
-    return Tree(_by_limit_alone(token), token).stop()
-
-
-def _by_mark(token: str, spare: Collection[str]) -> Sign:
-    """Whether a process bears *token*, and none that is to be spared."""
-    limits, spared = _limits(token), [_limits(run) for run in spare]
-
-    def bears(pid: int) -> bool | None:
-        if (limit := limit_of(pid)) in limits:
-            return not any(limit in run for run in spared)
-        mark = variable(pid, MARKER, token)
-        if mark is None:
-            return None
-        return belongs(mark, token) and not any(belongs(mark, run) for run in spare)
-
-    return bears
-
-
-def _by_limit_alone(token: str) -> Sign:
-    limits = _limits(token)
-
-    def is_stray(pid: int) -> bool | None:
-        if limit_of(pid) not in limits or (seen := look_at(pid)) is None:
-            return False
-        # An empty environment reads as one that is not there for the moment.
-        return limit_of(seen.parent) not in limits and not variable(pid, MARKER, token)
-
-    return is_stray
+    return Tree(token, only_strays=True).stop()
 
 
 class Tree:
-    """Processes that bear a sign, and their descendants, as far as they have been seen.
+    """Processes that bear a token, and their descendants, as far as they have been seen.
 
     A process that was seen once is remembered: with its parent's death it may lose the only sign
-    that it is ours. psutil knows it by pid and start time, so a signal goes to no other.
+    that it is ours. psutil knows it by pid and start time, so no other process gets its signal.
     """
 
     def __init__(
-        self, sign: Sign, label: str, *, roots: Collection[int] = (), since: int = 0
+        self,
+        token: str,
+        *,
+        root: Seen | None = None,
+        spare: Collection[str] = (),
+        only_strays: bool = False,
     ) -> None:
-        """For *roots* and *since*, see :func:`stop`.
-
-        Args:
-            label: For log lines.
-        """
-        self._sign = sign
-        self._label = label
-        self._roots = roots
-        self._since = since
+        """For *root* and *spare*, see :func:`stop`; for *only_strays*, :func:`stop_strays`."""
+        self._token, self._spare, self._only_strays = token, spare, only_strays
+        self._limits = _limits(token)
         self._is_clear = False  # whether the last look can have missed nothing
+        self._root = root
         self._known: dict[int, psutil.Process] = {}
         self._denied: set[psutil.Process] = set()
 
     @classmethod
     def of(cls, token: str) -> Tree:
         """Find what bears *token*, and remember it."""
-        tree = cls(_by_mark(token, ()), token)
-        tree._look(on_sight=_nothing)
+        tree = cls(token)
+        tree._look(on_sight=lambda process: None)
         return tree
+
+    def bears(self, pid: int) -> bool | None:
+        """Whether *pid* bears the token and is not spared; None where it cannot be told for now."""
+        limit = _limit_of(pid)
+        has_limit = limit in self._limits
+        if self._only_strays:
+            # An empty environment reads as one that is not there for the moment.
+            seen = _look_at(pid) if has_limit else None
+            return (
+                seen is not None
+                and _limit_of(seen.parent) not in self._limits
+                and not belongs(_marker_of(pid) or "", self._token)
+            )
+        if has_limit:
+            return not any(limit in _limits(run) for run in self._spare)
+        marker = _marker_of(pid)
+        if marker is None:
+            return None
+        return belongs(marker, self._token) and not any(belongs(marker, run) for run in self._spare)
 
     def stop(self, *, grace_s: float | None = None, bound_s: float | None = None) -> Stopped:
         """Stop all of it; see :func:`stop`."""
@@ -417,21 +347,17 @@ class Tree:
         grace_end = started + (GRACE_S if grace_s is None else grace_s)
         deadline = started + (BOUND_S if bound_s is None else bound_s)
         try:
-            left = self.signal_until_gone(psutil.Process.terminate, min(grace_end, deadline))
+            left = self._signal_until_gone(psutil.Process.terminate, min(grace_end, deadline))
             if left:
-                left = self.signal_until_gone(psutil.Process.kill, deadline)
+                left = self._signal_until_gone(psutil.Process.kill, deadline)
         except BaseException:
-            self.signal_until_gone(psutil.Process.kill, deadline)
+            self._signal_until_gone(psutil.Process.kill, deadline)
             raise
         for process in left:
-            _log.warning("process %d of run %s cannot be ended", process.pid, self._label)
-        return Stopped(self.found, left)
+            _log.warning("process %d of run %s cannot be ended", process.pid, self._token)
+        return Stopped(len(self._known), left)
 
-    @property
-    def found(self) -> int:
-        return len(self._known)
-
-    def signal_until_gone(
+    def _signal_until_gone(
         self, send: Callable[[psutil.Process], None], end: float
     ) -> list[psutil.Process]:
         """Signal each once, those that appear meanwhile too; return what lives at *end*."""
@@ -462,7 +388,7 @@ class Tree:
         try:
             send(process)
             name = process.name()  # a command line could tell a secret
-            _log.debug("run %s: %s %d (%s)", self._label, send.__name__, process.pid, name)
+            _log.debug("run %s: %s %d (%s)", self._token, send.__name__, process.pid, name)
             if process.status() == psutil.STATUS_STOPPED:
                 process.resume()  # it does not see the signal before
         except psutil.NoSuchProcess:
@@ -471,60 +397,57 @@ class Tree:
             self._denied.add(process)
 
     def _look(self, on_sight: Callable[[psutil.Process], None]) -> list[psutil.Process]:
-        """All that live now: by mark, by root, by memory, and what hangs below these.
+        """All that live now: by mark, by memory, and what hangs below these.
 
         Args:
             on_sight: Called at once with each that bears the mark and whose parent does not: what
                 forks and ends again and again would be gone by the end of the look. Others wait
                 for their parents: a shell whose command ended before it would begin the next one.
         """
-        self._is_clear = True
-        kin, marked = self._kin(on_sight)
-        us = os.getpid()
-        # A root that is alive and not our child has been reaped, and its pid given away.
-        heads = {root for root in self._roots if root not in kin or kin[root].parent == us}
-        kin.pop(us, None)
-        heads |= {pid for pid in self._known if pid not in kin}
-        ours = (heads & kin.keys()) | (marked & kin.keys())
-        ours |= {pid for pid, process in self._known.items() if pid in kin and process.is_running()}
+        kin = self._kin(on_sight)
+        heads = {
+            pid for pid, process in self._known.items() if pid not in kin or process.is_running()
+        }
+        # Where its pid is another process's by now, that process differs in something.
+        if self._root is not None and kin.get(self._root.pid, self._root) == self._root:
+            heads.add(self._root.pid)
         # The members of a session are taken for its leader's children, after its end too: what is
         # ours began it, and what was forked behind our back may have lost all other signs.
         below: dict[int, list[int]] = defaultdict(list)
         for pid, seen in kin.items():
             below[seen.parent].append(pid)
             below[seen.session].append(pid)
-        unvisited = list(ours | heads)
+        ours, unvisited = set(heads), list(heads)
         while unvisited:
             for pid in below.pop(unvisited.pop(), ()):
                 if pid not in ours:
                     ours.add(pid)
                     unvisited.append(pid)
-        return [process for pid in sorted(ours) if (process := self._remember(pid))]
+        return [process for pid in sorted(ours & kin.keys()) if (process := self._remember(pid))]
 
-    def _kin(self, on_sight: Callable[[psutil.Process], None]) -> tuple[dict[int, Seen], set[int]]:
-        """All that live and are young enough to be ours, and those of them that bear the mark."""
-        kin, marked = {}, set()
+    def _kin(self, on_sight: Callable[[psutil.Process], None]) -> dict[int, Seen]:
+        """All that live and are young enough to be ours; remembers those that bear the mark."""
+        self._is_clear = True
+        kin: dict[int, Seen] = {}
         us = os.getpid()
+        since = 0 if self._root is None else self._root.started
         # Newest first: what forks and ends again and again is caught at its latest.
-        for pid in sorted(pids(), reverse=True):
-            if is_older(pid, self._since):
+        for pid in sorted(_pids(), reverse=True):
+            seen = _look_at(pid)
+            if pid == us or (seen is not None and seen.started < since):
                 continue
-            seen = look_at(pid)
-            if seen is not None and seen.started < self._since:
-                continue
-            if seen is not None and seen.is_alive:
-                kin[pid] = seen
-                if pid != us and self._is_marked(pid):
-                    marked.add(pid)
-                    process = self._remember(pid)
-                    if process is not None and not self._is_marked(seen.parent):
-                        on_sight(process)
-            else:
+            if seen is None or not seen.is_alive:
                 self._is_clear = False
-        return kin, marked
+                continue
+            kin[pid] = seen
+            if self._is_marked(pid):
+                process = self._remember(pid)
+                if process is not None and not self._is_marked(seen.parent):
+                    on_sight(process)
+        return kin
 
     def _is_marked(self, pid: int) -> bool:
-        bears = self._sign(pid)
+        bears = self.bears(pid)
         if bears is None:
             self._is_clear = False
         return bool(bears)
@@ -542,7 +465,3 @@ def _process(pid: int) -> psutil.Process | None:
     with suppress(psutil.Error):  # it has just ended
         return psutil.Process(pid)
     return None
-
-
-def _nothing(process: psutil.Process) -> None:
-    pass

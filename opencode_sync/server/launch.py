@@ -95,7 +95,7 @@ class ServerProcess:
         finally:
             childs_end.close()
         self.pid = self._popen.pid
-        tree.mark(self.pid, self.token)
+        self._root = tree.mark(self.pid, self.token)
         self._threads = [self._thread("output", self._read), self._thread("exit", self._wait)]
         try:
             if not scope.wait(self._is_decided, timeout_s) or not self.url:
@@ -181,7 +181,7 @@ class ServerProcess:
         self._is_stopping = True
         if at_once and not self.has_exited:
             self._popen.kill()
-        tree.stop(self.token, roots=() if self.has_exited else (self.pid,))
+        tree.stop(self.token, root=self._root)
         self._exited.wait(JOIN_S)
         with suppress(OSError):
             self._output.shutdown(socket.SHUT_RDWR)

@@ -16,8 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from opencode_sync.process import tree as _proctable
-from opencode_sync.process import tree as _tree
+from opencode_sync.process import tree
 
 BOUND_S = 5.0
 ROOT = Path(__file__).parents[2]
@@ -63,7 +62,7 @@ def session_of(pid: int) -> int:
 
 @pytest.fixture
 def token() -> str:
-    return _tree.run_token()
+    return tree.run_token()
 
 
 @pytest.fixture
@@ -77,7 +76,7 @@ def tool(token: str) -> Iterator[Callable[..., Tool]]:
         process = subprocess.Popen(
             [*shell, script],
             stdout=subprocess.PIPE,
-            env={**os.environ, _tree.MARKER: mark},
+            env={**os.environ, tree.MARKER: mark},
             start_new_session=True,
         )
         tools.append(Tool(process, []))
@@ -95,28 +94,22 @@ def tool(token: str) -> Iterator[Callable[..., Tool]]:
             started.process.stdout.close()
 
 
-@pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Of each look at the processes, the pids that it was about."""
-    taken: list[list[int]] = []
-
-    def counted() -> list[int]:
-        taken.append(_proctable.pids())
-        return taken[-1]
-
-    monkeypatch.setattr(_tree, "pids", counted)
-    return taken
+def root_of(child: Tool) -> tree.Seen:
+    """The child as a root, without the limit of the token that is stopped."""
+    root = tree.mark(child.process.pid, tree.run_token())
+    assert root is not None
+    return root
 
 
 # --- tokens --------------------------------------------------------------------------------------
 
 
 def test_each_run_has_a_token_of_its_own() -> None:
-    assert _tree.run_token() != _tree.run_token()
+    assert tree.run_token() != tree.run_token()
 
 
 def test_all_runs_of_a_process_belong_to_its_token() -> None:
-    assert _tree.belongs(_tree.run_token(), _tree.process_token())
+    assert tree.belongs(tree.run_token(), tree.process_token())
 
 
 @pytest.mark.parametrize(
@@ -132,11 +125,11 @@ def test_all_runs_of_a_process_belong_to_its_token() -> None:
     ],
 )
 def test_a_mark_belongs_to_each_run_in_its_chain(mark: str, token: str, expected: bool) -> None:
-    assert _tree.belongs(mark, token) is expected
+    assert tree.belongs(mark, token) is expected
 
 
 def test_a_run_inside_a_run_is_marked_with_both() -> None:
-    mark = _tree.chain("9-cd.4", {_tree.MARKER: _tree.chain("7-ab.1", {})})
+    mark = tree.chain("9-cd.4", {tree.MARKER: tree.chain("7-ab.1", {})})
 
     assert mark == "7-ab.1/9-cd.4"
 
@@ -144,10 +137,10 @@ def test_a_run_inside_a_run_is_marked_with_both() -> None:
 def test_a_forked_child_has_a_process_token_of_its_own() -> None:
     program = """
 import os
-from opencode_sync.process import tree as _tree
-print(_tree.process_token(), flush=True)
+from opencode_sync.process import tree
+print(tree.process_token(), flush=True)
 if not os.fork():
-    print(_tree.process_token(), flush=True)
+    print(tree.process_token(), flush=True)
     os._exit(0)
 os.wait()
 """
@@ -167,9 +160,9 @@ def test_what_bears_the_token_is_found_and_nothing_else(
     tool: Callable[..., Tool], token: str
 ) -> None:
     marked = tool("sleep 911 & echo $!; wait", 1)
-    tool("sleep 912 & echo $!; wait", 1, mark=_tree.run_token())
+    tool("sleep 912 & echo $!; wait", 1, mark=tree.run_token())
 
-    found = _tree.find(token)
+    found = tree.find(token)
 
     assert sorted(process.pid for process in found) == sorted([marked.process.pid, *marked.pids])
 
@@ -179,7 +172,7 @@ def test_a_zombie_is_not_found(tool: Callable[..., Tool], token: str) -> None:
     while is_alive(ended.process.pid):
         time.sleep(0.01)
 
-    assert _tree.find(token) == []
+    assert tree.find(token) == []
 
 
 # --- stopping ------------------------------------------------------------------------------------
@@ -235,11 +228,11 @@ def test_stopping_leaves_nothing_alive(
     started = tool(script, count)
     begun = time.monotonic()
 
-    left = _tree.stop(token).left
+    left = tree.stop(token).left
 
     assert left == []
     assert started.living() == []
-    assert _tree.find(token) == []
+    assert tree.find(token) == []
     assert time.monotonic() - begun < BOUND_S
 
 
@@ -248,9 +241,9 @@ def test_what_forks_and_ends_again_and_again_is_caught(
 ) -> None:
     tool(HOPPING, 1, shell=(sys.executable, "-c"))
 
-    _tree.stop(token)
+    tree.stop(token)
 
-    assert _tree.find(token) == []
+    assert tree.find(token) == []
 
 
 @pytest.mark.parametrize("state", ["running", "suspended"])
@@ -260,7 +253,7 @@ def test_what_is_asked_may_use_the_grace(tool: Callable[..., Tool], token: str, 
         polite.process.send_signal(signal.SIGSTOP)
         os.waitpid(polite.process.pid, os.WUNTRACED)
 
-    _tree.stop(token)
+    tree.stop(token)
 
     assert polite.process.stdout
     assert polite.process.stdout.readline() == b"tidied\n"
@@ -270,17 +263,20 @@ def test_a_root_is_stopped_with_its_descendants_whatever_their_environment(
     tool: Callable[..., Tool], token: str
 ) -> None:
     unmarked = tool("sleep 913 & echo $!; wait", 1, mark="")
+    root = root_of(unmarked)
 
-    _tree.stop(token, roots=[unmarked.process.pid])
+    tree.stop(token, root=root)
 
     assert unmarked.living() == []
 
 
 def test_what_a_root_left_in_its_session_is_stopped(tool: Callable[..., Tool], token: str) -> None:
-    unmarked = tool("sleep 914 & echo $!", 1, mark="")
+    unmarked = tool("sleep 914 & echo $!; read go", 1, mark="")
+    root = root_of(unmarked)
+    unmarked.process.kill()
     unmarked.process.wait()
 
-    _tree.stop(token, roots=[unmarked.process.pid])
+    tree.stop(token, root=root)
 
     assert unmarked.living() == []
 
@@ -294,7 +290,7 @@ def limited(token: str) -> Iterator[int]:
         stdout=subprocess.PIPE,
         start_new_session=True,
     )
-    _tree.mark(shell.pid, token)
+    tree.mark(shell.pid, token)
     pid = int(shell.communicate(b"go\n")[0].split()[0])
     yield pid
     with suppress(ProcessLookupError):
@@ -304,25 +300,25 @@ def limited(token: str) -> Iterator[int]:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's resource limits")
 class TestOfWhatHasNoOtherMarkThanItsLimit:
     def test_it_is_found_and_stopped(self, limited: int, token: str) -> None:
-        found = [process.pid for process in _tree.find(token)]
+        found = [process.pid for process in tree.find(token)]
 
-        _tree.stop(token)
+        tree.stop(token)
 
         assert found == [limited]
         assert not is_alive(limited)
 
     def test_all_runs_of_a_process_take_it_along(self, limited: int) -> None:
-        _tree.stop(_tree.process_token())
+        tree.stop(tree.process_token())
 
         assert not is_alive(limited)
 
     def test_another_run_leaves_it_alone(self, limited: int) -> None:
-        _tree.stop(_tree.run_token())
+        tree.stop(tree.run_token())
 
         assert is_alive(limited)
 
     def test_it_can_be_spared(self, limited: int, token: str) -> None:
-        _tree.stop(_tree.process_token(), spare=[token])
+        tree.stop(tree.process_token(), spare=[token])
 
         assert is_alive(limited)
 
@@ -330,38 +326,39 @@ class TestOfWhatHasNoOtherMarkThanItsLimit:
         self, limited: int, tool: Callable[..., Tool], token: str
     ) -> None:
         marked = tool("echo $$; exec sleep 935", 1)
-        _tree.mark(marked.process.pid, token)
+        tree.mark(marked.process.pid, token)
 
-        _tree.stop_strays(token)
+        tree.stop_strays(token)
 
         assert not is_alive(limited)
         assert marked.living()
 
     def test_a_limit_that_is_there_already_stays(self, limited: int, token: str) -> None:
-        _tree.mark(limited, _tree.run_token())
+        tree.mark(limited, tree.run_token())
 
-        assert [process.pid for process in _tree.find(token)] == [limited]
+        assert [process.pid for process in tree.find(token)] == [limited]
 
 
 def test_what_was_seen_once_is_stopped_when_nothing_shows_any_more_whose_it_is(
     tool: Callable[..., Tool], token: str
 ) -> None:
     shell = tool("env -i setsid sleep 936 & echo $!; wait", 1)
-    tree = _tree.Tree.of(token)
+    found = tree.Tree.of(token)
     shell.process.kill()
     shell.process.wait()
 
-    tree.stop()
+    found.stop()
 
     assert not is_alive(shell.pids[0])
 
 
-def test_a_root_that_is_not_our_child_is_another_process_by_now(
+def test_another_process_with_the_pid_of_the_root_is_left_alone(
     tool: Callable[..., Tool], token: str
 ) -> None:
-    stranger = tool("(sleep 915 & echo $!)", 1, mark="")
+    stranger = tool("echo $$; exec sleep 915", 1, mark="")
+    root = root_of(stranger)
 
-    _tree.stop(token, roots=stranger.pids)
+    tree.stop(token, root=root._replace(started=root.started - 1))
 
     assert stranger.living() == stranger.pids
 
@@ -371,7 +368,7 @@ def test_a_shell_is_ended_before_its_command_and_begins_no_other_one(
 ) -> None:
     tool(f"echo $$; for n in 1 2 3 4; do sleep 934; touch {tmp_path}/begun; done", 1)
 
-    _tree.stop(token)
+    tree.stop(token)
 
     assert list(tmp_path.iterdir()) == []
 
@@ -379,7 +376,7 @@ def test_a_shell_is_ended_before_its_command_and_begins_no_other_one(
 def test_an_outer_run_takes_its_inner_runs_along(tool: Callable[..., Tool], token: str) -> None:
     inner = tool("echo $$; exec sleep 916", 1, mark=f"{token}/7-ab.1")
 
-    _tree.stop(token)
+    tree.stop(token)
 
     assert inner.living() == []
 
@@ -388,16 +385,16 @@ def test_an_inner_run_is_stopped_alone(tool: Callable[..., Tool], token: str) ->
     outer = tool("echo $$; exec sleep 917", 1)
     tool("echo $$; exec sleep 918", 1, mark=f"{token}/7-ab.1")
 
-    _tree.stop("7-ab.1")
+    tree.stop("7-ab.1")
 
-    assert [process.pid for process in _tree.find(token)] == [outer.process.pid]
+    assert [process.pid for process in tree.find(token)] == [outer.process.pid]
 
 
 def test_a_run_can_be_spared(tool: Callable[..., Tool]) -> None:
     spared = tool("echo $$; exec sleep 919", 1, mark="7-ab.1")
     stopped = tool("echo $$; exec sleep 920", 1, mark="7-ab.2")
 
-    _tree.stop("7-ab", spare=["7-ab.1"])
+    tree.stop("7-ab", spare=["7-ab.1"])
 
     assert spared.living()
     assert not stopped.living()
@@ -406,92 +403,43 @@ def test_a_run_can_be_spared(tool: Callable[..., Tool]) -> None:
 def test_how_many_were_found_is_told(tool: Callable[..., Tool], token: str) -> None:
     tool("sleep 928 & echo $!; wait", 1)
 
-    first, second = _tree.stop(token), _tree.stop(token)
+    first, second = tree.stop(token), tree.stop(token)
 
     assert (first.asked, second.asked) == (2, 0)
 
 
-def test_what_is_younger_than_the_run_s_child_is_stopped(
-    tool: Callable[..., Tool], token: str
-) -> None:
-    started = tool("(setsid sleep 929 & echo $!); sleep 930", 1)
-
-    _tree.stop(token, since=_tree.born(started.process.pid))
-
-    assert started.living() == []
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ages are known on Linux")
-def test_what_is_older_than_the_run_s_child_is_not_looked_into(
+def test_what_is_older_than_the_root_is_not_looked_into(
     tool: Callable[..., Tool], token: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_into: list[int] = []
-    monkeypatch.setattr(_tree, "variable", lambda pid, *_: looked_into.append(pid) or "")
-    older = tool("echo $$; exec sleep 931", 1, mark="")
-    while _tree.born(older.process.pid) == _tree.born(_a_child(tool)):
-        pass  # ticks are 10 ms long
-    child = tool("echo $$; exec sleep 932", 1)
+    marker_of = tree._marker_of
+    monkeypatch.setattr(tree, "_marker_of", lambda pid: looked_into.append(pid) or marker_of(pid))
+    child = tool("(setsid sleep 929 & echo $!); sleep 930", 1)
 
-    _tree.stop(token, since=_tree.born(child.process.pid))
+    tree.stop(token, root=root_of(child))
 
-    assert child.process.pid in looked_into
-    assert not {older.process.pid, os.getpid()} & set(looked_into)
+    assert child.living() == []
+    assert os.getppid() not in looked_into
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ages are known on Linux")
-def test_how_old_a_process_is_is_remembered_for_a_while(
-    tool: Callable[..., Tool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_proctable, "KNOWN_S", 60.0)
-    pid = _a_child(tool)
-    seen = _proctable.look_at(pid)
-    assert seen is not None
-
-    assert _proctable.is_older(pid, seen.started + 1)
-    assert not _proctable.is_older(pid, seen.started)
-    later = time.monotonic() + 61
-    monkeypatch.setattr(time, "monotonic", lambda: later)
-    assert not _proctable.is_older(pid, seen.started + 1)
-
-
-def _a_child(tool: Callable[..., Tool]) -> int:
-    return tool("echo $$; exec sleep 933", 1, mark="").process.pid
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="psutil tells less")
-def test_a_look_that_met_nothing_unclear_is_believed(
-    token: str, looks: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_tree, "variable", lambda *_: "")
-    monkeypatch.setattr(_tree, "look_at", lambda pid: _proctable.Seen(1, pid, 0, True))
-
-    _tree.stop(token)
-
-    assert len(looks) == 1
-
-
-@pytest.mark.parametrize(
-    "name, seen",
-    [
-        pytest.param("variable", None, id="no environment to be seen"),
-        pytest.param("look_at", None, id="gone since it was listed"),
-        pytest.param("look_at", _proctable.Seen(1, 1, 0, is_alive=False), id="a zombie"),
-    ],
-)
 def test_after_a_look_that_may_have_missed_something_another_is_taken(
-    token: str, looks: list[list[int]], monkeypatch: pytest.MonkeyPatch, name: str, seen: object
+    token: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_tree, name, lambda *_: seen)
+    looks: list[list[int]] = []
+    pids = tree._pids
+    monkeypatch.setattr(tree, "_pids", lambda: looks.append(pids()) or looks[-1])
+    monkeypatch.setattr(tree, "_look_at", lambda pid: None)  # each has gone since it was listed
 
-    _tree.stop(token)
+    tree.stop(token)
 
-    assert len(looks) == 2
+    assert len(looks) == tree.QUIET_LOOKS
 
 
 def test_our_child_s_exit_status_stays_ours(tool: Callable[..., Tool], token: str) -> None:
     child = tool("echo $$; exec sleep 921", 1)
 
-    _tree.stop(token)
+    tree.stop(token)
 
     assert child.process.wait() == -signal.SIGTERM
 
@@ -501,15 +449,15 @@ def test_our_child_s_exit_status_stays_ours(tool: Callable[..., Tool], token: st
 def test_an_interrupted_stop_still_leaves_nothing_alive(
     tool: Callable[..., Tool], token: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_tree, "GRACE_S", 60.0)
-    monkeypatch.setattr(_tree, "BOUND_S", 60.0)
+    monkeypatch.setattr(tree, "GRACE_S", 60.0)
+    monkeypatch.setattr(tree, "BOUND_S", 60.0)
     deaf = tool("trap '' TERM; echo $$; while :; do sleep 922; done", 1)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
 
     try:
         with pytest.raises(KeyboardInterrupt):
             signal.setitimer(signal.ITIMER_REAL, 0.3)
-            _tree.stop(token)
+            tree.stop(token)
     finally:
         signal.signal(signal.SIGALRM, before)
 
@@ -519,9 +467,9 @@ def test_an_interrupted_stop_still_leaves_nothing_alive(
 def test_with_no_file_descriptor_left_tools_are_stopped_all_the_same() -> None:
     program = """
 import os, subprocess, sys
-from opencode_sync.process import tree as _tree
-token = _tree.run_token()
-env = {**os.environ, _tree.MARKER: token}
+from opencode_sync.process import tree
+token = tree.run_token()
+env = {**os.environ, tree.MARKER: token}
 child = subprocess.Popen(["sh", "-c", "sleep 923 & sleep 923"], env=env, start_new_session=True)
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
@@ -530,7 +478,7 @@ try:
         os.dup(1)
 except OSError:
     pass
-left = _tree.stop(token).left
+left = tree.stop(token).left
 sys.exit(f"{left} {child.wait()}" if left or child.wait() != -15 else 0)
 """
 
@@ -543,11 +491,12 @@ sys.exit(f"{left} {child.wait()}" if left or child.wait() != -15 else 0)
 def test_what_we_may_not_end_is_returned_without_waiting() -> None:
     program = """
 import os, subprocess, sys
-from opencode_sync.process import tree as _tree
-token = _tree.run_token()
+from opencode_sync.process import tree
+token = tree.run_token()
 child = subprocess.Popen(["sleep", "924"])
+root = tree.mark(child.pid, token)
 os.setresuid(65534, 65534, 0)
-left = _tree.stop(token, roots=[child.pid], grace_s=60, bound_s=60).left
+left = tree.stop(token, root=root, grace_s=60, bound_s=60).left
 os.setresuid(0, 0, 0)
 child.kill()
 child.wait()
@@ -567,7 +516,7 @@ def test_the_log_names_processes_but_not_their_arguments(
     caplog.set_level(logging.DEBUG, logger="opencode_sync")
     secretive = tool("echo $$; : open sesame; while :; do sleep 0.01; done", 1)
 
-    _tree.stop(token)
+    tree.stop(token)
 
     assert f"{secretive.process.pid} (sh)" in caplog.text
     assert "sesame" not in caplog.text
