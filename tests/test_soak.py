@@ -21,7 +21,6 @@ import pytest
 
 from opencode_sync import OpenCodeError, OpenCodeServer, RunStream
 from opencode_sync.api.runner import Runner
-from opencode_sync.process import tree
 from tests import leaks, serving
 from tests.faults import standin_client
 from tests.standin import VERSION
@@ -132,7 +131,6 @@ def objects() -> collections.Counter[str]:
 
 def blocks() -> int:
     """How many small blocks of memory are in use."""
-    tree._known.clear()  # of processes that were seen; bounded, and kept on purpose
     gc.collect()
     return sys.getallocatedblocks()
 
