@@ -242,7 +242,7 @@ def test_the_launcher_is_not_taken_for_the_program(npm: Npm) -> None:
 
 @pytest.mark.parametrize("version", ["", "latest", "1.18", "v1.18.33", "../1.18.33", "1.18.33 -g"])
 def test_what_is_no_version_is_refused_before_npm_is_asked(npm: Npm, version: str) -> None:
-    with pytest.raises(OpenCodeConfigError, match="is no version of OpenCode: give three numbers"):
+    with pytest.raises(OpenCodeConfigError, match="is not a version of OpenCode: give three numbers"):
         install(version)
 
     assert npm.calls == []
