@@ -240,20 +240,23 @@ def test_the_launcher_is_not_taken_for_the_program(npm: Npm) -> None:
 # --- what goes wrong -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", ["", "latest", "1.18", "v1.18.33", "../1.18.33", "1.18.33 -g"])
-def test_what_is_no_version_is_refused_before_npm_is_asked(npm: Npm, version: str) -> None:
-    with pytest.raises(OpenCodeConfigError, match="is not a version of OpenCode: give three numbers"):
+@pytest.mark.parametrize(
+    "version", ["", "latest", "1.18", "v1.18.33", "../1.18.33", "1.18.33 -g", "0.0.0-dev-1"]
+)
+def test_what_is_not_a_version_is_refused_before_npm_is_asked(npm: Npm, version: str) -> None:
+    with pytest.raises(
+        OpenCodeConfigError, match="is not a version of OpenCode: give three numbers"
+    ):
         install(version)
 
     assert npm.calls == []
 
 
-@pytest.mark.parametrize("version", ["2.0.10", "0.0.0-dev-1"], ids=["a later one", "a build"])
-def test_a_version_that_is_not_known_is_refused_before_npm_is_asked(npm: Npm, version: str) -> None:
+def test_a_later_version_is_refused_before_npm_is_asked(npm: Npm) -> None:
     with pytest.raises(OpenCodeConfigError) as caught:
-        install(version)
+        install("2.0.10")
 
-    assert version in str(caught.value)
+    assert "2.0.10" in str(caught.value)
     assert "1.17 up to, not including, 2" in str(caught.value)
     assert npm.calls == []
 
