@@ -1,9 +1,8 @@
 """The eight packages, and which of them may import which.
 
-A package imports from those left of it in :data:`LAYERS`, never from its own layer's others or from
-the right, wherever in a module the import stands; imports for the type checker alone are free. What
-is not ours is imported only by the modules named for it, and inside functions, so that ``import
-opencode_sync`` stays light.
+A package imports only from packages in earlier layers of :data:`LAYERS`, anywhere in a module;
+imports for the type checker are free. Third-party packages are imported only by the modules in
+:data:`THIRD_PARTY`, inside functions, so that ``import opencode_sync`` stays light.
 """
 
 from __future__ import annotations
@@ -14,12 +13,10 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
+from typing import NamedTuple
 
 PACKAGE = "opencode_sync"
 SOURCE = Path(__file__).parent.parent / PACKAGE
@@ -35,7 +32,7 @@ LAYERS = (
 )
 LAYER_OF = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 
-# Each imported inside functions alone, when it is used.
+# Which modules may import it, inside functions.
 THIRD_PARTY = {
     "psutil": {
         *("process.tree", "process.watchdog", "process.capacity", "process.leftovers"),
@@ -61,15 +58,13 @@ HEAVY = {*THIRD_PARTY, "asyncio", "distributed", "http.server", "importlib.metad
 }
 
 
-def _dotted(path: Path) -> str:
-    return ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+MODULES = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts): path
+    for path in sorted(SOURCE.rglob("*.py"))
+}
 
 
-MODULES = {_dotted(path): path for path in sorted(SOURCE.rglob("*.py"))}
-
-
-@dataclass(frozen=True)
-class Import:
+class Import(NamedTuple):
     """One import of a module: dotted below our package, or the top of somebody else's."""
 
     module: str
@@ -78,41 +73,22 @@ class Import:
     line: int
 
 
-def imports_of(module: str) -> list[Import]:
-    return imports_in(MODULES[module].read_text(encoding="utf-8"), module)
+def imports_of(module: str) -> Iterator[Import]:
+    """All imports of *module*, except for those of the type checker alone."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    for_types, lazy = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for_types |= {each for branch in node.body for each in ast.walk(branch)}
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lazy |= set(ast.walk(node))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and node not in for_types:
+            for name in names_in(node, module):
+                yield found(name, node in lazy, node.lineno)
 
 
-def imports_in(source: str, module: str = "core.config") -> list[Import]:
-    return list(_imports(ast.parse(source), module, is_lazy=False))
-
-
-def _imports(node: ast.AST, module: str, *, is_lazy: bool) -> Iterator[Import]:
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
-        yield from (_import(name, is_lazy, node.lineno) for name in _names(node, module))
-    is_lazy = is_lazy or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-    for child in _children(node):
-        yield from _imports(child, module, is_lazy=is_lazy)
-
-
-def _children(node: ast.AST) -> Iterable[ast.AST]:
-    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-        return node.orelse
-    return ast.iter_child_nodes(node)
-
-
-def _import(name: str, is_lazy: bool, line: int) -> Import:
-    top, _, rest = name.partition(".")
-    if top != PACKAGE:
-        return Import(top, False, is_lazy, line)
-    # A module, a package, or a name in one of them.
-    found = [rest, f"{rest}.__init__", rest.rpartition(".")[0]]
-    found.append(f"{found[-1]}.__init__")
-    return Import(
-        next((each for each in found if each in MODULES), "__init__"), True, is_lazy, line
-    )
-
-
-def _names(node: ast.Import | ast.ImportFrom, module: str) -> list[str]:
+def names_in(node: ast.Import | ast.ImportFrom, module: str) -> list[str]:
     """Full dotted names of what is imported."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
@@ -121,63 +97,52 @@ def _names(node: ast.Import | ast.ImportFrom, module: str) -> list[str]:
     return [f"{origin}.{alias.name}" for alias in node.names]
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "from . import stream",
-        "from .stream import RunStream",
-        "from ..core.stream import RunStream",
-        "import opencode_sync.core.stream",
-        "from opencode_sync.core import stream",
-        "try:\n    from . import stream\nexcept ImportError: pass",
-        "if TYPE_CHECKING: pass\nelse: from . import stream",
-    ],
-)
-def test_the_walk_sees_an_import_in_whatever_form(source: str) -> None:
-    found = imports_in(source)
-
-    assert [(each.module, each.is_ours, each.is_lazy) for each in found] == [
-        ("core.stream", True, False)
-    ]
+def found(name: str, is_lazy: bool, line: int) -> Import:
+    top, _, rest = name.partition(".")
+    if top != PACKAGE:
+        return Import(top, False, is_lazy, line)
+    # A module, a package, or a name in one of them.
+    above = rest.rpartition(".")[0]
+    for each in (rest, f"{rest}.__init__", above, f"{above}.__init__"):
+        if each in MODULES:
+            return Import(each, True, is_lazy, line)
+    return Import("__init__", True, is_lazy, line)
 
 
 def test_a_package_imports_only_from_those_left_of_it() -> None:
-    wrong = [
-        f"{module}:{found.line} imports {found.module}"
-        for module in MODULES
-        for found in imports_of(module)
-        if found.is_ours and not _may_import(_package(module), _package(found.module))
-    ]
+    wrong, seen = [], 0
+    for module in MODULES:
+        package = module.partition(".")[0]
+        for each in imports_of(module):
+            other = each.module.partition(".")[0]
+            seen += each.is_ours
+            if each.is_ours and other != package and LAYER_OF[other] >= LAYER_OF[package]:
+                wrong.append(f"{module}:{each.line} imports {each.module}")
 
     assert not wrong
-
-
-def _package(module: str) -> str:
-    return module.partition(".")[0]
-
-
-def _may_import(package: str, other: str) -> bool:
-    return package == other or LAYER_OF[other] < LAYER_OF[package]
+    assert seen > len(MODULES)
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = {
-        module: {found.module for found in imports_of(module) if found.is_ours} - {module}
+        module: {each.module for each in imports_of(module) if each.is_ours} - {module}
         for module in MODULES
         if module != "__init__"
     }
 
-    assert list(TopologicalSorter(graph).static_order())  # raises CycleError, and names the circle
+    assert list(
+        TopologicalSorter(graph).static_order()
+    )  # raises CycleError, which names the circle
 
 
 def test_a_module_imports_from_others_only_what_the_table_allows() -> None:
     wrong = [
-        f"{module}:{found.line} imports {found.module}"
+        f"{module}:{each.line} imports {each.module}"
         for module in MODULES
-        for found in imports_of(module)
-        if not found.is_ours
-        and found.module not in sys.stdlib_module_names
-        and not (found.is_lazy and module in THIRD_PARTY.get(found.module, ()))
+        for each in imports_of(module)
+        if not each.is_ours
+        and each.module not in sys.stdlib_module_names
+        and not (each.is_lazy and module in THIRD_PARTY.get(each.module, ()))
     ]
 
     assert not wrong
@@ -193,7 +158,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert not HEAVY.intersection(json.loads(done.stdout))
 
 
-def test_who_names_an_extra_names_it_of_this_distribution() -> None:
+def test_every_extra_that_is_named_is_one_of_this_distribution() -> None:
     root = SOURCE.parent
     paths = [root / "setup.cfg", root / "README.rst", *MODULES.values()]
 

@@ -33,7 +33,7 @@ def tool(name: str, **state: Any) -> dict[str, Any]:
 LS = tool("bash", status="completed", title="ls", metadata={"exit": 0})
 
 
-class Told:
+class Scripted:
     """A stream that gives *events*, raises those that are errors, and then *error*."""
 
     def __init__(
@@ -46,7 +46,7 @@ class Told:
         self._events = iter(events)
         self._error = error
 
-    def __enter__(self) -> Told:
+    def __enter__(self) -> Scripted:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -73,7 +73,7 @@ class Told:
 def stream(
     *events: dict[str, Any] | BaseException, error: BaseException | None = None
 ) -> RunStream:
-    return cast(RunStream, Told(events, error))
+    return cast(RunStream, Scripted(events, error))
 
 
 def shown(*events: dict[str, Any]) -> str:
@@ -97,11 +97,11 @@ def shown(*events: dict[str, Any]) -> str:
         ({"type": "tool_use", "part": {"state": "odd"}}, "[tool_use]"),
     ],
 )
-def test_a_tool_is_told_in_one_line(event: dict[str, Any], line: str) -> None:
+def test_a_tool_has_one_line(event: dict[str, Any], line: str) -> None:
     assert tool_line(event) == line
 
 
-def test_where_little_room_is_left_the_command_is_short_all_the_same() -> None:
+def test_beside_a_long_error_the_command_is_still_shown() -> None:
     line = tool_line(tool("x" * 50, title="y" * 500, status="error", error="z" * 500))
 
     assert "] yyyyyyy... (failed: z" in line
@@ -132,44 +132,50 @@ def test_tools_stand_between_paragraphs_where_all_goes_to_one_place() -> None:
     assert shown(text("I look."), LS, text("Done.", "b")) == "I look.\n[bash] ls\n\nDone.\n"
 
 
-def test_text_in_deltas_is_shown_once() -> None:
-    assert shown(delta("I "), delta("look."), text("I look."), text("Done.", "b")) == (
-        "I look.\n\nDone.\n"
-    )
+ASKED = {"type": "permission", "permission": "bash"}
+RETRY = {"type": "retry", "message": "429: slow\ndown"}
+WARNING = {"type": "warning", "message": "The MCP server 'f'\n\x1b[31mdid not start."}
 
 
-def test_what_the_deltas_had_not_yet_is_added() -> None:
-    assert shown(delta("I "), text("I look.")) == "I look.\n"
-
-
-def test_text_of_which_deltas_were_lost_is_said_again() -> None:
-    assert shown(delta("I "), delta("k."), text("I look.")) == "I k.\n\nI look.\n"
-
-
-def test_a_question_is_not_asked_in_the_middle_of_a_line() -> None:
-    asked = {"type": "permission", "permission": "bash"}
-
-    assert shown(delta("I "), asked, delta("look."), text("I look.")) == "I \n\nlook.\n"
-
-
-def test_a_tool_among_the_deltas_gets_a_line_of_its_own() -> None:
-    assert shown(delta("I "), LS, text("I look.")) == "I \n[bash] ls\n\nlook.\n"
-
-
-def test_deltas_of_two_parts_stand_apart() -> None:
-    assert shown(delta("one"), delta("two", "b"), text("one"), text("two", "b")) == "one\n\ntwo\n"
-
-
-def test_a_retry_is_told() -> None:
-    assert shown({"type": "retry", "message": "429: slow\ndown"}) == "[retry] 429: slow down\n"
-
-
-def test_a_warning_has_a_line_of_its_own() -> None:
-    warning = {"type": "warning", "message": "The MCP server 'f'\n\x1b[31mdid not start."}
-
-    assert shown(delta("He"), warning, delta("llo")) == (
-        "He\n[warning] The MCP server 'f' did not start.\n\nllo\n"
-    )
+@pytest.mark.parametrize(
+    "events, expected",
+    [
+        pytest.param(
+            [delta("I "), delta("look."), text("I look."), text("Done.", "b")],
+            "I look.\n\nDone.\n",
+            id="text in deltas is shown once",
+        ),
+        pytest.param([delta("I "), text("I look.")], "I look.\n", id="a missing end is added"),
+        pytest.param(
+            [delta("I "), delta("k."), text("I look.")],
+            "I k.\n\nI look.\n",
+            id="a text with lost deltas is shown again",
+        ),
+        pytest.param(
+            [delta("one"), delta("two", "b"), text("one"), text("two", "b")],
+            "one\n\ntwo\n",
+            id="parts stand apart",
+        ),
+        pytest.param(
+            [delta("I "), ASKED, delta("look."), text("I look.")],
+            "I \n\nlook.\n",
+            id="a question is on a line of its own",
+        ),
+        pytest.param(
+            [delta("I "), LS, text("I look.")],
+            "I \n[bash] ls\n\nlook.\n",
+            id="a tool is on a line of its own",
+        ),
+        pytest.param(
+            [delta("He"), WARNING, delta("llo")],
+            "He\n[warning] The MCP server 'f' did not start.\n\nllo\n",
+            id="a warning is on a line of its own",
+        ),
+        pytest.param([RETRY], "[retry] 429: slow down\n", id="a retry is shown"),
+    ],
+)
+def test_events_become_paragraphs_and_lines(events: list[dict[str, Any]], expected: str) -> None:
+    assert shown(*events) == expected
 
 
 def test_a_terminal_is_not_obeyed_a_file_gets_the_text_as_it_is() -> None:
