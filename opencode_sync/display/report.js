@@ -1,5 +1,5 @@
-// The table of a report page: sorted, filtered, and drawn as far as it is seen. What jobs say
-// becomes text nodes only, never HTML.
+// The table of a report page: sorts and filters the jobs, and draws only the rows on the screen.
+// What jobs say becomes text nodes, never HTML.
 "use strict";
 (() => {
   const byId = (id) => document.getElementById(id);
@@ -8,8 +8,7 @@
   const bar = byId("bar");
   const AROUND = 10; // rows drawn beyond the screen's edges
 
-  const WORDS = { timed_out: "timed out", over_budget: "over budget" };
-  const word = (status) => WORDS[status] || status;
+  const word = (status) => status.replace("_", " ");
   const plain = new Intl.NumberFormat("en-US");
   const collator = new Intl.Collator("en", { numeric: true });
   const money = (dollars) => `$${dollars.toFixed(dollars >= 1 ? 2 : 4)}`;
@@ -53,7 +52,7 @@
 
   const wanted = { words: [], statuses: new Set(), kind: null, times: null };
   const sorting = { by: "n", sign: 1 };
-  const texts = new Map(); // place -> all that a search looks at
+  const texts = new Map(); // place -> the text that is searched
   const where = new Int32Array(jobs.length); // place -> position in the view, or -1
   let view = []; // places, in the order shown
 
@@ -72,7 +71,7 @@
       for (const tool of detail.tools || []) parts.push(tool.title, tool.input);
     }
     const text = parts.filter(Boolean).join("\n").toLowerCase();
-    if (detail) texts.set(place, text); // else the page is still being read
+    if (detail) texts.set(place, text); // else the page is still loading
     return text;
   }
 
@@ -155,9 +154,9 @@
     filter();
   }
 
-  // --- the rows that are seen -------------------------------------------------------------------
+  // --- the rows on the screen -------------------------------------------------------------------
 
-  const open = new Map(); // place -> height of what it unfolds to
+  const open = new Map(); // place -> height of the unfolded detail
   const drawn = new Map(); // place -> its elements
   const above = make("tr", { class: "gap", "aria-hidden": "true" }, make("td", { colspan: 8 }));
   const below = above.cloneNode(true);
@@ -209,7 +208,7 @@
       elements.forEach((element) => element.remove());
       drawn.delete(place);
     }
-    // What stays is not moved, so that the focus stays too.
+    // Elements that stay are not moved, so that they keep the focus.
     let next = above.nextSibling;
     for (const place of seen) {
       const elements = drawn.get(place) || build(place);
@@ -275,7 +274,7 @@
     setCurrent(place, hadFocus);
   }
 
-  // --- one row is in the order of the Tab key; arrows lead to the others ------------------------
+  // --- the keyboard: Tab reaches one row, the arrow keys reach the others -----------------------
 
   let current = -1;
 
@@ -292,7 +291,7 @@
   function goTo(position) {
     if (!view.length) return;
     const at = Math.max(0, Math.min(view.length - 1, position));
-    const free = bar.offsetHeight + byId("table").tHead.offsetHeight; // covered by what sticks
+    const free = bar.offsetHeight + byId("table").tHead.offsetHeight; // covered by the sticky elements
     const top = rows.getBoundingClientRect().top + topOf(at);
     if (top < free) scrollBy(0, top - free);
     else if (top + rowHeight > innerHeight) scrollBy(0, top + rowHeight - innerHeight + 8);
@@ -337,7 +336,7 @@
   // --- what a row unfolds to --------------------------------------------------------------------
 
   function pre(kind, text) {
-    // One that is long scrolls, which the keyboard must be able to do.
+    // A long text scrolls, and the keyboard must be able to reach it.
     return make("pre", { class: kind, tabindex: text.length > 1500 ? 0 : null }, text);
   }
 
@@ -384,7 +383,7 @@
   function unfolded(place) {
     const job = jobs[place];
     const detail = detailOf(place);
-    if (!detail) return [make("p", { class: "hint" }, "The page is still being read: open this once more in a moment.")];
+    if (!detail) return [make("p", { class: "hint" }, "The page is still loading: open this again in a moment.")];
     const facts = [...(job.kind ? [["Error", job.kind]] : []), ...(job.key ? [["Key", job.key]] : []),
       ...(job.from === undefined ? [] : [["Began after", span(job.from)]]),
       ...(detail.denied ? [["Denied", detail.denied.join(", ")]] : []),
@@ -539,7 +538,7 @@
     });
   }
 
-  // --- wiring -----------------------------------------------------------------------------------
+  // --- event listeners --------------------------------------------------------------------------
 
   for (const button of document.querySelectorAll("th button")) {
     const { by } = button.dataset;
