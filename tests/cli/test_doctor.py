@@ -1,4 +1,4 @@
-"""What the doctor says of machines that lack something, and what it removes."""
+"""What the doctor finds on machines where something is missing, and what it removes."""
 
 from __future__ import annotations
 
@@ -58,26 +58,19 @@ def test_a_machine_without_opencode_is_told_how_to_get_it() -> None:
     assert "no 'opencode' on PATH: run 'opencode-sync install'" in found.text
 
 
-def test_the_tested_version_is_good(machine: Path) -> None:
-    program = has_opencode(machine)
-
-    assert finding("opencode") == Finding(
-        "opencode", "good", f"{TESTED_VERSION}, on PATH: {program}"
-    )
-
-
-def test_a_managed_copy_is_named_as_such() -> None:
-    write_standin(managed_path(TESTED_VERSION))
-
-    assert finding("opencode").text.startswith(f"{TESTED_VERSION}, the managed copy: ")
-
-
-def test_a_program_that_was_chosen_is_named_as_such(
+def test_a_good_opencode_is_named_with_where_it_was_found(
     machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OPENCODE_BINARY", str(write_standin(machine / "mine")))
+    write_standin(managed_path(TESTED_VERSION))
+    managed = finding("opencode")
+    program = has_opencode(machine)
+    on_path = finding("opencode")
+    monkeypatch.setenv("OPENCODE_BINARY", str(program))
+    chosen = finding("opencode")
 
-    assert finding("opencode").text.startswith(f"{TESTED_VERSION}, from OPENCODE_BINARY: ")
+    assert on_path == Finding("opencode", "good", f"{TESTED_VERSION}, on PATH: {program}")
+    assert managed.text.startswith(f"{TESTED_VERSION}, the managed copy: ")
+    assert chosen.text.startswith(f"{TESTED_VERSION}, from OPENCODE_BINARY: ")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +99,7 @@ def test_another_version_is_held_against_the_tested_one(
     assert "'opencode upgrade'" not in found.advice  # which would bring OpenCode 2
 
 
-def test_a_broken_program_is_told_with_its_fault(machine: Path) -> None:
+def test_a_broken_program_is_named_with_its_fault(machine: Path) -> None:
     has_opencode(machine).write_text("#!/bin/sh\nexit 7\n")
 
     found = finding("opencode")
@@ -118,41 +111,34 @@ def test_a_broken_program_is_told_with_its_fault(machine: Path) -> None:
 # --- the rest of the machine ---------------------------------------------------------------------
 
 
-def test_npm_is_found_on_the_path(machine: Path) -> None:
+def test_npm_is_found_on_the_path_and_a_missing_one_is_only_a_note(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    without = finding("npm")
     npm = machine / "bin" / "npm"
     npm.touch(0o755)
 
+    assert without.state == "note"
+    assert "opencode-sync-sdk[opencode]" in without.advice
     assert finding("npm") == Finding("npm", "good", str(npm))
-
-
-def test_a_missing_npm_is_no_fault_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
-
-    found = finding("npm")
-
-    assert found.state == "note"
-    assert "opencode-sync-sdk[opencode]" in found.advice
 
 
 def test_providers_are_named_without_their_keys(
     machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    without = finding("credentials")
     file = machine / "home" / ".local/share/opencode/auth.json"
     file.parent.mkdir(parents=True)
     file.write_text('{"anthropic": {"type": "api", "key": "sk-secret"}}')
     monkeypatch.setenv("MISTRAL_API_KEY", "sk-secret")
 
     assert finding("credentials") == Finding("credentials", "good", "anthropic, MISTRAL_API_KEY")
+    assert (without.state, without.text) == ("note", "none")
+    assert "free models" in without.advice
 
 
-def test_no_credentials_are_worth_a_note() -> None:
-    found = finding("credentials")
-
-    assert (found.state, found.text) == ("note", "none")
-    assert "free models" in found.advice
-
-
-def test_credentials_that_are_no_json_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_that_are_not_json_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENCODE_AUTH_CONTENT", "{")
 
     found = finding("credentials")
@@ -182,7 +168,7 @@ def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "has 5 MB left" in found.text
 
 
-def test_a_machine_whose_loopback_is_closed_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_loopback_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **settings: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -210,7 +196,7 @@ def test_memory_says_how_many_runs_go_at_a_time(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def crashed() -> int:
-    """The pid of a Python that is no more."""
+    """The pid of a Python that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait(WITHIN_S)
     return process.pid
@@ -250,7 +236,7 @@ def test_a_tool_whose_run_crashed_is_a_leftover(
 
 
 @pytest.mark.parametrize("inner", ["", "/{crashed}-abc.1"], ids=["a run", "a run in a run"])
-def test_a_tool_whose_outer_run_is_alive_is_none(
+def test_a_tool_whose_outer_run_is_alive_is_not_a_leftover(
     tool: Callable[[str], psutil.Process], crashed: int, inner: str
 ) -> None:
     tool(f"{process_token()}.1{inner.format(crashed=crashed)}")
@@ -296,22 +282,13 @@ def test_an_install_that_was_cut_off_is_a_leftover() -> None:
     assert Leftovers.find().paths == [scratch]
 
 
-def test_an_install_that_is_at_work_is_none() -> None:
+def test_an_install_that_is_at_work_is_not_a_leftover() -> None:
     from filelock import FileLock
 
     (managed_root() / ".installing-x").mkdir(parents=True)
 
     with FileLock(managed_root() / ".lock"):
         assert not Leftovers.find()
-
-
-def test_leftovers_are_bad_and_say_how_to_remove_them(machine: Path, crashed: int) -> None:
-    directory = machine / "tmp" / f"opencode-sync-{crashed}-{pid_space()}-a"
-    directory.mkdir()
-
-    assert finding("leftovers") == Finding(
-        "leftovers", "bad", str(directory), "run 'opencode-sync doctor --fix'"
-    )
 
 
 def test_fix_ends_processes_and_removes_directories(
@@ -324,9 +301,11 @@ def test_fix_ends_processes_and_removes_directories(
     directory = machine / "tmp" / f"opencode-sync-{crashed}-{pid_space()}-a"
     directory.mkdir()
     has_opencode(machine)
+    before = finding("leftovers")
 
     status = main.main(["doctor", "--fix"])
 
+    assert (before.state, before.advice) == ("bad", "run 'opencode-sync doctor --fix'")
     assert status == 0
     assert not process.is_running()
     assert not directory.exists()
@@ -348,22 +327,18 @@ def test_fix_kills_what_does_not_end_when_asked(
 # --- the command ---------------------------------------------------------------------------------
 
 
-def test_the_command_prints_a_line_for_each_point(
+def test_the_command_prints_a_line_for_each_point_and_exits_with_1_if_one_is_bad(
     machine: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    without_opencode = main.main(["doctor"])
+    capsys.readouterr()
     has_opencode(machine)
 
     status = main.main(["doctor"])
 
     lines = capsys.readouterr().out.splitlines()
-    assert status == 0
+    assert (without_opencode, status) == (1, 0)
     assert [line.split()[1] for line in lines] == [each.point for each in examine()]
-
-
-def test_the_command_exits_with_1_where_something_stops_runs(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert main.main(["doctor"]) == 1
 
 
 def test_the_command_prints_json(machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
