@@ -201,38 +201,32 @@ class ScriptedModel:
     @property
     def requests(self) -> list[ChatRequest]:
         """The requests of conversations, in order; a repeated one is there again."""
-        with self._changed:
-            return list(self._requests)
+        return list(self._requests)
 
     @property
     def side_requests(self) -> list[ChatRequest]:
         """The requests that OpenCode made on its own."""
-        with self._changed:
-            return list(self._side_requests)
+        return list(self._side_requests)
 
     @property
     def refused_requests(self) -> list[ChatRequest]:
         """The requests that came while *max_concurrent* others were in flight."""
-        with self._changed:
-            return list(self._refused_requests)
+        return list(self._refused_requests)
 
     @property
     def errors(self) -> list[Exception]:
         """Exceptions of the user's callables; their requests fail with the exception's text."""
-        with self._changed:
-            return list(self._errors)
+        return list(self._errors)
 
     @property
     def in_flight(self) -> int:
         """How many requests are being answered now."""
-        with self._changed:
-            return len(self._in_flight)
+        return len(self._in_flight)
 
     @property
     def max_in_flight(self) -> int:
         """The largest number of requests that were answered at the same time."""
-        with self._changed:
-            return self._max_in_flight
+        return self._max_in_flight
 
     def wait_for_requests(self, n: int, timeout_s: float = 10.0) -> list[ChatRequest]:
         """Wait until *n* requests have come in total, and return them.
