@@ -7,7 +7,7 @@ import dataclasses
 import json
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -74,6 +74,10 @@ def two_steps() -> RunResult:
     return result
 
 
+LOOKING = [STEP, text("Let me look."), finish("tool-calls")]
+ANSWERING = [STEP, text("Done."), finish()]
+
+
 # --- texts ---------------------------------------------------------------------------------------
 
 
@@ -83,7 +87,7 @@ def test_deltas_are_joined_as_they_are() -> None:
     assert result.final_text == "Hello\n\nwhole\n\na b"
 
 
-def test_pieces_before_and_after_a_step_are_not_one_text() -> None:
+def test_the_answer_is_the_text_of_the_last_step() -> None:
     result = result_of(delta("before"), STEP, delta("after"))
 
     assert (result.final_text, result.answer) == ("before\n\nafter", "after")
@@ -104,71 +108,50 @@ def test_what_is_not_an_answer_s_text_is_left_out(event: Any) -> None:
 
 
 def test_a_last_step_without_text_has_no_answer() -> None:
-    result = result_of(STEP, text("Let me look."), finish("tool-calls"), STEP)
+    result = result_of(*LOOKING, STEP)
 
-    assert result.answer == ""
-    assert result.final_text == "Let me look."
-
-
-SUMMARY_ID, CONTINUE = "msg_s", "Continue if you have next steps, or stop and ask."
+    assert (result.final_text, result.answer) == ("Let me look.", "")
 
 
-def in_message(event: Any, message_id: str) -> Any:
-    return {**event, "part": {**event["part"], "messageID": message_id}}
-
-
-def summed_up() -> list[Event]:
-    """A step in which OpenCode has the conversation summed up, and its own prompt after it."""
-    own = {"text": CONTINUE, "synthetic": True, "metadata": {"compaction_continue": True}}
-    step = [STEP, text("## Summary"), finish()]
-    return [*(in_message(e, SUMMARY_ID) for e in step), {"type": "text", "part": own}]
-
-
-def compaction() -> Any:
-    return {"type": "compaction", "messageID": SUMMARY_ID}
-
-
-LOOKING = [STEP, text("Let me look."), finish("tool-calls")]
-ANSWERING = [STEP, text("Done."), finish()]
+SUMMARY: list[Any] = [
+    {**event, "part": {**event["part"], "messageID": "msg_s"}}  # type: ignore[typeddict-item]
+    for event in (STEP, text("## Summary"), finish())
+]
+COMPACTION: Event = {"type": "compaction", "messageID": "msg_s"}
+CONTINUE: Any = {  # OpenCode's own prompt after a summary
+    "type": "text",
+    "part": {"text": "Go on.", "synthetic": True, "metadata": {"compaction_continue": True}},
+}
 
 
 def test_a_summary_and_what_opencode_says_by_itself_are_left_out() -> None:
-    result = result_of(*LOOKING, *summed_up(), *ANSWERING)
+    result = result_of(*LOOKING, *SUMMARY, CONTINUE, *ANSWERING)
 
-    assert result.final_text == "Let me look.\n\nDone."
-    assert result.answer == "Done."
+    assert (result.final_text, result.answer) == ("Let me look.\n\nDone.", "Done.")
     assert (result.status, result.turns) == ("ok", 3)
 
 
 def test_a_whole_answer_remains_the_answer_where_opencode_goes_on_by_itself() -> None:
-    answer, afterwards = [STEP, text("42"), finish()], [STEP, text("There is no more."), finish()]
-
-    result = result_of(*answer, *summed_up(), *afterwards)
+    result = result_of(STEP, text("42"), finish(), *SUMMARY, CONTINUE, *ANSWERING)
 
     assert (result.status, result.answer) == ("ok", "42")
-    assert result.final_text == "42\n\nThere is no more."
+    assert result.final_text == "42\n\nDone."
 
 
 @pytest.mark.parametrize("place", range(5), ids=lambda n: f"after {n} events of it")
 def test_a_summary_without_a_prompt_after_it_is_known_by_its_event(place: int) -> None:
-    summary = [*summed_up()[:3], *ANSWERING]
+    summary = [*SUMMARY, *ANSWERING]
 
-    result = result_of(*LOOKING, *summary[:place], compaction(), *summary[place:])
+    result = result_of(*LOOKING, *summary[:place], COMPACTION, *summary[place:])
 
     assert (result.status, result.final_text) == ("ok", "Let me look.\n\nDone.")
 
 
 @pytest.mark.parametrize("place", range(4), ids=lambda n: f"after {n} events of it")
 def test_a_run_that_ends_with_a_summary_has_no_whole_answer(place: int) -> None:
-    summary = summed_up()[:3]
-
-    result = result_of(*LOOKING, *summary[:place], compaction(), *summary[place:])
+    result = result_of(*LOOKING, *SUMMARY[:place], COMPACTION, *SUMMARY[place:])
 
     assert (result.status, result.answer) == ("incomplete", "Let me look.")
-
-
-def test_without_steps_the_answer_is_the_whole_text() -> None:
-    assert result_of(text("one"), text("two")).answer == "one\n\ntwo"
 
 
 def test_the_text_can_be_given_as_a_whole() -> None:
@@ -176,8 +159,7 @@ def test_the_text_can_be_given_as_a_whole() -> None:
 
     result.append_event(text("added"))
 
-    assert RunResult(final_text="given").final_text == "given"
-    assert result.final_text == "given\n\nadded"
+    assert result.answer == result.final_text == "given\n\nadded"
 
 
 def test_the_text_can_be_replaced_as_a_whole() -> None:
@@ -262,37 +244,9 @@ def test_the_first_error_is_the_one_that_counts() -> None:
 # --- sub-agents ----------------------------------------------------------------------------------
 
 
-def test_of_a_sub_agent_spending_and_tools_count_and_its_words_do_not() -> None:
-    def step(session: str, reason: str) -> Any:
-        part = {"reason": reason, "cost": 0.25, "tokens": {"input": 10}}
-        return {"type": "step_finish", "sessionID": session, "part": part}
-
-    result = result_of(
-        *[
-            {"type": "step_start", "sessionID": "ses_parent", "part": {}},
-            {"type": "text", "sessionID": "ses_child", "part": {"text": "To my parent."}},
-            {"type": "tool_use", "sessionID": "ses_child", "part": {"tool": "bash"}},
-            {"type": "error", "sessionID": "ses_child", "error": {"name": "X"}},
-            step("ses_child", "tool-calls"),
-            {"type": "text", "sessionID": "ses_parent", "part": {"text": "To you."}},
-            step("ses_parent", "stop"),
-        ]
-    )
-
-    assert (result.session_id, result.final_text) == ("ses_parent", "To you.")
-    assert (result.status, result.turns, len(result.tool_calls)) == ("ok", 1, 1)
-    assert (result.total_cost, result.token_usage.input) == (0.5, 20)
-
-
 def announced(child: str, parent: str = "ses_parent") -> Any:
-    names = {"agent": "general", "title": f"to {child}"}
-    return {
-        "type": "sub_agent",
-        "sessionID": "ses_parent",
-        "childID": child,
-        "parentID": parent,
-        **names,
-    }
+    named = {"childID": child, "parentID": parent, "agent": "general", "title": f"to {child}"}
+    return {"type": "sub_agent", "sessionID": "ses_parent", **named}
 
 
 def spent(session: str, cost: float, tokens: int) -> Any:
@@ -300,17 +254,31 @@ def spent(session: str, cost: float, tokens: int) -> Any:
     return {"type": "step_finish", "sessionID": session, "part": part}
 
 
+def test_of_a_sub_agent_spending_and_tools_count_and_its_words_do_not() -> None:
+    result = result_of(
+        {"type": "step_start", "sessionID": "ses_parent", "part": {}},
+        {"type": "text", "sessionID": "ses_child", "part": {"text": "To my parent."}},
+        {"type": "tool_use", "sessionID": "ses_child", "part": {"tool": "bash"}},
+        {"type": "error", "sessionID": "ses_child", "error": {"name": "X"}},
+        spent("ses_child", 0.25, 10),
+        {"type": "text", "sessionID": "ses_parent", "part": {"text": "To you."}},
+        spent("ses_parent", 0.25, 10),
+    )
+
+    assert (result.session_id, result.final_text) == ("ses_parent", "To you.")
+    assert (result.status, result.turns, len(result.tool_calls)) == ("ok", 1, 1)
+    assert (result.total_cost, result.token_usage.input) == (0.5, 20)
+
+
 def test_each_sub_agent_s_steps_are_summed_once_however_often_it_is_announced() -> None:
     result = result_of(
-        *[
-            announced("ses_a"),
-            spent("ses_a", 0.25, 10),
-            announced("ses_b", parent="ses_a"),
-            spent("ses_b", 0.5, 20),
-            announced("ses_a"),
-            spent("ses_a", 0.25, 10),
-            spent("ses_parent", 1.0, 40),
-        ]
+        announced("ses_a"),
+        spent("ses_a", 0.25, 10),
+        announced("ses_b", parent="ses_a"),
+        spent("ses_b", 0.5, 20),
+        announced("ses_a"),
+        spent("ses_a", 0.25, 10),
+        spent("ses_parent", 1.0, 40),
     )
 
     assert result.session_id == "ses_parent"
@@ -322,59 +290,54 @@ def test_each_sub_agent_s_steps_are_summed_once_however_often_it_is_announced() 
 
 
 def test_a_sub_agent_that_nothing_announced_is_counted_without_a_name() -> None:
-    result = aggregate_run_result(events=[spent("ses_parent", 1.0, 1), spent("ses_a", 0.5, 2)])
+    result = result_of(spent("ses_parent", 1.0, 1), spent("ses_a", 0.5, 2))
 
     assert result.sub_agents == [SubAgent("ses_a", token_usage=TokenUsage(input=2), total_cost=0.5)]
 
 
-@pytest.mark.parametrize("child", [None, "", 7, [], {}], ids=repr)
-def test_an_odd_announcement_is_no_sub_agent(child: Any) -> None:
-    assert aggregate_run_result(events=[announced(child)]).sub_agents == []
+def test_an_announcement_without_a_session_is_left_out() -> None:
+    assert result_of(announced(""), announced(cast(Any, 7))).sub_agents == []
 
 
 # --- how it ended --------------------------------------------------------------------------------
 
-OUTCOMES: dict[str, tuple[Status, RunResult]] = {
-    "finished": ("ok", result_of(STEP, text("Hi"), finish("stop"))),
-    "warned": ("ok", result_of(STEP, {"type": "warning", "message": "Look."}, finish("stop"))),
-    "finished on a server": ("ok", result_of(STEP, finish("stop"), exit_code=None)),
-    "error event": ("error", result_of(STEP, failure("bad key"), exit_code=0)),
-    "exit status": ("error", result_of(STEP, finish("stop"), exit_code=1)),
-    "error after a refusal": ("error", result_of(STEP, rejected("bash"), failure("bad key"))),
-    # OpenCode 1.18.33 ends a run at a rejected permission, its step closed.
-    "refused, and ended": ("denied", result_of(STEP, rejected("bash"), finish("tool-calls"))),
-    "refused, and went on": (
-        "denied",
-        result_of(STEP, rejected("bash"), finish("tool-calls"), STEP, finish("stop")),
-    ),
-    "cut, and gone on with": (
-        "ok",
-        result_of(STEP, tool("bash"), finish("length"), STEP, finish("stop")),
-    ),
-    "refused, and cut": ("incomplete", result_of(STEP, rejected("bash"), finish("length"))),
-    "filtered": (
-        "incomplete",
-        result_of(STEP, finish("content-filter"), failure("x", "ContentFilterError"), exit_code=1),
-    ),
-    "nothing": ("incomplete", result_of()),
-    "in a step": ("incomplete", result_of(STEP, text("Hi"))),
-    "in the second step": ("incomplete", result_of(STEP, finish("tool-calls"), STEP)),
-    "between steps": ("incomplete", result_of(STEP, finish("tool-calls"))),
-}
+REFUSED = [STEP, rejected("bash")]
+FILTERED = failure("x", "ContentFilterError")
+WARNED: Event = {"type": "warning", "message": "Look."}
 
 
-@pytest.mark.parametrize("status, result", OUTCOMES.values(), ids=OUTCOMES.keys())
-def test_the_status_tells_how_the_run_ended(status: Status, result: RunResult) -> None:
-    assert result.status == status
+@pytest.mark.parametrize(
+    "status, events, exit_code",
+    [
+        pytest.param("ok", ANSWERING, 0, id="finished"),
+        pytest.param("ok", ANSWERING, None, id="finished on a server"),
+        pytest.param("ok", [*ANSWERING, WARNED], 0, id="warned"),
+        pytest.param("ok", [STEP, finish("length"), *ANSWERING], 0, id="cut, and went on"),
+        pytest.param("error", [STEP, failure("bad key")], 0, id="error event"),
+        pytest.param("error", ANSWERING, -9, id="exit status"),
+        pytest.param("error", [*REFUSED, failure("bad key")], 0, id="error after a refusal"),
+        # OpenCode 1.18.33 ends a run at a rejected permission, its step closed.
+        pytest.param("denied", [*REFUSED, finish("tool-calls")], 0, id="refused, and ended"),
+        pytest.param("denied", [*REFUSED, *ANSWERING], 0, id="refused, and went on"),
+        pytest.param("incomplete", [*REFUSED, finish("length")], 0, id="refused, and cut"),
+        pytest.param("incomplete", [STEP, finish("content-filter"), FILTERED], 1, id="filtered"),
+        pytest.param("incomplete", [], 0, id="nothing"),
+        pytest.param("incomplete", [STEP, text("Hi")], 0, id="in a step"),
+        pytest.param("incomplete", LOOKING, 0, id="between steps"),
+        pytest.param("incomplete", [*LOOKING, STEP], 0, id="in the second step"),
+    ],
+)
+def test_the_status_tells_how_the_run_ended(
+    status: Status, events: list[Event], exit_code: int | None
+) -> None:
+    assert result_of(*events, exit_code=exit_code).status == status
 
 
 @pytest.mark.parametrize(
     "reason", ["length", "content-filter", "error", "other", "unknown", "weird", "", None]
 )
 def test_an_answer_that_ends_for_any_other_reason_than_its_end_is_incomplete(reason: Any) -> None:
-    result = result_of(STEP, text("cut in the mid"), finish(reason))
-
-    assert result.status == "incomplete"
+    assert result_of(STEP, text("cut in the mid"), finish(reason)).status == "incomplete"
 
 
 def test_output_that_was_cut_is_incomplete_whatever_came_before() -> None:
@@ -404,10 +367,8 @@ def stopped() -> RunResult:
 
 RESULTS: dict[str, RunResult] = {
     "two steps": two_steps(),
-    "went on after its answer": result_of(STEP, text("42"), finish(), *summed_up(), *LOOKING),
-    "sub-agents and warnings": result_of(
-        announced("ses_a"), spent("ses_a", 0.25, 10), {"type": "warning", "message": "Look."}
-    ),
+    "went on after its answer": result_of(STEP, text("42"), finish(), *SUMMARY, CONTINUE, *LOOKING),
+    "sub-agents and warnings": result_of(announced("ses_a"), spent("ses_a", 0.25, 10), WARNED),
     "empty": RunResult(),
     "stopped": stopped(),
     "no answer": result_of(STEP, text("ends in a blank line\n\n"), finish("tool-calls"), STEP),
@@ -424,27 +385,19 @@ def through_json(result: RunResult) -> RunResult:
     return RunResult.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
 
 
-def through_pickle(result: RunResult) -> Any:
-    return pickle.loads(pickle.dumps(result))
+@pytest.mark.parametrize("result", RESULTS.values(), ids=RESULTS.keys())
+def test_a_result_from_json_is_equal(result: RunResult) -> None:
+    assert through_json(result) == result
 
 
 @pytest.mark.parametrize(
     "copied",
-    [through_json, through_pickle, copy.copy, copy.deepcopy, dataclasses.replace],
-    ids=["json", "pickle", "copy", "deepcopy", "replace"],
+    [lambda result: pickle.loads(pickle.dumps(result)), copy.deepcopy, dataclasses.replace],
+    ids=["pickle", "deepcopy", "replace"],
 )
-@pytest.mark.parametrize("result", RESULTS.values(), ids=RESULTS.keys())
-def test_a_copy_of_a_result_is_equal_to_it(
-    result: RunResult, copied: Callable[[RunResult], RunResult]
-) -> None:
-    twin = copied(result)
-
-    assert twin == result
-    assert (twin.final_text, twin.answer, twin.status) == (
-        result.final_text,
-        result.answer,
-        result.status,
-    )
+def test_a_copy_is_equal(copied: Callable[[RunResult], RunResult]) -> None:
+    for result in RESULTS.values():
+        assert copied(result) == result
 
 
 def test_a_result_from_json_goes_on_where_it_was() -> None:
@@ -457,16 +410,7 @@ def test_a_result_from_json_goes_on_where_it_was() -> None:
     assert result.status == "ok"
 
 
-def test_the_dict_has_what_is_computed_too() -> None:
-    data = two_steps().to_dict()
-
-    assert (data["status"], data["answer"]) == ("ok", "The answer.")
-    assert data["final_text"] == "Let me look.\n\nThe answer."
-    assert data["token_usage"]["input"] == 30
-    assert not [key for key in data if key.startswith("_")]
-
-
-def test_the_dict_is_a_copy() -> None:
+def test_the_dict_has_what_is_computed_too_and_is_a_copy() -> None:
     result = two_steps()
 
     data = result.to_dict()
@@ -474,19 +418,18 @@ def test_the_dict_is_a_copy() -> None:
     data["events"].clear()
     data["raw_stdout_lines"].clear()
 
-    assert result == two_steps()
-    assert again == two_steps()
+    assert (data["status"], data["answer"]) == ("ok", "The answer.")
+    assert data["final_text"] == "Let me look.\n\nThe answer."
+    assert not [key for key in data if key.startswith("_")]
+    assert result == again == two_steps()
 
 
 def test_a_dict_of_another_version_is_read_as_far_as_it_goes() -> None:
-    data = {
-        "final_text": "hello",
-        "token_usage": {"input": 3, "new": 1},
-        "error": {"name": "X", "message": "m", "new": 1},
-        "new": 1,
-    }
+    error = {"name": "X", "message": "m", "new": 1}
 
-    result = RunResult.from_dict(data)
+    result = RunResult.from_dict(
+        {"final_text": "hello", "token_usage": {"input": 3, "new": 1}, "error": error, "new": 1}
+    )
 
     assert (result.final_text, result.answer) == ("hello", "hello")
     assert result.token_usage == TokenUsage(input=3)
@@ -521,12 +464,9 @@ def test_the_repr_tells_the_outcome_and_shortens_the_text() -> None:
 
 
 def test_the_repr_of_a_failure_tells_the_reason() -> None:
-    event: Event = {
-        "type": "error",
-        "error": {"name": "APIError", "data": {"message": "bad key", "statusCode": 401}},
-    }
+    result = result_of(failure("bad key"))
 
-    assert repr(result_of(event)) == "RunResult(status='error', error='APIError 401: bad key')"
+    assert repr(result) == "RunResult(status='error', error='APIError: bad key')"
 
 
 # --- text of whatever was got --------------------------------------------------------------------
