@@ -126,8 +126,20 @@ class Process:
         self._popen: subprocess.Popen[bytes] | None = None
         self._exit_fd: int | None = None
         try:
-            with lifetime.deferred():
-                self._popen = self._start(argv, cwd, env, stdin)
+            with lifetime.deferred(), tempfile.TemporaryFile(buffering=0) as prompt:
+                self._outputs["stdout"] = stdout = Output()
+                self._outputs["stderr"] = stderr = Output()
+                _fill(prompt, stdin)
+                self._popen = subprocess.Popen(
+                    argv,
+                    stdin=prompt,
+                    stdout=stdout.file,
+                    stderr=stderr.file,
+                    cwd=cwd,
+                    # OpenCode takes $PWD for its working directory, whatever the real one is.
+                    env={**env, "PWD": cwd, tree.MARKER: tree.chain(self._token, env)},
+                    start_new_session=True,  # or a Ctrl-C in the terminal would reach it too
+                )
                 self.pid = self._popen.pid
                 self._root = tree.mark(self.pid, self._token)
                 self._exit_fd = _exit_fd(self.pid)
@@ -137,28 +149,6 @@ class Process:
         except BaseException:
             self.close()
             raise
-
-    def _start(
-        self, argv: Sequence[str], cwd: str, env: Mapping[str, str], stdin: bytes
-    ) -> subprocess.Popen[bytes]:
-        self._outputs["stdout"] = stdout = Output()
-        self._outputs["stderr"] = stderr = Output()
-        with tempfile.TemporaryFile(buffering=0) as prompt:
-            view = memoryview(stdin)
-            while view:
-                view = view[prompt.write(view) :]
-            prompt.seek(0)
-            # A session of its own, so that a Ctrl-C in the terminal reaches only us.
-            return subprocess.Popen(
-                argv,
-                stdin=prompt,
-                stdout=stdout.file,
-                stderr=stderr.file,
-                cwd=cwd,
-                # OpenCode takes $PWD for its working directory, whatever the real one is.
-                env={**env, "PWD": cwd, tree.MARKER: tree.chain(self._token, env)},
-                start_new_session=True,
-            )
 
     def _start_readers(self, popen: subprocess.Popen[bytes]) -> None:
         for channel, output in self._outputs.items():
@@ -285,6 +275,13 @@ def _has_exited(pid: int) -> bool:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:  # reaped by somebody else
         return True
+
+
+def _fill(file: IO[bytes], content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[file.write(view) :]
+    file.seek(0)
 
 
 def _read(

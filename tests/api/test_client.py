@@ -1,34 +1,62 @@
-"""What a client is made of, and what it refuses before anything is started."""
+"""A client: what it is made of, what it refuses, and each way for a run of its to end."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
-import inspect
+import gc
+import logging
+import math
+import multiprocessing
+import os
 import pickle
-from collections.abc import Iterator
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from opencode_sync import (
     OpenCodeBinaryNotFoundError,
+    OpenCodeCancelledError,
     OpenCodeClient,
     OpenCodeConfigError,
+    OpenCodeServer,
+    OpenCodeTimeoutError,
     RunConfig,
+    RunStream,
 )
+from tests.endings import Tools, script
+from tests.faults import standin_client, write_standin
 
 NO_BINARY = "/none/opencode"
+LONG_S = 30.0
 
 
 @pytest.fixture
-def client() -> Iterator[OpenCodeClient]:
-    """A client that could start nothing: what it refuses, it refuses before that."""
-    with OpenCodeClient(NO_BINARY) as client:
+def client(tmp_path: Path) -> Iterator[OpenCodeClient]:
+    """A client of the stand-in, whose prompts say what it does."""
+    with standin_client(tmp_path) as client:
         yield client
 
 
-# --- settings ------------------------------------------------------------------------------------
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    return workspace
+
+
+@pytest.fixture
+def tools(workspace: Path) -> Tools:
+    return Tools(workspace)
+
+
+# --- what it is made of --------------------------------------------------------------------------
 
 
 def test_making_a_client_needs_no_binary_and_makes_nothing(tmp_path: Path) -> None:
@@ -38,59 +66,48 @@ def test_making_a_client_needs_no_binary_and_makes_nothing(tmp_path: Path) -> No
     assert made == []
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"startup_concurrency": -1}, "startup_concurrency is -1: use 0 or more, or None"),
-        ({"startup_concurrency": "1"}, "startup_concurrency is '1': use 0 or more, or None"),
-        ({"startup_concurrency": 1.5}, "startup_concurrency is 1.5: use 0 or more, or None"),
-        ({"startup_delay_s": -0.1}, "startup_delay_s is -0.1: use a number of 0 or more"),
-        ({"startup_delay_s": None}, "startup_delay_s is None: use a number of 0 or more"),
-        ({"startup_delay_s": float("nan")}, "startup_delay_s is nan: use a number of 0 or more"),
-        ({"max_workers": 0}, "max_workers is 0: use 1 or more, or None"),
-        ({"max_workers": "4"}, "max_workers is '4': use 1 or more, or None"),
-        *(
-            ({"data_dir": value}, f"data_dir is {value!r}: use the path of a directory")
-            for value in ("", 5, b"kept", "a\0b")
-        ),
-        (
-            {"data_dir": "~nobody-of-that-name/kept"},
-            "data_dir '~nobody-of-that-name/kept': there is no such home: use an absolute path",
-        ),
-    ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
-)
-def test_a_setting_that_makes_no_sense_is_refused_by_name(
-    settings: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(OpenCodeConfigError) as raised:
-        OpenCodeClient(**settings)
+PATH, COUNT = "use the path of a directory", "use 1 or more, or None"
+SETTINGS: list[tuple[type[OpenCodeClient | OpenCodeServer], dict[str, Any], str]] = [
+    (OpenCodeClient, {"startup_concurrency": -1}, "is -1: use 0 or more, or None"),
+    (OpenCodeClient, {"startup_concurrency": 1.5}, "is 1.5: use 0 or more, or None"),
+    (OpenCodeClient, {"startup_delay_s": -0.1}, "is -0.1: use a number of 0 or more"),
+    (OpenCodeClient, {"startup_delay_s": math.nan}, "is nan: use a number of 0 or more"),
+    (OpenCodeClient, {"max_workers": 0}, f"is 0: {COUNT}"),
+    (OpenCodeClient, {"max_workers": True}, f"is True: {COUNT}"),
+    (OpenCodeClient, {"max_workers": "4"}, f"is '4': {COUNT}"),
+    (OpenCodeClient, {"data_dir": ""}, f"is '': {PATH}"),
+    (OpenCodeClient, {"data_dir": 5}, f"is 5: {PATH}"),
+    (OpenCodeClient, {"data_dir": b"kept"}, f"is b'kept': {PATH}"),
+    (OpenCodeClient, {"data_dir": "a\0b"}, f"is 'a\\x00b': {PATH}"),
+    (OpenCodeClient, {"data_dir": "~nobody-of-that-name/a"}, "there is no such home: use an abs"),
+    (OpenCodeClient, {"run_cfg": {"model": "a/b"}}, "is dict: use a RunConfig"),
+    (OpenCodeClient, {"binary": b"opencode"}, "is b'opencode': use a path, or a name on PATH"),
+    (OpenCodeClient, {"isolate_db": "no"}, "is 'no': use True or False"),
+    (OpenCodeServer, {"run_cfg": {"model": "a/b"}}, "is dict: use a RunConfig"),
+    (OpenCodeServer, {"binary": 3}, "is 3: use a path, or a name on PATH"),
+    (OpenCodeServer, {"data_dir": "~nobody-of-that-name/a"}, "there is no such home: use an abs"),
+    (OpenCodeServer, {"max_workers": 0}, f"is 0: {COUNT}"),
+    (OpenCodeServer, {"startup_timeout_s": math.nan}, "is nan: use a number above 0"),
+    (OpenCodeServer, {"max_memory_mb": "2 GB"}, f"is '2 GB': {COUNT}"),
+]
 
-    assert str(raised.value) == message
+
+@pytest.mark.parametrize("kind, settings, message", SETTINGS, ids=repr)
+def test_a_setting_that_makes_no_sense_is_refused_by_name(
+    kind: type[OpenCodeClient | OpenCodeServer], settings: dict[str, Any], message: str
+) -> None:
+    (name,) = settings
+
+    with pytest.raises(OpenCodeConfigError) as raised:
+        kind(**settings)
+
+    assert str(raised.value).startswith(name)
+    assert message in str(raised.value)
 
 
 @pytest.mark.parametrize("concurrency", [None, 0, 1, 8], ids=repr)
 def test_any_number_of_starts_may_be_allowed(concurrency: int | None) -> None:
     OpenCodeClient(NO_BINARY, concurrency, 0).close()
-
-
-def test_a_client_takes_the_wrappers_arguments_in_the_wrappers_order() -> None:
-    parameters = list(inspect.signature(OpenCodeClient).parameters.values())
-
-    assert [(p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == [
-        ("binary", "opencode"),
-        ("startup_concurrency", 1),
-        ("startup_delay_s", 0.3),
-        ("isolate_db", True),
-    ]
-
-
-# --- the binary ----------------------------------------------------------------------------------
-
-
-def test_a_missing_binary_is_named_with_the_first_run(client: OpenCodeClient) -> None:
-    with pytest.raises(OpenCodeBinaryNotFoundError, match="no file '/none/opencode'"):
-        client.run("Explain")
 
 
 def test_the_binary_is_looked_for_once(tmp_path: Path) -> None:
@@ -117,13 +134,6 @@ def test_a_binary_that_was_missing_is_looked_for_again(tmp_path: Path) -> None:
         assert client.resolved_binary() == str(program)
 
 
-# --- a client as a value -------------------------------------------------------------------------
-
-
-def settings_of(client: OpenCodeClient) -> Any:
-    return client.__getstate__()
-
-
 @pytest.mark.parametrize(
     "copied",
     [copy.copy, copy.deepcopy, lambda client: pickle.loads(pickle.dumps(client))],
@@ -140,113 +150,366 @@ def test_a_copy_of_a_client_has_its_settings_and_a_life_of_its_own(
     with copied(client) as twin:
         client.close()
 
-        assert settings_of(twin) == settings_of(client)
+        assert twin.__getstate__() == client.__getstate__()
         with pytest.raises(OpenCodeBinaryNotFoundError):
             twin.run("Explain")
 
 
-def test_the_repr_tells_binary_and_state(client: OpenCodeClient) -> None:
+def test_the_repr_tells_binary_and_state() -> None:
+    client = OpenCodeClient(NO_BINARY)
     before = repr(client)
+
+    client.close()
     client.close()
 
     assert before == "<OpenCodeClient binary='/none/opencode', 0 running>"
     assert repr(client) == "<OpenCodeClient binary='/none/opencode', closed>"
 
 
-def test_a_client_closes_as_often_as_one_likes(client: OpenCodeClient) -> None:
-    client.close()
-    client.close()
+def test_a_closed_server_is_not_started_by_a_question() -> None:
+    server = OpenCodeServer(NO_BINARY)
+    server.close()
+
+    with pytest.raises(OpenCodeConfigError, match="OpenCodeServer is closed: make a new one"):
+        server.url  # noqa: B018 - asking for it starts one
 
 
-@pytest.mark.parametrize("verb", ["run", "stream", "submit"])
-def test_a_closed_client_starts_nothing(client: OpenCodeClient, verb: str) -> None:
-    client.close()
-
-    with pytest.raises(OpenCodeConfigError, match="this OpenCodeClient is closed: make a new one"):
-        getattr(client, verb)("Explain")
-
-
-def test_a_closed_client_cannot_be_entered(client: OpenCodeClient) -> None:
-    client.close()
-
-    with pytest.raises(OpenCodeConfigError, match="closed"):
-        client.__enter__()
-
-
-# --- refusals ------------------------------------------------------------------------------------
+# --- what it refuses -----------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "blank prompt": ({"prompt": " \n\t"}, "the prompt is blank"),
-    "empty prompt": ({"prompt": ""}, "the prompt is blank"),
-    "prompt of a type": ({"prompt": b"Explain"}, "prompt is bytes: use a str"),
-    "prompt beyond UTF-8": ({"prompt": "\ud800"}, "the prompt cannot be encoded as UTF-8"),
-    "missing workspace": ({"workspace": "/none/repo"}, "workspace '/none/repo' does not exist"),
-    "workspace that is a file": ({"workspace": __file__}, f"workspace {__file__!r} is not a dir"),
-    "empty workspace": ({"workspace": ""}, "workspace is '': use the path of a directory"),
-    "workspace of a type": ({"workspace": 3}, "workspace is 3: use the path of a directory"),
-    "workspace with NUL": ({"workspace": "a\0b"}, "workspace 'a\\x00b'"),
     "run_cfg of a type": ({"run_cfg": {"model": "a/b"}}, "run_cfg is dict: use a RunConfig"),
+    "class as run_cfg": ({"run_cfg": RunConfig}, "run_cfg is type: use a RunConfig"),
     "ask": ({"run_cfg": RunConfig(permission={"edit": {"*.py": "ask"}})}, "permission 'edit.*.py'"),
-    "fork": ({"run_cfg": RunConfig(fork=True)}, "fork=True has no session"),
-    "missing file": ({"run_cfg": RunConfig(files=("none.txt",))}, "no file 'none.txt' (counted"),
-    "directory as file": ({"run_cfg": RunConfig(files=("/",))}, "files: '/' is a directory: name"),
-    "timeout": ({"timeout_s": 0}, "timeout_s is 0: use a number above 0"),
-    "idle timeout": ({"idle_timeout_s": -1}, "idle_timeout_s is -1: use a number above 0"),
-    "budget": ({"max_cost": "1"}, "max_cost is '1': use a number of 0 or more"),
-    "retries": ({"max_retries": 1.5}, "max_retries is 1.5"),
-    "delay": ({"retry_delay_s": -1}, "retry_delay_s is -1: use a number of 0 or more"),
+    "no session yet": (
+        {"run_cfg": RunConfig(fork=True, continue_session=True)},
+        "fork=True, but there is no session yet",
+    ),
+    "session of somebody else": (
+        {"run_cfg": RunConfig(session_id="ses_1")},
+        "session 'ses_1' is unknown here",
+    ),
+    "huge variable": (
+        {"run_cfg": RunConfig(extra_env={"A": "x" * 200_000})},
+        "make title, extra_env, config_overrides or",
+    ),
+    "lone surrogate in a variable": (
+        {"run_cfg": RunConfig(extra_env={"A": "\ud800"})},
+        "it cannot be encoded",
+    ),
 }
 
 
-@pytest.mark.parametrize("verb", ["run", "stream"])
-@pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_be_run_is_refused_before_a_start(
-    client: OpenCodeClient, verb: str, changes: dict[str, Any], message: str
+@pytest.mark.parametrize("options, message", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_run_is_refused(
+    client: OpenCodeClient, workspace: Path, options: dict[str, Any], message: str
 ) -> None:
-    arguments = {"prompt": "Explain", **changes}
-
     with pytest.raises(OpenCodeConfigError) as raised:
-        getattr(client, verb)(**arguments)
+        client.run("well", workspace, **options)
 
-    assert str(raised.value).startswith(message)
+    assert message in str(raised.value)
     assert raised.value.result is None
 
 
-def test_an_empty_image_is_refused_and_an_empty_text_is_not(
-    client: OpenCodeClient, tmp_path: Path
-) -> None:
-    for name in ("empty.png", "empty.txt"):
-        (tmp_path / name).touch()
-
-    with pytest.raises(OpenCodeConfigError, match=r"files: 'empty\.png' is empty, and so"):
-        client.run("Look", tmp_path, run_cfg=RunConfig(files=("empty.png",)))
-    with pytest.raises(OpenCodeBinaryNotFoundError):
-        client.run("Look", tmp_path, run_cfg=RunConfig(files=("empty.txt",)))
-
-
-def test_the_clients_own_settings_are_checked_with_a_run() -> None:
-    with (
-        OpenCodeClient(NO_BINARY, run_cfg=RunConfig(model="gpt")) as client,
-        pytest.raises(OpenCodeConfigError, match="model 'gpt' names no provider"),
-    ):
-        client.run("Explain")
-
-
 def test_the_settings_of_a_run_stand_in_place_of_the_clients() -> None:
-    with (
-        OpenCodeClient(NO_BINARY, run_cfg=RunConfig(model="gpt")) as client,
-        pytest.raises(OpenCodeBinaryNotFoundError),
-    ):
-        client.run("Explain", run_cfg=RunConfig())
+    with OpenCodeClient(NO_BINARY, run_cfg=RunConfig(model="gpt")) as client:
+        with pytest.raises(OpenCodeConfigError, match="model 'gpt' names no provider"):
+            client.run("Explain")
+        with pytest.raises(OpenCodeBinaryNotFoundError, match="no file '/none/opencode'"):
+            client.run("Explain", run_cfg=RunConfig())
 
 
-def test_a_blank_prompt_will_do_for_a_command(client: OpenCodeClient) -> None:
-    with pytest.raises(OpenCodeBinaryNotFoundError):
-        client.run("", run_cfg=RunConfig(command="init"))
+def test_settings_that_are_changed_inside_are_checked_once_more(client: OpenCodeClient) -> None:
+    given: dict[str, Any] = {"bash": "deny"}
+    cfg = RunConfig(permission=given)
+
+    given["bash"] = "ask"  # the caller's own, which was copied
+    client.run("well", run_cfg=cfg)
+    cfg.permission["bash"] = "ask"  # type: ignore[index]
+
+    with pytest.raises(OpenCodeConfigError, match="permission 'bash' is 'ask'"):
+        client.run("well", run_cfg=cfg)
 
 
-def test_a_file_counts_from_the_workspace(client: OpenCodeClient, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("x")
+# --- one client, many threads --------------------------------------------------------------------
 
-    with pytest.raises(OpenCodeBinaryNotFoundError):
-        client.run("Explain", tmp_path, run_cfg=RunConfig(files=("notes.txt",)))
+
+def test_a_client_is_shared_between_threads(client: OpenCodeClient, workspace: Path) -> None:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        prompts = [f"echo {number}" for number in range(80)]
+        results = list(pool.map(lambda prompt: client.run(prompt, workspace), prompts))
+
+    assert [result.answer for result in results] == [str(number) for number in range(80)]
+
+
+def test_closing_the_client_ends_the_runs_of_all_threads(
+    client: OpenCodeClient, workspace: Path
+) -> None:
+    begun = threading.Barrier(5)
+
+    def run() -> BaseException | None:
+        with client.stream("fall_silent", workspace) as stream:
+            next(stream)
+            begun.wait(LONG_S)
+            try:
+                stream.wait()
+            except OpenCodeCancelledError as error:
+                return error
+        return None
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(run) for _ in range(4)]
+        begun.wait(LONG_S)
+        started = time.monotonic()
+        client.close()
+        errors = [future.result(LONG_S) for future in futures]
+
+    assert [str(error) for error in errors] == ["the runner was closed"] * 4
+    assert time.monotonic() - started < LONG_S
+
+
+def test_closing_the_client_in_a_run_s_start_leaves_nothing(
+    tmp_path: Path, workspace: Path
+) -> None:
+    outcomes = []
+
+    def run(client: OpenCodeClient) -> None:
+        try:
+            outcomes.append(client.run("fall_silent", workspace, timeout_s=LONG_S))
+        except (OpenCodeCancelledError, OpenCodeConfigError) as error:
+            outcomes.append(error)
+
+    for _ in range(20):
+        client = standin_client(tmp_path)
+        running = threading.Thread(target=run, args=[client])
+        running.start()
+        client.close()
+        running.join(LONG_S)
+
+    assert len(outcomes) == 20
+    assert all(isinstance(outcome, Exception) for outcome in outcomes)
+
+
+def test_closing_the_client_ends_a_start_that_says_nothing(tmp_path: Path, workspace: Path) -> None:
+    client = standin_client(tmp_path, isolate_db=False, startup_delay_s=3600)
+    errors = []
+
+    def run() -> None:
+        with pytest.raises(OpenCodeCancelledError) as caught:
+            client.run("silent", workspace)
+        errors.append(caught.value)
+
+    running = threading.Thread(target=run, daemon=True)
+    before = {*psutil.Process().children()}
+    running.start()
+    deadline = time.monotonic() + LONG_S
+    while not {*psutil.Process().children()} - before:
+        assert time.monotonic() < deadline
+    client.close()
+    running.join(LONG_S)
+
+    assert [str(error) for error in errors] == ["the runner was closed"]
+
+
+def test_a_shared_data_directory_has_the_user_s_credentials_too(
+    tmp_path: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = tmp_path / "user" / "opencode"
+    user.mkdir(parents=True)
+    (user / "auth.json").write_text("{}")
+    monkeypatch.setenv("XDG_DATA_HOME", str(user.parent))
+
+    with standin_client(tmp_path, isolate_db=False, data_dir=tmp_path / "shared") as client:
+        client.run("well", workspace)
+
+    assert (tmp_path / "shared" / "opencode" / "auth.json").readlink() == user / "auth.json"
+
+
+def test_finalisers_that_run_in_the_midst_of_other_runs_deadlock_nothing(
+    client: OpenCodeClient, workspace: Path
+) -> None:
+    def lose_one_and_run_another() -> None:
+        stream = client.stream("fall_silent", workspace)
+        stream.itself = stream  # type: ignore[attr-defined]
+        next(stream)
+        del stream
+        client.run("flood 1000", workspace)
+
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1)  # nearly every allocation collects, in whichever thread makes it
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            futures = [pool.submit(lose_one_and_run_another) for _ in range(12)]
+            for future in futures:
+                future.result(60)
+    finally:
+        gc.set_threshold(*thresholds)
+    gc.collect()
+
+    assert "0 running" in repr(client)
+
+
+# --- forks ---------------------------------------------------------------------------------------
+
+
+def test_a_forked_child_can_use_the_client_while_the_parent_does(
+    client: OpenCodeClient, workspace: Path, tools: Tools
+) -> None:
+    stream = client.stream("with_tools", workspace)
+    tools.wait_until_started()
+
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            status = 0 if client.run("echo child", workspace).answer == "child" else 2
+            client.close()
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(pid, 0)
+
+    assert status == 0
+    assert len(tools.living()) == 3
+    stream.close()
+    assert client.run("well", workspace).status == "ok"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_client_works_in_multiprocessing(
+    client: OpenCodeClient, workspace: Path, method: str
+) -> None:
+    client.run("well", workspace)
+
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        results = [pool.apply_async(_run, (client, workspace, str(n))) for n in range(4)]
+        answers = [result.get(60) for result in results]
+        pool.close()
+        pool.join()
+
+    assert answers == ["0", "1", "2", "3"]
+
+
+def _run(client: OpenCodeClient, workspace: Path, words: str) -> str:
+    with client:
+        return client.run(f"echo {words}", workspace).answer
+
+
+# --- each way to end -----------------------------------------------------------------------------
+
+End = Callable[[RunStream], None]
+
+
+def leave_the_loop(stream: RunStream) -> None:
+    with stream:
+        for _ in stream:
+            break
+
+
+def raise_in_the_loop(stream: RunStream) -> None:
+    with pytest.raises(ZeroDivisionError), stream:
+        for _ in stream:
+            raise ZeroDivisionError
+
+
+def cancel_from_another_thread(stream: RunStream) -> None:
+    thread = threading.Thread(target=stream.cancel)
+    thread.start()
+    with pytest.raises(OpenCodeCancelledError):
+        stream.wait()
+    thread.join(LONG_S)
+
+
+def interrupt(stream: RunStream) -> None:
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            stream.wait()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [RunStream.close, leave_the_loop, raise_in_the_loop, cancel_from_another_thread, interrupt],
+    ids=lambda end: end.__name__.replace("_", " "),
+)
+def test_when_control_returns_the_tools_are_gone(
+    client: OpenCodeClient, workspace: Path, tools: Tools, end: End
+) -> None:
+    stream = client.stream("with_tools", workspace)
+    tools.wait_until_started()
+
+    end(stream)
+
+    assert not tools.living()
+
+
+def test_tools_that_a_run_left_behind_are_stopped_and_logged(
+    client: OpenCodeClient, workspace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="opencode_sync")
+
+    client.run("leave_tools", workspace)
+
+    assert any("left processes running" in record.getMessage() for record in caplog.records)
+
+
+def test_after_a_timeout_the_tools_are_gone(
+    client: OpenCodeClient, workspace: Path, tools: Tools
+) -> None:
+    with pytest.raises(OpenCodeTimeoutError):
+        client.run("with_tools", workspace, timeout_s=1.0)
+
+    assert not tools.living()
+
+
+def test_without_a_holder_the_tools_are_gone(
+    client: OpenCodeClient, workspace: Path, tools: Tools
+) -> None:
+    stream = client.stream("with_tools", workspace)
+    tools.wait_until_started()
+
+    del stream
+
+    assert not tools.living()
+
+
+def test_after_ctrl_c_the_tools_are_gone_before_the_script_goes_on(
+    workspace: Path, tools: Tools, tmp_path: Path
+) -> None:
+    with script(write_standin(tmp_path), workspace, "with_tools") as started:
+        tools.wait_until_started()
+        started.wait_for_the_run()
+
+        started.process.send_signal(signal.SIGINT)
+
+        assert started.line() == b"interrupted\n"
+        assert not tools.living()
+        assert started.process.wait(LONG_S) == 130
+
+
+def test_after_the_interpreter_s_exit_the_tools_are_gone(
+    workspace: Path, tools: Tools, tmp_path: Path
+) -> None:
+    with script(write_standin(tmp_path), workspace, "with_tools") as started:
+        tools.wait_until_started()
+
+        started.exit()
+
+        assert started.process.wait(LONG_S) == 0
+        assert not tools.living()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
+def test_soon_after_a_script_was_killed_the_tools_are_gone(
+    workspace: Path, tools: Tools, tmp_path: Path, number: signal.Signals
+) -> None:
+    with script(write_standin(tmp_path), workspace, "with_tools") as started:
+        tools.wait_until_started()
+        started.wait_for_the_run()
+
+        started.process.send_signal(number)
+
+        assert started.process.wait(LONG_S) == -number
+        tools.wait_until_gone()

@@ -83,6 +83,12 @@ def test_a_provider_that_has_answered_since_is_not_blamed() -> None:
     assert "retried" not in str(caught.value)
 
 
+def test_a_limit_beyond_all_clocks_is_none() -> None:
+    for seconds in (1e300, 10**10):
+        for name in ("timeout_s", "idle_timeout_s"):
+            assert stream_of(Script([step()]), **{name: seconds}).wait().status == "ok"
+
+
 def test_a_sign_of_life_is_not_idle() -> None:
     source = Script(forever())
     signs = 8

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from opencode_sync.core.errors import OpenCodeError
+from opencode_sync.core.errors import OpenCodeConfigError, OpenCodeError
 from opencode_sync.core.result import RunResult
 from opencode_sync.core.stream import RunStream
 from opencode_sync.display import stream as display
@@ -289,3 +289,8 @@ def test_what_a_sub_agent_says_is_not_shown_and_its_tools_are() -> None:
         LS | of_child,
         text("I ask."),
     ) == ("I ask.\n[bash] ls\n")
+
+
+def test_what_is_no_stream_is_refused() -> None:
+    with pytest.raises(OpenCodeConfigError, match="stream is RunResult: use what a runner's"):
+        live(RunResult())  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What can be wrong around the program: homes, disks, locales, paths, interpreters.
+"""What can be wrong around a client: homes, disks, locales, paths, interpreters.
 
 Each ends in a right result, or in an error of ours that says what to do. What an interpreter has
 from its start on is tried in a child.
@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,9 +26,6 @@ from opencode_sync import (
     RunConfig,
 )
 from tests.faults import standin_client, write_standin
-from tests.wrong import client, workspace
-
-__all__ = ["client", "workspace"]  # fixtures
 
 ROOT = Path(__file__).parents[2]
 WITHIN_S = 60.0
@@ -51,6 +48,22 @@ def tell(use):
 """
 
 Child = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory."""
+    path = tmp_path / "workspace"
+    path.mkdir()
+    monkeypatch.chdir(path)
+    return path
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[OpenCodeClient]:
+    """A client of the stand-in, whose prompts say what it does."""
+    with standin_client(tmp_path) as client:
+        yield client
 
 
 @pytest.fixture
@@ -212,26 +225,6 @@ def test_spaces_quotes_and_newlines_may_stand_in_every_path(
     assert result.workspace == str(workspace)
     assert f"PWD={workspace}" in str(result.answer.encode().decode("unicode_escape", "replace"))
     assert (workspace / "a b\nc.jsonl").exists()
-
-
-def test_a_link_as_workspace_leads_to_the_directory(
-    client: OpenCodeClient, workspace: Path, tmp_path: Path
-) -> None:
-    link = tmp_path / "link"
-    link.symlink_to(workspace, target_is_directory=True)
-
-    assert client.run("well", link).workspace == str(workspace.resolve())
-
-
-@pytest.mark.parametrize("target", ["none", "link"], ids=["to nothing", "to itself"])
-def test_a_link_that_leads_nowhere_is_told(
-    client: OpenCodeClient, tmp_path: Path, target: str
-) -> None:
-    link = tmp_path / "link"
-    link.symlink_to(tmp_path / target)
-
-    with pytest.raises(OpenCodeConfigError, match=r"^workspace '.*'(:| does not exist)"):
-        client.run("well", link)
 
 
 def test_a_relative_binary_is_found_from_wherever_its_run_works(
@@ -399,47 +392,3 @@ def test_a_finaliser_may_run_a_prompt(client: OpenCodeClient) -> None:
     Last()
 
     assert answers == ["last"]
-
-
-# --- plugins of the workspace, which OpenCode executes whatever it is told ------------------------
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    """With a directory ``sub``."""
-    root = tmp_path / "outside" / "repository"
-    (root / ".git").mkdir(parents=True)
-    (root / "sub").mkdir()
-    return root
-
-
-def write_plugin(path: Path) -> None:
-    path.parent.mkdir(parents=True)
-    path.write_text("")
-
-
-@pytest.mark.parametrize(
-    "file", [".opencode/plugin/own.js", "sub/.opencode/plugins/own.ts"], ids=["above", "here"]
-)
-@pytest.mark.parametrize(
-    "run_cfg", [RunConfig(pure=True), RunConfig(inherit_project_config=False)], ids=repr
-)
-def test_they_are_refused_where_they_are_to_be_left_out(
-    client: OpenCodeClient, repository: Path, file: str, run_cfg: RunConfig
-) -> None:
-    write_plugin(repository / file)
-
-    with pytest.raises(OpenCodeConfigError, match=r"would execute '.*own\.[jt]s' all the same"):
-        client.run("well", repository / "sub", run_cfg=run_cfg)
-
-    assert client.run("well", repository / "sub").status == "ok"
-
-
-def test_those_outside_of_the_repository_are_not_its_own(
-    client: OpenCodeClient, repository: Path
-) -> None:
-    write_plugin(repository.parent / ".opencode/plugin/own.js")
-
-    result = client.run("well", repository / "sub", run_cfg=RunConfig(pure=True))
-
-    assert result.status == "ok"
