@@ -27,12 +27,15 @@ from opencode_sync import (
     OpenCodeConfigError,
     OpenCodeError,
     OpenCodeProcessError,
+    OpenCodeServer,
     RunResult,
     RunStream,
     Session,
 )
+from tests import serving
 from tests.faults import standin_client
 from tests.scripted import ScriptedRunner
+from tests.standin import VERSION
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = str(ROOT / "opencode_sync")
@@ -121,6 +124,37 @@ def test_a_prompt_passes_seven_frames_to_its_process(
         monkeypatch.undo()
 
     assert len(frames_of_ours(caught.value)) <= 7, frames_of_ours(caught.value)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[OpenCodeServer]:
+    """A stand-in's; what its prompts mean stands at the head of serving.py."""
+    program = tmp_path / "opencode"
+    program.write_text(f'{VERSION}exec "{sys.executable}" "{serving.__file__}" "$@"\n')
+    program.chmod(0o755)
+    with OpenCodeServer(program) as server:
+        yield server
+
+
+def test_a_prompt_passes_eight_frames_to_its_first_request(
+    server: OpenCodeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import httpx2
+
+    caller, send = threading.current_thread(), httpx2.HTTPTransport.handle_request
+
+    def reached(transport: Any, request: Any) -> Any:
+        if threading.current_thread() is caller:
+            raise Reached
+        return send(transport, request)
+
+    server.run("say hello")
+    monkeypatch.setattr(httpx2.HTTPTransport, "handle_request", reached)
+    with pytest.raises(Reached) as caught:
+        server.run("say hello")
+    monkeypatch.undo()
+
+    assert len(frames_of_ours(caught.value)) <= 8, frames_of_ours(caught.value)
 
 
 # --- a future ------------------------------------------------------------------------------------
@@ -284,6 +318,7 @@ PRELUDE = """
 import itertools, sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from tests.scripted import ScriptedRunner
+from tests.standin import VERSION
 
 runner = ScriptedRunner(max_workers=2)
 jobs = itertools.chain("a", map("hold {}".format, itertools.count()))
