@@ -1,6 +1,6 @@
 """A headless Chromium, driven through its DevTools protocol over a pair of pipes.
 
-    Chromium() --> open(url) --> Page: evaluate(), click(), press(), screenshot()
+    Chromium() --> open(url) --> Page: evaluate(), click(), press(), type()
                                        requests, complaints: what it asked for and what went wrong
 
 No driver and no port: messages are JSON that ends with a zero byte, written to the browser's
@@ -9,7 +9,6 @@ descriptor 3 and read from its 4.
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import select
@@ -235,10 +234,6 @@ class Page:
             )
         self.settle()
 
-    def hover(self, x: float, y: float) -> None:
-        self._ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-        self.settle()
-
     def press(self, key: str, code: int) -> None:
         """One stroke of a key that has a name."""
         text = {"text": "\r"} if key == "Enter" else {}
@@ -250,10 +245,6 @@ class Page:
     def type(self, text: str) -> None:
         self._ask("Input.insertText", text=text)
         self.settle()
-
-    def screenshot(self, path: Path) -> None:
-        data = self._ask("Page.captureScreenshot", format="png")["data"]
-        path.write_bytes(base64.b64decode(data))
 
     def _ask(self, method: str, **params: Any) -> dict[str, Any]:
         return self._browser.ask(method, self._session, **params)

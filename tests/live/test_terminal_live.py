@@ -164,24 +164,6 @@ def test_ctrl_c_ends_a_map_and_the_same_command_goes_on(
     assert saved(here) == ["four", "one", "three", "two"]
 
 
-def test_a_map_that_was_killed_goes_on_where_it_was(
-    terminal: Terminal, standin: Path, here: Path
-) -> None:
-    hang = f"step(text='two') if os.path.exists('begun') else ({HANG.replace(';', ',')})"
-    (here / "in.txt").write_text(f"step(text='one')\n{hang}\n")
-    command = ("map", "in.txt", "--output", "out.jsonl", "--workers", "1")
-
-    first = terminal(standin, *command)
-    first.wait_until((here / "begun").exists)
-    first.process.kill()
-    first.process.wait()
-    second = terminal(standin, *command)
-
-    assert second.end() == 0
-    assert "1 done, 0 failed, 1 from the checkpoint\n" in second.text
-    assert saved(here) == ["one", "two"]
-
-
 def test_ctrl_c_ends_a_map_on_the_warm_server(terminal: Terminal, server: Path, here: Path) -> None:
     (here / "in.txt").write_text("say one\ntool\n")
     command = ("map", "in.txt", "--output", "out.jsonl", "--workers", "1", "--server")
@@ -264,32 +246,6 @@ def test_ctrl_c_ends_a_turn_of_a_chat_and_at_the_prompt_the_chat(
     assert screen.end() == 130
     assert screen.text.endswith("opencode-sync: interrupted\n")
     assert "Traceback" not in screen.text
-
-
-def test_ctrl_c_at_a_question_ends_the_turn(terminal: Terminal, server: Path) -> None:
-    screen = terminal(server, "chat")
-    await_prompt(screen)
-    screen.type("ask\n")
-    screen.wait_for("no with words to the model:")
-    screen.type(CTRL_C)
-    screen.wait_for("opencode-sync: interrupted; Ctrl-D ends the conversation\n> ")
-    await_prompt(screen)
-    screen.type(CTRL_D)
-
-    assert screen.end() == 0
-
-
-def test_a_turn_that_fails_does_not_end_a_chat(terminal: Terminal, server: Path) -> None:
-    screen = terminal(server, "chat")
-    await_prompt(screen)
-    screen.type("break\n")
-    screen.wait_for("opencode-sync: opencode reported an error: ProviderError: broken\n> ")
-    screen.type("say say on\n")
-    screen.wait_for("say on\nok")
-    await_prompt(screen)
-    screen.type(CTRL_D)
-
-    assert screen.end() == 0
 
 
 def test_a_later_chat_goes_on_and_has_the_prompts_at_the_arrow_keys(
