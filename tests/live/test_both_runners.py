@@ -22,26 +22,20 @@ and what only a stand-in can do have files of their own.
 
 from __future__ import annotations
 
-import gc
 import json
 import pickle
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from opencode_sync import (
     OpenCodeBudgetError,
-    OpenCodeCancelledError,
     OpenCodeConfigError,
     OpenCodeError,
     OpenCodeProcessError,
@@ -54,74 +48,23 @@ from opencode_sync import (
 )
 from opencode_sync.api.runner import Runner
 from opencode_sync.process.data_dirs import DataDirectories
-from opencode_sync.testing import Answer, ChatRequest, Reply, tool_call
-from tests.live.warm import WITHIN_S, MakeRunner, Script, conversation, shell
+from opencode_sync.testing import ChatRequest, Reply, tool_call
+from tests.live.warm import WITHIN_S, MakeRunner, Script, Tools, conversation, shell
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell"),
     pytest.mark.timeout(240),
 ]
 
-GONE_S = 5.0  # what may pass after the end of a script that could do nothing itself
 IDLE_S = 3.0
-SLEEPS_S = (90901, 90902, 90903, 90904)
-_LAST_WORDS = [[str(sleep_s)] for sleep_s in SLEEPS_S]
 
 _ROOT = Path(__file__).parent.parent.parent
-
-
-class Tools:
-    """Sleeping processes: a plain child, one in another session, one without a parent, and one
-    without a parent and without our mark in its environment.
-
-    They are known by the ids that they write into *file*.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        (file.parent / "sleeper.sh").write_text("echo $$ >> $1; exec sleep $2\n")
-
-    @property
-    def call(self) -> Answer:
-        first, second, third, fourth = (f"sh sleeper.sh {self._file.name} {n}" for n in SLEEPS_S)
-        unmarked = f"(env -i setsid {fourth} >/dev/null 2>&1 &)"
-        return shell(f"{unmarked}; (setsid sh -c '{first} & {second}' &); {third}")
-
-    def wait_until_started(self) -> None:
-        self._wait_until(
-            lambda: self._file.exists() and len(self._pids()) == len(SLEEPS_S), WITHIN_S
-        )
-
-    def wait_until_gone(self) -> None:
-        self._wait_until(lambda: not self.living(), GONE_S)
-
-    def living(self) -> list[int]:
-        """Those that have started and not ended."""
-        found = []
-        for pid in self._pids():
-            with suppress(psutil.Error):  # gone, or a zombie
-                found += [pid] if psutil.Process(pid).cmdline()[-1:] in _LAST_WORDS else []
-        return found
-
-    def _pids(self) -> list[int]:
-        return [int(line) for line in self._file.read_text().split("\n")[:-1]]
-
-    def _wait_until(self, holds: Callable[[], bool], within_s: float) -> None:
-        deadline = time.monotonic() + within_s
-        while not holds():
-            assert time.monotonic() < deadline, f"{self._file.name} after {within_s} s"
-            time.sleep(0.01)  # nobody tells of a process that comes or goes
 
 
 @pytest.fixture(scope="module")
 def workspace(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One for each runner: tools write their ids there."""
     return tmp_path_factory.mktemp("workspace")
-
-
-@pytest.fixture
-def tools(workspace: Path, request: pytest.FixtureRequest) -> Tools:
-    return Tools(workspace / f"{request.node.originalname}.pids")
 
 
 # --- one run with everything ---------------------------------------------------------------------
@@ -485,137 +428,6 @@ def test_threads_share_a_runner_and_each_gets_its_own_answer(
 
     assert [result.final_text for result in results] == [f"re Number {n}" for n in range(2)]
     assert results[0].session_id != results[1].session_id
-
-
-# --- early ends: the tools are gone when control returns -----------------------------------------
-
-
-@pytest.fixture
-def sleeping(script: Script, tools: Tools) -> str:
-    """A prompt that has tools started."""
-    return script.to("Sleep well", Reply("Good night.", tool_calls=[tools.call]), "Awake.")
-
-
-def test_after_close_no_tool_lives_and_the_session_goes_on(
-    runner: Runner, cfg: RunConfig, workspace: Path, sleeping: str, tools: Tools
-) -> None:
-    stream = runner.stream(sleeping, workspace)
-    tools.wait_until_started()
-
-    stream.close()
-
-    assert tools.living() == []
-    assert list(stream) == []
-    assert (stream.result.status, stream.result.final_text) == ("cancelled", "Good night.")
-    going_on = cfg.replace(session_id=stream.session_id)
-    assert runner.run("Good morning", workspace, run_cfg=going_on).answer == "re Good morning"
-
-
-def test_after_cancel_in_another_thread_no_tool_lives(
-    runner: Runner, workspace: Path, sleeping: str, tools: Tools
-) -> None:
-    stream = runner.stream(sleeping, workspace)
-
-    def cancel() -> None:
-        tools.wait_until_started()
-        stream.cancel("no more of it")
-
-    with ThreadPoolExecutor(1) as threads:
-        cancelling = threads.submit(cancel)
-        with pytest.raises(OpenCodeCancelledError, match="no more of it") as caught:
-            stream.wait()
-        left = tools.living()
-        cancelling.result(WITHIN_S)
-
-    assert left == []
-    assert caught.value.result is stream.result
-    assert (stream.result.status, stream.result.final_text) == ("cancelled", "Good night.")
-
-
-def test_after_garbage_collection_no_tool_lives(
-    runner: Runner, workspace: Path, sleeping: str, tools: Tools
-) -> None:
-    stream = runner.stream(sleeping, workspace)
-    stream.itself = stream  # type: ignore[attr-defined]
-    tools.wait_until_started()
-    del stream
-
-    gc.collect()
-
-    assert tools.living() == []
-
-
-def test_closing_the_runner_ends_its_runs_and_it_takes_no_more(
-    make: MakeRunner, workspace: Path, sleeping: str, tools: Tools
-) -> None:
-    runner = make()
-    stream = runner.stream(sleeping, workspace)
-    tools.wait_until_started()
-
-    runner.close()
-
-    assert tools.living() == []
-    with pytest.raises(OpenCodeCancelledError, match="closed"):
-        stream.wait()
-    with pytest.raises(OpenCodeConfigError, match="closed"):
-        runner.run("Hi", workspace)
-    with pytest.raises(OpenCodeConfigError, match="closed"):
-        runner.stream("Hi", workspace)
-
-
-_WAIT = """
-import pickle, sys
-
-runner, prompt, workspace = pickle.load(sys.stdin.buffer)
-with runner.stream(prompt, workspace) as stream:
-    try:
-        print("waiting", flush=True)
-        stream.wait()
-    except KeyboardInterrupt:
-        print("interrupted", flush=True)
-        sys.stdin.read()
-        runner.close()
-"""
-
-
-@pytest.fixture
-def program(
-    make: MakeRunner, workspace: Path, sleeping: str, tools: Tools
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A script that waits for a run whose tools are at work."""
-    with subprocess.Popen(
-        [sys.executable, "-c", _WAIT], cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as program:
-        assert program.stdin
-        assert program.stdout
-        try:
-            program.stdin.write(pickle.dumps((make(), sleeping, workspace)))
-            program.stdin.flush()
-            assert program.stdout.readline() == b"waiting\n"
-            tools.wait_until_started()
-            yield program
-        finally:
-            program.kill()
-
-
-def test_after_ctrl_c_no_tool_lives_when_the_script_goes_on(
-    program: subprocess.Popen[bytes], tools: Tools
-) -> None:
-    assert program.stdout
-
-    program.send_signal(signal.SIGINT)
-
-    assert program.stdout.readline() == b"interrupted\n"
-    assert tools.living() == []
-
-
-def test_within_5_s_of_a_kill_of_the_script_no_tool_lives(
-    program: subprocess.Popen[bytes], tools: Tools
-) -> None:
-    program.kill()
-
-    assert program.wait(WITHIN_S) == -signal.SIGKILL
-    tools.wait_until_gone()
 
 
 # --- configuration -------------------------------------------------------------------------------

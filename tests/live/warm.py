@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 from opencode_sync import OpenCodeClient, OpenCodeServer, RunConfig
 from opencode_sync.api.runner import Runner
@@ -113,3 +117,51 @@ def open_connections(server: OpenCodeServer) -> None:
         ]
         for response in begun:
             response.read()
+
+
+GONE_S = 5.0  # what may pass after the end of a script that could do nothing itself
+SLEEPS_S = (90901, 90902, 90903, 90904)
+_LAST_WORDS = [[str(sleep_s)] for sleep_s in SLEEPS_S]
+
+
+class Tools:
+    """Sleeping processes: a plain child, one in another session, one without a parent, and one
+    without a parent and without our mark in its environment.
+
+    They are known by the ids that they write into *file*.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        (file.parent / "sleeper.sh").write_text("echo $$ >> $1; exec sleep $2\n")
+
+    @property
+    def call(self) -> Answer:
+        first, second, third, fourth = (f"sh sleeper.sh {self._file.name} {n}" for n in SLEEPS_S)
+        unmarked = f"(env -i setsid {fourth} >/dev/null 2>&1 &)"
+        return shell(f"{unmarked}; (setsid sh -c '{first} & {second}' &); {third}")
+
+    def wait_until_started(self) -> None:
+        self._wait_until(
+            lambda: self._file.exists() and len(self._pids()) == len(SLEEPS_S), WITHIN_S
+        )
+
+    def wait_until_gone(self) -> None:
+        self._wait_until(lambda: not self.living(), GONE_S)
+
+    def living(self) -> list[int]:
+        """Those that have started and not ended."""
+        found = []
+        for pid in self._pids():
+            with suppress(psutil.Error):  # gone, or a zombie
+                found += [pid] if psutil.Process(pid).cmdline()[-1:] in _LAST_WORDS else []
+        return found
+
+    def _pids(self) -> list[int]:
+        return [int(line) for line in self._file.read_text().split("\n")[:-1]]
+
+    def _wait_until(self, holds: Callable[[], bool], within_s: float) -> None:
+        deadline = time.monotonic() + within_s
+        while not holds():
+            assert time.monotonic() < deadline, f"{self._file.name} after {within_s} s"
+            time.sleep(0.01)  # nobody tells of a process that comes or goes
