@@ -12,11 +12,7 @@ import threading
 from pathlib import Path
 
 from opencode_sync import (
-    Job,
     OpenCodeClient,
-    OpenCodeProcessError,
-    RunConfig,
-    RunResult,
 )
 from opencode_sync.testing import Answer, ChatRequest, Reply
 from tests.live.warm import MakeModel
@@ -125,22 +121,3 @@ def test_cancelling_a_future_ends_a_real_run(
 
     assert future.cancelled()
     model.wait_until_idle(10)
-
-
-def test_jobs_have_settings_and_workspaces_of_their_own(
-    client: OpenCodeClient, tmp_path: Path, scripted: MakeModel
-) -> None:
-    model = scripted("fine")
-    good = model.run_config()
-    bad = good.replace(model="nobody/nothing")
-    directories = [tmp_path / name for name in "ab"]
-    for directory in directories:
-        directory.mkdir()
-    jobs = [Job("one", directories[0], good), Job("two", directories[1], bad, key="k")]
-
-    first, second = client.map(jobs, max_workers=2, on_error="return", run_cfg=RunConfig())
-
-    assert isinstance(first, RunResult)
-    assert (first.answer, first.workspace) == ("fine", str(directories[0].resolve()))
-    assert isinstance(second, OpenCodeProcessError)
-    assert (second.index, second.key) == (1, "k")

@@ -17,7 +17,6 @@ import pytest
 
 from opencode_sync import OpenCodeClient, OpenCodeProcessError, OpenCodeServer, RunConfig, RunResult
 from opencode_sync.api.runner import Runner
-from opencode_sync.process import versions
 from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
 
 pytestmark = [
@@ -127,17 +126,6 @@ def test_warnings_are_events_too_and_change_no_status(warned: Warned) -> None:
 
     assert [event["message"] for event in events] == warned.result.warnings
     assert warned.result.status == "ok"
-
-
-def test_the_real_program_is_asked_for_its_version_once_per_file(
-    warned: Warned, opencode_binary: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    version = versions.binary_version(opencode_binary)
-    monkeypatch.setattr(versions, "_known", {})
-    monkeypatch.setattr(versions, "VERSION_TIMEOUT_S", 0.0)  # nobody answers so fast
-
-    assert versions.check_program_version(opencode_binary) == []
-    assert versions._known[opencode_binary][1] == version
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel
 
 from opencode_sync import (
     OpenCodeOutputError,
     OpenCodeServer,
     RunConfig,
-    RunResult,
 )
 from opencode_sync.api.runner import Runner
 from opencode_sync.testing import Answer, ChatRequest, Reply, ToolCall, tool_call
@@ -88,22 +87,6 @@ def test_an_answer_that_does_not_fit_is_repaired_in_the_same_session(
     assert "- $.legs: " in script.last.prompt
 
 
-@pytest.mark.only("server")
-def test_an_answer_that_never_fits_is_an_error_with_all_of_it(
-    runner: Runner, workspace: Path, script: Script
-) -> None:
-    script.answers["Describe it"] = script.answers[REPAIR] = saying(BAD)
-
-    with pytest.raises(OpenCodeOutputError, match=r"after 1 repair: \$\.legs: ") as caught:
-        runner.run("Describe it", workspace, schema=Bird)
-
-    error = caught.value
-    assert [fault.partition(":")[0] for fault in error.errors] == ["$.legs"]
-    assert json.dumps(BAD) in error.text
-    assert error.result is not None
-    assert (error.result.status, error.result.turns) == ("error", 2)
-
-
 class Node(BaseModel):
     name: str
     kids: list[Node] = []
@@ -124,45 +107,6 @@ def test_a_cut_answer_is_sent_back_and_no_part_of_it_or_of_a_thought_is_taken(
     assert result.parsed == Node(name="root", kids=[Node(name="leaf")])
     assert (result.status, result.turns) == ("ok", 2)
     assert "cut off" in script.last.prompt
-
-
-@pytest.mark.only("server")
-def test_an_answer_that_stays_cut_is_an_error_that_says_so(
-    runner: Runner, workspace: Path, script: Script
-) -> None:
-    script.to("Draw it", Reply(CUT, finish_reason="length"))
-    script.to(REPAIR, Reply(CUT, finish_reason="length"))
-
-    with pytest.raises(OpenCodeOutputError, match="cut off") as caught:
-        runner.run("Draw it", workspace, schema=Node)
-
-    assert caught.value.result is not None
-    assert caught.value.result.parsed is None
-    assert caught.value.result.total_cost == pytest.approx(2 * COST)
-
-
-class Choosy(BaseModel):
-    name: str
-
-    @field_validator("name")
-    @classmethod
-    def known(cls, name: str) -> str:
-        return {"Rotkehlchen": "robin"}[name]
-
-
-@pytest.mark.only("server")
-def test_what_a_users_validator_raises_is_an_error_of_ours_with_what_was_spent(
-    runner: Runner, workspace: Path, script: Script
-) -> None:
-    script.answers["Describe it"] = script.answers[REPAIR] = saying({"name": "Kiebitz"})
-
-    batch = runner.map(["Describe it"], workspace, schema=Choosy, on_error="return")
-    (error,) = batch
-
-    assert isinstance(error, OpenCodeOutputError)
-    assert "the validator raised KeyError: 'Kiebitz'" in error.errors[0]
-    assert error.result is not None
-    assert error.result.total_cost == batch.report.total_cost == pytest.approx(2 * COST)
 
 
 # --- on a server ---------------------------------------------------------------------------------
@@ -238,15 +182,6 @@ def test_several_values_at_once_are_no_answer_and_neither_is_a_rounded_one(
     assert caught.value.result.total_cost == pytest.approx(2 * COST)
 
 
-def test_words_that_fit_will_do(server: OpenCodeServer, workspace: Path, script: Script) -> None:
-    script.to("Describe it", f"Gladly: {json.dumps(GOOD)}")
-
-    result = server.run("Describe it", workspace, schema=Bird)
-
-    assert result.parsed == Bird(name="Kiebitz", legs=2)
-    assert result.turns == 1
-
-
 def test_the_tool_is_there_where_all_others_are_denied(
     server: OpenCodeServer, workspace: Path, script: Script
 ) -> None:
@@ -274,29 +209,3 @@ def test_a_conversation_with_such_an_answer_is_read_forked_and_continued(
     assert roles == ["user", "assistant"]
     assert forked == ["user", "assistant", "tool", "user"]
     assert [message["role"] for message in script.last.messages[1:]] == forked
-
-
-# --- many ----------------------------------------------------------------------------------------
-
-
-def test_a_batch_gives_parsed_values_and_its_checkpoint_restores_them(
-    server: OpenCodeServer, workspace: Path, script: Script, tmp_path: Path
-) -> None:
-    prompts = [f"Describe number {number}" for number in range(20)]
-    for number, prompt in enumerate(prompts):
-        script.answers[prompt] = saying({"name": f"Bird {number}", "legs": number})
-    checkpoint = tmp_path / "birds.jsonl"
-
-    def run() -> list[RunResult]:
-        return list(
-            server.map(prompts, workspace, schema=Bird, max_workers=4, checkpoint=checkpoint)
-        )
-
-    first = run()
-    asked = len(script.requests)
-    again = run()
-
-    birds = [Bird(name=f"Bird {number}", legs=number) for number in range(20)]
-    assert [result.parsed for result in first] == birds
-    assert [result.parsed for result in again] == birds
-    assert len(script.requests) == asked
