@@ -1,19 +1,19 @@
 """Everything that opencode_sync raises on purpose.
 
-OpenCodeError
- +- OpenCodeBinaryNotFoundError   also FileNotFoundError: no such program, or none that runs
- +- OpenCodeConfigError           also ValueError: refused before anything was started
- +- OpenCodeProcessError          the run ended badly: exit status, stderr, events, the reason
- +- OpenCodeIncompleteError       the answer is not whole: the output broke off, or the model's did
- +- OpenCodeTimeoutError          also TimeoutError: total or idle, it says which
- +- OpenCodeCancelledError        also concurrent.futures.CancelledError
- +- OpenCodeBudgetError           max_cost, max_steps or another budget was spent
- +- OpenCodePermissionError       a denied tool has run, or could have
- +- OpenCodeOutputError           structured output that does not fit its schema
- +- OpenCodeServerError           the server did not start, died, or refused
+    OpenCodeError
+     +- OpenCodeBinaryNotFoundError   also FileNotFoundError: no such program, or it cannot be run
+     +- OpenCodeConfigError           also ValueError: refused before anything was started
+     +- OpenCodeProcessError          the run failed: exit status, stderr, events, the reason
+     +- OpenCodeIncompleteError       the answer is not whole: the output or the model broke off
+     +- OpenCodeTimeoutError          also TimeoutError: total or idle, it says which
+     +- OpenCodeCancelledError        also concurrent.futures.CancelledError
+     +- OpenCodeBudgetError           max_cost, max_steps or another budget was spent
+     +- OpenCodePermissionError       a denied tool has run, or could have
+     +- OpenCodeOutputError           structured output that does not fit its schema
+     +- OpenCodeServerError           the server did not start, died, or refused
 
-Each carries ``.result``, what the run had produced until then, or None where no run had begun.
-Each pickles with all its attributes and compares equal to its copy.
+Each carries ``.result``, what the run had produced until then, or None if no run had begun. Each
+pickles with all its attributes and compares equal to its copy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .events import Event
     from .result import RunResult
 
-_STDERR_TAIL = 2_000  # characters, the length that py-opencode-wrapper's message has
+_STDERR_TAIL = 2_000  # characters
 
 _E = TypeVar("_E", bound="OpenCodeError")
 
@@ -37,12 +37,11 @@ _E = TypeVar("_E", bound="OpenCodeError")
 class OpenCodeError(Exception):
     """The base of every error of this package.
 
-    Its text may quote a provider or a tool, and a traceback is printed as it is: what a terminal
-    would obey is left out of it.
+    Its text may quote a provider or a tool, so control characters for a terminal are left out.
 
     Attributes:
-        result: What the run had produced, or None where no run had begun.
-        prompt, index, key: Which job of a batch this was; None outside of one.
+        result: What the run had produced, or None if no run had begun.
+        prompt, index, key: Which job of a batch this was; None outside of a batch.
     """
 
     def __init__(self, message: str, *, result: RunResult | None = None) -> None:
@@ -53,11 +52,11 @@ class OpenCodeError(Exception):
         self.key: str | None = None
 
     def _repr_html_(self) -> str:
-        """For notebooks, where the error is a value."""
+        """For notebooks: the error as a value."""
         return error_html(self)
 
     def _render_traceback_(self) -> list[str]:
-        """For IPython, where it was raised: in brief."""
+        """For IPython: the error as it is raised, in brief."""
         return error_lines(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -81,11 +80,11 @@ def _restore(cls: type[_E], args: tuple[Any, ...], state: dict[str, Any]) -> _E:
 
 
 class OpenCodeBinaryNotFoundError(OpenCodeError, FileNotFoundError):
-    """The opencode program was not found, or what was found cannot be run."""
+    """The opencode program was not found, or cannot be run."""
 
 
 class OpenCodeConfigError(OpenCodeError, ValueError):
-    """A setting, prompt, workspace or use was refused before anything was started."""
+    """A setting, prompt, workspace or call was refused before anything was started."""
 
 
 class OpenCodeProcessError(OpenCodeError):
@@ -93,10 +92,10 @@ class OpenCodeProcessError(OpenCodeError):
 
     Attributes:
         exit_code: The exit status; negative is the number of the signal that ended the process.
-            None where there was no process (a turn on a server).
-        stderr: All of it, with its colours.
+            None if there was no process (a turn on a server).
+        stderr: All of stderr, with its colours.
         events: The events until the end.
-        raw_stdout_lines: The lines as they came.
+        raw_stdout_lines: The lines of stdout, unparsed.
         reason: OpenCode's own words for what went wrong, or None.
     """
 
@@ -111,11 +110,10 @@ class OpenCodeProcessError(OpenCodeError):
         result: RunResult | None = None,
     ) -> None:
         message = _ending(exit_code)
-        told = strip_ansi(reason or "").strip()
-        if told:
-            message += f": {told}"
+        if why := strip_ansi(reason or "").strip():
+            message += f": {why}"
         tail = stderr_tail(stderr)
-        if tail and tail != told:
+        if tail and tail != why:
             message += f"\n{tail}"
         super().__init__(message, result=result)
         self.exit_code = exit_code
@@ -143,20 +141,20 @@ def _ending(exit_code: int | None) -> str:
 
 
 class OpenCodeIncompleteError(OpenCodeError):
-    """The answer is not whole; ``.result`` has what came of it.
+    """The answer is not whole; ``.result`` has the part that came.
 
-    The output broke off, though OpenCode exited with status 0; or the model's answer did: at its
-    output limit, by a content filter, or for a reason that the provider did not give. Or
-    such answers came one after another, and the run was stopped: OpenCode would go on asking.
+    The output broke off, though OpenCode exited with status 0. Or the model's answer broke off: at
+    its output limit, by a content filter, or for a reason that the provider did not give. Or such
+    answers came one after another, and the run was stopped since OpenCode would go on asking.
     """
 
 
 class OpenCodeTimeoutError(OpenCodeError, TimeoutError):
-    """A time limit passed; the run and its tools are gone.
+    """A time limit passed; the run and its tools were stopped.
 
     Attributes:
         limit: ``"timeout_s"`` or ``"idle_timeout_s"``.
-        limit_s: Its value in seconds.
+        limit_s: The limit in seconds.
         elapsed_s: Seconds since the run's process started.
     """
 
@@ -176,17 +174,17 @@ class OpenCodeTimeoutError(OpenCodeError, TimeoutError):
 
 
 class OpenCodeCancelledError(OpenCodeError, CancelledError):
-    """The run was cancelled, or its client closed, while it was under way."""
+    """The run was cancelled, or its client was closed during it."""
 
 
 class OpenCodeBudgetError(OpenCodeError):
-    """A budget was spent before the run was done; the run and its tools are gone.
+    """A budget was spent before the run was done; the run and its tools were stopped.
 
     Attributes:
         limit_name: ``"max_cost"``, ``"max_tokens"`` or ``"max_steps"`` of a run;
             ``"max_total_cost"`` or ``"max_total_tokens"`` of a batch.
         limit: The budget: US dollars, tokens, or steps of the model.
-        spent: What had been spent when it was noticed, in the same unit.
+        spent: The amount spent when this was noticed, in the same unit.
     """
 
     def __init__(
@@ -205,10 +203,10 @@ class OpenCodeBudgetError(OpenCodeError):
 
 
 class OpenCodePermissionError(OpenCodeError):
-    """What the caller denies is not denied: a denied tool has run, or nothing would stop it.
+    """A denied tool has run, or nothing would have stopped it.
 
     Attributes:
-        tool: The tool that has run, or None where OpenCode did not ask what is denied.
+        tool: The tool that has run; None if OpenCode did not look for what is denied.
     """
 
     def __init__(
@@ -219,10 +217,10 @@ class OpenCodePermissionError(OpenCodeError):
 
 
 class OpenCodeOutputError(OpenCodeError):
-    """Structured output that does not fit its schema, also after the repairs.
+    """Structured output that does not fit its schema, even after the repairs.
 
     Attributes:
-        errors: The validator's words, one entry a fault.
+        errors: What the validator says, one entry a fault.
         text: The answer that was validated.
     """
 

@@ -1,8 +1,12 @@
-"""Text for people: safe to print into a terminal, or to show in a notebook.
+"""Text for people: safe to print to a terminal, or to show in a notebook.
 
-What a model, a tool or a prompt says may hold escape sequences, script tags or the address of a
-picture that tells its server who looked. Here it becomes text that is only looked at. Knows strings
-and the figures of a result; nothing of screens.
+    printable(), spelled_out(), one_line()     for terminals
+    verbatim(), markdown(), html_table()       for notebooks
+    outcome(), result_markdown(), error_...()  results and errors in these forms
+
+Text of a model, a tool or a prompt may hold escape sequences, script tags, or the address of a
+picture that tells its server who looked. None of that has an effect in what these functions return.
+Knows strings and the fields of a result; nothing of screens.
 """
 
 from __future__ import annotations
@@ -18,27 +22,26 @@ if TYPE_CHECKING:
     from .errors import OpenCodeError
     from .result import RunResult
 
-SHOWN_CHARS = 100_000  # of an answer in a notebook; a browser shows no megabytes
+_SHOWN_CHARS = 100_000  # of an answer in a notebook: a browser is slow with megabytes
 
 # ECMA-48: control sequences (colours, cursor), strings up to their end (titles, links), the rest.
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)|[ -/]*[0-~])")
-# Controls but for tab and newline; and what Unicode has to show nothing by itself
-# (Default_Ignorable_Code_Point): marks that change the order of the text around them, tags and
-# fillers that hide a text in another one, further ends of lines.
+# Controls except tab and newline; and characters that show nothing by themselves (Unicode's
+# Default_Ignorable_Code_Point): marks that change the order of the text around them, tags and
+# fillers that hide a text in another one, other line separators.
 _CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f"
     "\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufe00-\ufe0d\ufeff\uffa0\ufff0-\ufffb"
     "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
-# Joiners and emoji styles: Persian and emoji need them, and between Latin letters they only hide.
+# Joiners and emoji styles: Persian and emoji need them; after ASCII they can only hide something.
 _JOINERS = "[\u200c\u200d\ufe0e\ufe0f]"
 _LONE_JOINERS = re.compile(rf"(?<![^\x00-\x7f]){_JOINERS}+")
 _HIDDEN = re.compile(f"{_CONTROLS.pattern}|{_JOINERS}")
 _FENCE = re.compile(r" {0,3}(?P<marks>`{3,}(?=[^`]*$)|~{3,})\s*(?P<language>[\w+#.-]*)")
 _CODE = re.compile(r"(?<![\\`])(`+)(?!`)(.+?)(?<!`)\1(?!`)")
-_CODE_CHARS = 10_000  # of a line in which code is looked for: it takes time in the square of them
-_OURS = os.path.dirname(os.path.dirname(__file__))
-_LIBRARIES = (_OURS, os.path.dirname(os.__file__))
+_CODE_CHARS = 10_000  # of a line that is searched for code, which takes quadratic time
+_LIBRARIES = (os.path.dirname(os.path.dirname(__file__)), os.path.dirname(os.__file__))
 _PUNCTUATION = re.compile(r"[^\w\s]")
 
 
@@ -48,16 +51,16 @@ def strip_ansi(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """*text* without what a terminal would obey or not show; newlines and tabs stay."""
+    """*text* without control sequences and invisible characters; newlines and tabs stay."""
     text = _CONTROLS.sub("", strip_ansi(text).replace("\r\n", "\n"))
     return _LONE_JOINERS.sub("", text)
 
 
 def spelled_out(text: str) -> str:
-    """*text* with what a terminal would obey or not show written out, as ``\\x1b``.
+    """*text* with control sequences and invisible characters written out, as ``\\x1b``.
 
-    For what somebody is to judge: nothing in it is hidden, which :func:`printable` may do. Newlines
-    and tabs stay.
+    For text that somebody has to judge: :func:`printable` may hide what is dangerous in it.
+    Newlines and tabs stay.
     """
     text = text.replace("\r\n", "\n")
     return _HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
@@ -94,7 +97,7 @@ def tools_used(result: RunResult) -> list[str]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """*rows* as lines with aligned columns, the first to the left and the others to the right."""
+    """*rows* as lines with aligned columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -106,16 +109,15 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def verbatim(text: str) -> str:
-    """*text* with all punctuation as HTML entities: Markdown and HTML alike show it as it is."""
+    """*text* with all punctuation as HTML entities: Markdown and HTML show it as it is."""
     return _PUNCTUATION.sub(lambda match: f"&#{ord(match[0])};", printable(text))
 
 
 def markdown(text: str) -> str:
-    """*text*, which is Markdown, without HTML and pictures.
+    """The Markdown *text* without HTML and pictures, which show as the text that they are.
 
-    Tags and pictures show as the text that they were written with. A block of code is fenced anew,
-    from the first column and with a fence that does not occur in it, so that whoever renders this
-    sees the blocks that were seen here.
+    A block of code gets a new fence, in the first column and not occurring in the block, so that
+    every renderer sees the same blocks as this function.
     """
     lines = iter(printable(text).split("\n"))
     out: list[str] = []
@@ -141,7 +143,7 @@ def _code(match: re.Match[str]) -> str:
 
 
 def _prose(line: str) -> str:
-    """A line outside of code blocks. Code in it that holds a tag becomes HTML of ours."""
+    """A line outside of code blocks; code in it that holds a tag becomes our own HTML."""
     if len(line) <= _CODE_CHARS:
         line = _CODE.sub(_code, line)
     return re.sub(r"<(?!/?code>)", "&lt;", line).replace("![", "!&#91;")
@@ -159,10 +161,10 @@ def html_table(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def result_markdown(result: RunResult) -> str:
-    """A result as a notebook shows it: the answer, and a line on how it came about."""
+    """A result for a notebook: the answer, and a line on how it came about."""
     text = result.answer or result.final_text
-    if len(text) > SHOWN_CHARS:
-        text = f"{text[:SHOWN_CHARS]}\n\n... {len(text) - SHOWN_CHARS:,} characters more"
+    if len(text) > _SHOWN_CHARS:
+        text = f"{text[:_SHOWN_CHARS]}\n\n... {len(text) - _SHOWN_CHARS:,} characters more"
     notes = [outcome(result)]
     if result.error is not None:
         notes.append(one_line(str(result.error), 500))
@@ -173,7 +175,7 @@ def result_markdown(result: RunResult) -> str:
 
 
 def error_html(error: OpenCodeError) -> str:
-    """An error as a notebook shows it where it is a value: a small table."""
+    """An error for a notebook, as a value: a small table."""
     rows = [(type(error).__name__, str(error))]
     if error.index is not None:
         rows.append(("job", str(error.index) if error.key is None else error.key))
@@ -185,7 +187,7 @@ def error_html(error: OpenCodeError) -> str:
 
 
 def error_lines(error: OpenCodeError) -> list[str]:
-    """An error as IPython shows it where it was raised: the user's own lines, and the message."""
+    """A raised error for IPython: the user's own lines, and the message."""
     import traceback
 
     lines = [

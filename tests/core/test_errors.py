@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
-import functools
 import pickle
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -26,7 +24,6 @@ from opencode_sync import (
     RunResult,
     aggregate_run_result,
 )
-from opencode_sync.core.text import strip_ansi
 
 
 def partial_result() -> RunResult:
@@ -71,21 +68,16 @@ def name_of(value: object) -> str:
     return type(value).__name__
 
 
-def pickled(protocol: int, error: OpenCodeError) -> Any:
-    return pickle.loads(pickle.dumps(error, protocol))
-
+# --- copies --------------------------------------------------------------------------------------
 
 COPIES: dict[str, Callable[[OpenCodeError], OpenCodeError]] = {
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
-    **{f"pickle {n}": functools.partial(pickled, n) for n in range(pickle.HIGHEST_PROTOCOL + 1)},
+    "pickle": lambda error: pickle.loads(pickle.dumps(error)),  # type: ignore[no-any-return]
 }
 
 
-# --- copies --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("error", every_error(), ids=name_of)
 def test_a_copy_of_an_error_is_equal_to_it(
     error: OpenCodeError, copied: Callable[[OpenCodeError], OpenCodeError]
@@ -96,9 +88,7 @@ def test_a_copy_of_an_error_is_equal_to_it(
 
     assert twin == error
     assert hash(twin) == hash(error)
-    assert type(twin) is type(error)
-    assert str(twin) == str(error)
-    assert vars(twin) == vars(error)
+    assert (type(twin), str(twin), vars(twin)) == (type(error), str(error), vars(error))
 
 
 def test_a_deep_copy_of_an_error_has_a_result_of_its_own() -> None:
@@ -137,18 +127,13 @@ def test_errors_that_differ_are_not_equal(other: object) -> None:
     assert OpenCodeError("something", result=partial_result()) != other
 
 
-def test_errors_can_be_collected_in_a_set() -> None:
-    assert len({*every_error(), *every_error()}) == len(every_error())
-
-
 # --- what they carry -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", every_error(), ids=name_of)
-def test_every_error_is_an_opencode_error_with_the_result_so_far(error: OpenCodeError) -> None:
-    assert isinstance(error, OpenCodeError)
-    assert error.result == partial_result()
-    assert (error.prompt, error.index, error.key) == (None, None, None)
+def test_every_error_has_the_result_so_far_and_a_place_for_its_job() -> None:
+    for error in every_error():
+        assert error.result == partial_result()
+        assert (error.prompt, error.index, error.key) == (None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -184,39 +169,23 @@ def test_a_process_error_keeps_what_the_process_said() -> None:
 # --- what they say -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "error, message",
-    [
-        (OpenCodeProcessError(1), "opencode exited with status 1"),
-        (
-            OpenCodeProcessError(1, reason="APIError 401: bad key"),
-            "opencode exited with status 1: APIError 401: bad key",
-        ),
-        (
-            OpenCodeProcessError(1, "a warning\n", reason="bad key"),
-            "opencode exited with status 1: bad key\na warning",
-        ),
-        (OpenCodeProcessError(3, "boom\n"), "opencode exited with status 3\nboom"),
-        (OpenCodeProcessError(-9), "opencode was ended by signal 9 (SIGKILL)"),
-        (OpenCodeProcessError(-15), "opencode was ended by signal 15 (SIGTERM)"),
-        (OpenCodeProcessError(-45), "opencode was ended by signal 45"),
-        (OpenCodeProcessError(0, reason="bad key"), "opencode reported an error: bad key"),
-        (OpenCodeProcessError(None), "opencode reported an error"),
-    ],
-    ids=[
-        "status",
-        "reason",
-        "reason and stderr",
-        "stderr alone",
-        "killed",
-        "terminated",
-        "real-time signal",
-        "exit 0",
-        "no process",
-    ],
-)
+ENDINGS = {
+    "opencode exited with status 1": OpenCodeProcessError(1),
+    "opencode exited with status 1: bad key": OpenCodeProcessError(1, reason="bad key"),
+    "opencode exited with status 1: bad key\na warning": OpenCodeProcessError(
+        1, "a warning\n", reason="bad key"
+    ),
+    "opencode exited with status 3\nboom": OpenCodeProcessError(3, "boom\n"),
+    "opencode was ended by signal 9 (SIGKILL)": OpenCodeProcessError(-9),
+    "opencode was ended by signal 45": OpenCodeProcessError(-45),  # a real-time signal
+    "opencode reported an error: bad key": OpenCodeProcessError(0, reason="bad key"),
+    "opencode reported an error": OpenCodeProcessError(None),
+}
+
+
+@pytest.mark.parametrize("message, error", ENDINGS.items(), ids=ENDINGS)
 def test_a_process_error_says_first_how_it_ended_and_why(
-    error: OpenCodeProcessError, message: str
+    message: str, error: OpenCodeProcessError
 ) -> None:
     assert str(error) == message
 
@@ -233,36 +202,3 @@ def test_a_process_error_shows_the_last_2000_characters_of_stderr() -> None:
     error = OpenCodeProcessError(1, "old" + "\x1b[91mx\x1b[0m" * 2_000)
 
     assert str(error) == "opencode exited with status 1\n" + "x" * 2_000
-
-
-@pytest.mark.parametrize(
-    "coloured, plain",
-    [
-        ("\x1b[91m\x1b[1mError: \x1b[0mno", "Error: no"),
-        ("\x1b[38;5;196mred\x1b[m", "red"),
-        ("\x1b[38:2::255:0:0mred\x1b[0K", "red"),
-        ("\x1b[?25lhidden\x1b[?25h", "hidden"),
-        ("\x1b]0;title\x07text", "text"),
-        ("\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\", "link"),
-        ("\x1bPq#0\x1b\\text", "text"),
-        ("\x1b(Btext\x1b7\x1b8\x1bc", "text"),
-        ("a\x1b]0;no end\nb", "a0;no end\nb"),
-        ("[1] <b> 10%", "[1] <b> 10%"),
-        ("tab\tnewline\n", "tab\tnewline\n"),
-    ],
-    ids=[
-        "colours",
-        "256 colours",
-        "true colour",
-        "cursor",
-        "title",
-        "link",
-        "device string",
-        "short ones",
-        "no end",
-        "no escape",
-        "whitespace",
-    ],
-)
-def test_escape_sequences_are_taken_out_and_nothing_else(coloured: str, plain: str) -> None:
-    assert strip_ansi(coloured) == plain
