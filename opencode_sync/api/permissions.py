@@ -1,9 +1,9 @@
-"""What OpenCode asks in the middle of a turn, and who answers.
+"""What OpenCode asks during a turn: permission for a tool, and questions of the model.
 
-    request's body --> PermissionRequest, QuestionRequest --> the caller's function
-    reply's body   <-- checked                            <-- its answer
+    the server's request --> PermissionRequest, QuestionRequest --> on_permission, on_question
+    the body of a reply  <-- checked                            <-- its return value
 
-Three such functions are ready made: allow_reads, allow_all, ask_in_terminal. Sends nothing.
+Three such functions are here: allow_reads, allow_all and ask_in_terminal. Sends nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..core.text import count, spelled_out
 
 Reply = Literal["once", "always", "reject"]
 PermissionReply = Reply | tuple[Literal["reject"], str]
-"""``"always"`` is for what comes later too; a message is for the model, which goes on."""
+"""``"always"`` allows later requests too; the model gets the message of a rejection and goes on."""
 
 _REPLIES = ("once", "always", "reject")
 _READS = ("read", "glob", "grep", "list", "lsp", "skill", "todoread", "todowrite")
@@ -32,13 +32,13 @@ class PermissionRequest:
     """A tool waits for permission.
 
     Attributes:
-        permission: What for: ``"bash"``, ``"edit"`` (for all that writes), ``"read"``,
+        permission: Its kind: ``"bash"``, ``"edit"`` (every tool that writes), ``"read"``,
             ``"webfetch"``, ``"external_directory"``, ...
-        patterns: What of it: commands, paths, addresses.
-        always: What ``"always"`` would allow, as patterns, until the server ends.
-        metadata: More about it, such as ``command``, ``filepath`` and ``diff``.
-        session_id: Whose tool it is; a sub-agent's session is its own.
-        id: The request's.
+        patterns: What the tool wants to use: commands, paths, addresses.
+        always: The patterns that ``"always"`` would allow, until the server ends.
+        metadata: Details, such as ``command``, ``filepath`` and ``diff``.
+        session_id: The tool's session; a sub-agent has a session of its own.
+        id: The request's id.
     """
 
     permission: str
@@ -51,7 +51,7 @@ class PermissionRequest:
 
 @dataclass(frozen=True)
 class Option:
-    """One of the answers that a question offers."""
+    """An answer that a question offers."""
 
     label: str
     description: str = field(default="", repr=False)
@@ -63,10 +63,10 @@ class Question:
 
     Attributes:
         question: The question.
-        options: Answers to choose from.
-        header: The same in a word or two.
-        multiple: Several may be chosen.
-        custom: The answer may be another one.
+        options: The answers that it offers.
+        header: The question in a word or two.
+        multiple: Whether several answers may be chosen.
+        custom: Whether an answer that is not offered may be given.
     """
 
     question: str
@@ -82,8 +82,8 @@ class QuestionRequest:
 
     Attributes:
         questions: The questions.
-        session_id: Whose they are; a sub-agent's session is its own.
-        id: The request's.
+        session_id: The session of the model; a sub-agent has a session of its own.
+        id: The request's id.
     """
 
     questions: tuple[Question, ...]
@@ -92,15 +92,15 @@ class QuestionRequest:
 
 
 QuestionReply = Sequence[str | Sequence[str]] | None
-"""For each question a label, or several; None declines to answer."""
+"""For each question a label or several labels; None declines to answer."""
 OnPermission = Callable[[PermissionRequest], PermissionReply]
 OnQuestion = Callable[[QuestionRequest], QuestionReply]
 
 
 def answers_of(on_permission: OnPermission | None, on_question: OnQuestion | None) -> Answers:
-    """The answers of a conversation, on the bodies that a server sends and takes.
+    """Return the functions as a request takes them, from the body of a request to that of a reply.
 
-    They raise OpenCodeConfigError for a reply that is none, and what the functions raise.
+    They raise OpenCodeConfigError for a return value that is not a reply.
     """
     for name, call in (("on_permission", on_permission), ("on_question", on_question)):
         if call is not None and not callable(call):
@@ -122,7 +122,7 @@ def answers_of(on_permission: OnPermission | None, on_question: OnQuestion | Non
 
 
 def permission_request(body: Mapping[str, Any]) -> PermissionRequest:
-    """What the body of a request says; what it lacks is left out."""
+    """Read a request of the server; whatever it lacks is empty."""
     return PermissionRequest(
         permission=str(body.get("permission")),
         patterns=tuple(map(str, body.get("patterns") or ())),
@@ -134,7 +134,7 @@ def permission_request(body: Mapping[str, Any]) -> PermissionRequest:
 
 
 def question_request(body: Mapping[str, Any]) -> QuestionRequest:
-    """The same for questions."""
+    """Read a request of the server; whatever it lacks is empty."""
     questions = tuple(_question(each) for each in body.get("questions") or ())
     return QuestionRequest(questions, str(body.get("sessionID")), str(body.get("id")))
 
@@ -190,18 +190,18 @@ def _labels(question: Question, chosen: str | Sequence[str]) -> list[str]:
     return labels
 
 
-# --- ready made ----------------------------------------------------------------------------------
+# -- functions to pass as on_permission and on_question ------------------------------------------
 
 
 def allow_reads(request: PermissionRequest) -> PermissionReply:
-    """Allow what only reads, in the workspace; the model is told so for anything else."""
+    """Allow tools that only read, in the workspace; reject everything else with a message."""
     if request.permission in _READS:
         return "once"
     return "reject", "Only reading in the workspace is allowed here."
 
 
 def allow_all(request: PermissionRequest) -> PermissionReply:
-    """Allow everything that is asked for; what a rule denies is not asked for."""
+    """Allow every request; a tool that a rule denies is denied without a request."""
     return "once"
 
 
@@ -216,10 +216,10 @@ def ask_in_terminal(request: QuestionRequest) -> QuestionReply: ...
 def ask_in_terminal(
     request: PermissionRequest | QuestionRequest,
 ) -> PermissionReply | QuestionReply:
-    """Ask who sits at the terminal; for *on_permission* and *on_question* alike.
+    """Ask the user at the terminal; for *on_permission* and *on_question* alike.
 
-    What was typed before a tool's request is shown gives it no permission, and is dropped. Where
-    nobody answers, at the end of stdin, it rejects or declines.
+    Input that was typed before a permission request is shown is dropped. At the end of stdin a
+    request is rejected, and a question declined.
     """
     try:
         if isinstance(request, PermissionRequest):
@@ -265,7 +265,7 @@ def _ask_question(question: Question) -> list[str]:
 
 
 def _chosen(question: Question, text: str) -> list[str]:
-    """The labels that numbers in *text* stand for; none where it is anything else."""
+    """Return the labels that numbers in *text* stand for; [] where it is anything else."""
     words = [word.strip() for word in text.split(",")]
     most = len(question.options) if question.multiple else 1
     if len(words) > most or not all(word.isdecimal() for word in words):
@@ -277,18 +277,18 @@ def _chosen(question: Question, text: str) -> list[str]:
 
 
 def _forget_typed() -> None:
-    """Drop what was typed before there was a question: it is no answer to it."""
+    """Drop what was typed before there was a request: it is not an answer to it."""
     try:
         import termios
     except ImportError:  # Windows
         return
-    with suppress(OSError, ValueError, termios.error):  # stdin is no terminal
+    with suppress(OSError, ValueError, termios.error):  # stdin is not a terminal
         termios.tcflush(sys.stdin, termios.TCIFLUSH)
 
 
 def _say(text: str) -> None:
-    # It may come from a model, and is not to move the cursor over what was asked, nor to be taken
-    # for part of a sequence that shows nothing.
+    # The text may come from a model: it must not move the cursor over the request, nor hide a part
+    # of it in an escape sequence.
     print(spelled_out(text), file=sys.stderr)
 
 

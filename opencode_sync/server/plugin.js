@@ -2,16 +2,16 @@
 
 const MARKER = "OPENCODE_SYNC_RUN"
 
-// A prompt with a format is sent once more without it (see _turn.py), and keeps its place in forks
-// only if it stays as old as it is.
+// A prompt with a format is sent again without it (see turn.py), and keeps its place in forks only if
+// it keeps its time.
 function keepTime(formatted, { id, time, format }) {
   if (format?.type === "json_schema") return formatted.set(id, time.created)
   if (formatted.has(id)) time.created = formatted.get(id)
   formatted.delete(id)
 }
 
-// The arguments of a command come sealed (see sealed() in _bodies.py), so that what OpenCode expands in
-// them, by the shell too, are words without a meaning. Here all is expanded.
+// The arguments of a command come sealed (see sealed() in command.py), so that OpenCode finds nothing
+// in them to expand, by the shell or otherwise. They are opened after everything is expanded.
 const SEALED = /ocs\.([\w-]*)\.ocs/g
 const opened = (text) => text.replace(SEALED, (_, word) => Buffer.from(word, "base64url").toString())
 const INSTEAD = "run it without arguments, or give its text as the prompt"
@@ -27,11 +27,11 @@ function refuse(sessionID, message) {
 }
 
 export const OpencodeSync = async ({ client }) => {
-  // A tool that knew it could grant itself what it must ask for (see preload.js). The server has read
-  // it by now and goes on asking for it; tools get what process.env holds when they start.
+  // A tool that knew the password could grant itself permissions (see preload.js). The server has read
+  // it by now and goes on asking for it; tools get the process.env of when they start.
   delete process.env.OPENCODE_SERVER_PASSWORD
   const formatted = new Map() // prompts with a format: when each was made
-  const roots = new Set() // sessions known to be nobody's sub-agent; spares a question per prompt
+  const roots = new Set() // sessions known not to be a sub-agent's; saves a request per prompt
   return {
     event: async ({ event }) => {
       if (event.type !== "session.created" || event.properties.info.parentID) return
@@ -41,7 +41,7 @@ export const OpencodeSync = async ({ client }) => {
     // The processes of a session's tools are found by its id.
     "shell.env": async ({ sessionID }, { env }) => {
       env[MARKER] = [process.env[MARKER], sessionID].filter(Boolean).join("/")
-      // Ours, so that OpenCode's own installations give up soon without a network; npm's defaults.
+      // Our settings, with which OpenCode's own npm gives up soon without a network; back to defaults.
       if (process.env.npm_config_fetch_retries === "0") env.npm_config_fetch_retries = "2"
       if (process.env.npm_config_fetch_timeout === "5000") env.npm_config_fetch_timeout = "300000"
     },
@@ -58,14 +58,14 @@ export const OpencodeSync = async ({ client }) => {
       }
       console.error('opencode-sync: {"arguments":true}')
     },
-    // A sub-agent goes on in a session of its own parent, or in a new one: others have other rules.
+    // A sub-agent resumes a session of its own parent only: sessions of others have other rules.
     "tool.execute.before": async ({ tool, sessionID }, { args }) => {
       if (tool !== "task" || !args?.task_id) return
       const { data: session } = await client.session.get({ path: { id: args.task_id } })
       if (session?.parentID !== sessionID) delete args.task_id
     },
-    // Of its parent's rules a sub-agent's session gets the denials alone: what the parent must ask
-    // for, it would just do. This runs after it was created and before it reads its rules.
+    // OpenCode gives a sub-agent's session only the denials of its parent's rules, so that it would do
+    // without asking what its parent must ask for. This runs before the session's rules are read.
     "chat.message": async ({ sessionID }, { message }) => {
       keepTime(formatted, message)
       if (roots.has(sessionID)) return
