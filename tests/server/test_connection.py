@@ -50,28 +50,16 @@ def test_a_request_carries_its_body_and_query_and_gives_the_parsed_answer(
     server: WebServer, connect: Connect
 ) -> None:
     server.answers["/session"] = Answer({"id": "ses_1"})
+    body = {"title": "\ud800"}  # JSON can have half a character
 
-    answer = connect(server.url).post("/session", {"title": "T"}, directory="/a b", workspace=None)
+    answer = connect(server.url).post("/session", body, directory="/a b", workspace=None)
 
     (request,) = server.requests
     assert answer == {"id": "ses_1"}
     assert (request.method, request.path) == ("POST", "/session")
     assert request.query == {"directory": "/a b"}
-    assert request.body == {"title": "T"}
-
-
-def test_an_answer_without_content_is_none(server: WebServer, connect: Connect) -> None:
-    server.answers["/session/x/prompt_async"] = Answer(b"", status=204)
-
-    assert connect(server.url).post("/session/x/prompt_async", {"parts": []}) is None
-
-
-def test_a_lone_surrogate_in_a_body_goes_out_as_json_has_it(
-    server: WebServer, connect: Connect
-) -> None:
-    connect(server.url).post("/session", {"title": "\ud800"})
-
-    assert server.requests[0].body == {"title": "\ud800"}
+    assert request.body == body
+    assert "authorization" not in request.headers
 
 
 @pytest.mark.parametrize(
@@ -97,12 +85,6 @@ def test_credentials_go_out_with_each_request_and_show_nowhere(
     assert SECRET not in f"{connection!r} {connection.label} {caught.value!r}"
 
 
-def test_without_a_password_none_goes_out(server: WebServer, connect: Connect) -> None:
-    connect(server.url).get("/session")
-
-    assert "authorization" not in server.requests[0].headers
-
-
 def test_a_proxy_of_the_environment_is_not_asked(
     server: WebServer, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,9 +103,8 @@ def test_a_proxy_of_the_environment_is_not_asked(
     [
         pytest.param({"name": "N", "data": {"message": "no session x"}}, "no session x", id="data"),
         pytest.param({"_tag": "T", "message": "no request x"}, "no request x", id="message"),
-        pytest.param(b"broken", "broken", id="text"),
-        pytest.param(b"", "Not Found", id="empty"),
         pytest.param(["odd"], '["odd"]', id="list"),
+        pytest.param(b"", "Not Found", id="empty"),
     ],
 )
 def test_a_refusal_has_the_status_and_the_words_of_the_server(
@@ -136,22 +117,6 @@ def test_a_refusal_has_the_status_and_the_words_of_the_server(
 
     assert str(caught.value) == f"the server refused GET /session/x: 404 {words}"
     assert caught.value.status_code == 404
-
-
-def test_a_refused_password_is_called_that(server: WebServer, connect: Connect) -> None:
-    server.answers["/session"] = Answer(b"", status=401)
-
-    with pytest.raises(OpenCodeServerError, match="401 wrong or missing password") as caught:
-        connect(server.url, password=SECRET).get("/session")
-
-    assert caught.value.status_code == 401
-
-
-def test_an_answer_that_is_no_json_is_refused(server: WebServer, connect: Connect) -> None:
-    server.answers["/session"] = Answer(b"<html>a page</html>")
-
-    with pytest.raises(OpenCodeServerError, match=r"GET /session with something that is not JSON"):
-        connect(server.url).get("/session")
 
 
 def test_a_server_that_is_not_there_is_named_with_the_request(
@@ -176,20 +141,6 @@ def test_a_server_known_to_be_gone_is_named_with_the_cause(
 
     with pytest.raises(OpenCodeServerError, match=r"^the server was ended by signal 9 \(GET /x\)"):
         connection.get("/x")
-
-
-def test_a_server_that_does_not_answer_is_not_waited_for_longer_than_told(
-    server: WebServer, connect: Connect
-) -> None:
-    released = threading.Event()
-    server.answers["/slow"] = lambda: Answer() if released.wait(WITHIN_S) else Answer(status=500)
-    connection = connect(server.url)
-
-    try:
-        with pytest.raises(OpenCodeServerError, match="does not answer: timed out"):
-            connection.request("GET", "/slow", timeout_s=0.05)
-    finally:
-        released.set()
 
 
 @pytest.mark.parametrize("url", ["", "localhost:4096", "ftp://host", "http://", "http://[", None])
@@ -225,42 +176,17 @@ def test_what_interrupts_a_request_can_make_one_of_its_own(
     assert [request.path for request in server.requests] == ["/inner", "/outer"]
 
 
-def test_threads_share_a_connection(server: WebServer, connect: Connect) -> None:
-    connection = connect(server.url)
-    together = threading.Barrier(8)
-
-    def ask() -> None:
-        together.wait(WITHIN_S)
-        for _ in range(20):
-            connection.post("/session", {})
-
-    threads = [threading.Thread(target=ask) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(WITHIN_S)
-
-    assert len(server.requests) == 160
-
-
 def test_a_request_in_the_background_reports_its_end(server: WebServer, connect: Connect) -> None:
+    server.answers["/refused"] = Answer({"data": {"message": "no command"}}, status=400)
+    server.answers["/taken"] = Answer(b"", status=204)
     ends: queue.SimpleQueue[OpenCodeServerError | None] = queue.SimpleQueue()
+    connection = connect(server.url)
 
-    connect(server.url).in_background("/session/x/command", {"command": "init"}, ends.put)
-
+    connection.in_background("/taken", {"command": "init"}, ends.put)
     assert ends.get(timeout=WITHIN_S) is None
-    assert server.requests[0].body == {"command": "init"}
 
-
-def test_a_request_in_the_background_reports_a_refusal(server: WebServer, connect: Connect) -> None:
-    server.answers["/session/x/command"] = Answer({"data": {"message": "no command"}}, status=400)
-    ends: queue.SimpleQueue[OpenCodeServerError | None] = queue.SimpleQueue()
-
-    connect(server.url).in_background("/session/x/command", {}, ends.put)
-
-    error = ends.get(timeout=WITHIN_S)
-    assert error is not None
-    assert "400 no command" in str(error)
+    connection.in_background("/refused", {}, ends.put)
+    assert "400 no command" in str(ends.get(timeout=WITHIN_S))
 
 
 def test_a_request_in_the_background_ends_when_it_is_cut(
@@ -309,15 +235,6 @@ def test_events_that_stop_coming_are_an_error(server: WebServer, connect: Connec
 
     with pytest.raises(OpenCodeServerError, match="timed out"):
         next(events)
-
-
-def test_events_are_refused_with_the_status(server: WebServer, connect: Connect) -> None:
-    server.answers["/global/event"] = Answer(b"", status=401)
-
-    with pytest.raises(OpenCodeServerError) as caught:
-        next(connect(server.url).events("/global/event", WITHIN_S))
-
-    assert caught.value.status_code == 401
 
 
 def test_cutting_wakes_who_waits_for_events(server: WebServer, connect: Connect) -> None:
@@ -466,11 +383,11 @@ def test_an_event_that_never_ends_is_refused(server: WebServer, connect: Connect
         next(connect(server.url).events("/global/event", WITHIN_S))
 
 
-ODD = {"null": None, "number": 3, "text": "x", "list": [[]], "deep": b"[" * 100_000}
+ODD = {"null": None, "a page": b"<html>", "list": [[]], "deep": b"[" * 100_000}
 
 
 @pytest.mark.parametrize("body", ODD.values(), ids=ODD)
-def test_an_answer_of_another_shape_is_an_error_that_names_the_request(
+def test_a_response_of_another_shape_is_an_error_that_names_the_request(
     server: WebServer, connect: Connect, body: Any
 ) -> None:
     server.answers["/session"] = Answer(body)

@@ -60,62 +60,32 @@ def kinds(messages: list[Message]) -> list[str]:
     return [message.type for message in messages]
 
 
-def test_a_session_s_messages_come_in_order(stream: EventStream, feed: Feed) -> None:
-    mailbox = stream.mailbox("ses_a")
-
-    for number in range(50):
-        feed.say("ses_a", "message.part.delta", delta=str(number))
-
-    messages = take(mailbox, 50)
-    assert messages[0] == Message(
-        "ses_a", "message.part.delta", {"sessionID": "ses_a", "delta": "0"}
-    )
-    assert [message.properties["delta"] for message in messages] == [str(n) for n in range(50)]
-
-
-def test_each_session_gets_its_own_messages_alone(stream: EventStream, feed: Feed) -> None:
+def test_each_session_gets_its_own_messages_alone_in_order(stream: EventStream, feed: Feed) -> None:
     a, b = stream.mailbox("ses_a"), stream.mailbox("ses_b")
 
-    feed.say("ses_b", "one")
-    feed.say("ses_c", "nobody's")
-    feed.say("ses_a", "two")
-    feed.say("ses_b", "three")
+    for number in range(50):
+        feed.say("ses_a", "message.part.delta", delta=number)
+        feed.say("ses_b", "one")
+        feed.say("ses_c", "nobody's")
 
-    assert kinds(take(a, 1)) == ["two"]
-    assert kinds(take(b, 2)) == ["one", "three"]
-
-
-def test_the_second_copy_of_a_message_is_dropped(stream: EventStream, feed: Feed) -> None:
-    mailbox = stream.mailbox("ses_a")
-    record = {"type": "sync", "syncEvent": {"aggregateID": "ses_a"}}
-
-    feed.send({"directory": "/w", "payload": record})
-    feed.say("ses_a", "last")
-
-    assert kinds(take(mailbox, 1)) == ["last"]
+    messages = take(a, 50)
+    assert messages[0] == Message("ses_a", "message.part.delta", {"sessionID": "ses_a", "delta": 0})
+    assert [message.properties["delta"] for message in messages] == list(range(50))
+    assert kinds(take(b, 50)) == ["one"] * 50
 
 
-def test_a_message_that_quotes_such_a_copy_is_kept(stream: EventStream, feed: Feed) -> None:
-    mailbox = stream.mailbox("ses_a")
-
-    feed.say("ses_a", "message.part.updated", part={"input": {"payload": {"type": "sync"}}})
-
-    assert kinds(take(mailbox, 1)) == ["message.part.updated"]
-
-
-@pytest.mark.parametrize(
-    "event",
-    ["[]", "7", "{}", '{"payload":null}', '{"payload":{"type":"x","properties":[]}}'],
-)
-def test_messages_of_unknown_shape_are_passed_over(
-    stream: EventStream, feed: Feed, event: str
+def test_second_copies_and_messages_of_unknown_shape_are_passed_over(
+    stream: EventStream, feed: Feed
 ) -> None:
     mailbox = stream.mailbox("ses_a")
+    copy = {"type": "sync", "syncEvent": {"aggregateID": "ses_a"}}
 
-    feed.send(event)
-    feed.say("ses_a", "last")
+    feed.send({"directory": "/w", "payload": copy})
+    for odd in ("[]", "7", "{}", '{"payload":null}', '{"payload":{"type":"x","properties":[]}}'):
+        feed.send(odd)
+    feed.say("ses_a", "quotes a copy", part={"input": {"payload": {"type": "sync"}}})
 
-    assert kinds(take(mailbox, 1)) == ["last"]
+    assert kinds(take(mailbox, 1)) == ["quotes a copy"]
 
 
 def test_a_sub_agent_s_messages_come_with_its_parent_s(stream: EventStream, feed: Feed) -> None:
@@ -164,11 +134,6 @@ def test_a_closed_mailbox_gets_nothing_more(stream: EventStream, feed: Feed) -> 
     assert kinds(take(other, 1)) == ["last"]
     with pytest.raises(queue.Empty):
         mailbox.receive(0)
-
-
-def test_waiting_for_a_message_ends_with_the_timeout(stream: EventStream) -> None:
-    with pytest.raises(queue.Empty):
-        stream.mailbox("ses_a").receive(0.01)
 
 
 @pytest.mark.parametrize("end", [Feed.end, Feed.cut], ids=["ended", "cut"])
@@ -264,17 +229,6 @@ def test_a_refusal_while_opening_again_is_final(
         mailbox.receive(WITHIN_S)
 
 
-def test_what_goes_wrong_in_the_reader_is_raised_where_its_messages_are_awaited(
-    stream: EventStream, feed: Feed
-) -> None:
-    mailbox = stream.mailbox("ses_a")
-
-    feed.send("no JSON")
-
-    with pytest.raises(OpenCodeServerError, match="cannot be read: Expecting value"):
-        mailbox.receive(WITHIN_S)
-
-
 def test_closing_ends_the_reader_and_fails_who_waits(stream: EventStream, feed: Feed) -> None:
     mailbox = stream.mailbox("ses_a")
     before = threading.active_count()
@@ -288,7 +242,33 @@ def test_closing_ends_the_reader_and_fails_who_waits(stream: EventStream, feed: 
         mailbox.receive(0)
 
 
-def test_closing_twice_and_unopened_is_harmless(unopened: EventStream) -> None:
-    unopened.close()
+def test_what_cannot_be_read_is_an_error_where_messages_are_awaited(
+    stream: EventStream, feed: Feed
+) -> None:
+    mailbox = stream.mailbox("ses_a")
 
-    unopened.close()
+    feed.send("no JSON")
+
+    with pytest.raises(OpenCodeServerError, match="cannot be read: Expecting value"):
+        mailbox.receive(WITHIN_S)
+
+
+def test_messages_that_nobody_takes_are_dropped_beyond_a_bound_and_the_gap_is_told(
+    stream: EventStream, feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_sse, "MAX_WAITING", 1_000)
+    mailbox, marker = stream.mailbox("ses_a"), stream.mailbox("ses_marker")
+    for number in range(20):
+        feed.say("ses_a", "message.part.delta", number=number, delta="x" * 200)
+    feed.say("ses_marker", "session.status")
+    marker.receive(WITHIN_S)
+
+    before = mailbox.receive(WITHIN_S)
+    feed.say("ses_a", "session.status")
+    after = mailbox.receive(WITHIN_S)
+
+    assert before[-1] is GAP
+    numbers = [message.properties["number"] for message in before[:-1]]
+    assert numbers == list(range(len(numbers)))
+    assert 0 < len(numbers) < 5  # each of more than 200 characters
+    assert [message.type for message in after] == ["session.status"]

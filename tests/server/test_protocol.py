@@ -36,48 +36,27 @@ def rule(permission: str, action: str, pattern: str = "*") -> dict[str, str]:
     return {"permission": permission, "pattern": pattern, "action": action}
 
 
-@pytest.mark.parametrize(
-    "cfg, rules",
-    [
-        (RunConfig(), []),
-        (RunConfig(permission="deny"), [rule("*", "deny")]),
-        (
-            RunConfig(permission={"edit": "deny", "bash": {"*": "deny", "git *": "allow"}}),
-            [rule("edit", "deny"), rule("bash", "deny"), rule("bash", "allow", "git *")],
-        ),
-        (
-            RunConfig(tools={"bash": False, "write": True, "my_*": False}),
-            [rule("bash", "deny"), rule("edit", "allow"), rule("my_*", "deny")],
-        ),
-        (
-            RunConfig(tools={"bash": True}, permission={"bash": "deny"}),
-            [rule("bash", "allow"), rule("bash", "deny")],
-        ),
-    ],
-    ids=["none", "all", "patterns", "tools", "permission over tools"],
-)
-def test_permission_and_tools_become_rules(cfg: RunConfig, rules: list[Any]) -> None:
-    assert permission_rules(cfg) == rules
+def test_permission_and_tools_become_rules_of_which_the_last_that_matches_counts() -> None:
+    permission = {"bash": {"*": "deny", "git *": "allow"}, "external_directory": {"~/a/*": "deny"}}
+    cfg = RunConfig(tools={"bash": True, "write": True}, permission=permission)
 
-
-def test_a_pattern_at_home_is_one_of_the_home_directory() -> None:
-    cfg = RunConfig(permission={"external_directory": {"~/a/*": "allow", "$HOME": "deny"}})
-
-    patterns = [rule["pattern"] for rule in permission_rules(cfg)]
-
-    assert patterns == [f"{Path.home()}/a/*", str(Path.home())]
+    assert permission_rules(cfg) == [
+        rule("bash", "allow"),
+        rule("edit", "allow"),
+        rule("bash", "deny"),
+        rule("bash", "allow", "git *"),
+        rule("external_directory", "deny", f"{Path.home()}/a/*"),
+    ]
 
 
 @pytest.mark.parametrize(
     "prompt, title",
     [
-        ("Fix it", "Fix it"),
         ("\n  First line \nsecond", "First line"),
-        ("x" * 50, "x" * 50),
         ("x" * 51, "x" * 47 + "..."),
         (" ", "opencode-sync"),
     ],
-    ids=["short", "lines", "just fits", "too long", "blank"],
+    ids=["lines", "too long", "blank"],
 )
 def test_a_session_is_called_by_the_head_of_its_prompt(prompt: str, title: str) -> None:
     assert session_body(prompt, RunConfig())["title"] == title
@@ -96,7 +75,7 @@ def test_a_session_has_its_own_title_and_nobody_to_ask() -> None:
 
 
 def test_a_prompt_goes_out_with_who_is_to_answer_it(tmp_path: Path) -> None:
-    cfg = RunConfig(model="a/b/c", agent="plan", variant="high")
+    cfg = RunConfig(model="a/b/c", agent="plan", variant="high", tools={"bash": False})
 
     assert prompt_body("Fix it", cfg, tmp_path) == {
         "parts": [{"type": "text", "text": "Fix it"}],
@@ -104,10 +83,6 @@ def test_a_prompt_goes_out_with_who_is_to_answer_it(tmp_path: Path) -> None:
         "agent": "plan",
         "variant": "high",
     }
-
-
-def test_a_prompt_never_carries_tools_which_would_replace_all_rules(tmp_path: Path) -> None:
-    assert "tools" not in prompt_body("Fix it", RunConfig(tools={"bash": False}), tmp_path)
 
 
 def test_a_command_goes_out_with_the_prompt_as_its_arguments(tmp_path: Path) -> None:
@@ -127,15 +102,11 @@ PNG = b"\x89PNG\r\n\x1a\n\x00"
     "name, content, media_type",
     [
         ("a.txt", "hällo\u2028".encode(), "text/plain"),
-        ("a.json", b"{}", "text/plain"),
         ("a.png", PNG, "image/png"),
-        ("a.jpg", PNG, "image/png"),
         ("noname", PNG, "image/png"),
         ("a.png", b"\xff\xd8\xff\xe0", "image/jpeg"),
-        ("noname", b"GIF89a\x01", "image/gif"),
         ("a.txt", b"RIFF\x0c\x00\x00\x00WEBPVP8 ", "image/webp"),
         ("a.pdf", b"%PDF-\xe2\xe3", "application/pdf"),
-        ("noname", b"%PDF-1.7\n1 0 obj", "application/pdf"),
         ("a.png", b"\x00\xff", "application/octet-stream"),
         ("a.png", b"not an image", "text/plain"),
         ("a.mp3", b"\xff\xfb", "audio/mpeg"),
@@ -160,16 +131,13 @@ def test_a_file_that_has_vanished_is_named(tmp_path: Path) -> None:
         prompt_body("Look", RunConfig(files=("gone.txt",)), tmp_path)
 
 
-def test_settings_of_the_server_may_be_left_out_or_repeated() -> None:
+def test_a_setting_of_the_server_may_be_left_out_or_repeated_and_not_be_another() -> None:
     server = RunConfig(lean=True, extra_env={"A": "b"}, model="a/b")
 
     check_server_wide(RunConfig(), server)
     check_server_wide(server.replace(model="c/d", title="T", auto=True), server)
-
-
-def test_other_settings_of_the_server_are_refused() -> None:
     with pytest.raises(OpenCodeConfigError, match="extra_env is the same for all runs"):
-        check_server_wide(RunConfig(extra_env={"A": "c"}), RunConfig(extra_env={"A": "b"}))
+        check_server_wide(RunConfig(extra_env={"A": "c"}), server)
 
 
 # --- arguments of a command ----------------------------------------------------------------------
@@ -363,23 +331,10 @@ def test_a_tool_call_comes_when_it_has_ended_and_once(begun: Session) -> None:
     assert begun.translator.has_used_tools
 
 
-def test_an_event_is_stamped_and_bears_its_session(begun: Session) -> None:
-    event = begun.events[0]
-
-    assert list(event) == ["type", "timestamp", "sessionID", "part"]
-    assert event["sessionID"] == ROOT
-
-
-def test_the_prompt_is_no_event_of_the_answer() -> None:
-    session = Session()
-    session.user()
-
-    assert session.part("text", text="the prompt", messageID="msg_1000") == []
-
-
 def test_messages_of_an_earlier_turn_are_passed_over() -> None:
     session = Session(since=500)
     session.user(created=400)
+    session.part("text", text="the prompt", messageID="msg_400")
     session.answer(created=450)
     session.part("text", text="old", time={"start": 1, "end": 2})
     session.status("idle")
@@ -400,6 +355,8 @@ def test_a_turn_is_over_when_it_is_idle_and_its_answers_are_complete(begun: Sess
 
     assert not before_idle
     assert begun.is_over
+    assert begun.types == ["step_start", "step_finish"]
+    assert list(begun.events[0]) == ["type", "timestamp", "sessionID", "part"]
 
 
 def test_a_turn_is_not_over_between_its_steps(begun: Session) -> None:
@@ -427,22 +384,24 @@ def test_an_error_that_only_the_answer_tells_is_told(begun: Session) -> None:
     assert begun.types == ["step_start", "error"]
 
 
-def test_words_in_place_of_structured_output_are_no_error(begun: Session) -> None:
-    begun.answer(completed=True, error={"name": "StructuredOutputError", "data": {}})
-
-    assert begun.types == ["step_start"]
-
-
 def test_the_step_that_gives_structured_output_is_the_last(begun: Session) -> None:
     begun.part("tool", tool="StructuredOutput", state={"status": "completed"})
     begun.part("step-finish", reason="tool-calls")
     begun.answer(completed=True, structured={"name": "Kiebitz"})
+    begun.answer()
+    # Words in its place, which may fit the schema.
+    begun.answer(completed=True, error={"name": "StructuredOutputError", "data": {}})
 
     assert begun.events[-1]["part"]["reason"] == "stop"
     assert begun.translator.structured == {"name": "Kiebitz"}
+    assert begun.types == ["step_start", "tool_use", "step_finish"]
 
 
-def test_an_abort_of_ours_is_no_error(begun: Session) -> None:
+def test_an_abort_is_an_error_unless_it_is_ours(begun: Session) -> None:
+    others = Session()
+    others.error("MessageAbortedError", "Aborted")
+    assert others.types == ["error"]
+
     begun.translator.stopped()
     begun.error("MessageAbortedError", "Aborted")
     begun.status("idle")
@@ -450,12 +409,6 @@ def test_an_abort_of_ours_is_no_error(begun: Session) -> None:
 
     assert begun.types == ["step_start"]
     assert begun.is_over
-
-
-def test_an_abort_of_somebody_else_s_is_an_error(begun: Session) -> None:
-    begun.error("MessageAbortedError", "Aborted")
-
-    assert begun.types == ["step_start", "error"]
 
 
 def test_an_unknown_model_ends_the_turn_and_is_told_once() -> None:
@@ -514,14 +467,6 @@ def test_a_refused_command_is_told_by_the_message_or_else_by_the_refusal() -> No
     assert [event["error"]["data"]["message"] for event in last] == ["the server refused it: 500"]
 
 
-def test_a_turn_that_may_be_over_is_doubtful(begun: Session) -> None:
-    before = begun.translator.is_doubtful
-    begun.status("idle")
-
-    assert not before
-    assert begun.translator.is_doubtful
-
-
 # --- what else is told ---------------------------------------------------------------------------
 
 
@@ -575,6 +520,8 @@ def test_a_sub_agent_s_parts_are_told_and_its_errors_and_end_are_not(begun: Sess
     begun.say("session.error", CHILD, error={"name": "APIError", "data": {"message": "no"}})
     begun.say("session.status", CHILD, status={"type": "idle"})
 
+    begun.say("session.created", "ses_x", info={"id": "ses_x"})  # no sub-agent
+
     assert [(event["type"], event["sessionID"]) for event in begun.events[1:]] == [("text", CHILD)]
     assert not begun.translator.is_doubtful
 
@@ -619,19 +566,6 @@ def test_a_sub_agent_that_is_taken_up_again_is_announced_by_the_call_of_it(begun
 
 def test_a_sub_agent_of_an_earlier_turn_is_not_announced(begun: Session) -> None:
     assert begun.part("tool", **task("completed", CHILD) | {"messageID": "msg_earlier"}) == []
-
-
-def test_another_session_that_is_created_is_no_sub_agent(begun: Session) -> None:
-    assert begun.say("session.created", "ses_x", info={"id": "ses_x"}) == []
-
-
-def test_messages_of_other_kinds_are_passed_over(begun: Session) -> None:
-    before = list(begun.events)
-
-    for kind in ("session.updated", "session.diff", "todo.updated", "session.idle", "new.kind"):
-        begun.say(kind, info={}, part={}, status={})
-
-    assert begun.events == before
 
 
 # --- after a gap ---------------------------------------------------------------------------------
@@ -692,35 +626,3 @@ def test_a_sub_agent_s_earlier_work_is_not_told_again(begun: Session) -> None:
     )
 
     assert [event["part"]["id"] for event in events] == ["prt_new"]
-
-
-def test_structured_output_is_kept(begun: Session) -> None:
-    begun.answer(completed=True, structured={"x": 1})
-    begun.answer()
-
-    assert begun.translator.structured == {"x": 1}
-
-
-@pytest.mark.parametrize(
-    "properties",
-    [
-        {},
-        {"info": None, "part": None, "status": None, "error": None},
-        {"info": [], "part": 7, "status": "x", "error": "x", "partID": 1, "field": None},
-        {"info": {"time": 5, "role": {}}, "part": {"type": [], "state": 3, "time": 1}},
-    ],
-)
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "message.updated",
-        "message.part.updated",
-        "message.part.delta",
-        "session.created",
-        "session.status",
-        "session.error",
-        "permission.asked",
-    ],
-)
-def test_odd_messages_never_raise(kind: str, properties: dict[str, Any]) -> None:
-    Translator(ROOT).read(Message(ROOT, kind, properties))

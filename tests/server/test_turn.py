@@ -73,8 +73,8 @@ def feed(server: WebServer, stream: EventStream) -> Feed:
 def begin(stream: EventStream) -> Iterator[Callable[..., Turn]]:
     turns: list[Turn] = []
 
-    def begin(answers: Answers = NO_ANSWERS, **settings: Any) -> Turn:
-        request = Request("x", Path("/"), RunConfig(), answers=answers)
+    def begin(answers: Answers = NO_ANSWERS, cfg: RunConfig | None = None, **settings: Any) -> Turn:
+        request = Request("x", Path("/"), cfg or RunConfig(), answers=answers)
         connection, mailbox = stream._connection, stream.mailbox(ROOT)
         turns.append(Turn(request, connection, mailbox, ROOT, "/w", {"parts": []}, **settings))
         turns[-1].send()
@@ -157,15 +157,6 @@ def test_a_silent_turn_that_is_busy_goes_on(server: WebServer, begin: Begin, fee
 
     assert not turn.is_over
     assert len(paths(server, "/status")) < 10
-
-
-def test_a_turn_that_has_not_begun_is_waited_for(begin: Begin, feed: Feed) -> None:
-    turn = begin()
-
-    with pytest.raises(queue.Empty):
-        turn.receive(0.2)
-
-    assert not turn.is_over
 
 
 def test_a_prompt_that_leaves_no_trace_is_given_up(
@@ -308,16 +299,6 @@ def test_stopping_a_turn_of_a_server_that_is_gone_is_harmless(
     assert turn.receive(WITHIN_S) is None
 
 
-def test_closing_calls_what_waits_for_it_once(begin: Begin) -> None:
-    calls: list[Turn] = []
-    turn = begin(on_close=calls.append)
-
-    turn.close()
-    turn.close()
-
-    assert calls == [turn]
-
-
 # --- requests ------------------------------------------------------------------------------------
 
 
@@ -347,6 +328,19 @@ def test_what_nobody_answers_is_refused(
         turn.receive(0.1)
 
     assert path in paths(server)
+
+
+def test_auto_allows_a_request_once(server: WebServer, begin: Begin, feed: Feed) -> None:
+    is_busy(server)
+    turn = begin(cfg=RunConfig(auto=True))
+    ask(feed)
+    until_asked(turn)
+
+    with pytest.raises(queue.Empty):
+        turn.receive(0.1)
+
+    (reply,) = [request for request in server.requests if request.path == "/permission/x_1/reply"]
+    assert reply.body == {"reply": "once"}
 
 
 def test_an_answer_reaches_the_server_as_it_was_given(
