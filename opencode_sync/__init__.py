@@ -139,7 +139,7 @@ def load_ipython_extension(ipython: Any) -> None:
 
 
 def unload_ipython_extension(ipython: Any) -> None:
-    """``%unload_ext opencode_sync``: ends what its cells have started."""
+    """``%unload_ext opencode_sync``: stops what its cells have started."""
     from .notebook import unload
 
     unload(ipython)

@@ -77,7 +77,7 @@ def test_a_failed_run_leaves_what_it_had_got(magic: Magic, names: dict[str, Any]
 
 
 @pytest.mark.parametrize("line", ["--into 1x", "--into for", "--bogus", "--mod p/m", '-w "x'])
-def test_wrong_usage_is_told_in_one_line(magic: Magic, line: str) -> None:
+def test_wrong_usage_is_one_line_on_stderr(magic: Magic, line: str) -> None:
     with pytest.raises(UsageError, match="see %%opencode"):
         magic.opencode(line, "x")
 
@@ -112,6 +112,6 @@ def test_only_names_in_braces_are_filled() -> None:
     assert filled(template, {"name": 7}) == 'a 7 {"json": {"b": 1}} {name} {} {0}'
 
 
-def test_a_name_that_there_is_not_is_told() -> None:
+def test_an_undefined_name_is_an_error() -> None:
     with pytest.raises(OpenCodeConfigError, match="no variable 'nme'"):
         filled("{nme}", {"name": 7})

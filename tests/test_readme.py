@@ -141,7 +141,7 @@ def settled(text: str) -> list[str]:
     return sorted(text.strip().splitlines())
 
 
-def test_the_notebook_s_cells_show_what_stands_below_them(
+def test_the_notebook_s_cells_show_what_the_readme_says(
     repo: Path, environment: dict[str, str]
 ) -> None:
     [code], [shown] = blocks("ipython"), blocks("text")

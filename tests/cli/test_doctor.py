@@ -51,7 +51,7 @@ def has_opencode(machine: Path, version: str = TESTED_VERSION) -> Path:
     return program
 
 
-def test_a_machine_without_opencode_is_told_how_to_get_it() -> None:
+def test_a_missing_opencode_is_bad_with_how_to_get_it() -> None:
     found = finding("opencode")
 
     assert found.state == "bad"

@@ -83,7 +83,7 @@ def test_the_version_is_the_packages(shell: Shell) -> None:
         pytest.param(["map", "a.txt", "-o", "b", "--on-error", "x"], id="no such choice"),
     ],
 )
-def test_wrong_usage_is_told_in_one_line(shell: Shell, words: list[str]) -> None:
+def test_wrong_usage_is_one_line_on_stderr(shell: Shell, words: list[str]) -> None:
     status, out, err = shell(*words)
 
     assert (status, out) == (2, "")
@@ -102,7 +102,7 @@ def test_the_text_alone_goes_to_stdout(shell: Shell) -> None:
     assert err.endswith("s, session ses_1\n")
 
 
-def test_the_session_s_id_is_told_without_what_a_terminal_would_obey(shell: Shell) -> None:
+def test_the_session_s_id_is_printed_without_escape_sequences(shell: Shell) -> None:
     end = r'show(sessionID="ses\x1b[2J\u202e_2", type="step_finish", part={"reason": "stop"})'
 
     status, _, err = shell("run", end)
@@ -111,7 +111,7 @@ def test_the_session_s_id_is_told_without_what_a_terminal_would_obey(shell: Shel
     assert err.endswith("s, session ses_2\n")
 
 
-def test_log_lines_are_shown_without_what_a_terminal_would_obey(
+def test_log_lines_are_shown_without_escape_sequences(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with main._log_lines(True):
@@ -120,9 +120,7 @@ def test_log_lines_are_shown_without_what_a_terminal_would_obey(
     assert capsys.readouterr().err == "turn in ses_1\n"
 
 
-def test_a_terminal_is_told_nothing_that_it_would_obey(
-    shell: Shell, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_gets_no_escape_sequences(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
 
     _, out, err = shell("run", r"step(text='a\x1b[2Jb\rc'); fail('bad\rkey')")
@@ -180,7 +178,7 @@ def test_a_dash_reads_the_prompt_from_stdin(shell: Shell, monkeypatch: pytest.Mo
     assert shell("run", "-")[:2] == (0, "Hello.\n")
 
 
-def test_text_that_utf8_cannot_hold_is_printed_all_the_same(shell: Shell) -> None:
+def test_text_that_utf8_cannot_encode_is_printed_with_a_mark(shell: Shell) -> None:
     assert shell("run", r"step(text='a\ud800b')")[:2] == (0, "a?b\n")
 
 
@@ -204,7 +202,7 @@ def test_a_reader_that_closes_the_pipe_ends_the_program_quietly() -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--stream"], ["--json"]], ids=["text", "stream", "json"])
-def test_a_warning_is_told_once_on_stderr(shell: Shell, options: list[str]) -> None:
+def test_a_warning_is_printed_once_on_stderr(shell: Shell, options: list[str]) -> None:
     prompt = "show(type='warning', message='The server f is down.'); step(text='Hello.')"
 
     status, out, err = shell("run", *options, prompt)
@@ -297,7 +295,7 @@ def test_the_same_command_runs_only_what_is_not_in_the_output(
     assert (tmp_path / "runs").read_text() == "xx"
 
 
-def test_a_map_goes_on_after_a_failure_and_exits_with_1(map_file: MapFile) -> None:
+def test_a_map_continues_after_a_failure_and_exits_with_1(map_file: MapFile) -> None:
     status, _, err = map_file("fail('bad key')\nstep(text='two')\n")
 
     assert status == 1
@@ -370,7 +368,7 @@ def with_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("with_server")
-def test_a_map_on_the_warm_server_starts_none_where_all_is_in_the_output(
+def test_a_map_starts_no_server_if_all_jobs_are_in_the_output(
     map_file: MapFile, tmp_path: Path
 ) -> None:
     map_file("say one\nsay two\n", "--server")
@@ -408,7 +406,9 @@ def test_a_map_writes_a_page_of_all_that_is_in_the_output(map_file: MapFile) -> 
     assert "the second answer" in page
 
 
-def test_a_page_that_cannot_be_written_is_told_before_anything_is_run(map_file: MapFile) -> None:
+def test_a_page_that_cannot_be_written_is_an_error_before_anything_is_run(
+    map_file: MapFile,
+) -> None:
     status, _, err = map_file(HELLO, "--report", "nowhere/page.html")
 
     assert status == 2
@@ -445,7 +445,7 @@ def test_a_chat_refuses_a_budget_that_makes_no_sense(chat: Shell) -> None:
     assert "max_tokens is 0" in err
 
 
-def test_a_chat_goes_on_with_an_earlier_one(chat: Shell) -> None:
+def test_a_chat_continues_an_earlier_one(chat: Shell) -> None:
     session = chat("say say one\n")[2].split()[-1]
 
     status, out, err = chat("say say two\n", "--session", session)
@@ -455,21 +455,21 @@ def test_a_chat_goes_on_with_an_earlier_one(chat: Shell) -> None:
     assert err.split()[-1] == session
 
 
-def test_a_chat_that_nobody_watches_refuses_what_needs_permission(chat: Shell) -> None:
+def test_a_chat_without_a_terminal_refuses_permissions(chat: Shell) -> None:
     status, out, _ = chat("ask\n", "--permission", "ask")
 
     assert status == 0
     assert '{"reply": "reject"' in out
 
 
-def test_a_session_that_there_is_not_ends_a_chat(chat: Shell) -> None:
+def test_an_unknown_session_ends_a_chat(chat: Shell) -> None:
     status, out, err = chat("say say one\n", "--session", "ses_none")
 
     assert (status, out) == (2, "")
     assert "session 'ses_none' is unknown to the server" in err
 
 
-def test_a_chat_with_what_is_no_text_is_refused(
+def test_a_chat_refuses_prompts_that_are_not_text(
     with_server: None, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
@@ -480,7 +480,7 @@ def test_a_chat_with_what_is_no_text_is_refused(
     assert "the prompts on stdin are not utf-8: invalid start byte" in err
 
 
-def test_a_turn_that_fails_ends_a_chat_that_nobody_watches(chat: Shell) -> None:
+def test_a_failed_turn_ends_a_chat_without_a_terminal(chat: Shell) -> None:
     status, out, err = chat("break\nsay say one\n")
 
     assert status == 1
@@ -532,7 +532,7 @@ def test_a_run_that_ended_at_a_refused_tool_exits_with_1(shell: Shell) -> None:
         (["install", "--version", "latest"], "latest"),
     ],
 )
-def test_refused_input_exits_with_2_and_is_told_in_one_line(
+def test_refused_input_exits_with_2_and_one_line(
     shell: Shell, tmp_path: Path, words: list[str], named: str
 ) -> None:
     (tmp_path / "bad.json").write_text('{\n  "a": 1,\n  b}')
@@ -587,9 +587,7 @@ def test_no_opencode_exits_with_1_and_says_how_to_get_one(
     assert not Path("out.jsonl").exists()
 
 
-def test_a_fault_of_our_own_is_told_in_one_line(
-    shell: Shell, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unexpected_exception_is_one_line(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install, "install", _raise(ZeroDivisionError("by nought")))
 
     assert shell("install") == (

@@ -43,11 +43,11 @@ def test_plain_text_is_a_prompt_per_line_and_blank_lines_are_skipped(read: Read)
     assert read("one\n\n  \n two \nthree") == [Job("one"), Job(" two "), Job("three")]
 
 
-def test_a_mark_and_ends_of_lines_of_other_systems_are_no_part_of_a_prompt(read: Read) -> None:
+def test_a_byte_order_mark_and_carriage_returns_are_not_part_of_a_prompt(read: Read) -> None:
     assert prompts(read("\ufeffone\r\ntwo\r\n")) == ["one", "two"]
 
 
-def test_a_line_ends_where_a_line_ends_alone(read: Read) -> None:
+def test_only_a_newline_ends_a_prompt(read: Read) -> None:
     assert prompts(read("one\u2028still one\x0cand on\ntwo")) == [
         "one\u2028still one\x0cand on",
         "two",
@@ -112,11 +112,11 @@ def test_a_cell_may_hold_a_long_prompt(read: Read) -> None:
         pytest.param("one\n", id="plain"),
     ],
 )
-def test_what_has_no_telling_ending_is_looked_at(read: Read, name: str, text: str) -> None:
+def test_without_a_known_suffix_the_first_line_decides(read: Read, name: str, text: str) -> None:
     assert prompts(read(text.replace(', "', ',"'), name)) == ["one"]
 
 
-def test_prose_that_names_a_prompt_is_no_header(read: Read) -> None:
+def test_prose_with_the_word_prompt_is_not_a_header(read: Read) -> None:
     assert prompts(read("Write a prompt, please\nprompt, model, and more\n", "-")) == [
         "Write a prompt, please",
         "prompt, model, and more",
@@ -127,7 +127,7 @@ def test_a_first_line_that_is_longer_than_any_header_is_a_prompt(read: Read) -> 
     assert prompts(read("x" * 200_000, "-")) == ["x" * 200_000]
 
 
-def test_a_text_file_is_plain_whatever_it_begins_with(read: Read) -> None:
+def test_a_txt_file_is_plain_even_if_it_begins_with_a_brace(read: Read) -> None:
     assert prompts(read('{"prompt": "one"}', "jobs.TXT")) == ['{"prompt": "one"}']
 
 
@@ -176,9 +176,7 @@ def test_a_text_file_is_plain_whatever_it_begins_with(read: Read) -> None:
         ("-", '{"prompt": "x"}\n{', "stdin, line 2: not valid JSON"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_line(
-    read: Read, name: str, text: str | bytes, told: str
-) -> None:
+def test_an_error_names_its_line(read: Read, name: str, text: str | bytes, told: str) -> None:
     with pytest.raises(OpenCodeConfigError) as caught:
         read(text, name)
 

@@ -299,7 +299,7 @@ def test_a_batch_without_times_has_a_table_and_no_timeline(path: Path) -> None:
     assert "timeline" not in [attributes.get("id") for attributes in page.all("svg")]
 
 
-def test_the_page_tells_of_cut_and_of_empty_answers(runner: ScriptedRunner, path: Path) -> None:
+def test_the_page_counts_cut_and_empty_answers(runner: ScriptedRunner, path: Path) -> None:
     checkpoint = path.with_name("jobs.jsonl")
     list(runner.map(["a", "b", "mute"], checkpoint=checkpoint, max_workers=1))
     lines = [json.loads(line) for line in checkpoint.read_text().splitlines()]
@@ -312,9 +312,7 @@ def test_the_page_tells_of_cut_and_of_empty_answers(runner: ScriptedRunner, path
     assert "2 ok, 1 of them empty" in page.text
 
 
-def test_the_page_tells_of_tokens_that_were_counted_at_no_price(
-    runner: ScriptedRunner, path: Path
-) -> None:
+def test_the_page_counts_jobs_whose_tokens_had_no_price(runner: ScriptedRunner, path: Path) -> None:
     results_to_html(list(runner.map(["free a", "b", "free c"])), path)
 
     assert "2 used tokens at $0.00" in path.read_text()
@@ -326,7 +324,7 @@ def test_a_batch_of_nothing_is_a_page_too(path: Path) -> None:
     assert page.jobs == []
 
 
-def test_the_time_that_a_record_says_it_began_goes_before_its_events() -> None:
+def test_started_at_has_priority_over_the_first_event() -> None:
     row = row_of(record(started_at=999_999.5), 0)
 
     assert row.started_at == 999_999.5
@@ -341,7 +339,7 @@ values = st.recursive(
 
 @given(st.fixed_dictionaries({}, optional=dict.fromkeys([*record(), "started_at"], values)))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_whatever_a_record_holds_makes_a_page(odd: dict[str, Any]) -> None:
+def test_every_record_makes_a_page(odd: dict[str, Any]) -> None:
     pytest.importorskip("jinja2")
     path = Path("/dev/null")
 
@@ -408,7 +406,7 @@ def test_the_report_of_a_batch_becomes_a_page(
     assert ("events" in page.data["job-0"]) is (checkpoint is not None)
 
 
-def test_a_job_that_no_checkpoint_takes_is_on_the_page_too(
+def test_a_job_that_is_not_in_the_checkpoint_is_on_the_page_too(
     runner: ScriptedRunner, tmp_path: Path
 ) -> None:
     jobs: list[Any] = ["a", 3]  # which is no job
@@ -441,9 +439,7 @@ def test_a_page_that_cannot_be_completed_leaves_the_old_one(path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["report.html"]
 
 
-def test_a_page_for_which_there_is_no_space_leaves_nothing(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_old_page(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path.write_text("old")
     monkeypatch.setattr("os.fsync", Mock(side_effect=OSError(28, "No space left on device")))
 
@@ -454,7 +450,7 @@ def test_a_page_for_which_there_is_no_space_leaves_nothing(
     assert path.read_text() == "old"
 
 
-def test_a_path_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OpenCodeConfigError, match=r"nowhere/x\.html.*No such file or directory"):
         write_html([record()], tmp_path / "nowhere" / "x.html")
 
@@ -478,7 +474,7 @@ def lines(path: Path, *records: Mapping[str, Any]) -> Path:
     return path
 
 
-def test_of_a_job_that_stands_there_twice_the_last_is_taken(tmp_path: Path) -> None:
+def test_the_last_line_of_a_key_counts(tmp_path: Path) -> None:
     file = lines(tmp_path / "a.jsonl", record(0, answer="old"), record(1), record(0, answer="new"))
 
     assert [each["answer"] for each in records_in(file)] == ["answer 1", "new"]
@@ -500,7 +496,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, line: str) -> None:
         list(records_in(file))
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OpenCodeConfigError, match=r"a\.jsonl.*No such file"):
         list(records_in(tmp_path / "a.jsonl"))
 
@@ -565,7 +561,7 @@ def test_values_on_the_axis_are_round(top: float, values: list[float]) -> None:
         (273_600, "3 d 4 h"),
     ],
 )
-def test_a_span_of_time_is_told_in_two_units_at_most(seconds: float, text: str) -> None:
+def test_a_span_of_time_has_at_most_two_units(seconds: float, text: str) -> None:
     assert span(seconds) == text
 
 

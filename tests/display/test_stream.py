@@ -117,7 +117,7 @@ def test_a_long_command_keeps_to_the_width() -> None:
 # --- a terminal ----------------------------------------------------------------------------------
 
 
-def test_text_stands_as_in_the_result() -> None:
+def test_text_is_laid_out_as_in_the_result() -> None:
     events = [text("I look."), LS, text("Two\nfiles.", "b"), text("Done.", "c")]
     notes = io.StringIO()
     file = io.StringIO()
@@ -128,7 +128,7 @@ def test_text_stands_as_in_the_result() -> None:
     assert notes.getvalue() == "[bash] ls\n"
 
 
-def test_tools_stand_between_paragraphs_where_all_goes_to_one_place() -> None:
+def test_tools_are_lines_between_paragraphs_without_a_file_for_notes() -> None:
     assert shown(text("I look."), LS, text("Done.", "b")) == "I look.\n[bash] ls\n\nDone.\n"
 
 
@@ -191,7 +191,7 @@ def test_a_terminal_is_not_obeyed_a_file_gets_the_text_as_it_is() -> None:
     assert (file.getvalue(), terminal.getvalue()) == ("\x1b[2Jhi\n", "hi\n")
 
 
-def test_stdout_is_where_it_goes_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_default_is_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     live(stream(text("Hi.")))
 
     assert capsys.readouterr() == ("Hi.\n", "")

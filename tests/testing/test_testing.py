@@ -369,7 +369,7 @@ def test_a_client_that_goes_away_ends_its_answer(connect: Connect, reply: Reply)
 # --- what went wrong -----------------------------------------------------------------------------
 
 
-def test_what_the_callable_raises_is_told_to_the_client_and_to_the_test(connect: Connect) -> None:
+def test_what_the_callable_raises_fails_the_request_and_the_test(connect: Connect) -> None:
     def reply(request: ChatRequest) -> str:
         raise LookupError("no such case")
 
@@ -517,9 +517,7 @@ def test_more_requests_than_the_limit_are_refused_and_recorded_apart(connect: Co
 
 
 @streaming
-def test_a_client_that_has_its_answer_is_no_longer_in_flight(
-    connect: Connect, stream: bool
-) -> None:
+def test_an_answered_request_is_no_longer_in_flight(connect: Connect, stream: bool) -> None:
     with ScriptedModel("x", max_concurrent=1) as model:
         for _ in range(100):
             client = connect(model)
@@ -574,7 +572,7 @@ def test_the_run_config_points_opencode_here() -> None:
     assert provider["models"]["m"]["cost"] == {"input": 2, "output": 0}
 
 
-def test_changes_of_the_run_config_are_merged_where_they_can_be() -> None:
+def test_changes_of_the_run_config_are_merged() -> None:
     changes: dict[str, Any] = {
         "agent": "plan",
         "lean": False,
