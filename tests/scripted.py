@@ -8,6 +8,7 @@
 "spend N ..."  takes N such steps, and answers
 "free ..."     answers for nothing, with as many tokens
 "refused ..."  is refused with a 429 once, then answers
+"turned ..."   ends with an APIError 429, with nothing done
 "broken ..."   raises what no run should raise
 "die ..."      ends its whole process
 """
@@ -123,12 +124,19 @@ class _Source:
         self._blocks.put([event])
 
     def answer(self) -> None:
+        if self._prompt.startswith("turned"):
+            self._fail(429, "too many requests")
+            return
         text = "" if self._prompt.startswith("mute") else self._prompt.upper()
         self._say({"type": "text", "part": {"text": text}})
         self._finish_step("stop")
         if self._prompt.startswith("fail"):
-            error: Any = {"name": "APIError", "data": {"message": "bad key", "statusCode": 401}}
-            self._say({"type": "error", "error": error})
+            self._fail(401, "bad key")
+        self._blocks.put(None)
+
+    def _fail(self, status: int, message: str) -> None:
+        error: Any = {"name": "APIError", "data": {"message": message, "statusCode": status}}
+        self._say({"type": "error", "error": error})
         self._blocks.put(None)
 
     def _finish_step(self, reason: str) -> None:
