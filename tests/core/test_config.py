@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,30 +66,17 @@ def test_replace_gives_a_changed_copy() -> None:
         cfg.replace(modle="a/b")
 
 
-def test_a_config_keeps_copies_of_what_it_was_made_from() -> None:
-    permission = {"edit": {"*.md": "allow"}}
-    servers = {"github": {"command": ["npx"]}}
-    cfg = RunConfig(permission=permission, mcp=servers)
-
-    permission["edit"]["*.md"] = "deny"
-    servers["github"]["command"].append("other")
-
-    assert cfg == RunConfig(
-        permission={"edit": {"*.md": "allow"}}, mcp={"github": {"command": ["npx"]}}
-    )
-
-
-def test_a_config_is_not_changed_through_what_it_gives() -> None:
-    cfg = RunConfig(permission={"edit": {"*.md": "allow"}}, config_overrides={"a": {"b": [1]}})
-
+def test_a_config_is_changed_neither_by_what_it_is_made_from_nor_by_what_it_gives() -> None:
+    permission, overrides = {"edit": {"*.md": "allow"}}, {"a": {"b": [1]}}
+    cfg = RunConfig(permission=permission, config_overrides=overrides)
     given = cfg.build_opencode_config_dict()
-    given["permission"]["edit"]["*.md"] = "deny"
+
+    permission["edit"]["*.md"] = given["permission"]["edit"]["*.md"] = "deny"
+    overrides["a"]["b"].append(2)
     given["a"]["b"].append(2)
 
-    assert cfg.build_opencode_config_dict() == {
-        "a": {"b": [1]},
-        "permission": {"edit": {"*.md": "allow"}},
-    }
+    assert cfg.permission == {"edit": {"*.md": "allow"}}
+    assert cfg.config_overrides == {"a": {"b": [1]}}
 
 
 def test_mappings_of_any_kind_become_json() -> None:
@@ -102,6 +90,14 @@ def test_mappings_of_any_kind_become_json() -> None:
         "permission": {"edit": {"*.md": "allow"}},
         "mcp": {"a": [{"*.md": "allow"}, [1, 2]]},
     }
+
+
+def test_a_mapping_that_contains_itself_is_refused() -> None:
+    overrides: dict[str, Any] = {}
+    overrides["a"] = overrides
+
+    with pytest.raises(OpenCodeConfigError, match="config_overrides is nested too deeply"):
+        RunConfig(config_overrides=overrides)
 
 
 def test_a_lone_path_is_one_file_and_any_iterable_will_do() -> None:
@@ -122,11 +118,8 @@ def test_the_repr_shows_what_differs_from_the_defaults() -> None:
     assert repr(RunConfig()) == "RunConfig()"
 
 
-@pytest.mark.parametrize(
-    "value", [full_config(), Job("Explain", run_cfg=full_config())], ids=["config", "job"]
-)
-def test_the_repr_hides_secrets(value: object) -> None:
-    text = repr(value)
+def test_the_repr_hides_secrets() -> None:
+    text = repr(Job("Explain", run_cfg=full_config()))
 
     assert "secret" not in text
     assert "password=..." in text
@@ -149,10 +142,12 @@ def test_the_fields_are_merged_over_config_overrides() -> None:
             "permission": {"bash": "deny", "edit": "deny"},
             "mcp": {"a": {"command": ["x"], "enabled": True}},
             "tools": {"read": True},
+            "instructions": ["a.md"],
         },
         permission={"edit": {"*.md": "allow"}},
         mcp={"a": {"enabled": False}, "b": {}},
         tools={"webfetch": False},
+        instructions=("b.md",),
     )
 
     assert cfg.build_opencode_config_dict() == {
@@ -160,29 +155,14 @@ def test_the_fields_are_merged_over_config_overrides() -> None:
         "permission": {"bash": "deny", "edit": {"*.md": "allow"}},
         "mcp": {"a": {"command": ["x"], "enabled": False}, "b": {}},
         "tools": {"read": True, "webfetch": False},
+        "instructions": ["b.md"],
     }
 
 
-def test_one_word_as_permission_replaces_a_mapping() -> None:
-    cfg = RunConfig(config_overrides={"permission": {"bash": "deny"}}, permission="allow")
+def test_an_empty_mapping_is_a_setting_and_the_json_keeps_characters_as_they_are() -> None:
+    cfg = RunConfig(permission={}, config_overrides={"username": "Åsa 😀"})
 
-    assert cfg.build_opencode_config_dict() == {"permission": "allow"}
-
-
-def test_instructions_replace_those_of_config_overrides() -> None:
-    cfg = RunConfig(config_overrides={"instructions": ["a.md"]}, instructions=("b.md",))
-
-    assert cfg.build_opencode_config_dict() == {"instructions": ["b.md"]}
-
-
-def test_an_empty_mapping_is_a_setting() -> None:
-    assert RunConfig(permission={}).opencode_config_content_json() == '{"permission": {}}'
-
-
-def test_the_json_keeps_characters_as_they_are() -> None:
-    cfg = RunConfig(config_overrides={"username": "Åsa 😀"})
-
-    assert cfg.opencode_config_content_json() == '{"username": "Åsa 😀"}'
+    assert cfg.opencode_config_content_json() == '{"username": "Åsa 😀", "permission": {}}'
 
 
 def test_mappings_merge_and_everything_else_replaces() -> None:
@@ -221,7 +201,6 @@ def test_allow_and_deny_are_permissions_at_any_depth(permission: Any) -> None:
         ({"edit": {"*": ["allow"]}}, "permission 'edit.*' is ['allow']: use 'allow' or 'deny'"),
         ("yes", "permission is 'yes': use 'allow' or 'deny'"),
     ],
-    ids=["nested ask", "lone ask", "word", "null", "list", "lone word"],
 )
 def test_any_other_permission_is_refused_with_its_path(permission: Any, message: str) -> None:
     with pytest.raises(ValueError) as raised:
@@ -238,7 +217,6 @@ def test_any_other_permission_is_refused_with_its_path(permission: Any, message:
         ({"agent": {"build": {"permission": {"bash": "ask"}}}}, "'agent.build.permission.bash'"),
         ({"mode": {"plan": {"permission": "ask"}}}, "'mode.plan.permission'"),
     ],
-    ids=["permission", "agent", "mode"],
 )
 def test_ask_is_refused_in_config_overrides_too(config: dict[str, Any], path: str) -> None:
     cfg = RunConfig(config_overrides=config)
@@ -265,13 +243,9 @@ def test_a_tool_is_on_or_off(value: Any) -> None:
     "cfg",
     [
         full_config(),
-        RunConfig(title=""),
-        RunConfig(continue_session=True, fork=True),
-        RunConfig(model="openrouter/vendor/model"),
-        RunConfig(log_level="DEBUG", print_logs=True),
-        RunConfig(extra_env={"EMPTY": ""}),
-        RunConfig(config_overrides={"agent": None, "mode": []}),
-        RunConfig(port=4096, share=False, thinking=None),
+        RunConfig(title="", continue_session=True, fork=True, extra_env={"EMPTY": ""}),
+        RunConfig(model="openrouter/vendor/model", log_level="DEBUG", print_logs=True),
+        RunConfig(config_overrides={"agent": None, "mode": []}, port=4096, share=False),
     ],
     ids=repr,
 )
@@ -287,13 +261,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "password without attach": ({"password": "p"}, "password is set without attach"),
     "model without provider": ({"model": "gpt"}, "model 'gpt' names no provider"),
-    "model with blank provider": ({"model": "/m"}, "model '/m' names no provider"),
     "log_level": ({"log_level": "debug"}, "log_level 'debug': use one of DEBUG, INFO"),
     "blank agent": ({"agent": " "}, "agent ' ' is blank"),
     "blank file": ({"files": ("a", "")}, "files '' is blank"),
     "NUL in file": ({"files": (Path("a\0b"),)}, "files 'a\\x00b' is blank or holds a NUL"),
     "agent of a type": ({"agent": 3}, "agent is of type int: use a str"),
-    "files of a type": ({"files": (3,)}, "files is of type int: use paths"),
     "files as bytes": ({"files": b"ab"}, "files is of type int: use paths"),
     "instructions of a type": ({"instructions": (Path("a"),)}, "instructions is of type"),
     "switch as a word": ({"auto": "false"}, "auto is of type str: use True or False"),
@@ -307,10 +279,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "variable with NUL": ({"extra_env": {"A": "\0"}}, "extra_env['A']: a name without '=', and no"),
     "no JSON": ({"config_overrides": {"x": {1, 2}}}, "config key 'x' is not valid JSON"),
     "no JSON key": ({"config_overrides": {(1, 2): "x"}}, "config key (1, 2) is not valid JSON"),
-    "no JSON number": (
-        {"config_overrides": {"x": float("nan")}},
-        "config key 'x' is not valid JSON",
-    ),
+    "no JSON number": ({"config_overrides": {"x": math.nan}}, "config key 'x' is not valid JSON"),
 }
 
 
@@ -337,12 +306,9 @@ def test_a_setting_that_opencode_would_misread_is_refused_by_name(
         {"mcp": {"a": {"token": b"secret"}}},
         {"attach": "http://me:secret@host\0"},
     ],
-    ids=[
-        *("password", "password's type", "variable", "variable's type", "variable in one"),
-        *("no JSON", "login in a URL"),
-    ],
+    ids=str,
 )
-def test_a_refusal_tells_no_secret(changes: dict[str, Any]) -> None:
+def test_a_refusal_shows_no_secret(changes: dict[str, Any]) -> None:
     with pytest.raises(OpenCodeConfigError) as raised:
         validate_config_for_run(RunConfig(**changes))
 

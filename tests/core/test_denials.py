@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import closing
 from typing import Any, cast
 
@@ -174,71 +173,50 @@ def test_a_server_is_told_only_what_agents_are_denied() -> None:
 # --- whether they hold ---------------------------------------------------------------------------
 
 ONLY_GIT = {"bash": {"*": "deny", "git status": "allow"}}
+NO_RM = {"bash": {"*": "allow", "rm *": "deny"}}
 
 
-@pytest.mark.parametrize(
-    "permission, event",
-    [
-        ("deny", used("read")),
-        ({"bash": "deny"}, used("bash", command="ls")),
-        ({"*": "deny", "read": "allow"}, used("server_tool")),
-        ({"edit": "deny"}, used("apply_patch")),
-        ({"server_*": "deny"}, used("server_tool")),
-        ({"bash": {"*": "allow", "rm *": "deny"}}, used("bash", command="rm -r x")),
-        ({"bash": {"*": "allow", "rm *": "deny"}}, used("bash", command="rm")),
-        ({"task": {"general": "deny"}}, used("task", subagent_type="general")),
-    ],
-    ids=["all", "a tool", "all but one", "edit", "wildcard", "command", "bare command", "name"],
-)
-def test_a_denied_tool_that_has_run_is_noticed(
-    permission: str | Mapping[str, Any], event: Event
-) -> None:
+DENIED: dict[str, tuple[Any, Event]] = {
+    "all": ("deny", used("read")),
+    "a tool": ({"bash": "deny"}, used("bash", command="ls")),
+    "all but one": ({"*": "deny", "read": "allow"}, used("server_tool")),
+    "edit": ({"edit": "deny"}, used("apply_patch")),
+    "wildcard": ({"server_*": "deny"}, used("server_tool")),
+    "command": (NO_RM, used("bash", command="rm -r x")),
+    "bare command": (NO_RM, used("bash", command="rm")),
+    "name": ({"task": {"general": "deny"}}, used("task", subagent_type="general")),
+}
+
+
+@pytest.mark.parametrize("permission, event", DENIED.values(), ids=DENIED)
+def test_a_denied_tool_that_has_run_is_noticed(permission: Any, event: Event) -> None:
     found = Tripwire(RunConfig(permission=permission)).broken([event])
 
     assert found is not None
     assert found.tool == event["part"]["tool"]
 
 
-@pytest.mark.parametrize(
-    "permission, event",
-    [
-        ("allow", used("bash", command="ls")),
-        ("deny", used("bash", status="error", command="ls")),
-        ("deny", used("invalid", tool="bash")),
-        ("deny", used("StructuredOutput")),
-        ({"bash": "deny"}, used("read")),
-        ({"*": "deny", "read": "allow"}, used("read")),
-        ({"bash": {"*": "deny", "ls *": "allow"}}, used("bash", command="ls -l")),
-        ({"bash": {"*": "allow", "rm *": "deny"}}, used("bash", command="echo 'rm x'")),
-        (ONLY_GIT, used("bash", command="cd src")),
-        (ONLY_GIT, used("bash", command="! git status")),
-        (ONLY_GIT, used("bash", command="git status # short")),
-        (ONLY_GIT, used("bash", command="PAGER=cat")),
-        (ONLY_GIT, used("bash", command="export PAGER=cat")),
-        (ONLY_GIT, used("bash", command="[[ -d src ]]")),
-        ({"read": {"*.env": "deny"}}, used("read", filePath="/a/b.py")),
-    ],
-    ids=[
-        "nothing denied",
-        "a tool that has failed",
-        "a call of a tool that is not offered",
-        "an answer",
-        "another tool",
-        "an exception",
-        "a command that is an exception",
-        "a command that only looks like it",
-        "a change of directory",
-        "a command the other way round",
-        "a command with a comment",
-        "an assignment",
-        "a declaration",
-        "a test",
-        "a file",
-    ],
-)
-def test_what_is_not_denied_breaks_nothing(
-    permission: str | Mapping[str, Any], event: Event
-) -> None:
+NOT_DENIED: dict[str, tuple[Any, Event]] = {
+    "nothing denied": ("allow", used("bash", command="ls")),
+    "a tool that has failed": ("deny", used("bash", status="error", command="ls")),
+    "a call of a tool that is not offered": ("deny", used("invalid", tool="bash")),
+    "an answer": ("deny", used("StructuredOutput")),
+    "another tool": ({"bash": "deny"}, used("read")),
+    "an exception": ({"*": "deny", "read": "allow"}, used("read")),
+    "a command that is an exception": (ONLY_GIT, used("bash", command="git status")),
+    "a command that only looks like it": (NO_RM, used("bash", command="echo 'rm x'")),
+    "a change of directory": (ONLY_GIT, used("bash", command="cd src")),
+    "a negated command": (ONLY_GIT, used("bash", command="! git status")),
+    "a command with a comment": (ONLY_GIT, used("bash", command="git status # short")),
+    "an assignment": (ONLY_GIT, used("bash", command="PAGER=cat")),
+    "a declaration": (ONLY_GIT, used("bash", command="export PAGER=cat")),
+    "a test": (ONLY_GIT, used("bash", command="[[ -d src ]]")),
+    "a file": ({"read": {"*.env": "deny"}}, used("read", filePath="/a/b.py")),
+}
+
+
+@pytest.mark.parametrize("permission, event", NOT_DENIED.values(), ids=NOT_DENIED)
+def test_what_is_not_denied_breaks_nothing(permission: Any, event: Event) -> None:
     assert Tripwire(RunConfig(permission=permission)).broken([event]) is None
 
 
