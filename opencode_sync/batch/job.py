@@ -32,7 +32,7 @@ from typing import Any, Protocol
 
 from ..core.config import RunConfig
 from ..core.errors import OpenCodeCancelledError, OpenCodeError, OpenCodeOutputError
-from ..core.reading import ended_well
+from ..core.reading import ended_well, mapping
 from ..core.request import RunSettings, Spent
 from ..core.result import ErrorInfo, RunResult
 from ..core.stream import RunStream, cancel_together
@@ -175,9 +175,8 @@ def _is_refusal(event: Mapping[str, Any]) -> bool:
     """Whether it tells of too many requests: retried by OpenCode, or given up."""
     if event.get("type") == "retry":
         return is_rate_limit(event.get("statusCode"), event.get("message"))
-    error = event.get("error") if event.get("type") == "error" else None
-    data = error.get("data") if isinstance(error, Mapping) else None
-    return isinstance(data, Mapping) and is_rate_limit(data.get("statusCode"), None)
+    data = mapping(mapping(event.get("error")).get("data"))
+    return event.get("type") == "error" and is_rate_limit(data.get("statusCode"), None)
 
 
 def outcome_of(future: Future[Outcome]) -> Outcome:

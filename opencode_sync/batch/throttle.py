@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..core.reading import mapping
 from ..process.stderr import asked_to_wait_s
 
 BURST_S = 1.0  # refusals this close together have one cause
@@ -118,9 +119,7 @@ def retry_after_s(event: Mapping[str, Any]) -> float | None:
 
     An ``error`` event has the headers of the refusal that made OpenCode give up.
     """
-    error = event.get("error")
-    data = error.get("data") if isinstance(error, Mapping) else None
-    headers = data.get("responseHeaders") if isinstance(data, Mapping) else None
+    headers = mapping(mapping(event.get("error")).get("data")).get("responseHeaders")
     if isinstance(headers, Mapping):
         return asked_to_wait_s(headers.get("retry-after"), headers.get("retry-after-ms"))
     value = event.get("retry_after_s")

@@ -22,7 +22,8 @@ from typing import Any
 
 from .denials import check_names, places
 from .errors import OpenCodeConfigError
-from .mcp import check_servers, mapping
+from .mcp import check_servers
+from .reading import mapping
 
 # Fields that may hold passwords, tokens or keys: a repr shows "..." for them, and for the login in
 # a URL.

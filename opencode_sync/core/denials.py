@@ -21,7 +21,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from .errors import OpenCodeConfigError, OpenCodePermissionError
-from .mcp import mapping
+from .reading import OUTPUT_TOOL, mapping
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 Rule = Mapping[str, str]
 
-OUTPUT_TOOL = "StructuredOutput"  # OpenCode gives it to the model where a prompt has a format
 
 # Permissions of OpenCode's configuration, most of which are tools too; permissions that only its
 # code asks for; tools of 1.17.

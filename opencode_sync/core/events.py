@@ -42,11 +42,14 @@ class Tokens(TypedDict, total=False):
     cache: CacheTokens
 
 
-class TextPart(TypedDict, total=False):
+class _Part(TypedDict, total=False):
     id: str
     messageID: str
     sessionID: str
     type: str
+
+
+class TextPart(_Part, total=False):
     text: str
     time: dict[str, int]
 
@@ -61,21 +64,13 @@ class ToolState(TypedDict, total=False):
     time: dict[str, int]
 
 
-class ToolPart(TypedDict, total=False):
-    id: str
-    messageID: str
-    sessionID: str
-    type: str
+class ToolPart(_Part, total=False):
     tool: str
     callID: str
     state: ToolState
 
 
-class StepPart(TypedDict, total=False):
-    id: str
-    messageID: str
-    sessionID: str
-    type: str
+class StepPart(_Part, total=False):
     snapshot: str
     reason: str  # "stop", "tool-calls", "length", ...
     cost: float  # US dollars

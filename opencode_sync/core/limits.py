@@ -24,7 +24,7 @@ from .errors import (
     OpenCodeTimeoutError,
 )
 from .events import Event
-from .reading import ended_well, gives_output, void_call
+from .reading import OUTPUT_TOOL, ended_well, part_of, void_call
 from .result import RunResult, TokenUsage
 
 # 146 years: beyond twice as many, the system's clocks refuse to be waited on.
@@ -336,7 +336,7 @@ class Meter:
         kind, session = event.get("type"), event.get("sessionID")
         if kind == "step_start":
             self._has_called.discard(session)
-        elif kind == "tool_use" and not gives_output(event):
+        elif kind == "tool_use" and part_of(event).get("tool") != OUTPUT_TOOL:
             self._has_called.add(session)
         if kind == "tool_use" and (tool := void_call(event)) is not None:
             self._void[session] = tool

@@ -14,12 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .errors import OpenCodeConfigError
-
-
-def mapping(value: Any) -> Mapping[str, Any]:
-    """*value* if it is a mapping, else an empty one."""
-    return value if isinstance(value, Mapping) else {}
-
+from .reading import mapping
 
 # --- settings ------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from typing import Any
 from .text import strip_ansi
 
 ARGUMENTS_ERROR = "CommandArgumentsError"  # of our plugin
+OUTPUT_TOOL = "StructuredOutput"  # OpenCode gives it to the model where a prompt has a format
 _TEXT_TYPES = ("text", "message", "assistant", "model")
 # Follows a step that ends for "content-filter", the one reason that is an error to OpenCode.
 FILTERED = "ContentFilterError"
@@ -241,11 +242,6 @@ def called_session(event: Mapping[str, Any]) -> str | None:
         return None
     session = mapping(mapping(part.get("state")).get("metadata")).get("sessionId")
     return session if isinstance(session, str) and session else None
-
-
-def gives_output(event: Mapping[str, Any]) -> bool:
-    """Whether *event* is a call of OpenCode's tool for structured output, which ends a run."""
-    return part_of(event).get("tool") == "StructuredOutput"
 
 
 # --- errors and usage ----------------------------------------------------------------------------

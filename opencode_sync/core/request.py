@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, TypeVar, cast
 
 from .config import NO_CURRENT_DIRECTORY, RunConfig, unencodable
-from .denials import OUTPUT_TOOL
 from .errors import OpenCodeConfigError, OpenCodeError, OpenCodeOutputError
 from .events import Event
 from .limits import LIMITS_OF_A_JOB as LIMITS_OF_A_JOB
@@ -31,6 +30,7 @@ from .limits import is_of_batch as is_of_batch
 from .limits import tokens_of as tokens_of
 from .limits import unpriced as unpriced
 from .limits import unpriced_tokens as unpriced_tokens
+from .reading import OUTPUT_TOOL, mapping, part_of
 from .result import ErrorInfo, RunResult, is_cut_off
 from .schema import Fit, OutputSchema, SchemaMismatch, output_schema
 from .secrets import Secrets
@@ -459,11 +459,9 @@ def _n_outputs(result: RunResult) -> int:
     message_id: object = None
     values: set[str] = set()
     for event in result.tool_calls:
-        part = event.get("part")
-        if not isinstance(part, Mapping) or part.get("tool") != OUTPUT_TOOL:
-            continue
-        state = part.get("state")
-        if isinstance(state, Mapping) and state.get("status") == "completed":
+        part = part_of(event)
+        state = mapping(part.get("state"))
+        if part.get("tool") == OUTPUT_TOOL and state.get("status") == "completed":
             if part.get("messageID") != message_id:
                 message_id, values = part.get("messageID"), set()
             values.add(json.dumps(state.get("input"), sort_keys=True))

@@ -20,7 +20,7 @@ from typing import Any
 from .config import RunConfig
 from .errors import OpenCodeError
 from .events import Event, dump_event, parse_event_line
-from .mcp import mapping
+from .reading import mapping
 
 _MASK = "***"
 # Types of events that neither the model nor a tool made.

@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..core.config import RunConfig
-from ..core.denials import OUTPUT_TOOL, Rule, make_rule, rules_of
+from ..core.denials import Rule, make_rule, rules_of
 from ..core.errors import OpenCodeConfigError
 from ..core.events import Event
-from ..core.reading import mapping
+from ..core.reading import OUTPUT_TOOL, mapping
 from ..core.schema import OutputSchema
 from ..process.command import UNTITLED
 from . import feed

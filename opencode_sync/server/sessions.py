@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from ..core.denials import OUTPUT_TOOL
 from ..core.errors import OpenCodeConfigError, OpenCodeServerError
 from ..core.lifetime import CancelScope
-from ..core.reading import denied_tool, mapping, number_of
+from ..core.reading import OUTPUT_TOOL, denied_tool, mapping, number_of
 from .connection import FIRST_S, MAX_LIST_BYTES, REQUEST_S, Connection, checked_object
 
 MOST = 10_000  # sessions in a list; by default OpenCode gives 100

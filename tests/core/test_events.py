@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from opencode_sync import RunResult, iter_parse_lines, parse_event_line, run_result_fuzzy_text
 from opencode_sync.core.events import dump_event, is_cut
-from opencode_sync.core.reading import called_session, gives_output, void_call
+from opencode_sync.core.reading import called_session, void_call
 
 SCALARS = (
     st.none()
@@ -223,7 +223,7 @@ def test_no_event_raises_and_none_is_lost(events: list[Any]) -> None:
     assert isinstance(run_result_fuzzy_text(result), str)
     assert repr(result)
     for event in events:
-        for read in (called_session, gives_output, void_call):
+        for read in (called_session, void_call):
             read(event)
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from opencode_sync import OpenCodeConfigError, RunConfig
-from opencode_sync.core.denials import OUTPUT_TOOL
 from opencode_sync.core.errors import OpenCodeServerError
 from opencode_sync.core.events import Event
+from opencode_sync.core.reading import OUTPUT_TOOL
 from opencode_sync.process.command import sealed
 from opencode_sync.server.feed import ANSWER, REFUSED, Message
 from opencode_sync.server.protocol import (
