@@ -8,14 +8,22 @@ script's own is on the path, so that what is imported is what was installed.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
 
 SOURCE = Path(__file__).parent.parent / "opencode_sync"
+WITHIN_S = 60.0
 EXTRAS = ("pydantic", "jsonschema", "referencing", "jinja2", "distributed", "pytest")
 
 
@@ -80,6 +88,55 @@ def check_what_needs_an_extra_says_which() -> None:
 def check_the_command_tells_its_version_and_its_use() -> None:
     assert printed("--version") == f"opencode-sync {distribution('opencode-sync-sdk').version}\n"
     assert "opencode-sync" in printed("--help")
+
+
+# A stand-in for OpenCode that tells where it and its tool are, and never ends.
+ENDLESS = """#!/bin/sh
+sleep 600 &
+echo "$$ $!" > pids.new
+mv pids.new pids
+wait
+"""
+SCRIPT = """
+import sys
+import opencode_sync
+opencode_sync.OpenCodeClient(sys.argv[1], any_version=True).run("Work", sys.argv[2])
+"""
+
+
+def check_the_watchdog_cleans_up_after_a_script_that_is_killed() -> None:
+    # The watchdog is started by the path of its file and hides what fails in it: where it was not
+    # installed, or cannot load what it needs, only this tells.
+    with TemporaryDirectory() as name:
+        place = Path(name)
+        binary, told, temporary = place / "opencode", place / "pids", place / "tmp"
+        binary.write_text(ENDLESS)
+        binary.chmod(0o755)
+        temporary.mkdir()
+        env = {**os.environ, "TMPDIR": str(temporary)}
+        script = subprocess.Popen([sys.executable, "-I", "-c", SCRIPT, binary, place], env=env)
+        wait_until(told.exists)
+        pids = [int(pid) for pid in told.read_text().split()]
+        assert any(temporary.iterdir())
+
+        script.kill()
+        script.wait()
+
+        wait_until(lambda: not any(map(is_running, pids)))
+        wait_until(lambda: not any(temporary.iterdir()))
+
+
+def is_running(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WITHIN_S
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {WITHIN_S:g} s"
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":
