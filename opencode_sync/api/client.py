@@ -40,7 +40,7 @@ from ..process.data_dirs import (
 )
 from ..process.run import ProcessRun
 from ..process.versions import check_program_version, warn_of_variant
-from ..process.watchdog import add_directory, discard_directory, guard
+from ..process.watchdog import guard
 from .runner import NEEDS_SERVER, Request, Runner, StrPath
 
 if TYPE_CHECKING:
@@ -119,8 +119,7 @@ class OpenCodeClient(Runner):
         self._owner_pid = os.getpid()
         self._directories = DataDirectories(
             self._shared_data if self._isolate_db else None,
-            on_make=add_directory if self._watchdog else _nothing,
-            on_remove=discard_directory if self._watchdog else _nothing,
+            watchdog=self._watchdog,
         )
         weakref.finalize(self, _close_in, self._owner_pid, self._directories)
 
@@ -292,7 +291,3 @@ def _check_workspace(session_id: str, env: Mapping[str, str], workspace: Path) -
 def _close_in(pid: int, directories: DataDirectories) -> None:
     if os.getpid() == pid:
         directories.close()
-
-
-def _nothing(path: Path) -> None:
-    pass

@@ -1,31 +1,34 @@
-"""How many runs this machine carries at a time.
+"""How many runs at a time: what this machine carries, and how many may start at once.
 
-    min(2 x cores, memory / 0.55 GiB, 32), at least 1
+    workers_for_processes()   min(2 x cores, memory / 0.55 GiB, 32), at least 1
+    Gate                      a semaphore around start-ups that share a database
 
 A run of OpenCode takes 0.55 GiB, and 3 seconds of a core's time to start. On 2 cores, with a model
 that takes half a second, 1 at a time got 0.28 prompts done per second, 4 got 0.36 and 8 got 0.35:
-beyond two for each core each only gets slower. Where the model takes minutes, more can pay.
+more than two per core only slow one another down. Where the model takes minutes, more can pay.
 
-A semaphore around start-ups that share a database.
-
-On a fresh database, two OpenCodes that migrate it at the same time kill one another. So a start
+On a fresh database, two OpenCodes that migrate it at the same time break one another. So a start
 takes a slot, and gives it back at the first line of output, at the exit, or after a delay.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..core import lifetime
 from ..core.errors import OpenCodeCancelledError
 
+RUN_BYTES = int(0.55 * 2**30)  # resident, of one `opencode run` (1.18.33)
+RUNS_PER_CORE = 2
+MOST = 32  # more is for the user to decide, who knows the provider
 SLICE_S = 0.05  # how soon a waiting start notices that it was cancelled
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 class Gate:
@@ -58,15 +61,8 @@ class Gate:
             yield
         finally:
             if is_held:
-                with lifetime.deferred():  # its lock is entered in Python: see _dispatch
+                with lifetime.deferred():  # or a Ctrl-C could leave it locked
                     self._semaphore.release()
-
-
-RUN_BYTES = int(0.55 * 2**30)  # resident, of one `opencode run` (1.18.33)
-RUNS_PER_CORE = 2
-MOST = 32  # beyond, providers and users are to be asked
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def workers_for_processes() -> int:
@@ -82,7 +78,7 @@ def available_cores() -> int:
     except AttributeError:  # not on macOS
         cores = os.cpu_count() or 1
     quota, _, period = _read("cpu.max").partition(" ")
-    with contextlib.suppress(ValueError, ZeroDivisionError):
+    with suppress(ValueError, ZeroDivisionError):
         cores = min(cores, math.ceil(int(quota) / int(period)))
     return max(1, cores)
 
@@ -92,7 +88,7 @@ def available_memory() -> int:
     import psutil
 
     available: int = psutil.virtual_memory().available
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         available = min(available, int(_read("memory.max")) - int(_read("memory.current")))
     return max(0, available)
 

@@ -10,14 +10,8 @@ does: a slow consumer costs disk alone. The files have no names: nothing is left
 end. The end is the child's exit and both files read to their end; a grandchild that holds them open
 delays nothing.
 
-The readers are daemons, know nothing of us, and take no lock: a finaliser may run in them. What
-goes wrong in them is raised where the caller waits. Knows bytes, nothing of OpenCode.
-
-What a child writes, on its way to who reads it.
-
-    unnamed file --Output.read()--> block --LineSplitter--> whole lines
-
-Knows bytes; nothing of processes and threads.
+The readers are daemons, hold no reference to the Process, and take no lock: a finaliser may run in
+them. What goes wrong in them is raised where the caller waits. Knows bytes, nothing of OpenCode.
 """
 
 from __future__ import annotations
@@ -36,60 +30,14 @@ from typing import IO, Literal
 from ..core import lifetime
 from . import tree
 
-BLOCK_BYTES = 256 * 1024
-
 Channel = Literal["stdout", "stderr"]
 Block = tuple[Channel, bytes]
 
-
-class Output:
-    """A file that a child writes, read as it grows.
-
-    Attributes:
-        is_wanted: Whether somebody still reads it. A plain flag, since a lock could be held by
-            the very thread that a finaliser interrupts.
-    """
-
-    def __init__(self) -> None:
-        self.file: IO[bytes] = tempfile.TemporaryFile(buffering=0)
-        self.is_wanted = True
-        self._offset = 0
-
-    def read(self) -> bytes:
-        """The next block of what is there; empty where there is nothing new."""
-        # The child's own position in the file is not touched.
-        block = os.pread(self.file.fileno(), BLOCK_BYTES, self._offset)
-        self._offset += len(block)
-        return block
-
-
-class LineSplitter:
-    """Blocks of bytes in, whole lines out; only ``\\n`` ends a line."""
-
-    def __init__(self) -> None:
-        self._pending: list[bytes] = []
-
-    def feed(self, block: bytes) -> bytes | None:
-        """The lines that *block* completes, in one piece without the last newline; or None."""
-        head, newline, tail = block.rpartition(b"\n")
-        if not newline:
-            self._pending.append(block)
-            return None
-        self._pending.append(head)
-        lines = b"".join(self._pending)
-        self._pending = [tail] if tail else []
-        return lines
-
-    def rest(self) -> bytes:
-        """What stands after the last newline; taken out."""
-        rest, self._pending = b"".join(self._pending), []
-        return rest
-
-
+BLOCK_BYTES = 256 * 1024
 BACKLOG = 32  # blocks in the queue; a reader that is so far ahead leaves the rest on disk
-# How long a new line (or the exit, where the system has nothing to wait at) can go unseen: a
-# twentieth of the time that was waited for it, at most the second. Most of a run is spent waiting
-# for a model, at 0.5 % of a core per run.
+# How long a new line (or the exit, where the system cannot wait for it) can go unseen: a twentieth
+# of the time waited so far, between these bounds. Most of a run is spent waiting for a model, which
+# takes 0.5 % of a core per run.
 FIRST_PAUSE_S = 0.001
 LONGEST_PAUSE_S = {"stdout": 0.008, "stderr": 0.02}
 REAP_S = 2.0  # bound on waiting for a child that has been killed
@@ -99,7 +47,7 @@ JOIN_S = 2.0  # bound on waiting for a reader that has been told to end
 class Process:
     """A child in a session of its own, marked so that all it starts can be found.
 
-    One thread receives; stop() may come from any. One that is lost before close() is stopped.
+    One thread receives; stop() may be called in any. One that is lost before close() is stopped.
 
     Attributes:
         pid: The child's process id.
@@ -165,7 +113,7 @@ class Process:
             self._readers[channel] = reader
 
     def __del__(self) -> None:
-        # An exception such as Ctrl-C can come between any two steps of who was to keep us.
+        # An exception such as Ctrl-C can come between any two steps of our owner, before it has us.
         if not getattr(self, "_is_closed", True):
             with suppress(Exception):  # a finaliser has nobody to raise to
                 self.close()
@@ -181,7 +129,7 @@ class Process:
         return self._popen.returncode
 
     def wait(self, timeout: float | None) -> None:
-        """Return when there is something to receive; what interrupts this loses nothing.
+        """Return when there is something to receive. An interrupt here loses no output.
 
         Raises:
             queue.Empty: If nothing came for *timeout* seconds.
@@ -207,7 +155,7 @@ class Process:
         return None
 
     def has_written(self, channel: Channel, words: bytes) -> bool:
-        """Whether *words* stand in what the child has written so far, received or not."""
+        """Whether the child has written *words* so far, received or not."""
         file = self._outputs[channel].file.fileno()
         return words in os.pread(file, os.fstat(file).st_size, 0)
 
@@ -237,7 +185,7 @@ class Process:
             return
         try:
             if os.getpid() != self._owner_pid:
-                pass  # in a forked child of ours it is none of our children
+                pass  # in a forked child of ours: it is our parent's child
             elif self._popen is None:
                 self._stop_unknown()
             elif self.returncode is None:
@@ -255,9 +203,9 @@ class Process:
                 os.close(self._exit_fd)
 
     def _stop_unknown(self) -> None:
-        """End a child of which we have no reference.
+        """End a child that was started, perhaps, without our getting a Popen for it.
 
-        A signal's handler that raises (SystemExit, say) can do so in the middle of Popen.
+        A signal handler that raises (SystemExit, say) can do so in the middle of Popen.
         """
         with suppress(OSError):  # where there is no descriptor left, no child was started
             pids = [process.pid for process in tree.find(self._token)]
@@ -268,7 +216,7 @@ class Process:
 
 
 def _has_exited(pid: int) -> bool:
-    """Whether our child *pid* has, for all we know; leaves it to be reaped."""
+    """Whether our child *pid* may have exited; leaves it to be reaped."""
     if not hasattr(os, "waitid"):  # macOS before Python 3.13
         return True
     try:
@@ -325,10 +273,10 @@ def _exit_fd(pid: int) -> int | None:
 def _pause(
     begun: float, timeout: float | None, longest_s: float = 0.02, exit_fd: int | None = None
 ) -> bool:
-    """Sleep a little, at most to the end of a wait since *begun*; False where that has come.
+    """Sleep a little, as part of a wait that began at *begun*; False once *timeout* has passed.
 
     Args:
-        exit_fd: Becomes readable when there is no more to sleep for.
+        exit_fd: Ends the sleep when it becomes readable.
     """
     waited_s = time.monotonic() - begun
     pause_s = min(max(FIRST_PAUSE_S, waited_s / 20), longest_s)
@@ -343,3 +291,47 @@ def _pause(
         poll.register(exit_fd, select.POLLIN)
         poll.poll(1000 * pause_s)
     return True
+
+
+class Output:
+    """An unnamed file that a child writes, read as it grows.
+
+    Attributes:
+        is_wanted: Whether anybody still reads it. A plain flag, since a lock could be held by the
+            very thread that a finaliser interrupts.
+    """
+
+    def __init__(self) -> None:
+        self.file: IO[bytes] = tempfile.TemporaryFile(buffering=0)
+        self.is_wanted = True
+        self._offset = 0
+
+    def read(self) -> bytes:
+        """The next block of what is there; empty where there is nothing new."""
+        # The child's own position in the file is not touched.
+        block = os.pread(self.file.fileno(), BLOCK_BYTES, self._offset)
+        self._offset += len(block)
+        return block
+
+
+class LineSplitter:
+    """Blocks of bytes in, whole lines out; only ``\\n`` ends a line."""
+
+    def __init__(self) -> None:
+        self._pending: list[bytes] = []
+
+    def feed(self, block: bytes) -> bytes | None:
+        """The lines that *block* completes, in one piece without the last newline; or None."""
+        head, newline, tail = block.rpartition(b"\n")
+        if not newline:
+            self._pending.append(block)
+            return None
+        self._pending.append(head)
+        lines = b"".join(self._pending)
+        self._pending = [tail] if tail else []
+        return lines
+
+    def rest(self) -> bytes:
+        """Take out what is after the last newline."""
+        rest, self._pending = b"".join(self._pending), []
+        return rest

@@ -1,35 +1,22 @@
 """Data directories: one for each run in flight, reused by later runs.
 
     root/0, root/1, ...     XDG_DATA_HOME of a run; leased to one run at a time, lowest first
+    root/N/opencode/auth.json       a link to the user's credentials
     root/N/opencode-sync-unpacked   libraries that OpenCode unpacks; emptied after each run, and
-                            before a server takes another one's place
+                            before a server takes the place of another one
     root/config             an empty XDG_CONFIG_HOME for runs that leave the user's out
-    root/sessions.jsonl     which directory holds which session (kept roots only)
-    root/N.lock             held while leased (kept roots only: other processes may share them)
+    root/sessions.jsonl     which directory holds which session, and where it was last used
+    root/N.lock             held while leased, since other processes may share the root
 
-Parallel runs on one OpenCode database lock one another out; with a directory each they do not. A
-session lives in the directory of the run that began it. A finaliser may return a lease in the
-middle of anything: returning waits for no lock.
-
-A directory that stands in for the one where OpenCode keeps the user's data.
-
-    ~/.local/share/opencode/auth.json  <-- link --  DATA/opencode/auth.json
-
-Credentials are never copied: OpenCode writes a refreshed OAuth token in place, so a copy would
-leave the user with a revoked one. Knows where they are; nothing of what is in them.
-
-Which data directory holds which session, and where each was last used.
-
-    note() --> in memory, the last used last
-    keep() --> root/sessions.jsonl, a line each (kept roots only) --> found by later processes too
-
-Takes no lock: its owner has one. What OpenCode's own database knows of a session is looked up here,
-too, for runs that share one.
+The last two are in kept roots only; a temporary root goes with its owner. Parallel runs on one
+OpenCode database lock one another out; with a directory each they do not. A session is in the
+directory of the run that began it. Credentials are never copied: OpenCode writes a refreshed OAuth
+token in place, so a copy would leave the user with a revoked one. A finaliser may return a lease at
+any point: returning waits for no lock.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -38,7 +25,7 @@ import tempfile
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +34,7 @@ from typing import TYPE_CHECKING
 from ..core import lifetime
 from ..core.config import checked_path
 from ..core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
+from .watchdog import add_directory, discard_directory
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -54,220 +42,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("opencode_sync")
 
 CREDENTIALS = ("auth.json", "mcp-auth.json", "account.json")
-
-
-def user_data(env: Mapping[str, str]) -> Path:
-    """OpenCode's own data directory under *env*."""
-    # Of a user without a home there is none, and nothing is found below a directory "~".
-    home = env.get("HOME") or os.path.expanduser("~")
-    return Path(env.get("XDG_DATA_HOME") or Path(home) / ".local/share") / "opencode"
-
-
-def user_database(env: Mapping[str, str]) -> Path | None:
-    """OpenCode's database under *env*; None for one in memory."""
-    name = env.get("OPENCODE_DB") or "opencode.db"
-    return None if name == ":memory:" else user_data(env) / name  # which an absolute one replaces
-
-
-def link_credentials(env: Mapping[str, str], data: Path, *, is_ours: bool = True) -> None:
-    """Make *data* an ``XDG_DATA_HOME``, with links to the credentials that *env* leads to.
-
-    Args:
-        is_ours: Links to another place are out of date. If not, what is there stays.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    target, source = data / "opencode", user_data(env).absolute()
-    target.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name in CREDENTIALS:
-        link, original = target / name, source / name
-        if is_ours and link.is_symlink() and Path(os.readlink(link)) != original:
-            link.unlink(missing_ok=True)  # the user's directory has moved since
-        try:
-            is_there = original.exists()
-        except OSError as error:  # a directory that may not be searched, say
-            _log.warning("credentials %s cannot be used: %s", original, error.strerror)
-            continue
-        if is_there:
-            # It may be there already, also made by another run in between.
-            with suppress(FileExistsError):
-                link.symlink_to(original)
-
-
-@contextmanager
-def in_words(kept: Path | None) -> Iterator[None]:
-    """Raise OpenCodeError for what cannot be read or written inside the block."""
-    try:
-        yield
-    except OSError as error:
-        # There may be no place for a temporary one, and then there is no name to tell.
-        where = error.filename or kept
-        name = "data directory" if where is None else f"data directory {str(where)!r}"
-        raise OpenCodeError(f"{name}: {error.strerror}") from error
-
-
-@dataclass
-class SessionHome:
-    """Where a session is, and the workspace that it was last used in."""
-
-    slot: int
-    workspace: str
-
-
-class SessionIndex:
-    """The sessions of a pool of data directories."""
-
-    def __init__(self, root: Path | None) -> None:
-        """
-        Args:
-            root: Where to keep it; None for in memory alone.
-        """
-        self._file = None if root is None else root / "sessions.jsonl"
-        self._homes: dict[str, SessionHome] = {}  # in the order of their last use
-
-    def find(self, session_id: str) -> SessionHome | None:
-        """Where *session_id* is, or None."""
-        if session_id not in self._homes:
-            self._read()
-        return self._homes.get(session_id)
-
-    def last_in(self, workspace: str) -> str | None:
-        """The session last used in *workspace*, by other processes too; or None."""
-        self._read()
-        found = (
-            each for each, home in reversed(self._homes.items()) if home.workspace == workspace
-        )
-        return next(found, None)
-
-    def note(self, session_id: str, home: SessionHome) -> None:
-        """Have *session_id* as the last used, in memory."""
-        self._homes.pop(session_id, None)
-        self._homes[session_id] = home
-
-    def keep(self, session_id: str, home: SessionHome) -> None:
-        """Write it down for later processes.
-
-        Raises:
-            OSError: If it cannot be written; it stays noted.
-        """
-        if self._file is None:
-            return
-        entry = {"session": session_id, "slot": home.slot, "workspace": home.workspace}
-        fd = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        # One write of one line: processes that share the root do not mix theirs.
-        with open(fd, "wb", buffering=0) as index:
-            index.write(json.dumps(entry).encode() + b"\n")
-
-    def clear(self) -> None:
-        """Forget what is in memory."""
-        self._homes.clear()
-
-    def _read(self) -> None:
-        for session_id, home in self._entries():
-            self.note(session_id, home)
-
-    def _entries(self) -> Iterator[tuple[str, SessionHome]]:
-        if self._file is None:
-            return
-        try:
-            lines = self._file.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return
-        for line in lines:
-            # A line that a full disk cut short costs one session, not all of them.
-            with suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
-                home = SessionHome(int(entry["slot"]), str(entry["workspace"]))
-                yield str(entry["session"]), home
-
-
-def check_directory(session_id: str, own: str | None, workspace: str | None) -> None:
-    """Refuse to continue a session elsewhere than in *own*, the directory that it works in.
-
-    OpenCode would carry the prompt out there all the same, print nothing, and not end (1.18.33).
-    None stands for any directory.
-    """
-    if own is not None and workspace is not None and own != workspace:
-        raise OpenCodeConfigError(
-            f"session {session_id!r} works in {own!r}, not in {workspace!r}: pass that workspace"
-        )
-
-
-def stored_directory(database: Path, session_id: str) -> str | None:
-    """The directory of a session in OpenCode's *database*; None where it does not say."""
-    import sqlite3
-
-    with suppress(sqlite3.Error):  # there is none yet, or its tables are another version's
-        uri = f"{database.absolute().as_uri()}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, timeout=1.0)) as connection:
-            query = "select directory from session where id = ?"
-            row = connection.execute(query, (session_id,)).fetchone()
-            return None if row is None else str(row[0])
-    return None
-
-
 TEMPORARY_PREFIX = "opencode-sync-"
 UNPACKED = "opencode-sync-unpacked"  # in a data directory; preload.js knows the name
-
-
-def pid_space() -> str:
-    """Return a name for where this process's pid is valid: this machine, or a container on it."""
-    import platform
-
-    names = [platform.node()]
-    with contextlib.suppress(OSError):  # all but Linux
-        names.append(os.readlink("/proc/self/ns/pid"))
-    return f"{zlib.crc32(' '.join(names).encode()):08x}"
-
-
-def temporary_prefix() -> str:
-    """Return the prefix of our temporary names, which tells _leftovers whose they are."""
-    return f"{TEMPORARY_PREFIX}{os.getpid()}-{pid_space()}-"
-
-
-class Lease:
-    """One data directory, held for a run.
-
-    Attributes:
-        path: The ``XDG_DATA_HOME`` of the run.
-        unpacked: An empty directory for what OpenCode unpacks.
-    """
-
-    def __init__(
-        self,
-        owner: DataDirectories,
-        slot: int,
-        path: Path,
-        session: str | None,
-        *,
-        holds_sessions: bool = True,
-    ) -> None:
-        self.path = path
-        self.unpacked = path / UNPACKED
-        self._holds_sessions = holds_sessions
-        self._owner = owner
-        self._slot = slot
-        self._session = session
-        self._released = False
-
-    def __del__(self) -> None:
-        self.release()  # lost by an exception that came before anybody kept us
-
-    def remember(self, session_id: str, workspace: str) -> None:
-        """Record that *session_id* is here, and is the last one in *workspace*."""
-        if self._holds_sessions:
-            self._owner._remember(session_id, self._slot, workspace)
-
-    def empty(self) -> None:
-        """Remove what was unpacked; on Windows, what is not in use any more."""
-        _empty(self.unpacked)
-
-    def release(self) -> None:
-        """Give the directory to the next run; idempotent."""
-        if not self._released:
-            self._released = True
-            self._owner._release(self._slot, self._session)
 
 
 class DataDirectories:
@@ -277,18 +53,17 @@ class DataDirectories:
         self,
         root: str | os.PathLike[str] | None,
         *,
-        on_make: Callable[[Path], None] = lambda path: None,
-        on_remove: Callable[[Path], None] = lambda path: None,
+        watchdog: bool = False,
     ) -> None:
         """
         Args:
             root: A directory to keep, made where it is missing; None for a temporary one, made
                 with the first lease and removed by :meth:`close`.
-            on_make, on_remove: Called with a temporary root's path.
+            watchdog: Have a temporary root removed by the watchdog if this process is killed.
         """
         self._kept = None if root is None else checked_path("data_dir", root, "a directory")
         self._temporary: Path | None = None
-        self._on_make, self._on_remove = on_make, on_remove
+        self._watchdog = watchdog
         self._lock = threading.RLock()
         self._users: dict[int, int] = {}  # slot -> runs on it
         self._busy: set[str] = set()  # sessions with a run on them
@@ -307,13 +82,13 @@ class DataDirectories:
         fork: bool = False,
         holds_sessions: bool = True,
     ) -> Lease:
-        """A directory for one run: the one of *session_id*, else one that is free.
+        """Lease a directory for one run: the one of *session_id*, else one that is free.
 
         Args:
             env: The run's environment; says where the user's credentials are.
             workspace: The directory that the run works in; None for any.
             fork: The run branches the session. Several may at a time, as it stays as it is.
-            holds_sessions: The run keeps its session here; if not, it only needs ``unpacked``.
+            holds_sessions: The run keeps its session here; otherwise it only needs ``unpacked``.
 
         Raises:
             OpenCodeConfigError: If the session is unknown here, works in another directory, or has
@@ -343,7 +118,7 @@ class DataDirectories:
                 self._busy.add(own)
             lease = Lease(self, slot, self._root() / str(slot), own, holds_sessions=holds_sessions)
         try:
-            if is_first:  # what a run has left whose Python process was killed
+            if is_first:  # a run whose Python process was killed may have left something
                 _empty(lease.unpacked)
             lease.unpacked.mkdir(mode=0o700, parents=True, exist_ok=True)
             link_credentials(env, lease.path)
@@ -381,9 +156,9 @@ class DataDirectories:
             self._sessions.clear()
         if root is not None:
             shutil.rmtree(root, ignore_errors=True)
-            if not root.exists():  # else whoever was told of it may have more luck later
+            if self._watchdog and not root.exists():  # else the watchdog tries again later
                 with lifetime.deferred():
-                    self._on_remove(root)
+                    discard_directory(root)
 
     def _root(self) -> Path:
         if self._kept is not None:
@@ -403,7 +178,8 @@ class DataDirectories:
                     "one that can be written, or pass data_dir="
                 ) from error
             self._temporary = Path(made)
-            self._on_make(self._temporary)
+            if self._watchdog:
+                add_directory(self._temporary)
         return self._temporary
 
     def _free_slot(self) -> int:
@@ -471,7 +247,7 @@ class DataDirectories:
         if (lock := self._file_locks.pop(slot, None)) is not None:
             lock.release()
 
-    @contextlib.contextmanager
+    @contextmanager
     def _locked(self) -> Iterator[None]:
         with self._lock:
             yield
@@ -487,8 +263,228 @@ class DataDirectories:
             _log.warning("session %s will not be found by later processes: %s", session_id, error)
 
 
+class Lease:
+    """One data directory, held for a run.
+
+    Attributes:
+        path: The ``XDG_DATA_HOME`` of the run.
+        unpacked: An empty directory for what OpenCode unpacks.
+    """
+
+    def __init__(
+        self,
+        owner: DataDirectories,
+        slot: int,
+        path: Path,
+        session: str | None,
+        *,
+        holds_sessions: bool = True,
+    ) -> None:
+        self.path = path
+        self.unpacked = path / UNPACKED
+        self._holds_sessions = holds_sessions
+        self._owner = owner
+        self._slot = slot
+        self._session = session
+        self._released = False
+
+    def __del__(self) -> None:
+        self.release()  # lost by an exception that came before anybody kept us
+
+    def remember(self, session_id: str, workspace: str) -> None:
+        """Record that *session_id* is here, and is the last one in *workspace*."""
+        if self._holds_sessions:
+            self._owner._remember(session_id, self._slot, workspace)
+
+    def empty(self) -> None:
+        """Remove what was unpacked; on Windows, what is not in use any more."""
+        _empty(self.unpacked)
+
+    def release(self) -> None:
+        """Give the directory to the next run; idempotent."""
+        if not self._released:
+            self._released = True
+            self._owner._release(self._slot, self._session)
+
+
+# --- which directory holds which session ----------------------------------------------------------
+
+
+@dataclass
+class SessionHome:
+    """The directory that holds a session, and the workspace that it was last used in."""
+
+    slot: int
+    workspace: str
+
+
+class SessionIndex:
+    """The sessions of a pool of data directories."""
+
+    def __init__(self, root: Path | None) -> None:
+        """
+        Args:
+            root: Where to keep it; None for in memory alone.
+        """
+        self._file = None if root is None else root / "sessions.jsonl"
+        self._homes: dict[str, SessionHome] = {}  # in the order of their last use
+
+    def find(self, session_id: str) -> SessionHome | None:
+        """Where *session_id* is, or None."""
+        if session_id not in self._homes:
+            self._read()
+        return self._homes.get(session_id)
+
+    def last_in(self, workspace: str) -> str | None:
+        """The session last used in *workspace*, also by other processes; or None."""
+        self._read()
+        found = (
+            each for each, home in reversed(self._homes.items()) if home.workspace == workspace
+        )
+        return next(found, None)
+
+    def note(self, session_id: str, home: SessionHome) -> None:
+        """Note *session_id* as the last one used, in memory."""
+        self._homes.pop(session_id, None)
+        self._homes[session_id] = home
+
+    def keep(self, session_id: str, home: SessionHome) -> None:
+        """Write it down for later processes.
+
+        Raises:
+            OSError: If it cannot be written; it stays noted.
+        """
+        if self._file is None:
+            return
+        entry = {"session": session_id, "slot": home.slot, "workspace": home.workspace}
+        fd = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        # One write of one line: processes that share the root do not mix theirs.
+        with open(fd, "wb", buffering=0) as index:
+            index.write(json.dumps(entry).encode() + b"\n")
+
+    def clear(self) -> None:
+        """Forget what is in memory."""
+        self._homes.clear()
+
+    def _read(self) -> None:
+        for session_id, home in self._entries():
+            self.note(session_id, home)
+
+    def _entries(self) -> Iterator[tuple[str, SessionHome]]:
+        if self._file is None:
+            return
+        try:
+            lines = self._file.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return
+        for line in lines:
+            # A line that a full disk cut short costs one session, not all of them.
+            with suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                home = SessionHome(int(entry["slot"]), str(entry["workspace"]))
+                yield str(entry["session"]), home
+
+
+def check_directory(session_id: str, own: str | None, workspace: str | None) -> None:
+    """Refuse to continue a session outside of *own*, the directory that it works in.
+
+    OpenCode would carry the prompt out there all the same, print nothing, and not end (1.18.33).
+    None means any directory.
+    """
+    if own is not None and workspace is not None and own != workspace:
+        raise OpenCodeConfigError(
+            f"session {session_id!r} works in {own!r}, not in {workspace!r}: pass that workspace"
+        )
+
+
+def stored_directory(database: Path, session_id: str) -> str | None:
+    """The directory of a session in OpenCode's *database*; None where it does not say."""
+    import sqlite3
+
+    with suppress(sqlite3.Error):  # there is none yet, or its tables are another version's
+        uri = f"{database.absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=1.0)) as connection:
+            query = "select directory from session where id = ?"
+            row = connection.execute(query, (session_id,)).fetchone()
+            return None if row is None else str(row[0])
+    return None
+
+
+# --- the user's own data, and names of ours -------------------------------------------------------
+
+
+def user_data(env: Mapping[str, str]) -> Path:
+    """OpenCode's own data directory under *env*."""
+    # A user without a home has none, and nothing is found below a directory named "~".
+    home = env.get("HOME") or os.path.expanduser("~")
+    return Path(env.get("XDG_DATA_HOME") or Path(home) / ".local/share") / "opencode"
+
+
+def user_database(env: Mapping[str, str]) -> Path | None:
+    """OpenCode's database under *env*; None for one in memory."""
+    name = env.get("OPENCODE_DB") or "opencode.db"
+    return None if name == ":memory:" else user_data(env) / name  # which an absolute one replaces
+
+
+def link_credentials(env: Mapping[str, str], data: Path, *, is_ours: bool = True) -> None:
+    """Make *data* an ``XDG_DATA_HOME``, with links to the credentials that *env* leads to.
+
+    Args:
+        is_ours: The directory is ours: a link to another place is out of date, and replaced. In
+            one of the user's, what is there stays.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    target, source = data / "opencode", user_data(env).absolute()
+    target.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name in CREDENTIALS:
+        link, original = target / name, source / name
+        if is_ours and link.is_symlink() and Path(os.readlink(link)) != original:
+            link.unlink(missing_ok=True)  # the user's directory has moved since
+        try:
+            is_there = original.exists()
+        except OSError as error:  # a directory that may not be searched, say
+            _log.warning("credentials %s cannot be used: %s", original, error.strerror)
+            continue
+        if is_there:
+            # It may be there already: another run may have made it in between.
+            with suppress(FileExistsError):
+                link.symlink_to(original)
+
+
+@contextmanager
+def in_words(kept: Path | None) -> Iterator[None]:
+    """Raise OpenCodeError for a file that cannot be read or written inside the block.
+
+    Args:
+        kept: The root that is named where the system names no file; None for a temporary one.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or kept
+        name = "data directory" if where is None else f"data directory {str(where)!r}"
+        raise OpenCodeError(f"{name}: {error.strerror}") from error
+
+
+def pid_space() -> str:
+    """A name for where this process's pid is valid: this machine, or a container on it."""
+    import platform
+
+    names = [platform.node()]
+    with suppress(OSError):  # all but Linux
+        names.append(os.readlink("/proc/self/ns/pid"))
+    return f"{zlib.crc32(' '.join(names).encode()):08x}"
+
+
+def temporary_prefix() -> str:
+    """The prefix of our temporary names, from which :mod:`.leftovers` sees whose they are."""
+    return f"{TEMPORARY_PREFIX}{os.getpid()}-{pid_space()}-"
+
+
 def _empty(directory: Path) -> None:
-    with contextlib.suppress(OSError):  # it is gone, or not to be read: the next lease tries again
+    with suppress(OSError):  # it is gone, or not to be read: the next lease tries again
         for path in directory.iterdir():
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 path.unlink()

@@ -1,23 +1,15 @@
 """One ``opencode run`` as a source of events.
 
-    _process blocks --stdout--> lines --> events.iter_parse_lines -----+--> receive()
-                    --stderr--> lines --> _logs: retries, warnings --+
+    stdout of child.Process --> lines --> events.parse_block ------------+--> receive()
+    stderr                  --> lines --> stderr.LogReader: retries, ... +
+    exit status, both outputs -------------------------------------------> settle(): what went wrong
 
-Tells at the end how the run went; in what words, _reasons knows. Knows what OpenCode prints;
-nothing of deadlines and retries.
-
-Why a run of ``opencode run`` went wrong, in words.
-
-    did not start        --> start_error()
-    exit status, stderr  --> reason()           the provider's words, where there are any
-    exit status 0        --> what_is_missing()
-
-Knows what OpenCode 1.18.33 and earlier ones say at their end; nothing of processes under way.
+Says how the run went, in the provider's words where there are any. Knows what OpenCode 1.18.33 and
+earlier versions print, and how they end; nothing of deadlines and retries.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import queue
@@ -54,9 +46,16 @@ from .stderr import (
 )
 from .versions import ask_version, is_of_the_machine, no_process
 
+_log = logging.getLogger("opencode_sync")
+
+# How long a refusal of the provider waits for the line that would tell that it is the last.
+PENDING_S = 1.0
+
+_STEPS = ("step_start", "tool_use")
+
 _LONGEST_USAGE = 50_000
 
-# What a start-up says that lost a race for a database; it has done nothing by then.
+# What a start-up says that lost a race for a database. It has done nothing by then.
 _STARTUP_FAILURES = (
     "database is locked",
     "sqlite_busy",
@@ -68,110 +67,11 @@ _STARTUP_FAILURES = (
 )
 
 
-def may_be_repeated(stderr: str) -> bool:
-    """Whether a start-up that printed nothing else lost a race for its database."""
-    said = stderr[-_LONGEST_USAGE:].lower()
-    return any(words in said for words in _STARTUP_FAILURES)
-
-
-def reason(
-    result: RunResult, argv: Sequence[str], env: Mapping[str, str], logged_cause: str | None
-) -> str | None:
-    """What a run that failed ended of, if that is known.
-
-    Args:
-        env: What it was started with.
-        logged_cause: What its log tells.
-    """
-    if result.error is None:
-        stderr = result.stderr
-        known = _unknown_flag(argv, stderr) or unwritable_home(stderr) or refused_by_bun(stderr)
-        return known or no_space(env)
-    is_unknown = result.error.name == "UnknownError"
-    if result.error.message and not is_unknown:
-        return str(result.error)
-    # "Unexpected server error. Check server logs": the log has the cause, if anything.
-    if logged_cause and logged_cause != "UnknownError: UnknownError":
-        words = logged_cause if is_unknown else f"{result.error}: {logged_cause}"
-        return _with_space(words, env)
-    return _with_space(f"{result.error}{_likely_cause(argv)}", env)
-
-
-def _with_space(words: str, env: Mapping[str, str]) -> str:
-    return "; ".join(filter(None, (words, no_space(env))))
-
-
-def what_is_missing(result: RunResult, n_lines: int, env: Mapping[str, str]) -> str:
-    """What a run lacks that ended with success, and the end of what it said on stderr.
-
-    Args:
-        n_lines: How many it printed.
-        env: What it was started with.
-    """
-    if result.truncated:
-        what = f"the output broke off in the middle of its line {n_lines}"
-    elif not n_lines:
-        what = "opencode exited with status 0, but printed nothing"
-    elif (cut := why_cut(result.finish_reason)) is not None:
-        return cut
-    else:
-        last = result.finish_reason or "none"
-        what = f"opencode exited with status 0, but without a closing step (last reason: {last})"
-    what = _with_space(what, env)
-    # Versions up to 1.2 exit with status 0 after an error, which only stands there.
-    tail = stderr_tail(result.stderr)
-    return f"{what}\n{tail}" if tail else what
-
-
-def start_error(error: OSError | ValueError, binary: str, workspace: str) -> OpenCodeError:
-    """The error for a process that the system would not start."""
-    if isinstance(error, UnicodeEncodeError):
-        return OpenCodeConfigError(f"a setting cannot be passed to opencode: {unencodable(error)}")
-    if isinstance(error, ValueError):  # a NUL byte in an argument or a variable
-        return OpenCodeConfigError(f"opencode cannot be started: {error}")
-    if error.filename == workspace:
-        vanished = error.errno == errno.ENOENT
-        what = "has vanished" if vanished else f"cannot be worked in: {error.strerror}"
-        return OpenCodeConfigError(f"workspace {workspace!r} {what}")
-    if error.filename == binary and not is_of_the_machine(error):
-        return OpenCodeBinaryNotFoundError(f"{binary!r} cannot be run: {error.strerror}")
-    return no_process(error)
-
-
-def _likely_cause(argv: Sequence[str]) -> str:
-    """An unknown command is the one failure that OpenCode has no word about, anywhere."""
-    if "--command" not in argv:
-        return ""
-    return f" (is there a command {argv[argv.index('--command') + 1]!r}?)"
-
-
-def _unknown_flag(argv: Sequence[str], stderr: str) -> str | None:
-    """Where OpenCode answered with its usage alone: the flag of ours that is not in it."""
-    usage = strip_ansi(stderr[:_LONGEST_USAGE])
-    if "Options:" not in usage or "--help" not in usage:
-        return None
-    flags = [word.partition("=")[0] for word in argv[2:] if word.startswith("-")]
-    unknown = [flag for flag in flags if flag not in usage.replace(",", " ").split()]
-    if not unknown:
-        return None
-    return f"opencode {_version(argv[0])} does not know {', '.join(unknown)}"
-
-
-def _version(binary: str) -> str:
-    version, _ = ask_version(binary)
-    return version or "of unknown version"
-
-
-_log = logging.getLogger("opencode_sync")
-
-# How long a refusal of the provider waits for the line that would tell that it is the last.
-PENDING_S = 1.0
-
-_STEPS = ("step_start", "tool_use")
-
-
 class ProcessRun:
-    """A started run; see :class:`~opencode_sync.core.request.Source` for what it promises."""
+    """A started run; a :class:`~opencode_sync.core.request.Source`.
+
+    One that is lost is stopped, since its process and its lease are.
+    """
 
     def __init__(
         self,
@@ -197,7 +97,6 @@ class ProcessRun:
         self._argv, self._env = command.argv, command.env
         self._must_say = command.must_say
         self._workspace = str(request.workspace)
-        self._lease = lease
         self._keep_background = request.cfg.keep_background
         self._keep_raw = keep_raw
         self._keep_logs = bool(request.cfg.print_logs)
@@ -214,7 +113,6 @@ class ProcessRun:
         self._n_lines = 0  # of stdout
         self._is_done = self._is_cut = False
         self._was_stopped = self._is_gone = False
-        self._is_closed = True
         self._token = token = tree.run_token()
         try:
             self._process = Process(
@@ -228,13 +126,7 @@ class ProcessRun:
             raise start_error(error, self._argv[0], self._workspace) from error
         self.label = f"run {token.rpartition('.')[2]} (pid {self._process.pid})"
         self.started_at = self._process.started_at
-        self._is_closed = False
-
-    def __del__(self) -> None:
-        # Lost by an exception that came between our start and whoever was to keep us.
-        if not getattr(self, "_is_closed", True):
-            with contextlib.suppress(Exception):  # a finaliser has nobody to raise to
-                self.close()
+        self._lease = lease  # last: where we are lost, the process is stopped before it goes
 
     def wait_started(self, timeout: float, cancelled: Callable[[], bool]) -> None:
         """Return at the first output or the end, when cancelled, or after *timeout* seconds."""
@@ -296,7 +188,7 @@ class ProcessRun:
         self._is_gone = True
         result.exit_code = self._process.returncode
         stderr = b"".join(line + b"\n" for line in self._stderr_lines)
-        # Before an error is made of its end: a half of what is quoted would not be recognised.
+        # Before an error quotes the end of it: half of a secret would not be recognised.
         result.stderr = self._secrets.cleaned(stderr.decode("utf-8", "replace"))
         blocks = (block.decode("utf-8", "replace") for block in self._raw_blocks)
         raw = [line for block in blocks for line in block.split("\n")]
@@ -335,7 +227,6 @@ class ProcessRun:
         finally:
             if self._lease is not None:
                 self._lease.release()
-            self._is_closed = True
 
     # -- lines -----------------------------------------------------------------------------------
 
@@ -352,7 +243,7 @@ class ProcessRun:
         return events
 
     def _check_said(self) -> list[Event]:
-        """Stop the run at its first step if our code in OpenCode has not said that it works."""
+        """Stop the run at its first step if our scripts in OpenCode do not say that they work."""
         must_say, self._must_say = self._must_say, {}
         for words, error in must_say.items():
             if not self._was_stopped and not self._process.has_written("stderr", words):
@@ -417,3 +308,100 @@ def _refused_by_plugin(told: Sequence[Event]) -> OpenCodeError | None:
 def _as_stdin(prompt: str) -> bytes:
     # OpenCode takes one byte order mark from the front of stdin (1.18.33).
     return (f"\ufeff{prompt}" if prompt.startswith("\ufeff") else prompt).encode()
+
+
+# --- why a run went wrong -------------------------------------------------------------------------
+
+
+def may_be_repeated(stderr: str) -> bool:
+    """Whether a start-up that printed nothing but *stderr* lost a race for its database."""
+    said = stderr[-_LONGEST_USAGE:].lower()
+    return any(words in said for words in _STARTUP_FAILURES)
+
+
+def reason(
+    result: RunResult, argv: Sequence[str], env: Mapping[str, str], logged_cause: str | None
+) -> str | None:
+    """Why a run failed, if that is known.
+
+    Args:
+        env: The environment that it was started with.
+        logged_cause: The cause that its log tells.
+    """
+    if result.error is None:
+        stderr = result.stderr
+        known = _unknown_flag(argv, stderr) or unwritable_home(stderr) or refused_by_bun(stderr)
+        return known or no_space(env)
+    is_unknown = result.error.name == "UnknownError"
+    if result.error.message and not is_unknown:
+        return str(result.error)
+    # "Unexpected server error. Check server logs": if anything has the cause, it is the log.
+    if logged_cause and logged_cause != "UnknownError: UnknownError":
+        words = logged_cause if is_unknown else f"{result.error}: {logged_cause}"
+        return _with_space(words, env)
+    return _with_space(f"{result.error}{_likely_cause(argv)}", env)
+
+
+def _with_space(words: str, env: Mapping[str, str]) -> str:
+    return "; ".join(filter(None, (words, no_space(env))))
+
+
+def what_is_missing(result: RunResult, n_lines: int, env: Mapping[str, str]) -> str:
+    """What is missing in a run that ended with success, and the end of its stderr.
+
+    Args:
+        n_lines: How many lines it printed.
+        env: The environment that it was started with.
+    """
+    if result.truncated:
+        what = f"the output broke off in the middle of its line {n_lines}"
+    elif not n_lines:
+        what = "opencode exited with status 0, but printed nothing"
+    elif (cut := why_cut(result.finish_reason)) is not None:
+        return cut
+    else:
+        last = result.finish_reason or "none"
+        what = f"opencode exited with status 0, but without a closing step (last reason: {last})"
+    what = _with_space(what, env)
+    # Versions up to 1.2 exit with status 0 after an error, which is only there.
+    tail = stderr_tail(result.stderr)
+    return f"{what}\n{tail}" if tail else what
+
+
+def start_error(error: OSError | ValueError, binary: str, workspace: str) -> OpenCodeError:
+    """The error for a process that the system would not start."""
+    if isinstance(error, UnicodeEncodeError):
+        return OpenCodeConfigError(f"a setting cannot be passed to opencode: {unencodable(error)}")
+    if isinstance(error, ValueError):  # a NUL byte in an argument or a variable
+        return OpenCodeConfigError(f"opencode cannot be started: {error}")
+    if error.filename == workspace:
+        vanished = error.errno == errno.ENOENT
+        what = "has vanished" if vanished else f"cannot be worked in: {error.strerror}"
+        return OpenCodeConfigError(f"workspace {workspace!r} {what}")
+    if error.filename == binary and not is_of_the_machine(error):
+        return OpenCodeBinaryNotFoundError(f"{binary!r} cannot be run: {error.strerror}")
+    return no_process(error)
+
+
+def _likely_cause(argv: Sequence[str]) -> str:
+    """A guess: an unknown command is the one failure that OpenCode says nothing about."""
+    if "--command" not in argv:
+        return ""
+    return f" (is there a command {argv[argv.index('--command') + 1]!r}?)"
+
+
+def _unknown_flag(argv: Sequence[str], stderr: str) -> str | None:
+    """Where OpenCode only printed its usage: the flags of ours that are not in it."""
+    usage = strip_ansi(stderr[:_LONGEST_USAGE])
+    if "Options:" not in usage or "--help" not in usage:
+        return None
+    flags = [word.partition("=")[0] for word in argv[2:] if word.startswith("-")]
+    unknown = [flag for flag in flags if flag not in usage.replace(",", " ").split()]
+    if not unknown:
+        return None
+    return f"opencode {_version(argv[0])} does not know {', '.join(unknown)}"
+
+
+def _version(binary: str) -> str:
+    version, _ = ask_version(binary)
+    return version or "of unknown version"

@@ -22,7 +22,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from ..core.config import RunConfig
 from ..core.errors import (
@@ -37,7 +36,7 @@ from ..core.secrets import Secrets
 from ..process.command import PLUGIN, PRELOAD, build_env, resolve_binary, server_env
 from ..process.data_dirs import DataDirectories, Lease
 from ..process.versions import check_program_version
-from ..process.watchdog import add_directory, discard_directory, guard
+from ..process.watchdog import guard
 from .launch import ServerProcess
 from .running import RunningServer
 from .turn import Turn
@@ -118,8 +117,7 @@ class Launcher:
         self._is_kept = data_dir is not None
         self._directories = DataDirectories(
             data_dir,
-            on_make=add_directory if watchdog else _nothing,
-            on_remove=discard_directory if watchdog else _nothing,
+            watchdog=watchdog,
         )
         self._lease: Lease | None = None  # from the first start on
         self._at_work: dict[str, CancelScope] = {}
@@ -204,10 +202,6 @@ def _check_plugin(env: Mapping[str, str]) -> None:
         f"{why}, and our plugin keeps the server's password from its tools: {instead}, or use "
         "OpenCodeClient"
     )
-
-
-def _nothing(path: Path) -> None:
-    pass
 
 
 class ServerPool:

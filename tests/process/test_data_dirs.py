@@ -456,10 +456,14 @@ def test_an_index_that_cannot_be_written_ends_no_run(
 # --- closing -------------------------------------------------------------------------------------
 
 
-def test_closing_removes_temporary_directories_and_tells(tmp_path: Path) -> None:
+def test_closing_removes_temporary_directories_and_tells_the_watchdog(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made: list[Path] = []
     removed: list[Path] = []
-    pool = DataDirectories(None, on_make=made.append, on_remove=removed.append)
+    monkeypatch.setattr(data_dirs, "add_directory", made.append)
+    monkeypatch.setattr(data_dirs, "discard_directory", removed.append)
+    pool = DataDirectories(None, watchdog=True)
     path = pool.lease({}).path
 
     pool.close()
@@ -473,7 +477,8 @@ def test_a_directory_that_cannot_be_removed_is_left_to_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     removed: list[Path] = []
-    pool = DataDirectories(None, on_remove=removed.append)
+    monkeypatch.setattr(data_dirs, "discard_directory", removed.append)
+    pool = DataDirectories(None, watchdog=True)
     root = pool.lease({}).path.parent
     with monkeypatch.context() as patch:
         patch.setattr(data_dirs.shutil, "rmtree", lambda *args, **options: None)
