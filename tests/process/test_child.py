@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import queue
-import resource
 import signal
 import subprocess
 import sys
@@ -134,13 +133,6 @@ def test_a_wait_for_output_is_bounded(start: Start) -> None:
         process.receive(0.05)
 
 
-def test_what_is_there_is_given_without_waiting(start: Start) -> None:
-    process = start("os.write(1, b'a'); time.sleep(600)")
-    process.wait_started(LONG_S)
-
-    assert process.receive(0) == ("stdout", b"a")
-
-
 def test_a_grandchild_that_holds_the_files_delays_nothing(start: Start) -> None:
     process = start("os.write(1, b'mine'); os.fork() or time.sleep(600)")
 
@@ -164,14 +156,6 @@ def test_a_start_that_is_cancelled_is_not_waited_for(start: Start) -> None:
     process.wait_started(LONG_S, lambda: True)
 
     assert time.monotonic() - begun < LONG_S
-
-
-def test_a_thread_reads_each_output_and_is_named_after_it(start: Start) -> None:
-    process = start("time.sleep(600)")
-
-    names = {thread.name for thread in threading.enumerate()}
-
-    assert names >= {f"opencode-{process.pid}-stdout", f"opencode-{process.pid}-stderr"}
 
 
 def test_what_goes_wrong_in_a_reader_is_raised_where_the_caller_waits(
@@ -264,17 +248,6 @@ def test_ctrl_c_in_the_middle_of_the_start_leaves_no_child(
     assert started[0].wait(LONG_S) in (-signal.SIGTERM, -signal.SIGKILL)
 
 
-def test_a_process_that_nobody_kept_is_stopped(tmp_path: Path) -> None:
-    argv = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
-    token = tree.run_token()
-    process = Process(argv, cwd=str(tmp_path), env=dict(os.environ), stdin=b"", token=token)
-    pid = process.pid
-
-    del process
-
-    assert not is_alive(pid)
-
-
 def test_a_process_in_a_cycle_is_stopped_by_the_collector_in_whichever_thread(
     tmp_path: Path,
 ) -> None:
@@ -305,30 +278,6 @@ def test_a_stopped_child_is_reaped_and_its_output_readable(start: Start) -> None
     assert read_all(process)["stdout"] == b"before"
 
 
-def test_stopping_takes_what_the_child_started(start: Start) -> None:
-    process = start(
-        "os.setsid() if os.fork() == 0 and os.fork() == 0 else 0\n"
-        "os.write(1, b'%d\\n' % os.getpid()); time.sleep(600)"
-    )
-    pids = []
-    splitter = LineSplitter()
-    while len(pids) < 3:
-        block = process.receive(LONG_S)
-        assert block
-        pids += [int(line) for line in (splitter.feed(block[1]) or b"").split()]
-
-    process.stop()
-
-    assert not any(map(is_alive, pids))
-
-
-def test_stopping_wakes_who_waits(start: Start) -> None:
-    process = start("time.sleep(600)")
-    threading.Timer(0.05, process.stop).start()
-
-    assert process.receive(LONG_S) is None
-
-
 def test_stopping_twice_and_from_many_threads_is_harmless(start: Start) -> None:
     process = start("time.sleep(600)")
     threads = [threading.Thread(target=process.stop) for _ in range(4)]
@@ -342,48 +291,12 @@ def test_stopping_twice_and_from_many_threads_is_harmless(start: Start) -> None:
     assert process.returncode == -signal.SIGTERM
 
 
-def test_deafness_ends_with_sigkill(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tree, "GRACE_S", 0.1)
-    process = start(
-        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True)\n"
-        "time.sleep(600)"
-    )
-    process.wait_started(LONG_S)
-
-    process.stop()
-
-    assert process.returncode == -signal.SIGKILL
-
-
 def test_stopping_tells_whether_the_child_left_something(start: Start) -> None:
     process = start("os.fork() or (os.setsid(), time.sleep(600))")
     read_all(process)
 
     assert process.stop()
     assert not process.stop()
-
-
-# Between the opening of a file in /proc and its first use, the collector closes it.
-@pytest.mark.filterwarnings("ignore:Exception ignored in.*FileIO")
-def test_ctrl_c_while_stopping_still_stops(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tree, "GRACE_S", 60.0)
-    process = start(
-        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True)\n"
-        "time.sleep(600)"
-    )
-    process.wait_started(LONG_S)
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            signal.setitimer(signal.ITIMER_REAL, 0.2)
-            process.stop()
-    finally:
-        signal.signal(signal.SIGALRM, before)
-
-    assert process.receive(LONG_S) is not None  # the line that it had printed
-    assert process.receive(LONG_S) is None
-    assert process.returncode == -signal.SIGKILL
 
 
 def test_a_child_that_somebody_else_has_reaped_has_ended(
@@ -410,16 +323,6 @@ def test_a_forked_child_leaves_our_process_alone(start: Start) -> None:
     os.waitpid(pid, 0)
 
     assert process.returncode is None
-
-
-def test_the_wait_for_output_costs_next_to_nothing(start: Start) -> None:
-    process = start("time.sleep(600)")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
-
-    with pytest.raises(queue.Empty):
-        process.receive(1.0)
-
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_utime - before < 0.1
 
 
 def test_files_have_no_names(start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

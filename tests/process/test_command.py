@@ -94,12 +94,6 @@ def test_the_path_of_a_file_is_made_absolute(
     assert resolve_binary(name) == str(found)
 
 
-def test_a_file_here_is_found_by_its_bare_name(machine: Path, program: Program) -> None:
-    found = program(machine / "cwd" / "oc")
-
-    assert resolve_binary("oc") == str(found)
-
-
 def test_the_managed_copy_is_found_last(machine: Path, program: Program) -> None:
     managed = program(managed_path("1.18.33"))
 
@@ -121,16 +115,6 @@ def test_opencode_binary_comes_first(
     assert resolve_binary() == str(chosen)
 
 
-def test_opencode_binary_may_be_a_name(
-    machine: Path, program: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chosen = program(machine / "bin" / "oc")
-
-    monkeypatch.setenv("OPENCODE_BINARY", "oc")
-
-    assert resolve_binary() == str(chosen)
-
-
 def test_opencode_binary_does_not_stand_in_for_a_program_asked_for(
     machine: Path, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,16 +122,6 @@ def test_opencode_binary_does_not_stand_in_for_a_program_asked_for(
     monkeypatch.setenv("OPENCODE_BINARY", str(program(machine / "other" / "oc")))
 
     assert resolve_binary("./mine") == str(wanted)
-
-
-def test_an_empty_opencode_binary_is_none(
-    machine: Path, program: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = program(machine / "bin" / "opencode")
-
-    monkeypatch.setenv("OPENCODE_BINARY", "")
-
-    assert resolve_binary() == str(found)
 
 
 @pytest.mark.parametrize(
@@ -256,11 +230,6 @@ def test_a_message_comes_last_after_the_end_of_the_flags(prompt: str) -> None:
     assert argv == [*RUN, "-f", "a.txt", "--", prompt]
 
 
-@pytest.mark.parametrize("prompt", [None, ""], ids=repr)
-def test_no_message_leaves_no_trace(prompt: str | None) -> None:
-    assert build_argv("oc", prompt, RunConfig(command="init")) == [*RUN, "--command", "init"]
-
-
 @pytest.mark.parametrize(
     "changes, argument",
     [
@@ -275,16 +244,6 @@ def test_no_message_leaves_no_trace(prompt: str | None) -> None:
 )
 def test_a_value_with_a_leading_dash_is_no_flag(changes: dict[str, Any], argument: str) -> None:
     assert build_argv("oc", None, RunConfig(**changes)) == [*RUN, argument]
-
-
-def test_a_switch_that_is_off_or_not_set_has_no_flag() -> None:
-    cfg = RunConfig(share=False, thinking=None, print_logs=False, auto=False)
-
-    assert build_argv("oc", None, cfg) == RUN
-
-
-def test_an_empty_title_is_passed_on() -> None:
-    assert build_argv("oc", None, RunConfig(title="")) == [*RUN, "--title", ""]
 
 
 def test_the_home_of_a_file_is_expanded(machine: Path) -> None:
@@ -328,18 +287,6 @@ def test_a_base_replaces_the_parents_environment_and_stays_as_it_is() -> None:
 
     assert env == {"A": "1", "B": "3", "OPENCODE_DISABLE_AUTOUPDATE": "1"}
     assert base == {"A": "1", "B": "2"}
-
-
-def test_autoupdate_is_left_alone_where_it_is_wanted() -> None:
-    assert build_env(RunConfig(disable_autoupdate=False), {}) == {}
-
-
-def test_the_configuration_travels_in_a_variable() -> None:
-    cfg = RunConfig(permission={"bash": "deny"}, config_overrides={"username": "Åsa"})
-
-    env = build_env(cfg, {})
-
-    assert env["OPENCODE_CONFIG_CONTENT"] == cfg.opencode_config_content_json()
 
 
 def test_without_configuration_that_of_the_parent_stays_to_the_letter() -> None:
@@ -445,10 +392,6 @@ def test_a_run_has_a_title_and_no_prompt_on_its_command_line(
     cfg = with_title(RunConfig(title=given), prompt)
 
     assert build_argv("oc", None, cfg) == [*RUN, "--title", title]
-
-
-def test_what_is_preloaded_is_a_file_of_ours() -> None:
-    assert Path(add_preload({})[PRELOAD]).is_file()
 
 
 @pytest.mark.parametrize(

@@ -190,16 +190,6 @@ def test_a_program_that_ends_by_itself_leaves_nothing_and_says_nothing(
     assert not directory.exists()
 
 
-def test_a_program_that_has_cleaned_up_itself_leaves_no_watchdog(
-    program: Callable[..., Program],
-) -> None:
-    tidy = program("_watchdog.guard(); say()")
-    facts = tidy.facts()
-
-    assert tidy.end() == ""
-    assert becomes_true(lambda: not is_alive(facts["watchdog"]))
-
-
 def test_a_directory_that_was_discarded_stays(
     program: Callable[..., Program], tmp_path: Path
 ) -> None:
