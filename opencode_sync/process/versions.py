@@ -1,17 +1,16 @@
-"""What a program says of itself: its version, and which variants a model has there.
+"""Questions to a program: which version it is, and which variants a model has there.
 
     a program --> remembered in this process --> on the disk --> ``PROGRAM --version`` --+
     a server ---> what it says of itself ------------------------------------------------+--> check
 
-Asked once per program: as long as the file is the same, a run pays a look at it. OpenCode 2 takes
-the arguments of a run, but hands the prompt to a background service of the user's, which knows
-nothing of the run's permissions and configuration: so what is not known is not started. A run with
-an unknown variant goes on without it and without a word: so the program is asked for them too.
+A program is asked once; as long as its file stays the same, a further run only looks at the file.
+OpenCode 2 takes the arguments of a run, but hands the prompt to a background service of the user's,
+which does not know the run's permissions and configuration: so an unknown version is not started.
+OpenCode ignores an unknown variant without a word: so the program is asked for those too.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
@@ -21,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ..core.errors import (
@@ -65,7 +65,7 @@ def fault_of(version: str) -> str:
 
 
 def doubt_of(version: str) -> str:
-    """What is to be said of a *version* that is used nevertheless; "" where nothing is."""
+    """What to warn of in a *version* that is used nevertheless; "" for nothing."""
     if not is_older(version, OLDEST_KNOWN):
         return ""
     return f"older than {OLDEST_KNOWN}, and may lose events"
@@ -189,7 +189,7 @@ def warn_of_variant(
         return []
     here = (*key, workspace)
     if here not in _variants:
-        with contextlib.suppress(OSError):  # the run itself will tell
+        with suppress(OSError):  # the run itself will tell
             _variants[here] = _ask_variants(program, model, env, workspace, cancelled)
             if _variants[here]:
                 _variants[key] = _variants[here]
@@ -206,38 +206,48 @@ def unknown_variant(variant: str, model: str, known: Sequence[str]) -> str:
 def _ask_variants(
     program: str, model: str, env: Mapping[str, str], workspace: str, cancelled: Callable[[], bool]
 ) -> list[str] | None:
-    # Into a file: what it writes to a pipe can be cut.
-    with tempfile.TemporaryFile() as out:
-        process = subprocess.Popen(
-            [program, "models", model.partition("/")[0], "--verbose"],
-            cwd=workspace,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.DEVNULL,
-            env={**env, "PWD": workspace},
-        )
-        _wait(process, VARIANTS_TIMEOUT_S, cancelled)
-        out.seek(0)
-        text = out.read().decode("utf-8", "replace")
-    # Of each model a line with its name, and then what it is, as JSON over many lines.
-    _, _, after = f"\n{text}".partition(f"\n{model}\n")
-    with contextlib.suppress(ValueError, AttributeError, RecursionError):
+    argv = [program, "models", model.partition("/")[0], "--verbose"]
+    env = {**env, "PWD": workspace}
+    _, listed, _ = _output_of(argv, workspace, env, VARIANTS_TIMEOUT_S, cancelled)
+    # For each model a line with its name, followed by its description, as JSON over many lines.
+    _, _, after = f"\n{listed}".partition(f"\n{model}\n")
+    with suppress(ValueError, AttributeError, RecursionError):
         return list(json.JSONDecoder().raw_decode(after)[0].get("variants", {}))
     return None
 
 
-def _wait(process: subprocess.Popen[bytes], timeout: float, cancelled: Callable[[], bool]) -> None:
-    """Wait for the end of *process*, which comes after *timeout* seconds at the latest."""
-    deadline = time.monotonic() + timeout
-    with process:
-        try:
-            while process.poll() is None and time.monotonic() < deadline:
-                if cancelled():
-                    raise OpenCodeCancelledError(_CANCELLED)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(SLICE_S)
-        finally:
-            process.kill()  # without effect on one that has ended
+def _output_of(
+    argv: Sequence[str],
+    cwd: str | None,
+    env: Mapping[str, str],
+    timeout_s: float,
+    cancelled: Callable[[], bool],
+) -> tuple[int | None, str, str]:
+    """Exit status, stdout and stderr of a command; no status if it was killed at the timeout.
+
+    Raises:
+        OpenCodeCancelledError: If *cancelled* comes true before it ends.
+        OSError: If it cannot be started; without a file name if there is no temporary directory.
+    """
+    # Into files: what OpenCode writes to a pipe can be cut.
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = subprocess.Popen(
+            argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err
+        )
+        deadline = time.monotonic() + timeout_s
+        with process:
+            try:
+                while (status := process.poll()) is None and time.monotonic() < deadline:
+                    if cancelled():
+                        raise OpenCodeCancelledError(_CANCELLED)
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(SLICE_S)
+            finally:
+                process.kill()  # without effect on one that has ended
+        for file in (out, err):
+            file.seek(0)
+        said, complained = (file.read().decode("utf-8", "replace") for file in (out, err))
+        return status, said, complained
 
 
 def ask_version(
@@ -249,39 +259,22 @@ def ask_version(
         OpenCodeCancelledError: If *cancelled* comes true before there is one.
         OpenCodeError: If the system starts no process, whatever its program.
     """
-    deadline = time.monotonic() + VERSION_TIMEOUT_S
     path = os.fspath(program)
-    with _environment() as env:
-        try:
-            process = subprocess.Popen(
-                [path, "--version"],
-                # OpenCode does not start where the current directory has vanished.
-                cwd=os.path.dirname(path) if os.path.isabs(path) else None,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                encoding="utf-8",
-                errors="replace",
-                env=env,
+    # OpenCode does not start where the current directory has vanished.
+    cwd = os.path.dirname(path) if os.path.isabs(path) else None
+    try:
+        with _environment() as env:
+            status, out, err = _output_of(
+                [path, "--version"], cwd, env, VERSION_TIMEOUT_S, cancelled
             )
-        except OSError as error:
-            if is_of_the_machine(error):
-                raise no_process(error) from error
-            return "", error.strerror or str(error)
-        with process:
-            try:
-                while True:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        out, err = process.communicate(timeout=SLICE_S)
-                        break
-                    if cancelled():
-                        raise OpenCodeCancelledError(_CANCELLED)
-                    if time.monotonic() >= deadline:
-                        return "", f"no answer to --version within {VERSION_TIMEOUT_S:g} s"
-            finally:
-                process.kill()  # without effect on one that has ended
-    if process.returncode:
-        return "", str(OpenCodeProcessError(process.returncode, err))
+    except OSError as error:
+        if is_of_the_machine(error):
+            raise no_process(error) from error
+        return "", error.strerror or str(error)
+    if status is None:
+        return "", f"no answer to --version within {VERSION_TIMEOUT_S:g} s"
+    if status:
+        return "", str(OpenCodeProcessError(status, err))
     answer = out.strip()
     if match := VERSION.fullmatch(answer):
         answer = match["version"]
@@ -290,7 +283,7 @@ def ask_version(
 
 def is_of_the_machine(error: OSError) -> bool:
     """Whether a program could not be started for a reason that has nothing to do with it."""
-    return error.errno in _OF_THE_MACHINE
+    return error.errno in _OF_THE_MACHINE or error.filename is None
 
 
 def no_process(error: OSError) -> OpenCodeError:
@@ -303,13 +296,13 @@ def no_process(error: OSError) -> OpenCodeError:
     return OpenCodeError(f"opencode cannot be started: {error.strerror}")
 
 
-@contextlib.contextmanager
+@contextmanager
 def _environment() -> Iterator[dict[str, str]]:
     """Give an environment whose directories, which OpenCode makes even for this, are temporary."""
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         names = ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME")
         ours: dict[str, str] = {}
-        with contextlib.suppress(OSError):  # no temporary directory: the run itself will tell
+        with suppress(OSError):  # no temporary directory: the run itself will tell
             scratch = tempfile.TemporaryDirectory(
                 prefix=f"{temporary_prefix()}version-", ignore_cleanup_errors=True
             )
@@ -344,7 +337,7 @@ def _asked(program: str, file: list[int], cancelled: Callable[[], bool]) -> str:
     version, fault = ask_version(program, cancelled)
     if fault:
         raise OpenCodeBinaryNotFoundError(_does_not_run(program, fault))
-    with contextlib.suppress(OSError):  # another look, or the run itself, tells what has changed
+    with suppress(OSError):  # another look, or the run itself, tells what has changed
         if record is not None and _identity(program) == file:
             _write(record, file, version)
     return version
@@ -361,7 +354,7 @@ def _starts_another(program: str) -> bool:
     name, own_name = os.path.basename(program), os.path.basename(os.path.realpath(program))
     if own_name != name and "opencode" not in own_name.lower():
         return True
-    with contextlib.suppress(OSError), open(program, "rb") as file:
+    with suppress(OSError), open(program, "rb") as file:
         return file.read(len(SCRIPT_MARK)) == SCRIPT_MARK
     return True
 
@@ -372,7 +365,7 @@ def _record_of(program: str) -> Path | None:
 
     import platformdirs
 
-    with contextlib.suppress(RuntimeError):  # there is no home
+    with suppress(RuntimeError):  # there is no home
         cache = platformdirs.user_cache_path("opencode-sync", appauthor=False)
         if cache.is_absolute():
             return cache / "versions" / sha256(os.fsencode(program)).hexdigest()[:32]

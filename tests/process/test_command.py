@@ -19,14 +19,20 @@ from opencode_sync import (
     build_env,
     resolve_binary,
 )
+from opencode_sync.core.request import Request
 from opencode_sync.process import command as _command
 from opencode_sync.process.command import (
+    DENIALS,
+    ENFORCED,
+    OPENED,
     PLUGIN,
     PRELOAD,
+    Command,
     add_denials,
     add_plugin,
     add_preload,
     managed_path,
+    run_command,
     with_title,
     without_user_config,
 )
@@ -429,6 +435,60 @@ def test_a_denial_is_refused_where_the_file_that_enforces_it_is_missing(
 
     with pytest.raises(OpenCodeConfigError, match="in an archive"):
         add_denials({}, RunConfig(tools={"bash": False}))
+
+
+# --- a run as a whole ----------------------------------------------------------------------------
+
+
+def command_of(prompt: str = "Fix it", workspace: Path | None = None, **options: Any) -> Command:
+    places = {name: options.pop(name) for name in ("data_home", "empty_config") if name in options}
+    keeps_database = options.pop("keeps_database", True)
+    request = Request(prompt, workspace or Path.cwd(), RunConfig(**options))
+    unpacked = Path("/unpacked")
+    return run_command("oc", request, unpacked=unpacked, keeps_database=keeps_database, **places)
+
+
+def test_a_run_is_told_its_directories_and_what_to_preload() -> None:
+    command = command_of(data_home=Path("/data"))
+
+    assert command.env["XDG_DATA_HOME"] == "/data"
+    assert command.env["BUN_TMPDIR"] == "/unpacked"
+    assert Path(command.env[PRELOAD]).is_file()
+    assert (command.prompt, command.must_say) == ("Fix it", {})
+
+
+def test_errors_and_warnings_are_logged_whatever_was_asked_for() -> None:
+    asked = [command_of(log_level=level).argv for level in (None, "ERROR", "DEBUG")]
+
+    levels = [argv[argv.index("--log-level") + 1] for argv in asked]
+    assert levels == ["WARN", "WARN", "DEBUG"]
+    assert all("--print-logs" in argv for argv in asked)
+
+
+def test_a_database_of_the_environment_s_own_does_not_take_sessions_out_of_the_data_home(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENCODE_DB", "/db")
+
+    assert "OPENCODE_DB" not in command_of(keeps_database=False).env
+    assert command_of().env["OPENCODE_DB"] == "/db"
+    own = command_of(keeps_database=False, extra_env={"OPENCODE_DB": "/mine"})
+    assert own.env["OPENCODE_DB"] == "/mine"
+
+
+def test_arguments_of_a_command_are_sealed_and_the_run_must_say_that_they_were_opened() -> None:
+    command = command_of("$(touch x)", command="review")
+
+    assert "touch" not in command.prompt
+    assert list(command.must_say) == [OPENED]
+    assert content_of(command.env)["plugin"] == [PLUGIN.as_uri()]
+
+
+def test_a_run_that_is_denied_something_must_say_that_it_looks_for_it() -> None:
+    command = command_of(permission={"bash": "deny"})
+
+    assert list(command.must_say) == [ENFORCED]
+    assert DENIALS in command.env
 
 
 # --- leaving configuration out -------------------------------------------------------------------
