@@ -71,7 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if _needs_binary(item):
             item.add_marker("live")
     if hasattr(config, "workerinput"):  # what takes long is begun first
-        items.sort(key=lambda item: not _needs_binary(item))
+        items.sort(key=lambda item: (not item.nodeid.startswith(ALONE), not _needs_binary(item)))
 
 
 @pytest.hookimpl(trylast=True)

@@ -296,8 +296,7 @@ def limited(runner: Runner, script: Script, workspace: Path, whole: Whole) -> Li
         tools["timeout_s"].wait_until_started()
         streams["idle_timeout_s"] = start("Sleep", idle_timeout_s=IDLE_S)
         tools["idle_timeout_s"].wait_until_started()
-        streams["429"] = start("Later", idle_timeout_s=IDLE_S)
-        script.asked("Later")
+        streams["429"] = start("Later", idle_timeout_s=5 * IDLE_S)  # it is told of once refused
         errors = dict(zip(streams, threads.map(_error_of, streams.values()), strict=True))
         errors["max_cost"] = _error_of(start("Spend", max_cost=0.0001))
     return Limited(errors, tools)
@@ -349,7 +348,8 @@ def test_after_max_cost_the_error_has_what_was_got_and_spent(limited: Limited) -
     assert error.limit == 0.0001
     assert error.spent == pytest.approx((100 * 1 + 20 * 10) / 1e6)
     assert error.result is not None
-    assert (error.result.status, error.result.turns) == ("over_budget", 1)
+    assert error.result.status == "over_budget"
+    assert 1 <= error.result.turns <= 2  # it may have been asked once more until it was stopped
 
 
 def test_errors_come_back_equal_from_a_pickle(limited: Limited) -> None:

@@ -13,7 +13,7 @@ from tests.kernel import Kernel
 # The prompts name what the model does: "say X", "tool X", "fail".
 SETUP = """
 import os
-from opencode_sync import OpenCodeClient
+from opencode_sync import OpenCodeServer
 from opencode_sync.display import stream
 from opencode_sync.testing import Reply, ScriptedModel, tool_call
 
@@ -29,7 +29,7 @@ model = ScriptedModel(answer).start()
 cfg = model.run_config()
 os.environ.update(cfg.extra_env)
 os.environ["OPENCODE_CONFIG_CONTENT"] = cfg.opencode_config_content_json()
-client = OpenCodeClient(run_cfg=cfg)
+server = OpenCodeServer(run_cfg=cfg).__enter__()
 %load_ext opencode_sync
 """
 
@@ -43,7 +43,7 @@ def kernel(opencode_binary: str, tmp_path_factory: pytest.TempPathFactory) -> It
         outputs = kernel.run(SETUP)
         assert not outputs, outputs
         yield kernel
-        kernel.run("client.close()\nmodel.close()\n%unload_ext opencode_sync")
+        kernel.run("server.close()\nmodel.close()\n%unload_ext opencode_sync")
         assert not list(temporary.glob("opencode-sync*"))
 
 
@@ -55,13 +55,13 @@ def warm(kernel: Kernel) -> Iterator[Kernel]:
 
 
 def test_a_result_shows_as_markdown(kernel: Kernel) -> None:
-    (output,) = kernel.run("client.run('say **Hello** <script>')")
+    (output,) = kernel.run("server.run('say **Hello** <script>')")
 
     assert output["data"]["text/markdown"].startswith("**Hello** &lt;script>\n\n*ok")
 
 
 def test_a_live_stream_is_one_cell_that_updates(kernel: Kernel) -> None:
-    (output,) = kernel.run("result = stream.live(client.stream('tool ls'))")
+    (output,) = kernel.run("result = stream.live(server.stream('tool ls'))")
 
     page = output["data"]["text/markdown"]
     assert output["output_type"] == "display_data"
@@ -104,18 +104,18 @@ def test_the_stop_button_ends_a_turn_on_the_server_and_the_next_goes_on(warm: Ke
 
 
 def test_an_error_is_shown_in_brief(kernel: Kernel) -> None:
-    (output,) = kernel.run("client.run('fail')")
+    (output,) = kernel.run("server.run('fail')")
 
     lines = [line for part in output["traceback"] for line in part.splitlines()]
     assert output["ename"] == "OpenCodeProcessError"
-    assert lines[0] == "cell, line 1: client.run('fail')"
+    assert lines[0] == "cell, line 1: server.run('fail')"
     assert "401: bad <key>" in lines[2]
     assert len(lines) < 8
 
 
 def test_a_map_shows_a_bar(kernel: Kernel) -> None:
     outputs = kernel.run(
-        "[r.answer for r in client.map(['say 1', 'say 2'], max_workers=2, progress=True)]"
+        "[r.answer for r in server.map(['say 1', 'say 2'], max_workers=2, progress=True)]"
     )
 
     assert outputs[-1]["data"]["text/plain"] == "['1', '2']"
@@ -127,7 +127,7 @@ def test_the_stop_button_ends_a_map_and_leaves_what_was_finished(kernel: Kernel)
         kernel.workspace / "begun",
         """
 results = []
-for result in client.map(["say 1", "tool touch begun; exec sleep 98765"], max_workers=1):
+for result in server.map(["say 1", "tool touch begun; exec sleep 98765"], max_workers=1):
     results.append(result)
 """,
     )

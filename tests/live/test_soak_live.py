@@ -1,4 +1,4 @@
-"""Two hundred turns of a warm server, some of them left, cancelled or lost: nothing is left."""
+"""A hundred turns of a warm server, some of them left, cancelled or lost: nothing is left."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def answer(request: ChatRequest) -> Answer:
     return f"re {request.prompt}"
 
 
-def test_after_two_hundred_turns_everything_is_as_it_was(
+def test_after_a_hundred_turns_everything_is_as_it_was(
     opencode_binary: str, workspace: Path, temporary: Path
 ) -> None:
     soak = Soak(temporary, TURNS)
@@ -50,6 +50,9 @@ def test_after_two_hundred_turns_everything_is_as_it_was(
             ScriptedModel(answer) as model,
             OpenCodeServer(opencode_binary, run_cfg=config(model)) as server,
         ):
+            # OpenCode 1.18.33 prepares a directory with the first prompt there. Where that one is
+            # aborted meanwhile, others end with "All fibers interrupted".
+            server.run("say a word", workspace)
             yield server
 
     def one_turn(runner: Runner, seed: int) -> None:
