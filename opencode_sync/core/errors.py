@@ -21,7 +21,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from .text import error_html, error_lines, printable, strip_ansi
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from .result import RunResult
 
 _STDERR_TAIL = 2_000  # characters
-
-_E = TypeVar("_E", bound="OpenCodeError")
 
 
 class OpenCodeError(Exception):
@@ -72,7 +70,9 @@ class OpenCodeError(Exception):
         return hash((type(self), str(self)))
 
 
-def _restore(cls: type[_E], args: tuple[Any, ...], state: dict[str, Any]) -> _E:
+def _restore(
+    cls: type[OpenCodeError], args: tuple[Any, ...], state: dict[str, Any]
+) -> OpenCodeError:
     error = cls.__new__(cls, *args)
     error.args = args
     error.__dict__.update(state)

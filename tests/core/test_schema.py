@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel, Field, field_validator
+from typing_extensions import TypedDict
 
 from opencode_sync.core.errors import OpenCodeConfigError
 from opencode_sync.core.schema import OutputSchema, SchemaMismatch, find_values
@@ -33,6 +34,11 @@ class Fish:
     fins: int
 
 
+class Tree(TypedDict):
+    name: str
+    rings: int
+
+
 CITY = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "people": {"type": "integer"}},
@@ -45,11 +51,12 @@ CITY = {
     [
         (Bird, '{"name": "Kiebitz", "legs": 2}', Bird(name="Kiebitz", legs=2)),
         (Fish, '{"name": "Hecht", "fins": 7}', Fish("Hecht", 7)),
+        (Tree, '{"name": "Eibe", "rings": 900}', {"name": "Eibe", "rings": 900}),
         (CITY, '{"name": "Jena", "people": 110000}', {"name": "Jena", "people": 110000}),
         (list[int], "[1, 2]", [1, 2]),
         (int, "42", 42),
     ],
-    ids=["pydantic", "dataclass", "JSON Schema", "a list", "a number"],
+    ids=["pydantic", "dataclass", "TypedDict", "JSON Schema", "a list", "a number"],
 )
 def test_each_kind_of_schema_gives_its_own_kind_of_value(
     schema: Any, text: str, value: Any
@@ -182,13 +189,12 @@ def test_a_value_can_be_made_again_from_its_json() -> None:
 @pytest.mark.parametrize(
     "schema, value",
     [
-        (list[Bird], [{"name": "Kiebitz", "legs": 2}]),
         (int, 42),
         (Person, {"name": "a", "kids": [{"name": "b", "kids": []}]}),
         ({"type": "array", "items": {"$ref": "#"}}, [[], [[]]]),
         ({"$ref": "#/definitions/a", "definitions": {"a": {"type": "string"}}}, "a"),
     ],
-    ids=["list", "number", "recursive model", "recursive JSON Schema", "definitions"],
+    ids=["number", "recursive model", "recursive JSON Schema", "definitions"],
 )
 def test_arguments_of_a_tool_are_an_object_with_the_value(schema: Any, value: Any) -> None:
     output = OutputSchema(schema)
@@ -371,14 +377,12 @@ def test_a_value_that_quotes_a_thought_stays_as_it_is(around: str) -> None:
 # --- cut answers ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "text", [A, fenced(A), f"Here:\n{fenced(A)}", '"a"', "[1]", "true", "null"]
-)
+@pytest.mark.parametrize("text", [A, f"Here:\n{fenced(A)}", '"a"', "true", "null"])
 def test_a_value_at_the_end_of_a_cut_answer_counts(text: str) -> None:
     (value,), is_stated = find_values(text, is_cut=True)
 
     assert is_stated
-    assert value in (json.loads(A), "a", [1], True, None)
+    assert value in (json.loads(A), "a", True, None)
 
 
 CUT = {
