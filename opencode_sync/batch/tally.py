@@ -245,7 +245,7 @@ class Tally:
                 self._spend(end.result)
             else:
                 self._counts["done"] += 1
-                self._counts["empty"] += end._is_empty
+                self._counts["empty"] += not end.tool_calls and not end.answer.strip()
                 self._spend(end)
             self._busy_s += busy_s
             beginning = " ".join((end.prompt or "")[: 2 * _PROMPT_CHARS].split())[:_PROMPT_CHARS]

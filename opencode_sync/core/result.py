@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .events import Event, OtherEvent
 from .reading import (
@@ -42,13 +42,15 @@ __all__ = [
     "ErrorInfo",
     "RunResult",
     "Status",
+    "Stopped",
     "SubAgent",
     "TokenUsage",
     "aggregate_run_result",
     "run_result_fuzzy_text",
 ]
 
-Status = Literal["ok", "error", "denied", "incomplete", "timed_out", "cancelled", "over_budget"]
+Stopped = Literal["error", "incomplete", "timed_out", "cancelled", "over_budget"]
+Status = Literal["ok", "denied", Stopped]
 
 _SHOWN_CHARS = 80  # of a text in a repr
 
@@ -104,7 +106,7 @@ class RunResult:
 
     # Before final_text, so that the constructor has set it by then.
     _texts: _Texts = field(default_factory=lambda: _Texts(), kw_only=True)
-    _stopped: Status | None = field(default=None, kw_only=True)
+    _stopped: Stopped | None = field(default=None, kw_only=True)
     _json: Any = field(default=None, kw_only=True)  # what *parsed* was made of
 
     events: list[Event] = field(default_factory=list)
@@ -256,9 +258,7 @@ class RunResult:
 
     # -- for streams and displays ------------------------------------------------------------------
 
-    def mark_stopped(
-        self, status: Literal["timed_out", "cancelled", "over_budget", "incomplete", "error"]
-    ) -> None:
+    def mark_stopped(self, status: Stopped) -> None:
         """Set the status of a run that was stopped, or that an error has ended."""
         self._stopped = status
 
@@ -266,11 +266,6 @@ class RunResult:
         """Take what comes from now on as the answer to a further prompt."""
         self.finish_reason = None
         self._texts.answered, self._texts.steps[-1].reason = None, None
-
-    @property
-    def _is_empty(self) -> bool:
-        """Whether the model neither said nor did anything."""
-        return not self.tool_calls and not self.answer.strip()
 
     def _is_by_model(self, event: Event) -> bool:
         """Whether a text event, which is folded in already, is the model's text to the user."""
@@ -312,9 +307,8 @@ class RunResult:
         }
         texts = _Texts.saved(text, data.get("answer", text) or "")
         result = cls(**values, _texts=texts)
-        stopped = ("timed_out", "cancelled", "over_budget", "incomplete", "error")
         # A result that is incomplete by its events may still go on.
-        if (status := data.get("status")) in stopped and status != result.status:
+        if (status := data.get("status")) in get_args(Stopped) and status != result.status:
             result._stopped = status
         return result
 

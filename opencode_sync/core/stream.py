@@ -25,7 +25,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Literal, Protocol
+from typing import Protocol
 
 from .denials import Tripwire
 from .errors import (
@@ -41,7 +41,7 @@ from .events import Event, EventLog, WarningEvent, error_event
 from .lifetime import REASON, CancelScope, Flag, Pinned, UnderWay
 from .limits import Limits, Meter
 from .request import Request, RunSettings, SchemaReview, Source
-from .result import RunResult, is_cut_off
+from .result import RunResult, Stopped, is_cut_off
 from .secrets import Secrets
 
 __all__ = ["Limits", "RunStream", "Source"]
@@ -52,8 +52,6 @@ _log.addHandler(logging.NullHandler())  # or warnings would go to stderr unasked
 DRAIN_S = 2.0  # bound on reading what a stopped source had still written
 LOCK_S = 8.0  # bound on waiting for the advancing thread, which after a stop takes 5 s at most
 CANCEL_S = 8.0  # bound on waiting for a cancelled run to end; stopping one takes 5 s at most
-
-Stopped = Literal["timed_out", "cancelled", "over_budget", "incomplete", "error"]
 
 
 class Opener(Protocol):
