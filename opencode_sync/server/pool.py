@@ -22,6 +22,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 
 from ..core.config import RunConfig
 from ..core.errors import (
@@ -344,9 +345,7 @@ class _Start:
 
     def __init__(self, start: Callable[[], None]) -> None:
         self._start = start
-        self._error: BaseException | None = None
-        self._is_done = False
-        self._waiters: list[Flag] = []
+        self._end: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="opencode-start", daemon=True)
         try:
             self._thread.start()
@@ -362,17 +361,15 @@ class _Start:
             OpenCodeServerError: If the deadline of *scope* has passed before.
         """
         flag = Flag()
-        self._waiters.append(flag)  # before the look at whether it is done
-        if self._is_done:
-            flag.set()
+        self._end.add_done_callback(lambda end: flag.set())
         scope.wait(flag)
-        if not self._is_done:
+        if not self._end.done():
             if scope.is_cancelled():
                 raise OpenCodeCancelledError(_CANCELLED)
             raise OpenCodeServerError("the server did not start in time")
-        if self._error is not None:
+        if (error := self._end.exception()) is not None:
             # A copy: it is raised in each thread that waited.
-            raise copy.copy(self._error) from self._error.__cause__
+            raise copy.copy(error) from error.__cause__
 
     def join(self) -> None:
         """Wait for the end of the thread; bounded."""
@@ -383,10 +380,9 @@ class _Start:
         try:
             self._start()
         except BaseException as error:  # noqa: BLE001 - raised where it is waited for
-            self._error = error
-        self._is_done = True
-        for flag in self._waiters:
-            flag.set()
+            self._end.set_exception(error)
+        else:
+            self._end.set_result(None)
 
 
 class Attached:

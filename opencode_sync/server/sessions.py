@@ -60,12 +60,14 @@ class Sessions:
         """Return those of *directory* or of all directories, the last used first."""
         # Without a directory, /session gives those of one project alone.
         path = "/session" if directory else "/experimental/session"
-        found = self._objects(path, directory=directory, limit=MOST)
+        found = self._connection.objects(path, limit=MOST, **self._in(directory, FIRST_S))
         return [_info(each) for each in found]
 
     def latest(self, directory: str) -> str | None:
         """Return the id of the last used one that is not a sub-agent's."""
-        found = self._objects("/session", directory=directory, roots="true", limit=1)
+        found = self._connection.objects(
+            "/session", roots="true", limit=1, **self._in(directory, FIRST_S)
+        )
         return id_of(found[0]) if found else None
 
     def known(self, session_id: str, directory: str) -> dict[str, Any]:
@@ -74,7 +76,8 @@ class Sessions:
         if session_id.startswith("ses"):
             path = path_of(session_id)
             try:
-                return checked_object(f"GET {path}", self._get(path, directory))
+                session = self._connection.get(path, **self._in(directory, FIRST_S))
+                return checked_object(f"GET {path}", session)
             except OpenCodeServerError as error:
                 if error.status_code != 404:
                     raise
@@ -83,11 +86,12 @@ class Sessions:
     def resolved(self, directory: str) -> str | None:
         """Return *directory* as the server calls it, without links; None if it has none."""
         try:
-            own = mapping(self._get("/path", directory)).get("directory")
+            where = self._connection.get("/path", **self._in(directory, FIRST_S))
         except OpenCodeServerError as error:
             if error.status_code is None:
                 raise
             return None
+        own = mapping(where).get("directory")
         return own if isinstance(own, str) else None
 
     def messages(self, session_id: str, directory: str) -> list[dict[str, Any]]:
@@ -113,7 +117,7 @@ class Sessions:
     def last_message(self, session_id: str, directory: str) -> dict[str, Any]:
         """Return the description of the last message; {} if there is none."""
         path = path_of(session_id, "/message")
-        stored = self._objects(path, directory=directory, limit=1)
+        stored = self._connection.objects(path, limit=1, **self._in(directory, FIRST_S))
         return dict(mapping(stored[0].get("info"))) if stored else {}
 
     def fork(
@@ -136,7 +140,8 @@ class Sessions:
         else:
             message_id = _reverted_from(session)
         body = {} if message_id is None else {"messageID": message_id}
-        fork_id = id_of(self._post(session_id, "/fork", directory, body))
+        path = path_of(session_id, "/fork")
+        fork_id = id_of(self._connection.post(path, body, **self._in(directory)))
         # OpenCode gives a fork no rules.
         if rules := [*rules_of(session), *rules]:
             self.change(fork_id, directory, permission=rules)
@@ -144,19 +149,18 @@ class Sessions:
 
     def change(self, session_id: str, directory: str, **changes: Any) -> None:
         """Set ``title``; add the rules of ``permission``."""
-        self._connection.request(
-            "PATCH", path_of(session_id), changes, directory=directory, scope=self._scope
-        )
+        self._connection.request("PATCH", path_of(session_id), changes, **self._in(directory))
 
     def share(self, session_id: str, directory: str) -> None:
         """Make it public."""
-        self._post(session_id, "/share", directory)
+        self._connection.post(path_of(session_id, "/share"), **self._in(directory))
 
     def summarize(self, session_id: str, directory: str, model: str, timeout_s: float) -> None:
         """Have *model* write a summary, which it gets instead of the earlier messages."""
         provider, _, name = model.partition("/")
         body = {"providerID": provider, "modelID": name}
-        self._post(session_id, "/summarize", directory, body, timeout_s)
+        path = path_of(session_id, "/summarize")
+        self._connection.post(path, body, **self._in(directory, timeout_s))
 
     def revert(
         self, session_id: str, directory: str, message_id: str, *, all_files: bool
@@ -179,7 +183,8 @@ class Sessions:
                 "another); pass all_files=False to take the messages back all the same"
             )
         body = {"messageID": message_id}
-        reverted = mapping(self._post(session_id, "/revert", directory, body))
+        path = path_of(session_id, "/revert")
+        reverted = mapping(self._connection.post(path, body, **self._in(directory)))
         if not mapping(reverted.get("revert")).get("snapshot"):
             if files and all_files:  # changed on a server that kept snapshots
                 raise OpenCodeServerError(
@@ -199,21 +204,19 @@ class Sessions:
             raise OpenCodeConfigError(
                 "there is nothing to give back: nothing was reverted, or a prompt came after it"
             )
-        self._post(session_id, "/unrevert", directory)
+        self._connection.post(path_of(session_id, "/unrevert"), **self._in(directory))
 
     def delete(self, session_id: str, directory: str) -> None:
         """Remove it; one that is not there is no error."""
         with suppress(OpenCodeConfigError):
             self.known(session_id, directory)
-            self._connection.request(
-                "DELETE", path_of(session_id), directory=directory, scope=self._scope
-            )
+            self._connection.request("DELETE", path_of(session_id), **self._in(directory))
 
     def _check_message(self, session_id: str, message_id: str, directory: str) -> None:
         # For an unknown one, OpenCode forks the whole session, and reverts nothing.
         path = path_of(session_id, f"/message/{quote(message_id, safe='')}")
         try:
-            self._get(path, directory)
+            self._connection.get(path, **self._in(directory, FIRST_S))
         except OpenCodeServerError as error:
             if is_prompt_with_format(error):
                 return
@@ -223,24 +226,9 @@ class Sessions:
                 f"message {message_id!r} is unknown to session {session_id!r}"
             ) from None
 
-    def _get(self, path: str, directory: str) -> Any:
-        return self._connection.get(path, timeout_s=FIRST_S, directory=directory, scope=self._scope)
-
-    def _objects(self, path: str, **params: Any) -> list[dict[str, Any]]:
-        return self._connection.objects(path, timeout_s=FIRST_S, scope=self._scope, **params)
-
-    def _post(
-        self,
-        session_id: str,
-        verb: str,
-        directory: str,
-        body: Any = None,
-        timeout_s: float = REQUEST_S,
-    ) -> Any:
-        path = path_of(session_id, verb)
-        return self._connection.post(
-            path, body, timeout_s=timeout_s, directory=directory, scope=self._scope
-        )
+    def _in(self, directory: str | None, timeout_s: float = REQUEST_S) -> dict[str, Any]:
+        """Return what all requests have in common."""
+        return {"directory": directory, "timeout_s": timeout_s, "scope": self._scope}
 
 
 def stored_messages(

@@ -544,9 +544,6 @@ def test_a_start_that_hangs_is_left_at_the_limit(serve: Serve, workspace: Path) 
         assert caught.value.limit == limit
         assert caught.value.result is not None
         assert caught.value.result.status == "timed_out"
-    started = time.monotonic()
-    server.close()
-    assert time.monotonic() - started < SLACK_S
 
 
 def test_a_start_that_hangs_is_left_by_a_run_that_is_cancelled(

@@ -198,15 +198,6 @@ def test_messages_from_before_the_loss_are_still_given(stream: EventStream) -> N
         mailbox.receive(0)
 
 
-def test_opening_fails_at_once_where_nobody_listens(
-    server: WebServer, unopened: EventStream
-) -> None:
-    server.stop()
-
-    with pytest.raises(OpenCodeServerError, match="does not answer"):
-        unopened.open()
-
-
 @pytest.mark.parametrize("status", [401, 503])
 def test_opening_fails_with_the_server_s_refusal(
     server: WebServer, unopened: EventStream, status: int
