@@ -1,8 +1,10 @@
 """A process per run: the default runner, which needs nothing running.
 
-Request --> _command: argv, env --+
-            _datadir: lease ------+--> _process --> _run: a source of events
-            _gate: start-up slot -+
+    Request --> data_dirs: a leased directory --> command: argv, env, stdin --+
+                capacity: a start-up slot, where runs share a database -------+--> ProcessRun
+    Request with attach --> server.pool: a turn on a server that runs elsewhere
+
+The checks of a prompt are in core.request, the verbs in api.runner.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from ..core.config import (
 )
 from ..core.errors import OpenCodeConfigError
 from ..core.lifetime import CancelScope
-from ..core.request import Source
+from ..core.request import Request, Source, StrPath
 from ..process.capacity import Gate
 from ..process.command import DEFAULT_BINARY, build_env, resolve_binary, run_command
 from ..process.data_dirs import (
@@ -41,7 +43,7 @@ from ..process.data_dirs import (
 from ..process.run import ProcessRun
 from ..process.versions import check_program_version, warn_of_variant
 from ..process.watchdog import guard
-from .runner import NEEDS_SERVER, Request, Runner, StrPath
+from .runner import NEEDS_SERVER, Runner
 
 if TYPE_CHECKING:
     from ..server.pool import Attached
@@ -73,18 +75,17 @@ class OpenCodeClient(Runner):
             binary: A path, or a name on ``PATH``; looked for with the first run.
             startup_concurrency: How many runs that share a database may start at a time; 0 or
                 None for any number. With *isolate_db* none share one.
-            startup_delay_s: Seconds after which a start no longer holds up the next one.
+            startup_delay_s: Seconds after which a start no longer delays the next one.
             isolate_db: Give runs data directories of the client's own, so that parallel ones do
                 not lock one another's database. Credentials are linked from the user's.
             data_dir: Where to keep these directories, with the sessions in them; None for
                 temporary ones. With ``isolate_db=False``, the one directory that all runs share.
-            run_cfg: Settings of runs that bring none of their own.
+            run_cfg: Settings of runs that are given none of their own.
             max_workers: Threads for ``submit`` and ``map``; None for what the machine carries.
-            watchdog: Keep a small process that stops the runs if this process is killed outright.
-            any_version: Use whatever OpenCode there is, at your own risk. Without it, a program or
-                an attached server of a version that is not known (from 1.17 up to, not including,
-                2) is refused with OpenCodeConfigError before anything is started; of an older
-                one there is a warning in the result.
+            watchdog: Keep a small process that stops the runs if this process is killed.
+            any_version: Use whatever OpenCode is found, at your own risk. Without it, a program or
+                an attached server newer than 1.x is refused with OpenCodeConfigError before
+                anything is started, and one older than 1.17 puts a warning in the result.
         """
         super().__init__(run_cfg, max_workers)
         check_program("binary", binary)
@@ -111,7 +112,7 @@ class OpenCodeClient(Runner):
             None if data_dir is None else checked_path("data_dir", data_dir, "a directory")
         )
         self._watchdog = watchdog
-        self._attached: Attached | None = None  # servers that settings name, once they do
+        self._attached: Attached | None = None  # servers that settings name, if some do
         self._attach_lock = threading.Lock()
         self._make_directories()
 
@@ -145,10 +146,10 @@ class OpenCodeClient(Runner):
         timeout_s: float | None = None,
         delete: bool = False,
     ) -> Session:
-        """A conversation: prompts one after another, each of which knows what was before.
+        """Return a conversation: prompts one after another, each of which knows those before.
 
-        Arguments are as for ``OpenCodeServer.session``. What needs a server is refused: a
-        process per turn asks nobody, and there is nothing to look into a session with.
+        Arguments are as for ``OpenCodeServer.session``. Those that need a server are refused: a
+        process per prompt asks nobody, and cannot look into a session.
         """
         from .session import Session
 
@@ -262,7 +263,7 @@ class OpenCodeClient(Runner):
         return self._attached.of(request.cfg).begin(request, scope)
 
     def _with_session(self, request: Request) -> Request:
-        """*request* with the session named that ``continue_session`` means."""
+        """*request* with the id of the session that ``continue_session`` means."""
         cfg = request.cfg
         if not cfg.continue_session:
             return request

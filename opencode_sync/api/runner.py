@@ -53,8 +53,6 @@ if TYPE_CHECKING:
     from ..batch.batch import BatchRun, OnError
     from ..server.sessions import Sessions
 
-__all__ = ["Request", "RunFuture", "Runner", "StrPath"]
-
 NEEDS_SERVER = (
     "needs a server: a process per turn asks nobody, and ends with its turn; use a session of "
     "OpenCodeServer"

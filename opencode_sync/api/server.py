@@ -23,13 +23,13 @@ from ..core.config import (
 )
 from ..core.errors import OpenCodeConfigError
 from ..core.lifetime import CancelScope
-from ..core.request import directory
+from ..core.request import Request, StrPath, directory
 from ..process.command import DEFAULT_BINARY
 from ..server.pool import Attached, Attacher, Launcher, ServerPool
 from ..server.protocol import check_server_wide
 from ..server.running import RunningServer
 from ..server.turn import Turn
-from .runner import Request, Runner, StrPath
+from .runner import Runner
 
 if TYPE_CHECKING:
     from ..server.sessions import SessionInfo, Sessions

@@ -24,7 +24,8 @@ from typing import Any, Generic, Literal, TypeVar, cast
 from ..core.config import Job, RunConfig, check_count, check_number, checked_path
 from ..core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
 from ..core.lifetime import REASON, Pinned, UnderWay
-from ..core.request import LIMITS_OF_A_JOB, Budget, RunSettings, absolute
+from ..core.limits import LIMITS_OF_A_JOB, Budget
+from ..core.request import RunSettings, absolute
 from ..core.result import RunResult
 from .checkpoint import Checkpoint, Saved, job_fingerprint, settings_fingerprint
 from .dispatch import Dispatch

@@ -32,6 +32,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from ..core.config import RunConfig
 from ..core.errors import OpenCodeConfigError, OpenCodeError
+from ..core.limits import Spent
 from ..core.records import (
     Entry,
     Line,
@@ -44,7 +45,6 @@ from ..core.records import (
     replacing,
     spent_in,
 )
-from ..core.request import Spent
 from ..core.result import RunResult
 from ..core.schema import OutputSchema, SchemaMismatch
 from ..core.secrets import VALUES_ARE_SECRET, is_secret, setting_name

@@ -27,8 +27,8 @@ from typing import Any
 
 from ..core.errors import OpenCodeCancelledError, OpenCodeError
 from ..core.lifetime import Flag
+from ..core.limits import NO_BUDGET, Budget, Spent, is_of_batch
 from ..core.records import Entry
-from ..core.request import NO_BUDGET, Budget, Spent, is_of_batch
 from ..core.result import RunResult
 from .checkpoint import Checkpoint, Saved
 from .job import End, JobRunner, Listener, Outcome, Task, Work, outcome_of

@@ -32,8 +32,9 @@ from typing import Any, Protocol
 
 from ..core.config import RunConfig
 from ..core.errors import OpenCodeCancelledError, OpenCodeError, OpenCodeOutputError
+from ..core.limits import Spent
 from ..core.reading import ended_well, mapping
-from ..core.request import RunSettings, Spent
+from ..core.request import RunSettings
 from ..core.result import ErrorInfo, RunResult
 from ..core.stream import RunStream, cancel_together
 from ..process.data_dirs import temporary_prefix

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import OpenCodeError
-from ..core.request import Spent, tokens_of, unpriced, unpriced_tokens
+from ..core.limits import Spent, tokens_of, unpriced, unpriced_tokens
 from ..core.result import RunResult, TokenUsage
 from ..core.text import html_table
 from .throttle import Throttle

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 from ..api.permissions import ask_in_terminal
 from ..api.session import Session
 from ..core.errors import OpenCodeConfigError, OpenCodeError
-from ..core.request import Limits
+from ..core.limits import Limits
 from ..core.text import count, money, outcome
 from ..display.stream import live
 from ..process.command import managed_root

@@ -28,7 +28,8 @@ from ..api.runner import Runner
 from ..batch.batch import BatchRun
 from ..core.config import Job, RunConfig, validate_config_for_run
 from ..core.errors import OpenCodeBudgetError, OpenCodeConfigError, OpenCodeError
-from ..core.request import LIMITS_OF_A_JOB, Limits, Request, StrPath, directory
+from ..core.limits import LIMITS_OF_A_JOB, Limits
+from ..core.request import Request, StrPath, directory
 from ..core.result import RunResult
 from ..core.text import count, one_line, printable
 from ..process.versions import check_program_version

@@ -24,8 +24,8 @@ from typing import IO, Any, NamedTuple
 from . import errors
 from .errors import OpenCodeError
 from .events import to_json
+from .limits import Spent, tokens_of
 from .reading import number_of, saved_usage, why_cut
-from .request import Spent, tokens_of
 from .result import RunResult
 from .text import tools_used
 

@@ -21,15 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, TypeVar, ca
 from .config import NO_CURRENT_DIRECTORY, RunConfig, unencodable
 from .errors import OpenCodeConfigError, OpenCodeError, OpenCodeOutputError
 from .events import Event
-from .limits import LIMITS_OF_A_JOB as LIMITS_OF_A_JOB
-from .limits import NO_BUDGET as NO_BUDGET
-from .limits import Budget as Budget
-from .limits import Limits as Limits
-from .limits import Spent as Spent
-from .limits import is_of_batch as is_of_batch
-from .limits import tokens_of as tokens_of
-from .limits import unpriced as unpriced
-from .limits import unpriced_tokens as unpriced_tokens
+from .limits import Limits
 from .reading import OUTPUT_TOOL, mapping, part_of
 from .result import ErrorInfo, RunResult, is_cut_off
 from .schema import Fit, OutputSchema, SchemaMismatch, output_schema

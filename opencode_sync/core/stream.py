@@ -39,12 +39,10 @@ from .errors import (
 )
 from .events import Event, EventLog, WarningEvent, error_event
 from .lifetime import REASON, CancelScope, Flag, Pinned, UnderWay
-from .limits import Limits, Meter
+from .limits import Meter
 from .request import Request, RunSettings, SchemaReview, Source
 from .result import RunResult, Stopped, is_cut_off
 from .secrets import Secrets
-
-__all__ = ["Limits", "RunStream", "Source"]
 
 _log = logging.getLogger("opencode_sync")
 _log.addHandler(logging.NullHandler())  # or warnings would go to stderr unasked
