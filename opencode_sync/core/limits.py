@@ -1,8 +1,8 @@
 """The bounds of a run and of a batch, and what of them is used.
 
-    Limits      what the caller asked for, checked
-    Meter       start(), heard(events) --> patience(), timeout(), overspent(), endless()
-    Spent       what runs have cost --> Budget of a batch: is it spent, and what remains
+    Limits   what the caller asked for, checked
+    Meter    start(), heard(events) --> patience(), timeout(), overspent(), endless()
+    Spent    what runs have cost --> Budget of a batch: is it spent, and what is left
 
 Knows clocks, prices and steps; starts, stops and reads nothing.
 """
@@ -27,40 +27,29 @@ from .events import Event
 from .reading import OUTPUT_TOOL, ended_well, part_of, void_call
 from .result import RunResult, TokenUsage
 
-# 146 years: beyond twice as many, the system's clocks refuse to be waited on.
+# 146 years; the system's clocks refuse to wait for more than twice as long.
 LONGEST_WAIT_S = threading.TIMEOUT_MAX / 2
 
-# What a job of a batch may have of its own.
+# Limits that a job of a batch may have of its own.
 LIMITS_OF_A_JOB = ("timeout_s", "max_cost", "max_steps", "max_tokens")
 
-# Steps in a row without a tool call and without a good end. OpenCode 1.18.33 asks again at once
-# after each, 10 to 18 times a second, for ever. One or two may be a provider's hiccup.
+# Steps in a row without a tool call and without a good end. OpenCode 1.18.33 asks the model again
+# at once after each, 10 to 18 times a second, for ever. One or two may be a provider's hiccup.
 ENDLESS_STEPS = 3
-# The same where tools were called in vain. OpenCode asks again for whatever reason such a step
-# ended; but the model is told what was wrong, and may need some tries.
+# The same for steps that call only tools that do not exist, or with wrong arguments. OpenCode asks
+# again whatever such a step's reason is; but the model is told what was wrong, and may need tries.
 VOID_STEPS = 5
 _ROUNDING = 1e-12  # dollars: less than a token costs anywhere
-# After these OpenCode does not ask again. A sub-agent that is called often may end so each time.
+# After these OpenCode does not ask again. A sub-agent that is called often may end so every time.
 _LAST_REASONS = ("stop", "length", "content-filter")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of a run, checked when made.
+    """Bounds of a run, checked when made; ``Runner.run`` explains those that are not here.
 
     Attributes:
-        timeout_s: Seconds from the first process's start, over all attempts; on a server, from
-            when the run is handed to it.
-        idle_timeout_s: Seconds without an event or a log line.
-        max_cost: US dollars; a run that exceeds it is stopped at that step, also at a step of a
-            sub-agent.
-        max_steps: Steps of the model, those of sub-agents not among them; a run that has taken
-            them and is not done is stopped.
-        max_tokens: Tokens, see :func:`tokens_of`; as for *max_cost*.
-        max_retries: Further attempts after a start-up failure that is safe to repeat.
-        retry_delay_s: Seconds between attempts.
-        max_repairs: How often an answer that does not fit its schema is sent back.
-        max_total_cost, max_total_tokens: What remains of a batch's budget for this job.
+        max_total_cost, max_total_tokens: What is left of a batch's budget for this job.
     """
 
     timeout_s: float | None = None
@@ -88,6 +77,199 @@ class Limits:
                 raise OpenCodeConfigError(f"{name} is {shown(value)}: use a whole number")
 
 
+class Meter:
+    """What one run has used of its limits.
+
+    Attributes:
+        limits: The limits.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._started_at: float | None = None
+        self._heard_at = math.inf
+        self._last_retry = ""
+        # By session, a sub-agent's too: steps in a row that led to nothing, and how the last ended.
+        self._fruitless: dict[object, int] = {}
+        self._last_reason = ""
+        self._void: dict[object, str] = {}  # among these steps, the tool last called in vain
+        self._has_void: set[object] = set()  # in the step under way
+        # Sessions that have called a tool in their last step: OpenCode asks again with its result,
+        # also where the step ended with "stop", as it does with some providers.
+        self._has_called: set[object] = set()
+        self._has_warned = False
+
+    def start(self, instant: float) -> None:
+        """Note the start of an attempt, or of its opening; the first call starts the clock."""
+        if self._started_at is None:
+            self._started_at = instant
+        self._heard_at = time.monotonic()
+        # The next prompt is ours: OpenCode is not asking again.
+        self._fruitless.clear()
+        self._void.clear()
+        self._has_void.clear()
+        self._has_called.clear()
+
+    def heard(self, events: Iterable[Event]) -> None:
+        """Count *events*; none are a sign of life, such as a log line."""
+        self._heard_at = time.monotonic()
+        for event in events:
+            # Anything else means that the provider has answered since.
+            is_retry = event.get("type") == "retry"
+            self._last_retry = str(event.get("message", "")) if is_retry else ""
+            self._count_step(event)
+
+    def elapsed(self) -> float:
+        """Seconds since the start of the first process."""
+        return 0.0 if self._started_at is None else time.monotonic() - self._started_at
+
+    def left(self) -> float:
+        """Seconds until ``timeout_s`` passes; infinite where there is no such limit."""
+        limit = self.limits.timeout_s
+        return math.inf if limit is None else max(0.0, limit - self.elapsed())
+
+    def patience(self) -> float | None:
+        """Seconds that a wait which begins now may take; None for any time."""
+        left, idle = self.left(), self.limits.idle_timeout_s
+        if idle is not None:
+            # Only our own waiting counts: a slow consumer does not make the run idle.
+            self._heard_at = time.monotonic()
+            left = min(left, idle)
+        return None if left == math.inf else min(left, LONGEST_WAIT_S)
+
+    def deadline(self) -> float:
+        """The ``time.monotonic()`` instant at which ``timeout_s`` passes; infinite without."""
+        return time.monotonic() + self.left()
+
+    def idle_deadline(self) -> float:
+        """The instant at which one of the limits passes if nothing more is heard."""
+        idle = self.limits.idle_timeout_s
+        return min(self.deadline(), math.inf if idle is None else self._heard_at + idle)
+
+    def timeout(self) -> OpenCodeTimeoutError | None:
+        """The error for the time limit that has passed, if one has."""
+        limits, elapsed = self.limits, self.elapsed()
+        if limits.timeout_s is not None and self.left() <= 0:
+            what, name, limit = "the run took over", "timeout_s", limits.timeout_s
+        elif limits.idle_timeout_s is not None and self._idle() >= limits.idle_timeout_s:
+            what, name, limit = "nothing was heard for", "idle_timeout_s", limits.idle_timeout_s
+        else:
+            return None
+        retry = f"; the provider was being retried: {self._last_retry}" if self._last_retry else ""
+        message = f"{what} {limit:g} s ({name}); stopped after {elapsed:.1f} s{retry}"
+        return OpenCodeTimeoutError(message, limit=name, limit_s=limit, elapsed_s=elapsed)
+
+    def overspent(self, result: RunResult) -> OpenCodeBudgetError | None:
+        """The error for a run that has exceeded a budget and is not done."""
+        # A run that ended well is not failed for its price. A refused tool is not an end here, as
+        # the model mostly goes on.
+        is_end = result.session_id not in self._has_called
+        if is_end and ended_well(result.finish_reason, was_denied=False):
+            return None
+        limits, cost, tokens = self.limits, result.total_cost, tokens_of(result.token_usage)
+        steps = f"after {result.turns} steps"
+        if limits.max_cost is not None and cost > limits.max_cost:
+            name, limit, spent = "max_cost", limits.max_cost, cost
+            what = f"of ${limit:g} exceeded: ${spent:g} spent {steps}"
+        elif limits.max_tokens is not None and tokens > limits.max_tokens:
+            name, limit, spent = "max_tokens", limits.max_tokens, tokens
+            what = f"of {limit:,} exceeded: {spent:,} tokens used {steps}"
+        elif limits.max_steps is not None and result.turns >= limits.max_steps:
+            name, limit, spent = "max_steps", limits.max_steps, result.turns
+            what = f"of {limit:,} reached: the run was not done {steps}"
+        elif limits.max_total_cost is not None and cost > limits.max_total_cost:
+            name, limit, spent = "max_total_cost", limits.max_total_cost, cost
+            what = (
+                f"is spent: ${limit:g} of it were left for this run, which spent ${spent:g} {steps}"
+            )
+        elif limits.max_total_tokens is not None and tokens > limits.max_total_tokens:
+            name, limit, spent = "max_total_tokens", limits.max_total_tokens, tokens
+            what = (
+                f"is spent: {limit:,} were left for this run, which used {spent:,} tokens {steps}"
+            )
+        else:
+            return None
+        return OpenCodeBudgetError(f"{name} {what}", limit_name=name, limit=limit, spent=spent)
+
+    def endless(self) -> OpenCodeIncompleteError | None:
+        """The error for a run whose model is asked again and again, and does nothing."""
+        for session, n in self._fruitless.items():
+            tool = self._void.get(session)
+            if n >= (ENDLESS_STEPS if tool is None else VOID_STEPS):
+                what = f"called no tool and ended for the reason {self._last_reason!r}"
+                if tool is not None:
+                    what = (
+                        "called only tools that do not exist, or with wrong arguments (the last "
+                        f"was {tool[:80]!r})"
+                    )
+                return OpenCodeIncompleteError(
+                    f"the model was asked {n} times in a row, and each answer {what}, after which "
+                    "OpenCode asks again: the run was stopped"
+                )
+        return None
+
+    def warning(self, result: RunResult) -> str | None:
+        """A warning, once, if ``max_cost`` cannot bind."""
+        if self.limits.max_cost is None or self._has_warned:
+            return None
+        tokens = unpriced_tokens(result)
+        self._has_warned = tokens > 0
+        return unpriced(tokens, "max_cost") if tokens else None
+
+    def _count_step(self, event: Mapping[str, Any]) -> None:
+        kind, session = event.get("type"), event.get("sessionID")
+        if kind == "step_start":
+            self._has_called.discard(session)
+        elif kind == "tool_use" and part_of(event).get("tool") != OUTPUT_TOOL:
+            self._has_called.add(session)
+        if kind == "tool_use" and (tool := void_call(event)) is not None:
+            self._void[session] = tool
+            self._has_void.add(session)
+        elif kind == "tool_use":
+            self._void.pop(session, None)
+            self._fruitless[session] = -1  # the step that it is part of does not count
+        elif kind == "step_finish" and isinstance(step := event.get("part"), Mapping):
+            reason = step.get("reason")
+            is_last = not isinstance(reason, str) or reason in _LAST_REASONS
+            if is_last and session not in self._has_void:
+                self._fruitless[session] = 0
+                self._void.pop(session, None)
+            else:
+                self._fruitless[session] = self._fruitless.get(session, 0) + 1
+                self._last_reason = str(reason)
+            self._has_void.discard(session)
+
+    def _idle(self) -> float:
+        return time.monotonic() - self._heard_at
+
+
+def tokens_of(usage: TokenUsage) -> int:
+    """Tokens as budgets count them: what OpenCode calls the total, or the sum of input, output,
+    reasoning, and the cache's reads and writes, whichever is more.
+    """
+    parts = usage.input + usage.output + usage.reasoning + usage.cache_read + usage.cache_write
+    return max(usage.total, parts)
+
+
+def unpriced_tokens(result: RunResult) -> int:
+    """The tokens of *result* at $0.00: its own, and each sub-agent's, if they cost nothing."""
+    cost, tokens, free = result.total_cost, tokens_of(result.token_usage), 0
+    for each in result.sub_agents:
+        used = tokens_of(each.token_usage)
+        cost, tokens = cost - each.total_cost, tokens - used
+        free += 0 if each.total_cost else used
+    return free + (tokens if cost < _ROUNDING else 0)
+
+
+def unpriced(tokens: int, limit_name: str) -> str:
+    """The warning for *tokens* at $0.00, which no limit of dollars binds."""
+    instead = "max_total_tokens" if limit_name == "max_total_cost" else "max_tokens"
+    return (
+        f"{tokens:,} tokens were counted at $0.00, so {limit_name} does not bind: the model is "
+        f"free, or OpenCode does not know its prices; {instead} binds in both cases"
+    )
+
+
 @dataclass(frozen=True)
 class Spent:
     """What runs have cost: US dollars, and tokens as budgets count them."""
@@ -111,7 +293,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a batch may spend in all; None for no limit."""
+    """What all jobs of a batch may spend together; None for no limit."""
 
     max_total_cost: float | None = None
     max_total_tokens: int | None = None
@@ -120,13 +302,13 @@ class Budget:
         return self.max_total_cost is not None or self.max_total_tokens is not None
 
     def is_spent(self, spent: Spent) -> bool:
-        """Whether nothing remains of it."""
+        """Whether nothing is left of it."""
         is_cost = self.max_total_cost is not None and spent.cost >= self.max_total_cost
         is_tokens = self.max_total_tokens is not None and spent.tokens >= self.max_total_tokens
         return is_cost or is_tokens
 
     def left(self, spent: Spent) -> dict[str, float | int]:
-        """What remains of it, as arguments of :class:`Limits`."""
+        """What is left of it, as arguments of :class:`Limits`."""
         left: dict[str, float | int] = {}
         if self.max_total_cost is not None:
             left["max_total_cost"] = max(0.0, self.max_total_cost - spent.cost)
@@ -135,7 +317,7 @@ class Budget:
         return left
 
     def error(self, spent: Spent, earlier: Spent, what: str) -> OpenCodeBudgetError:
-        """The error for a job that the budget, which is spent, does not pay for.
+        """The error for a job that did not run, or was stopped, because the budget is spent.
 
         Args:
             earlier: How much of *spent* earlier batches of the same checkpoint have spent.
@@ -168,192 +350,3 @@ NO_BUDGET = Budget()
 def is_of_batch(error: object) -> bool:
     """Whether it says that a batch's budget is spent, and not the job's own."""
     return isinstance(error, OpenCodeBudgetError) and error.limit_name.startswith("max_total_")
-
-
-def unpriced_tokens(result: RunResult) -> int:
-    """The tokens of *result* at $0.00: its own, and each sub-agent's, if they cost nothing."""
-    cost, tokens, free = result.total_cost, tokens_of(result.token_usage), 0
-    for each in result.sub_agents:
-        used = tokens_of(each.token_usage)
-        cost, tokens = cost - each.total_cost, tokens - used
-        free += 0 if each.total_cost else used
-    return free + (tokens if cost < _ROUNDING else 0)
-
-
-def unpriced(tokens: int, limit_name: str) -> str:
-    """The warning for *tokens* at $0.00, which no limit of dollars binds."""
-    instead = "max_total_tokens" if limit_name == "max_total_cost" else "max_tokens"
-    return (
-        f"{tokens:,} tokens were counted at $0.00, so {limit_name} does not bind: the model is "
-        f"free, or OpenCode does not know its prices; {instead} binds in both cases"
-    )
-
-
-def tokens_of(usage: TokenUsage) -> int:
-    """Tokens as budgets count them: what OpenCode calls the total, or the sum of input, output,
-    reasoning, and the cache's reads and writes, whichever is more.
-    """
-    parts = usage.input + usage.output + usage.reasoning + usage.cache_read + usage.cache_write
-    return max(usage.total, parts)
-
-
-class Meter:
-    """What one run has used of its limits.
-
-    Attributes:
-        limits: The limits.
-    """
-
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self._started_at: float | None = None
-        self._heard_at = math.inf
-        self._last_retry = ""
-        # By session, a sub-agent's too: steps in a row that led to nothing, and how the last ended.
-        self._fruitless: dict[object, int] = {}
-        self._last_reason = ""
-        self._void: dict[object, str] = {}  # among these steps, the tool last called in vain
-        self._has_void: set[object] = set()  # in the step under way
-        # Sessions that have called a tool in their last step: OpenCode asks again with its result,
-        # also where the step ended with "stop", as it does with some providers.
-        self._has_called: set[object] = set()
-        self._has_warned = False
-
-    def start(self, instant: float) -> None:
-        """Note the start of an attempt, or of its opening; the first one starts the clock."""
-        if self._started_at is None:
-            self._started_at = instant
-        self._heard_at = time.monotonic()
-        # What comes is asked by us, and not again by OpenCode.
-        self._fruitless.clear()
-        self._void.clear()
-        self._has_void.clear()
-        self._has_called.clear()
-
-    def heard(self, events: Iterable[Event]) -> None:
-        """Something came, if only a sign of life."""
-        self._heard_at = time.monotonic()
-        for event in events:
-            # Anything else means that the provider has answered since.
-            is_retry = event.get("type") == "retry"
-            self._last_retry = str(event.get("message", "")) if is_retry else ""
-            self._count_step(event)
-
-    def elapsed(self) -> float:
-        """Seconds since the start of the first process."""
-        return 0.0 if self._started_at is None else time.monotonic() - self._started_at
-
-    def left(self) -> float:
-        """Seconds until ``timeout_s`` passes; infinite where there is no such limit."""
-        limit = self.limits.timeout_s
-        return math.inf if limit is None else max(0.0, limit - self.elapsed())
-
-    def patience(self) -> float | None:
-        """Seconds that a wait which begins now may take; None for ever."""
-        left, idle = self.left(), self.limits.idle_timeout_s
-        if idle is not None:
-            # Only our own waiting counts: a slow consumer does not make the run idle.
-            self._heard_at = time.monotonic()
-            left = min(left, idle)
-        return None if left == math.inf else min(left, LONGEST_WAIT_S)
-
-    def deadline(self) -> float:
-        """The ``time.monotonic()`` instant at which ``timeout_s`` passes; infinite without."""
-        return time.monotonic() + self.left()
-
-    def idle_deadline(self) -> float:
-        """The instant at which one of the limits passes if nothing more is heard."""
-        idle = self.limits.idle_timeout_s
-        return min(self.deadline(), math.inf if idle is None else self._heard_at + idle)
-
-    def timeout(self) -> OpenCodeTimeoutError | None:
-        """The error for the time limit that has passed, if one has."""
-        limits, elapsed = self.limits, self.elapsed()
-        if limits.timeout_s is not None and self.left() <= 0:
-            what, name, limit = "the run took over", "timeout_s", limits.timeout_s
-        elif limits.idle_timeout_s is not None and self._idle() >= limits.idle_timeout_s:
-            what, name, limit = "nothing was heard for", "idle_timeout_s", limits.idle_timeout_s
-        else:
-            return None
-        retry = f"; the provider was being retried: {self._last_retry}" if self._last_retry else ""
-        message = f"{what} {limit:g} s ({name}); stopped after {elapsed:.1f} s{retry}"
-        return OpenCodeTimeoutError(message, limit=name, limit_s=limit, elapsed_s=elapsed)
-
-    def overspent(self, result: RunResult) -> OpenCodeBudgetError | None:
-        """The error for a run that has spent a budget and is not done."""
-        # A run that ended well is not taken from the user for its price. A refused tool is no end
-        # here: mostly the model goes on.
-        is_end = result.session_id not in self._has_called
-        if is_end and ended_well(result.finish_reason, was_denied=False):
-            return None
-        limits, cost, tokens = self.limits, result.total_cost, tokens_of(result.token_usage)
-        steps = f"after {result.turns} steps"
-        if limits.max_cost is not None and cost > limits.max_cost:
-            name, limit, spent = "max_cost", limits.max_cost, cost
-            what = f"of ${limit:g} passed: ${spent:g} spent {steps}"
-        elif limits.max_tokens is not None and tokens > limits.max_tokens:
-            name, limit, spent = "max_tokens", limits.max_tokens, tokens
-            what = f"of {limit:,} passed: {spent:,} tokens used {steps}"
-        elif limits.max_steps is not None and result.turns >= limits.max_steps:
-            name, limit, spent = "max_steps", limits.max_steps, result.turns
-            what = f"of {limit:,} reached: the run was not done {steps}"
-        elif limits.max_total_cost is not None and cost > limits.max_total_cost:
-            name, limit, spent = "max_total_cost", limits.max_total_cost, cost
-            what = f"is spent, of which ${limit:g} remained: ${spent:g} spent {steps}"
-        elif limits.max_total_tokens is not None and tokens > limits.max_total_tokens:
-            name, limit, spent = "max_total_tokens", limits.max_total_tokens, tokens
-            what = f"is spent, of which {limit:,} remained: {spent:,} tokens used {steps}"
-        else:
-            return None
-        return OpenCodeBudgetError(f"{name} {what}", limit_name=name, limit=limit, spent=spent)
-
-    def endless(self) -> OpenCodeIncompleteError | None:
-        """The error for a run whose model is asked again and again, and gets nothing done."""
-        for session, n in self._fruitless.items():
-            tool = self._void.get(session)
-            if n >= (ENDLESS_STEPS if tool is None else VOID_STEPS):
-                what = f"called no tool and ended for the reason {self._last_reason!r}"
-                if tool is not None:
-                    what = (
-                        "called only tools that do not exist, or with wrong arguments (the last "
-                        f"was {tool[:80]!r})"
-                    )
-                return OpenCodeIncompleteError(
-                    f"the model was asked {n} times in a row, and each answer {what}, upon which "
-                    "OpenCode asks again: the run was stopped"
-                )
-        return None
-
-    def warning(self, result: RunResult) -> str | None:
-        """What there is to warn of, once: a budget that cannot bind."""
-        if self.limits.max_cost is None or self._has_warned:
-            return None
-        tokens = unpriced_tokens(result)
-        self._has_warned = tokens > 0
-        return unpriced(tokens, "max_cost") if tokens else None
-
-    def _count_step(self, event: Mapping[str, Any]) -> None:
-        kind, session = event.get("type"), event.get("sessionID")
-        if kind == "step_start":
-            self._has_called.discard(session)
-        elif kind == "tool_use" and part_of(event).get("tool") != OUTPUT_TOOL:
-            self._has_called.add(session)
-        if kind == "tool_use" and (tool := void_call(event)) is not None:
-            self._void[session] = tool
-            self._has_void.add(session)
-        elif kind == "tool_use":
-            self._void.pop(session, None)
-            self._fruitless[session] = -1  # the step that it is part of does not count
-        elif kind == "step_finish" and isinstance(step := event.get("part"), Mapping):
-            reason = step.get("reason")
-            is_last = not isinstance(reason, str) or reason in _LAST_REASONS
-            if is_last and session not in self._has_void:
-                self._fruitless[session] = 0
-                self._void.pop(session, None)
-            else:
-                self._fruitless[session] = self._fruitless.get(session, 0) + 1
-                self._last_reason = str(reason)
-            self._has_void.discard(session)
-
-    def _idle(self) -> float:
-        return time.monotonic() - self._heard_at

@@ -1,10 +1,13 @@
-"""One prompt, checked, and where the events of an attempt at it come from.
+"""One prompt: its options, what is checked of it, and where the events of an attempt come from.
 
-    prompt, workspace, settings --> Request --> Source: a process, or a turn on a server
-                                       ^
-    an answer that does not fit ----> SchemaReview
+    options of a verb --> RunSettings --+
+    prompt, workspace, RunConfig -------+--> Request --> Source: a process, or a turn on a server
+                                               ^           |
+                                               |           v answer
+                                               +------ SchemaReview, where it does not fit
 
-Starts nothing.
+An option is declared in one of the TypedDicts, has its default in Limits or RunSettings, and is
+explained in the docstring of ``Runner.run`` or ``Runner.map``. Starts nothing.
 """
 
 from __future__ import annotations
@@ -37,10 +40,7 @@ StrPath = str | os.PathLike[str]
 
 
 class JobOptions(TypedDict, total=False):
-    """Options of a run, and of a batch for each of its jobs; ``Runner.run`` explains them.
-
-    A new one is added here, with its default in Limits or RunSettings, and to that docstring.
-    """
+    """Options of a run, and of a batch for each of its jobs; ``Runner.run`` explains them."""
 
     run_cfg: RunConfig | None
     timeout_s: float | None
@@ -175,51 +175,6 @@ def check_keywords(verb: Callable[..., Any], options: Mapping[str, object]) -> N
         )
 
 
-# --- where its events come from ------------------------------------------------------------------
-
-
-class Source(Protocol):
-    """One attempt under way. One thread receives; stop() may come from any."""
-
-    @property
-    def label(self) -> str:
-        """For log lines, such as ``"run 3 (pid 4711)"``."""
-
-    @property
-    def started_at(self) -> float:
-        """When its work began, a ``time.monotonic()`` instant."""
-
-    @property
-    def session_id(self) -> str | None:
-        """The run's session, if it is known: the first event may be a sub-agent's."""
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it has ended by itself; events may still be there to be received."""
-
-    def receive(self, timeout: float | None) -> Sequence[Event] | None:
-        """The next events, none where only a sign of life came, or None at the end.
-
-        Raises:
-            queue.Empty: If nothing came for *timeout* seconds.
-        """
-
-    def stop(self) -> None:
-        """End the attempt with its tools; bounded, idempotent."""
-
-    def settle(self, result: RunResult) -> OpenCodeError | None:
-        """Complete *result* after the end, and say what went wrong.
-
-        Sets its exit status and stderr, and adds to its raw lines.
-        """
-
-    def may_repeat(self, result: RunResult) -> bool:
-        """Whether the attempt failed before it did anything, for a reason that may pass."""
-
-    def close(self) -> None:
-        """Give back files and directories; after the end."""
-
-
 # --- the prompt itself ---------------------------------------------------------------------------
 
 
@@ -231,29 +186,29 @@ QuestionAnswer = Callable[[Mapping[str, Any]], "Mapping[str, Any] | None"]
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What to answer to the requests of a run; None for what its settings say."""
+    """Who answers the requests of a run; None for the answer that its settings give."""
 
     permission: PermissionAnswer | None = None
     question: QuestionAnswer | None = None
 
 
 NO_ANSWERS = Answers()
-"""Of a run that has nobody to ask."""
+"""For a run that has nobody to ask."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt with its directory and settings.
+    """A prompt with its directory and settings, checked when made.
 
     Attributes:
         output: What the answer has to look like.
-        answers: What to answer to requests in the meantime.
-        is_repair: It sends back an answer that did not; the session has been told the schema.
-        secrets: What no error of it may tell; None for those of its settings alone.
+        answers: Who answers requests in the meantime.
+        is_repair: It sends back an answer that did not fit; the session knows the schema.
+        secrets: What none of its errors may tell; None for the secrets of its settings alone.
         warnings: Sentences on its settings, for the result.
 
     Raises:
-        OpenCodeConfigError: When made, of a prompt or a file that cannot be passed on.
+        OpenCodeConfigError: For a prompt or a file that cannot be passed on.
     """
 
     prompt: str
@@ -281,15 +236,15 @@ class Request:
 
 
 def _check_plugins(workspace: Path, setting: str) -> None:
-    """Refuse a workspace with plugins of its own for a run that is to leave them out.
+    """Refuse a workspace with plugins of its own for a run that should not load them.
 
-    OpenCode 1.18.33 executes their files whatever it is told, from the workspace up to the root of
-    its repository.
+    OpenCode 1.18.33 executes their files in spite of its settings, from the workspace up to the
+    root of its repository.
     """
     for place in (workspace, *workspace.parents):
         directory = place / ".opencode"
         plugins = [*directory.glob("plugin/*.[jt]s"), *directory.glob("plugins/*.[jt]s")]
-        if plugins and str(place) != os.path.expanduser("~"):  # those there are the user's own
+        if plugins and str(place) != os.path.expanduser("~"):  # plugins at home are the user's
             raise OpenCodeConfigError(
                 f"{setting}: OpenCode would execute {str(plugins[0])!r} all the same: remove the "
                 "workspace's plugins, or run it with its configuration"
@@ -326,9 +281,9 @@ def checked_config(given: object, default: RunConfig) -> RunConfig:
 
 
 def absolute(workspace: StrPath) -> str:
-    """*workspace* as what a worker elsewhere, or later, takes for the same directory."""
+    """The absolute path of *workspace*, for a worker in another directory or at another time."""
     if not isinstance(workspace, (str, os.PathLike)) or not os.fspath(workspace):
-        return cast(str, workspace)  # refused where the run is begun
+        return cast(str, workspace)  # refused where the run begins
     try:
         return os.path.abspath(os.path.expanduser(os.fspath(workspace)))
     except FileNotFoundError:
@@ -338,10 +293,10 @@ def absolute(workspace: StrPath) -> str:
 
 
 def directory(workspace: StrPath) -> Path:
-    """The directory itself, links and all resolved.
+    """The directory *workspace*, with links resolved.
 
     Raises:
-        OpenCodeConfigError: Where there is none.
+        OpenCodeConfigError: If there is no such directory.
     """
     if not isinstance(workspace, (str, os.PathLike)) or not os.fspath(workspace):
         raise OpenCodeConfigError(f"workspace is {workspace!r}: use the path of a directory")
@@ -369,6 +324,51 @@ def _check_prompt(prompt: str, cfg: RunConfig) -> None:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise OpenCodeConfigError(f"the prompt cannot be encoded as UTF-8: {error}") from None
+
+
+# --- where its events come from ------------------------------------------------------------------
+
+
+class Source(Protocol):
+    """One attempt under way. One thread receives; stop() may come from any."""
+
+    @property
+    def label(self) -> str:
+        """For log lines, such as ``"run 3 (pid 4711)"``."""
+
+    @property
+    def started_at(self) -> float:
+        """When its work began, a ``time.monotonic()`` instant."""
+
+    @property
+    def session_id(self) -> str | None:
+        """The run's session, if it is known: the first event may be a sub-agent's."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended by itself; there may still be events to receive."""
+
+    def receive(self, timeout: float | None) -> Sequence[Event] | None:
+        """Return the next events, or None at the end; an empty sequence is a sign of life.
+
+        Raises:
+            queue.Empty: If nothing came for *timeout* seconds.
+        """
+
+    def stop(self) -> None:
+        """End the attempt with its tools; bounded, idempotent."""
+
+    def settle(self, result: RunResult) -> OpenCodeError | None:
+        """Complete *result* after the end, and return what went wrong.
+
+        Sets its exit status and stderr, and adds to its raw lines.
+        """
+
+    def may_repeat(self, result: RunResult) -> bool:
+        """Whether the attempt failed before it did anything, for a reason that may pass."""
+
+    def close(self) -> None:
+        """Give back files and directories; after the end."""
 
 
 # --- its answer, and a repair --------------------------------------------------------------------

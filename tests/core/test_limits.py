@@ -109,7 +109,7 @@ def test_the_budget_is_checked_at_each_step() -> None:
     source = Script(*parts, forever())
     stream = stream_of(source, max_cost=1.0)
 
-    with pytest.raises(OpenCodeBudgetError, match=r"\$1 passed: \$1.2 spent after 3") as caught:
+    with pytest.raises(OpenCodeBudgetError, match=r"\$1 exceeded: \$1.2 spent after 3") as caught:
         stream.wait()
 
     assert caught.value.spent == pytest.approx(1.2)
