@@ -1,7 +1,4 @@
-"""A script for py-opencode-wrapper works here, once `await` and `async_` are taken out of it.
-
-Names, parameters and their order; the rules behind them are tested with their rooms.
-"""
+"""A script for py-opencode-wrapper works here, once `await` and `async_` are taken out of it."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ import pytest
 import opencode_sync
 from opencode_sync import (
     OpenCodeBinaryNotFoundError,
-    OpenCodeCancelledError,
     OpenCodeClient,
     OpenCodeError,
     OpenCodeProcessError,
@@ -33,150 +29,83 @@ from opencode_sync import (
     validate_permission_actions,
 )
 
-NAMES = [
-    "OpenCodeClient",
-    "RunConfig",
-    "RunResult",
-    "TokenUsage",
-    "resolve_binary",
-    "build_argv",
-    "build_env",
-    "validate_config_for_run",
-    "validate_permission_actions",
-    "parse_event_line",
-    "iter_parse_lines",
-    "aggregate_run_result",
-    "run_result_fuzzy_text",
-    "OpenCodeError",
-    "OpenCodeBinaryNotFoundError",
-    "OpenCodeProcessError",
-    "OpenCodeTimeoutError",
-    "OpenCodeCancelledError",
+RUN = {"prompt": ..., "workspace": ".", "run_cfg": None, "timeout_s": None, "log_file": None}
+# Each parameter with its default, ... for none; those before "*" in the wrapper's order.
+PARAMETERS: list[tuple[Any, list[str], dict[str, Any]]] = [
+    (
+        OpenCodeClient,
+        ["binary", "startup_concurrency", "startup_delay_s", "isolate_db"],
+        {
+            "binary": "opencode",
+            "startup_concurrency": 1,
+            "startup_delay_s": 0.3,
+            "isolate_db": True,
+        },
+    ),
+    (OpenCodeClient.run, ["prompt", "workspace"], {**RUN, "max_retries": 2, "retry_delay_s": 1.0}),
+    (OpenCodeClient.stream, ["prompt", "workspace"], RUN),
+    (OpenCodeProcessError, ["exit_code", "stderr", "events", "raw_stdout_lines"], {}),
+    (build_argv, ["binary_resolved", "prompt", "run_cfg"], {}),
+    (build_env, ["run_cfg", "base"], {"base": None}),
+    (resolve_binary, ["binary"], {}),
+    (parse_event_line, ["line"], {}),
+    (run_result_fuzzy_text, ["result"], {}),
+    (validate_config_for_run, ["cfg"], {}),
+    (RunResult.append_event, ["event"], {}),
+    (TokenUsage, ["total", "input", "output", "reasoning", "cache_read", "cache_write"], {}),
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_name_of_the_wrapper_is_exported(name: str) -> None:
-    assert name in opencode_sync.__all__
-    assert hasattr(opencode_sync, name)
+def test_every_name_of_the_wrapper_is_exported() -> None:
+    names = {
+        *("OpenCodeClient", "RunConfig", "RunResult", "TokenUsage", "resolve_binary"),
+        *("build_argv", "build_env", "validate_config_for_run", "validate_permission_actions"),
+        *("parse_event_line", "iter_parse_lines", "aggregate_run_result", "run_result_fuzzy_text"),
+        *("OpenCodeError", "OpenCodeBinaryNotFoundError", "OpenCodeProcessError"),
+        *("OpenCodeTimeoutError", "OpenCodeCancelledError"),
+    }
 
-
-def test_all_that_is_exported_exists() -> None:
+    assert names <= set(opencode_sync.__all__)
     assert [name for name in opencode_sync.__all__ if not hasattr(opencode_sync, name)] == []
 
 
-# --- parameters ----------------------------------------------------------------------------------
-
-
-def parameters(function: Any) -> dict[str, Any]:
-    signature = inspect.signature(function)
-    return {name: p.default for name, p in signature.parameters.items() if name != "self"}
-
-
-@pytest.mark.parametrize(
-    "function, expected",
-    [
-        (
-            OpenCodeClient,
-            {
-                "binary": "opencode",
-                "startup_concurrency": 1,
-                "startup_delay_s": 0.3,
-                "isolate_db": True,
-            },
-        ),
-        (
-            OpenCodeClient.run,
-            {
-                "run_cfg": None,
-                "timeout_s": None,
-                "log_file": None,
-                "max_retries": 2,
-                "retry_delay_s": 1.0,
-            },
-        ),
-        (OpenCodeClient.stream, {"run_cfg": None, "timeout_s": None, "log_file": None}),
-        (build_env, {"base": None}),
-    ],
-    ids=["client", "run", "stream", "build_env"],
-)
-def test_parameters_have_the_wrappers_names_and_defaults(
-    function: Any, expected: dict[str, Any]
+@pytest.mark.parametrize("function, order, defaults", PARAMETERS, ids=lambda each: str(each)[:40])
+def test_parameters_have_the_wrappers_order_and_defaults(
+    function: Any, order: list[str], defaults: dict[str, Any]
 ) -> None:
-    assert expected.items() <= parameters(function).items()
+    found = dict(inspect.signature(function).parameters)
+    found.pop("self", None)
+
+    assert list(found)[: len(order)] == order
+    for name, default in defaults.items():
+        assert found[name].default == (inspect.Parameter.empty if default is ... else default)
 
 
-@pytest.mark.parametrize(
-    "function, names",
-    [
-        (OpenCodeClient, ["binary", "startup_concurrency", "startup_delay_s", "isolate_db"]),
-        (OpenCodeClient.run, ["prompt", "workspace"]),
-        (OpenCodeClient.stream, ["prompt", "workspace"]),
-        (OpenCodeProcessError, ["exit_code", "stderr", "events", "raw_stdout_lines"]),
-        (build_argv, ["binary_resolved", "prompt", "run_cfg"]),
-        (build_env, ["run_cfg", "base"]),
-        (resolve_binary, ["binary"]),
-        (parse_event_line, ["line"]),
-        (run_result_fuzzy_text, ["result"]),
-        (validate_config_for_run, ["cfg"]),
-        (RunResult.append_event, ["event"]),
-        (TokenUsage, ["total", "input", "output", "reasoning", "cache_read", "cache_write"]),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_positional_parameters_have_the_wrappers_order(function: Any, names: list[str]) -> None:
-    assert list(parameters(function))[: len(names)] == names
-
-
-def test_the_fields_of_a_config_have_the_wrappers_order_and_defaults() -> None:
+def test_fields_have_the_wrappers_order_and_defaults() -> None:
     names = [
         *("agent", "model", "files", "title", "command", "continue_session", "session_id", "fork"),
         *("share", "attach", "password", "remote_dir", "port", "variant", "thinking"),
         *("print_logs", "log_level", "disable_autoupdate", "extra_env", "permission", "mcp"),
         *("tools", "config_overrides"),
     ]
-    set_to_something = {"files": (), "continue_session": False, "fork": False}
-
-    fields = dataclasses.fields(RunConfig)[: len(names)]
-
-    assert [field.name for field in fields] == names
-    assert {f.name: f.default for f in fields if f.default is not None} == {
-        **set_to_something,
-        "disable_autoupdate": True,
-    }
-
-
-def test_the_fields_of_a_result_have_the_wrappers_order() -> None:
+    not_none = {"files": (), "continue_session": False, "fork": False, "disable_autoupdate": True}
     usage = TokenUsage(total=3)
 
+    fields = dataclasses.fields(RunConfig)[: len(names)]
     result = RunResult([], "text", [], 0, "stderr", ["line"], usage, 0.5, 2)
 
+    assert [field.name for field in fields] == names
+    assert {f.name: f.default for f in fields if f.default is not None} == not_none
     assert (result.final_text, result.exit_code, result.stderr) == ("text", 0, "stderr")
     assert (result.raw_stdout_lines, result.token_usage) == (["line"], usage)
     assert (result.total_cost, result.turns) == (0.5, 2)
 
 
-# --- what a ported script does -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "error, standard",
-    [
-        (OpenCodeBinaryNotFoundError, FileNotFoundError),
-        (OpenCodeProcessError, Exception),
-        (OpenCodeTimeoutError, TimeoutError),
-        (OpenCodeCancelledError, Exception),
-    ],
-    ids=lambda value: value.__name__,
-)
-def test_every_error_is_caught_as_an_opencode_error(
-    error: type[Exception], standard: type[Exception]
-) -> None:
-    assert issubclass(error, OpenCodeError)
-    assert issubclass(error, standard)
-
-
-def test_a_bad_permission_is_a_value_error() -> None:
+def test_errors_are_caught_as_before() -> None:
+    for error in (OpenCodeBinaryNotFoundError, OpenCodeProcessError, OpenCodeTimeoutError):
+        assert issubclass(error, OpenCodeError)
+    assert issubclass(OpenCodeBinaryNotFoundError, FileNotFoundError)
+    assert issubclass(OpenCodeTimeoutError, TimeoutError)
     with pytest.raises(ValueError, match=r"'edit\.\*\.py'"):
         validate_permission_actions({"edit": {"*.py": "ask"}})
 

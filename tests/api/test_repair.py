@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import multiprocessing
 import queue
 import threading
@@ -185,10 +184,6 @@ def test_a_run_that_ends_with_an_error_after_its_answer_is_not_ok() -> None:
     assert RunResult.from_dict(result.to_dict()) == result
 
 
-def test_without_a_schema_nothing_is_parsed() -> None:
-    assert Answering(GOOD).run("Describe it").parsed is None
-
-
 def test_the_prompt_is_sent_with_the_schema_and_a_repair_without() -> None:
     runner = Answering(BAD, GOOD)
 
@@ -231,25 +226,31 @@ def test_all_turns_are_counted_together() -> None:
     assert result.attempts == 1
 
 
-@pytest.mark.parametrize("repairs", [0, 1, 3])
-def test_what_never_fits_is_an_error_after_as_many_repairs(repairs: int) -> None:
-    runner = Answering(*[BAD] * (repairs + 1))
+@pytest.mark.parametrize(
+    "misfit, repairs, words, text",
+    [
+        (BAD, 0, "its schema: ", BAD),
+        (BAD, 1, "its schema after 1 repair: ", BAD),
+        (BAD, 3, "its schema after 3 repairs: ", BAD),
+        ({"legs": "two"}, 0, "its schema: ", BAD),
+        (CUT, 1, "after 1 repair, and was cut off at the model's output limit", CUT),
+    ],
+    ids=["at once", "after one", "after three", "of the tool", "cut each time"],
+)
+def test_what_never_fits_is_an_error_after_as_many_repairs(
+    misfit: Any, repairs: int, words: str, text: str
+) -> None:
+    runner = Answering(*[misfit] * (repairs + 1))
 
-    with pytest.raises(OpenCodeOutputError, match="does not fit") as caught:
+    with pytest.raises(OpenCodeOutputError, match=words) as caught:
         runner.run("Describe it", schema=Bird, max_repairs=repairs)
 
+    error, result = caught.value, caught.value.result
     assert len(runner.requests) == repairs + 1
-    assert (caught.value.text.split("\n")[-1], len(caught.value.errors)) == (BAD, 1)
-    assert caught.value.result is not None
-    assert caught.value.result.status == "error"
-    assert caught.value.result.parsed is None
-
-
-def test_the_arguments_of_a_tool_that_never_fit_are_the_errors_text() -> None:
-    with pytest.raises(OpenCodeOutputError) as caught:
-        Answering({"legs": "two"}).run("Describe it", schema=Bird, max_repairs=0)
-
-    assert json.loads(caught.value.text) == {"legs": "two"}
+    assert (error.text.split("\n")[-1], len(error.errors)) == (text, 1)
+    assert result is not None
+    assert (result.status, result.parsed) == ("error", None)
+    assert result.total_cost == (repairs + 1) * COST
 
 
 def test_a_repair_whose_start_failed_is_tried_again_and_counts_no_attempt() -> None:
@@ -284,18 +285,6 @@ def test_a_cut_answer_is_sent_back_for_a_shorter_one() -> None:
     assert (result.parsed, result.status, result.total_cost) == (Bird(2), "ok", 2 * COST)
     assert "cut off" in runner.prompts[1]
     assert "shorter" in runner.prompts[1]
-
-
-@pytest.mark.parametrize("repairs", [0, 1])
-def test_an_answer_that_is_cut_each_time_is_an_error_that_says_so(repairs: int) -> None:
-    runner = Answering(*[CUT] * (repairs + 1))
-
-    with pytest.raises(OpenCodeOutputError, match="cut off at the model's output limit") as caught:
-        runner.run("Describe it", schema=Bird, max_repairs=repairs)
-
-    assert caught.value.result is not None
-    assert caught.value.result.total_cost == (repairs + 1) * COST
-    assert caught.value.text.endswith(CUT)
 
 
 def test_a_whole_value_is_taken_though_the_answer_was_cut_behind_it(tmp_path: Path) -> None:
@@ -394,24 +383,7 @@ def test_a_repair_is_cancelled_as_a_run_is() -> None:
     assert stream.result.status == "cancelled"
 
 
-# --- all verbs -----------------------------------------------------------------------------------
-
-
-def test_a_schema_that_is_none_is_refused_before_anything_is_started() -> None:
-    runner = Answering(GOOD)
-
-    for verb in (runner.run, runner.stream, runner.submit):
-        with pytest.raises(OpenCodeConfigError, match="use a class"):
-            verb("Describe it", schema="Bird")
-    with pytest.raises(OpenCodeConfigError, match="max_repairs is -1"):
-        runner.run("Describe it", schema=Bird, max_repairs=-1)
-
-    assert runner.requests == []
-
-
-def test_a_submitted_prompt_is_repaired_too() -> None:
-    with Answering(BAD, GOOD) as runner:
-        assert runner.submit("Describe it", schema=Bird).result(30).parsed == Bird(2)
+# --- batches -------------------------------------------------------------------------------------
 
 
 def test_a_batch_gives_values_and_errors_in_their_places() -> None:
