@@ -118,6 +118,22 @@ def test_a_flag_wakes_all_who_wait_for_it() -> None:
     assert flag.wait(0)
 
 
+def test_a_signal_that_another_thread_was_given_is_noticed_in_a_wait_without_end() -> None:
+    flag, is_done = Flag(), threading.Event()
+    other = threading.Thread(target=is_done.wait, args=[LONG_S])
+    other.start()
+    assert other.ident is not None
+    before = signal.signal(signal.SIGALRM, lambda *_: flag.set())
+    try:
+        threading.Timer(0.05, signal.pthread_kill, [other.ident, signal.SIGALRM]).start()
+
+        assert flag.wait()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        is_done.set()
+        other.join()
+
+
 def test_a_flag_that_is_not_set_is_waited_for_no_longer_than_asked() -> None:
     assert not Flag().wait(0.01)
 
