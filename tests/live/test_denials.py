@@ -307,21 +307,20 @@ def test_a_server_elsewhere_takes_only_arguments_that_nothing_expands(
     assert script.last.prompt == "Handle: it's plain; is it?"
 
 
+@pytest.mark.only("process")
 def test_arguments_are_refused_where_pure_leaves_out_what_seals_them(
-    opencode_binary: str, cfg: RunConfig, workspace: Path
+    runner: Runner, cfg: RunConfig, workspace: Path
 ) -> None:
-    with (
-        OpenCodeClient(opencode_binary, run_cfg=cfg) as client,
-        pytest.raises(OpenCodeConfigError, match="pure=True leaves out all plugins"),
-    ):
-        client.run("Hi", workspace, run_cfg=cfg.replace(command="all", pure=True))
+    with pytest.raises(OpenCodeConfigError, match="pure=True leaves out all plugins"):
+        runner.run("Hi", workspace, run_cfg=cfg.replace(command="all", pure=True))
 
 
 # --- the tripwire --------------------------------------------------------------------------------
 
 
+@pytest.mark.only("process")
 def test_a_process_that_does_not_enforce_denials_is_stopped_before_its_first_tool(
-    opencode_binary: str,
+    runner: Runner,
     cfg: RunConfig,
     workspace: Path,
     script: Script,
@@ -333,11 +332,8 @@ def test_a_process_that_does_not_enforce_denials_is_stopped_before_its_first_too
     monkeypatch.setattr(_command, "PRELOAD_FILE", idle)
     prompt = script.to("Say it slowly", Reply("Let me see.", delay_s=1.0), "Done.")
 
-    with (
-        OpenCodeClient(opencode_binary, run_cfg=cfg) as client,
-        pytest.raises(OpenCodePermissionError, match=r"does not load preload\.js") as caught,
-    ):
-        client.run(prompt, workspace, run_cfg=cfg.replace(permission={"bash": "deny"}))
+    with pytest.raises(OpenCodePermissionError, match=r"does not load preload\.js") as caught:
+        runner.run(prompt, workspace, run_cfg=cfg.replace(permission={"bash": "deny"}))
 
     assert caught.value.tool is None
     assert caught.value.result is not None
@@ -388,8 +384,9 @@ def test_a_sub_agent_s_name_is_refused_or_runs_by_its_own_rules(
     assert made(workspace) == []
 
 
+@pytest.mark.only("process")
 def test_a_fallback_that_opencode_words_in_another_way_is_an_error_of_its_own(
-    opencode_binary: str,
+    runner: Runner,
     cfg: RunConfig,
     workspace: Path,
     script: Script,
@@ -398,11 +395,8 @@ def test_a_fallback_that_opencode_words_in_another_way_is_an_error_of_its_own(
     monkeypatch.setattr("opencode_sync.process.stderr.FALLBACK", "never said")
     before = len(script.requests)
 
-    with (
-        OpenCodeClient(opencode_binary, run_cfg=cfg) as client,
-        pytest.raises(OpenCodeProcessError, match="reader"),
-    ):
-        client.run("As a reader", workspace, run_cfg=cfg.replace(agent="reader"))
+    with pytest.raises(OpenCodeProcessError, match="reader"):
+        runner.run("As a reader", workspace, run_cfg=cfg.replace(agent="reader"))
 
     assert len(script.requests) == before
 
