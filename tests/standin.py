@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from opencode_sync import TESTED_VERSION
+from tests import serving
 
 # How a program begins that is a shell script: it has the version that the tests are of, and says
 # what preload.js says where something is denied.
@@ -49,5 +50,13 @@ def write_standin(path: Path) -> Path:
     """Write the program to *path*, and return it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!{sys.executable} -IS\n{_PROGRAM}")
+    path.chmod(0o755)
+    return path
+
+
+def write_serving(path: Path) -> Path:
+    """Write a program to *path* that stands in for ``opencode serve``, see serving.py."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{VERSION}exec "{sys.executable}" "{serving.__file__}" "$@"\n')
     path.chmod(0o755)
     return path

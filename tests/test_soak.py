@@ -21,9 +21,9 @@ import pytest
 
 from opencode_sync import OpenCodeError, OpenCodeServer, RunStream
 from opencode_sync.api.runner import Runner
-from tests import leaks, serving
+from tests import leaks
 from tests.faults import standin_client
-from tests.standin import VERSION
+from tests.standin import write_serving
 
 RUNS = 500
 TURNS = 100
@@ -204,9 +204,7 @@ def test_after_hundreds_of_runs_everything_is_as_it_was(tmp_path: Path, temporar
 def test_after_a_hundred_turns_everything_is_as_it_was(tmp_path: Path, temporary: Path) -> None:
     workspace = tmp_path / "workspace"
     workspace.mkdir()
-    program = tmp_path / "opencode"
-    program.write_text(f'{VERSION}exec "{sys.executable}" "{serving.__file__}" "$@"\n')
-    program.chmod(0o755)
+    program = write_serving(tmp_path / "opencode")
     soak = Soak(temporary, TURNS)
 
     soak.run(

@@ -30,10 +30,9 @@ from opencode_sync import (
     RunResult,
     Session,
 )
-from tests import serving
 from tests.faults import standin_client
 from tests.scripted import ScriptedRunner
-from tests.standin import VERSION
+from tests.standin import write_serving
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = str(ROOT / "opencode_sync")
@@ -127,10 +126,7 @@ def test_a_prompt_passes_seven_frames_to_its_process(
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[OpenCodeServer]:
     """A stand-in's; what its prompts mean stands at the head of serving.py."""
-    program = tmp_path / "opencode"
-    program.write_text(f'{VERSION}exec "{sys.executable}" "{serving.__file__}" "$@"\n')
-    program.chmod(0o755)
-    with OpenCodeServer(program) as server:
+    with OpenCodeServer(write_serving(tmp_path / "opencode")) as server:
         yield server
 
 

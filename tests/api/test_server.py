@@ -33,8 +33,7 @@ from opencode_sync.process import tree
 from opencode_sync.process.data_dirs import UNPACKED
 from opencode_sync.server.pool import Attacher, ServerPool
 from opencode_sync.server.running import RunningServer
-from tests import serving
-from tests.standin import VERSION
+from tests.standin import write_serving
 from tests.webserver import Answer, WebServer
 
 WITHIN_S = 30
@@ -45,10 +44,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="the stand-in is a PO
 @pytest.fixture
 def binary(tmp_path: Path) -> str:
     """A program that takes the place of opencode."""
-    program = tmp_path / "opencode"
-    program.write_text(f'{VERSION}exec "{sys.executable}" "{serving.__file__}" "$@"\n')
-    program.chmod(0o755)
-    return str(program)
+    return str(write_serving(tmp_path / "opencode"))
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import gc
 import io
 import json
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,9 +29,8 @@ from opencode_sync import (
     ask_in_terminal,
 )
 from opencode_sync.api.permissions import answers_of, permission_request, question_request
-from tests import serving
 from tests.scripted import STEP_COST, ScriptedRunner
-from tests.standin import VERSION
+from tests.standin import write_serving
 
 WITHIN_S = 30
 
@@ -53,10 +51,7 @@ def server(tmp_path: Path) -> Iterator[OpenCodeServer]:
     """A stand-in's; what its prompts mean stands at its head."""
     if os.name != "posix":
         pytest.skip("the stand-in is a POSIX script")
-    program = tmp_path / "opencode"
-    program.write_text(f'{VERSION}exec "{sys.executable}" "{serving.__file__}" "$@"\n')
-    program.chmod(0o755)
-    with OpenCodeServer(program) as server:
+    with OpenCodeServer(write_serving(tmp_path / "opencode")) as server:
         yield server
 
 

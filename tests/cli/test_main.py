@@ -21,8 +21,7 @@ from opencode_sync import __version__
 from opencode_sync.cli import demo, main
 from opencode_sync.process import install
 from opencode_sync.process.command import TESTED_VERSION
-from tests import serving
-from tests.standin import VERSION, write_standin
+from tests.standin import VERSION, write_serving, write_standin
 
 Shell = Callable[..., tuple[int, str, str]]
 
@@ -361,10 +360,7 @@ def test_a_map_over_its_budget_starts_nothing_more_and_says_how_to_go_on(
 @pytest.fixture
 def with_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the place of opencode, a program that serves; see serving.py."""
-    program = tmp_path / "bin" / "serving"
-    program.write_text(f'{VERSION}exec "{sys.executable}" "{serving.__file__}" "$@"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("OPENCODE_BINARY", str(program))
+    monkeypatch.setenv("OPENCODE_BINARY", str(write_serving(tmp_path / "bin" / "serving")))
 
 
 @pytest.mark.usefixtures("with_server")

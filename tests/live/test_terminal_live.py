@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import serving
 from tests.screen import CTRL_C, CTRL_D, UP, Screen
-from tests.standin import VERSION, write_standin
+from tests.standin import write_serving, write_standin
 
 Terminal = Callable[..., Screen]
 
@@ -31,11 +30,7 @@ def standin(tmp_path: Path) -> Path:
 @pytest.fixture
 def server(tmp_path: Path) -> Path:
     """The same for ``opencode serve``; see serving.py for what its prompts do."""
-    path = tmp_path / "bin" / "serving"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f'{VERSION}exec "{sys.executable}" "{serving.__file__}" "$@"\n')
-    path.chmod(0o755)
-    return path
+    return write_serving(tmp_path / "bin" / "serving")
 
 
 @pytest.fixture
