@@ -105,12 +105,22 @@ def a_batch(server: OpenCodeServer) -> tuple[str, ...]:
         for result in batch:
             assert_type(result, RunResult)
     assert_type(batch.report.empty, int)
+    for end in server.map(["Say one."], on_error="return"):
+        assert_type(end, RunResult | OpenCodeError)
     return batch.report.warnings
 
 
 def a_revert(session: Session) -> list[str]:
     session.send("Write a file", max_steps=9, max_tokens=1_000)
     return session.revert(all_files=False)
+
+
+def wrong_options(client: OpenCodeClient, session: Session) -> None:
+    client.run("Go", timeout=60)  # type: ignore[call-arg]
+    client.run("Go", timeout_s="60")  # type: ignore[arg-type]
+    client.run("Go", keep_events=False)  # type: ignore[call-arg]
+    client.map(["Go"], log_file="events.jsonl")  # type: ignore[call-overload]
+    session.stream("Go", max_step=3)  # type: ignore[call-arg]
 
 
 def events_are_dicts(line: bytes) -> object:
