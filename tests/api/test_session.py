@@ -123,6 +123,20 @@ def test_the_first_turn_under_way_tells_the_session_s_id(chat: Session) -> None:
         assert chat.session_id == stream.session_id == "ses_1"
 
 
+def test_a_fork_is_made_with_its_first_prompt_and_counts_its_own(
+    chat: Session, runner: ScriptedRunner
+) -> None:
+    chat.send("hello")
+
+    fork = chat.fork()
+    before = fork.session_id
+    fork.send("again")
+
+    assert before is None
+    assert runner.begun[1].cfg == RunConfig(session_id="ses_1", fork=True)
+    assert (chat.total_cost, fork.total_cost) == (STEP_COST, STEP_COST)
+
+
 def test_a_prompt_waits_until_the_turn_before_has_ended(
     chat: Session, runner: ScriptedRunner
 ) -> None:
