@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.config import RunConfig, validate_config_for_run
 from ..core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
-from ..core.lifetime import Pinned
+from ..core.lifetime import SLICE_S, Pinned
 from ..core.limits import Limits
 from ..core.reading import number_of, usage_of
 from ..core.request import (
@@ -42,6 +42,8 @@ from .runner import Runner
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from ..server.sessions import Sessions
 
 SUMMARY_S = 600.0  # bound on a summary, where the session has no timeout_s
 _CLOSED = "the session was closed"
@@ -176,8 +178,7 @@ class Session(Pinned):
             # OpenCode gives it the original's title, with "(fork #1)" after it.
             cfg = self._cfg.replace(title=None, continue_session=False, session_id=session_id)
             if self._runner._keeps_sessions or message_id is not None:
-                kept = self._runner._kept_sessions(self._cfg)
-                fork_id = kept.fork(session_id, self._directory(), message_id=message_id)
+                fork_id = self._kept().fork(session_id, self._directory(), message_id=message_id)
                 cfg = cfg.replace(session_id=fork_id, fork=False, share=None)
             else:
                 cfg = cfg.replace(fork=True)  # it is made with its first prompt
@@ -196,8 +197,7 @@ class Session(Pinned):
         """All messages so far, each ``{"info": ..., "parts": ...}`` as OpenCode keeps them."""
         if self.session_id is None:
             return []
-        kept = self._runner._kept_sessions(self._cfg)
-        return kept.messages(self.session_id, self._directory())
+        return self._kept().messages(self.session_id, self._directory())
 
     def summarize(self, model: str | None = None) -> None:
         """Have the past summed up: from now on, the model is given the summary in its place.
@@ -208,7 +208,7 @@ class Session(Pinned):
         if model is not None:
             validate_config_for_run(RunConfig(model=model))
         with self._in_session() as session_id:
-            kept, directory = self._runner._kept_sessions(self._cfg), self._directory()
+            kept, directory = self._kept(), self._directory()
             last = kept.last_message(session_id, directory)
             of_last = f"{last.get('providerID')}/{last.get('modelID')}"
             model = model or self._cfg.model or of_last
@@ -237,7 +237,7 @@ class Session(Pinned):
                 has changed or may have changed files of which there is no snapshot.
         """
         with self._in_session() as session_id:
-            kept, directory = self._runner._kept_sessions(self._cfg), self._directory()
+            kept, directory = self._kept(), self._directory()
             message_id = message_id or kept.last_prompt(session_id, directory)
             if message_id is None:
                 raise OpenCodeConfigError("the session has no prompt to take back")
@@ -250,15 +250,14 @@ class Session(Pinned):
             OpenCodeConfigError: If nothing is taken back; after a further prompt it is lost.
         """
         with self._in_session() as session_id:
-            self._runner._kept_sessions(self._cfg).unrevert(session_id, self._directory())
+            self._kept().unrevert(session_id, self._directory())
 
     def close(self) -> None:
         """End the prompt under way; the session stays, unless *delete* was given. Idempotent."""
         was_closed, self._is_closed = self._is_closed, True
         self.abort(_CLOSED)
         if self._deletes and not was_closed and self.session_id is not None:
-            kept = self._runner._kept_sessions(self._cfg)
-            kept.delete(self.session_id, self._directory())
+            self._kept().delete(self.session_id, self._directory())
 
     def __enter__(self) -> Session:
         self._check_open()
@@ -292,7 +291,8 @@ class Session(Pinned):
             raise OpenCodeConfigError(
                 "this thread has a turn of the session under way: let its stream end first"
             )
-        self._lock.acquire()
+        while not self._lock.acquire(timeout=SLICE_S):  # so that a signal is noticed
+            pass
         self._holder, key = threading.current_thread(), object()
         self._held.append(key)
         return key
@@ -376,6 +376,9 @@ class Session(Pinned):
     def _check_open(self) -> None:
         if self._is_closed:
             raise OpenCodeConfigError("this Session is closed: resume it by its session_id")
+
+    def _kept(self) -> Sessions:
+        return self._runner._kept_sessions(self._cfg)
 
     def _directory(self) -> str:
         return self._cfg.remote_dir or str(directory(self._workspace))
