@@ -169,9 +169,9 @@ class Runner(abc.ABC):
         future.add_done_callback(self._forget_future)
         try:
             self._threads().submit(future.work, begin)
-        except RuntimeError as error:  # no more threads, or the interpreter is at its end
+        except RuntimeError as error:  # too many threads, or the interpreter exits
             self._forget_future(future)
-            raise OpenCodeError(f"there is no thread to run it: {error}") from error
+            raise OpenCodeError(f"no thread can be started for it: {error}") from error
         except BaseException:
             self._forget_future(future)
             raise
@@ -314,7 +314,7 @@ class Runner(abc.ABC):
         Args:
             answers: To what is asked in the meantime.
             on_begin: Gets the stream before anything is started.
-            on_end: Gets it when it has ended, in whichever thread.
+            on_end: Called with it when it has ended, in any thread.
         """
         cfg = self._checked(settings.run_cfg, may_ask=answers is not NO_ANSWERS)
         request = Request(

@@ -127,7 +127,7 @@ class OpenCodeServer(Runner):
         Its tools can be stopped only by the server itself. Its sub-agents ask for what the server's
         own configuration has them ask for, not for what a run's ``permission`` says. What that
         denies is denied to new sub-agents too; one that is resumed keeps the rules of its session.
-        A run in which a denied tool runs all the same is ended.
+        A run in which a denied tool runs nevertheless is stopped.
 
         Args:
             url: Where the server is, such as ``"http://127.0.0.1:4096"``.
@@ -268,7 +268,7 @@ class OpenCodeServer(Runner):
         cfg = super()._checked(run_cfg, may_ask=may_ask)
         if not self._is_launched(cfg) or cfg.config_overrides is not None:
             return cfg
-        # What the server was told to deny is denied to each of its sessions.
+        # What the server's settings deny is denied to each of its sessions.
         return cfg.replace(config_overrides=self._run_cfg.config_overrides)
 
     def _is_launched(self, cfg: RunConfig) -> bool:

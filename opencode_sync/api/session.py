@@ -233,8 +233,8 @@ class Session(Pinned):
             workspace are not among them.
 
         Raises:
-            OpenCodeConfigError: If there is no such prompt; or, with nothing taken back, if a tool
-                has changed or may have changed files of which there is no snapshot.
+            OpenCodeConfigError: If there is no such prompt; or, before anything is taken back, if a
+                tool has changed, or may have changed, files without a snapshot.
         """
         with self._in_session() as session_id:
             kept, directory = self._kept(), self._directory()

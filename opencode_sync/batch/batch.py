@@ -172,7 +172,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
 
     @property
     def report(self) -> BatchReport:
-        """The batch as it stands, during it and after its end."""
+        """The state of the batch, during it and after its end."""
         running = 0 if self._dispatch is None else self._dispatch.running
         return self._tally.report(running, self._throttle)
 

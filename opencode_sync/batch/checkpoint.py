@@ -306,7 +306,7 @@ class Checkpoint:
             _log.warning("checkpoint %s: the last line was cut off, and is removed", self._path)
             os.ftruncate(self._descriptor, size)
             os.fsync(self._descriptor)
-        elif last is not None and not last.data.endswith(b"\n"):  # complete all the same
+        elif last is not None and not last.data.endswith(b"\n"):  # complete nevertheless
             _write_all(self._descriptor, b"\n")
             size += 1
         return size

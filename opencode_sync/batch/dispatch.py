@@ -156,7 +156,7 @@ class Dispatch(Listener):
             self._thread.join(STOP_S)
         self._tally.end()
 
-    # -- told by jobs under way, in their threads --------------------------------------------------
+    # -- reported by running jobs, in their threads ------------------------------------------------
 
     def refused(self, index: int, retry_after_s: float | None) -> None:
         with self._lock:
@@ -269,7 +269,7 @@ class Dispatch(Listener):
             outcome = self._as_over_budget(outcome, spent)
             with self._lock:
                 self._throttle.recovered(task.index)
-                # A job in this process has told of each refusal as it came.
+                # A job in this process has reported each refusal as it came.
                 for _ in range(outcome.refusals if outcome.is_remote else 0):
                     n_in_flight = len(self._in_flight)
                     self._throttle.refused(n_in_flight, retry_after_s=outcome.retry_after_s)
@@ -319,7 +319,7 @@ class Dispatch(Listener):
         return True
 
     def _finish(self, task: Task, outcome: Outcome) -> None:
-        """Count a job whose end is on disk, and have it taken; with the lock."""
+        """Count a job whose end is on disk, and let it be taken; with the lock."""
         end = outcome.end
         if self._stop_by is not None and isinstance(end, OpenCodeCancelledError):
             # The consumer hears that the batch was stopped, not of each job that this has stopped.

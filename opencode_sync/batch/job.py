@@ -1,6 +1,6 @@
 """One job of a batch: what is to be done, where it is done, and what came of it.
 
-    in a thread of ours:   Work(task) ----------------------------------+
+    in our own thread:     Work(task) ----------------------------------+
     in another process:    Work --pickled--> RemoteWork(task) --+       |
                                     a copy of the runner, one   |       |
                                     for each worker process     v       v
@@ -117,7 +117,7 @@ class Outcome:
 
 
 class Listener:
-    """Is told about jobs under way, from the threads that carry them out; ignores it by default."""
+    """Gets reports on running jobs, from their threads; ignores them by default."""
 
     def refused(self, index: int, retry_after_s: float | None) -> None:
         """A provider refused a request of job *index*, which waits to ask again."""

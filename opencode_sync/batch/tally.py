@@ -258,7 +258,7 @@ class Tally:
             self._rows.append(row_of(end))
 
     def report(self, running: int, throttle: Throttle) -> BatchReport:
-        """The batch as it stands, with *running* jobs in flight."""
+        """The state of the batch, with *running* jobs in flight."""
         with self._lock:
             began, ended = self._began, self._ended or time.monotonic()
             return BatchReport(
@@ -380,7 +380,7 @@ class Progress:
             self._bar.update(finished - self._bar.n)
 
     def close(self) -> None:
-        """Leave the bar as it stands. Idempotent."""
+        """Leave the bar as it is. Idempotent."""
         if self._bar is not None:
             self._bar.refresh()
             self._bar.close()
@@ -391,5 +391,5 @@ def _is_seen(always: bool) -> bool:
     stream = sys.stderr
     if stream is None or always:  # a service, or a program without a console, has none
         return stream is not None
-    # A notebook's stream says that it is not a terminal, and shows a bar all the same.
+    # A notebook's stream says that it is not a terminal, but shows a bar.
     return stream.isatty() or type(stream).__module__.partition(".")[0] == "ipykernel"

@@ -1,6 +1,6 @@
 """How many jobs may be in flight while a provider refuses requests for being too many.
 
-    refused(job)   --> down to as many jobs as are not waiting: what the provider bears
+    refused(job)   --> down to as many jobs as are not waiting: what the provider accepts
     recovered(job) --> that job no longer waits
     succeeded()    --> up again: fast to half of what was too many, slowly around it
 

@@ -6,8 +6,8 @@
                 +--> Tripwire ------> broken(events): a denied tool has run
 
 OpenCode puts the rules of an agent after those of the configuration, the last one that matches
-counts, and whoever wrote the workspace can write agents. The rules of a session come after all of
-these, so a server is told them there; in a process of its own, preload.js has the last word.
+counts, and the workspace can define agents. The rules of a session come after all of
+these, so on a server they are set there; in a process per run, preload.js enforces them.
 OpenCode takes any name, and a rule for a name that nothing has denies nothing. Measured with
 OpenCode 1.18.33 (names: also 1.17). Starts nothing.
 """
@@ -40,7 +40,7 @@ _NAMES = frozenset({
 })  # fmt: skip
 _EDITING = ("write", "apply_patch", "multiedit", "patch")
 _READING = ("list_mcp_resources", "list_mcp_resource_templates", "read_mcp_resource")
-# Tools that ask for the permission of another one: a rule of their own name is never looked at.
+# Tools that ask for the permission of another one: a rule of their own name has no effect.
 _PERMISSION_OF = {**dict.fromkeys(_EDITING, "edit"), **dict.fromkeys(_READING, "read")}
 _OTHER_NAMES = {"shell": "bash", "subagent": "task", "fetch": "webfetch"}  # OpenCode 2's, others'
 _AGENT_KEYS = ("agent", "mode")  # of OpenCode's configuration; the second is the older name
@@ -262,7 +262,7 @@ class Tripwire:
             if event.get("type") == "tool_use" and self._is_denied(part):
                 tool = str(part["tool"])
                 return OpenCodePermissionError(
-                    f"tool {tool!r} is denied, and has run all the same; the run was stopped: see "
+                    f"tool {tool!r} is denied, and has run nevertheless; the run was stopped: see "
                     "result.tool_calls for what it has done",
                     tool=tool,
                 )

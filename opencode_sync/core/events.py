@@ -290,7 +290,7 @@ def parse_event_line(line: str | bytes) -> Event:
 
 
 def iter_parse_lines(lines: Iterable[str | bytes]) -> Iterator[Event]:
-    """The events of each line, lazily: one per line, unless other text stands in it too."""
+    """The events of each line, lazily: one per line, unless it holds other text too."""
     for line in lines:
         event = parse_event_line(line)
         if event.get("kind") == "json_decode_error":
@@ -322,7 +322,7 @@ def _taken_apart(diagnostic: Event) -> list[Event]:
 
 
 def is_cut(event: Event) -> bool:
-    """Whether *event* tells of a line whose end is the beginning of an event."""
+    """Whether *event* is for a line whose end is the beginning of an event."""
     raw = event.get("raw")
     if event.get("kind") != "json_decode_error" or not isinstance(raw, str):
         return False

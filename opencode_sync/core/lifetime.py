@@ -1,7 +1,7 @@
 """What has to hold while signals, the interpreter's exit and forks come at any moment.
 
-    deferred()   holds Ctrl-C back while a process or a directory is made: between the making of a
-                 thing and the first reference to it nobody could give it back
+    deferred()   holds Ctrl-C back while a process or a directory is made: between its
+                 creation and the first reference to it, nobody could close it
     Flag         can be set in a signal's handler that interrupts its setter or its waiter
     Queue        can be waited for without taking, and so be taken from while Ctrl-C is held back
     CancelScope  a deadline and a cancellation for everything that waits in its name
@@ -11,7 +11,7 @@
                                       --> atexit's own calls
     Pinned       what cannot leave its process
 
-Knows weak references and callbacks; what is ended, and how, is up to their makers.
+Knows weak references and callbacks; their owners know what is ended, and how.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ REASON = "the interpreter is shutting down"
 class UnderWay(Generic[T]):
     """Things that end with the interpreter, and that a forked child does not own.
 
-    They stand in a plain dict, whose single operations are atomic: a lock could be held by the
+    They are kept in a plain dict, whose single operations are atomic: a lock could be held by the
     very thread that a finaliser interrupts.
     """
 

@@ -92,7 +92,7 @@ class Meter:
         # By session, a sub-agent's too: steps in a row that led to nothing, and how the last ended.
         self._fruitless: dict[object, int] = {}
         self._last_reason = ""
-        self._void: dict[object, str] = {}  # among these steps, the tool last called in vain
+        self._void: dict[object, str] = {}  # in these steps, the tool of the last failed call
         self._has_void: set[object] = set()  # in the step under way
         # Sessions that have called a tool in their last step: OpenCode asks again with its result,
         # also where the step ended with "stop", as it does with some providers.
@@ -245,7 +245,7 @@ class Meter:
 
 def tokens_of(usage: TokenUsage) -> int:
     """Tokens as budgets count them: what OpenCode calls the total, or the sum of input, output,
-    reasoning, and the cache's reads and writes, whichever is more.
+    reasoning, and the cache's reads and writes, if that is more.
     """
     parts = usage.input + usage.output + usage.reasoning + usage.cache_read + usage.cache_write
     return max(usage.total, parts)

@@ -78,7 +78,7 @@ def _result_of(end: RunResult | OpenCodeError) -> RunResult:
 
 
 class Line(NamedTuple):
-    """A line of a checkpoint: where it stands, and the object that it holds."""
+    """A line of a checkpoint: where it is, and the object that it holds."""
 
     number: int
     offset: int
@@ -87,7 +87,7 @@ class Line(NamedTuple):
 
 
 def lines_in(file: Iterable[bytes], offset: int = 0) -> Iterator[Line]:
-    """Read the lines of a checkpoint's *file*, which stands at *offset*.
+    """Read the lines of a checkpoint's *file*, from its current position *offset*.
 
     Ends before a last line that was cut off, or is being written.
 

@@ -246,7 +246,7 @@ def _check_plugins(workspace: Path, setting: str) -> None:
         plugins = [*directory.glob("plugin/*.[jt]s"), *directory.glob("plugins/*.[jt]s")]
         if plugins and str(place) != os.path.expanduser("~"):  # plugins at home are the user's
             raise OpenCodeConfigError(
-                f"{setting}: OpenCode would execute {str(plugins[0])!r} all the same: remove the "
+                f"{setting}: OpenCode would execute {str(plugins[0])!r} nevertheless: remove the "
                 "workspace's plugins, or run it with its configuration"
             )
         if (place / ".git").exists():
@@ -435,7 +435,7 @@ class SchemaReview:
 def _value_in(result: RunResult, schema: OutputSchema, is_cut: bool) -> Fit | SchemaMismatch:
     """The value of the answer, or what is wrong with it."""
     try:
-        # What a server noted down, if it did; the model may have put it into words all the same.
+        # What the server's tool got; without it, the model may have answered in words.
         if result._json is None:
             return schema.find(result.answer, is_cut=is_cut)
         if (n := _n_outputs(result)) > 1:

@@ -279,7 +279,7 @@ class RunResult:
     def to_dict(self) -> dict[str, Any]:
         """All of it as values that ``json`` takes, ``status``, texts and usage included.
 
-        ``parsed`` stands as it is: whether JSON takes it depends on the schema.
+        ``parsed`` is unchanged: whether JSON can hold it depends on the schema.
         """
         data = {name: getattr(self, name) for name in _public_fields(RunResult)}
         for name in _LISTS:

@@ -27,7 +27,7 @@ from .errors import OpenCodeConfigError
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-_MOST_FAULTS = 20  # told to the model at a time
+_MOST_FAULTS = 20  # sent to the model at a time
 _WRAPPED = "value"  # the key of a value that is not an object, in a tool's arguments
 _ROUNDED = 2**53  # by OpenCode, which reads arguments of tools as JavaScript does
 
@@ -216,7 +216,7 @@ def _whole_numbers(value: Any) -> Iterator[int]:
 
 # --- schemas -------------------------------------------------------------------------------------
 
-_MOST_KEYS = 5  # told in an error
+_MOST_KEYS = 5  # quoted in an error
 _WRAPPERS = ("schema", "json_schema", "input_schema", "parameters", "function")
 _WRAPPER_KEYS = {*_WRAPPERS, "type", "name", "title", "description", "strict"}
 _ANNOTATIONS = {"format"}  # keywords that accept everything, unless they are asked for
@@ -343,7 +343,7 @@ def find_values(answer: str, *, is_cut: bool = False) -> tuple[list[Any], bool]:
     text = _without_thoughts(answer).strip()
     pieces, block = _split_at_fences(text)
     if block is not None:
-        for piece in pieces:  # the block may stand inside a value that is not valid JSON
+        for piece in pieces:  # the block may be inside a value that is not valid JSON
             list(_outermost(piece))
         if is_cut and not (block.is_closed and block.is_last):
             raise SchemaMismatch("the answer is cut off, and not at the end of its last block")
@@ -415,7 +415,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
     return found
 
 

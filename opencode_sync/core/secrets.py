@@ -164,7 +164,7 @@ def _of_setting(
     Args:
         name: What it is called.
         is_named: Its name, or that of a setting around it, says that it is a secret.
-        is_listed: It stands where values are usually secret: among headers, say.
+        is_listed: It is in a place where values are usually secret, such as headers.
     """
     if isinstance(value, Mapping):
         for key, each in value.items():

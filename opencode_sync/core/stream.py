@@ -65,7 +65,7 @@ class Opener(Protocol):
         """Called before anything is started; what it raises keeps the run from starting."""
 
     def _stream_ended(self, stream: RunStream) -> None:
-        """Called when the stream has ended, in whichever thread ended it."""
+        """Called when the stream has ended, in the thread that ended it."""
 
 
 class RunStream(Pinned, Iterator[Event]):
@@ -92,7 +92,7 @@ class RunStream(Pinned, Iterator[Event]):
 
         Args:
             on_begin: Called before anything is started; from then on the stream can be cancelled.
-            on_end: Called once, in whichever thread ends the stream.
+            on_end: Called once, in the thread that ends the stream.
         """
         self._runner = runner
         self._request = request  # of the current round: the prompt, then each repair
@@ -373,12 +373,12 @@ class RunStream(Pinned, Iterator[Event]):
             except OpenCodeError as error:
                 self._end(self._status_of(error), error)
 
-    # -- the end, in whichever thread ----------------------------------------------------------
+    # -- the end, in any thread ----------------------------------------------------------------
 
     def _cancel(self, reason: str, error: OpenCodeError | None) -> None:
         if self._ended.is_set():
             return
-        if os.getpid() != self._pid:  # a forked child owns none of this
+        if os.getpid() != self._pid:  # a forked child does not own it
             self._ended.set()
             return
         self._cancel_reason = self._cancel_reason or reason
@@ -497,7 +497,7 @@ def cancel_together(streams: Sequence[RunStream], reason: str) -> None:
         )
         try:
             thread.start()
-        except RuntimeError:  # no more threads; at the interpreter's exit none in 3.12.0 and .1
+        except RuntimeError:  # too many threads; in 3.12.0 and .1 also at the interpreter's exit
             stream.cancel(reason)
         else:
             threads.append(thread)

@@ -388,7 +388,7 @@ class SessionIndex:
 def check_directory(session_id: str, own: str | None, workspace: str | None) -> None:
     """Refuse to continue a session outside of *own*, the directory that it works in.
 
-    OpenCode would carry the prompt out there all the same, print nothing, and not end (1.18.33).
+    OpenCode would run the prompt there, print nothing, and not end (1.18.33).
     None means any directory.
     """
     if own is not None and workspace is not None and own != workspace:

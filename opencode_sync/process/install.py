@@ -5,8 +5,8 @@
     ROOT/.installing-x/VERSION/bin/opencode the first of its programs that runs here
     ROOT/VERSION/bin/opencode               the same, by one rename: whole, or not there at all
 
-What an install that was killed leaves behind, the next one removes. Knows npm and files, nothing
-of runs.
+What a killed install leaves behind is removed by the next one. Knows npm and files, nothing of
+runs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PACKAGE = "opencode-ai"
 _SCRATCH = ".installing-"
 _STDERR_LINES = 20
 
-# The first three stand against settings of the user's own that would hide the programs from us.
+# The first three override settings of the user that would hide the programs from us.
 # The package's install script would only make a third copy of 185 MB.
 _NPM_OPTIONS = (
     "--no-global",
@@ -53,7 +53,7 @@ _NPM_OPTIONS = (
 def install(version: str | None = None, *, report: Callable[[str], None] = print) -> Path:
     """Put OpenCode's *version* into the user's data directory, and return the program's path.
 
-    Nothing is done where that version is there and answers; one that does not is replaced. It
+    Nothing is done if that version is there and answers; one that does not is replaced. It
     takes npm some ten seconds on a fast line. Of two at once, the second waits for the first.
 
     Args:
@@ -102,7 +102,7 @@ def _alone(root: Path, report: Callable[[str], None]) -> Iterator[None]:
     except OpenCodeError:
         raise
     except OSError as error:
-        if error.filename is None:  # no file of ours: report() may print into a closed pipe
+        if error.filename is None:  # not from a file of ours: report() may print into a closed pipe
             raise
         raise OpenCodeBinaryNotFoundError(
             f"cannot write to {root}: {error.strerror}: fix that, or set XDG_DATA_HOME to a "

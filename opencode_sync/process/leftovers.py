@@ -2,9 +2,8 @@
 
     Leftovers.find() --> processes, paths --> remove()
 
-A run's processes bear the pid of the Python process that it belongs to, and so do its temporary
-directories: what belongs to a process that is no more is a leftover. Where a watchdog was at work
-there is none.
+A run's processes and its temporary directories are marked with the pid of its Python process. If
+that process has ended, they are leftovers. The watchdog, where it works, leaves none.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _TEMPORARY = re.compile(re.escape(TEMPORARY_PREFIX) + r"(?P<pid>\d+)-(?P<space>\
 
 @dataclass
 class Leftovers:
-    """What belongs to a process that is no more.
+    """What belongs to a Python process that has ended.
 
     Attributes:
         processes: Tools and OpenCodes; also those that ``keep_background`` left on purpose.
@@ -88,7 +87,7 @@ def _processes() -> Iterator[psutil.Process]:
 
     for process in psutil.process_iter():
         with suppress(psutil.Error, PermissionError):  # ended by now, or another user's
-            # A run in a run bears the outer one's token first; that one would stop it too.
+            # A run in a run has the outer one's token first; that one would stop it too.
             owner = process.environ().get(MARKER, "").partition("/")[0].partition("-")[0]
             is_ours = owner.isdigit() and process.pid != os.getpid() and _counts_as_we(process.pid)
             if is_ours and not _lived_at(int(owner), process.create_time()):

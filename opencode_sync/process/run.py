@@ -149,7 +149,7 @@ class ProcessRun:
                 if events := self._logs.take_pending():
                     return events
                 raise
-            # A Ctrl-C that comes while a block is read would lose what stands in it.
+            # A Ctrl-C that comes while a block is read would lose its content.
             with lifetime.deferred():
                 self._ready = self._next_events()
         events, self._ready = self._ready, []
@@ -158,7 +158,7 @@ class ProcessRun:
     def _next_events(self) -> list[Event]:
         try:
             block = self._process.receive(0)
-        except queue.Empty:  # one of the outputs has ended, and no more than that
+        except queue.Empty:  # one of the outputs has ended
             return []
         if block is None:
             self._is_done = True

@@ -31,7 +31,7 @@ PRELOAD_PREFIX = "opencode-sync: "
 FALLBACK = "Falling back to"
 
 NEEDED_BYTES = 8_000_000  # where a start writes: Bun unpacks 5.6 MB, and a database takes 0.9
-_LONGEST = 65_536  # characters of a line that are looked at
+_LONGEST = 65_536  # characters of a line that are searched
 _LOG_LINE = re.compile(r"timestamp=\S+ level=[A-Z]+ ")
 _LOG_FIELD = re.compile(r'(?<=\s)([\w.]+)=("(?:[^"\\]|\\.)*"|\S*)')
 _NOT_MADE = re.compile(r"^E[A-Z]+: [^\n]*, mkdir '([^'\n]+)'", re.MULTILINE)
@@ -63,7 +63,7 @@ class LogReader:
         cause: The last failure that the log explains: more than OpenCode's ``error`` event tells
             of an unknown model.
         other_agent: Why OpenCode runs another agent than was asked for, or None.
-        pending: A refusal of which the next line shows whether it is the last, or None. Without
+        pending: A refusal, or None; the next line shows whether it is the last one. Without
             its HTTP status it is taken for one that is retried, if nothing follows.
     """
 
@@ -191,7 +191,7 @@ def no_agent(why: str) -> Event:
 
 
 def not_counted(n_sub_agents: int) -> Event:
-    """The warning of a run in which sub-agents worked and OpenCode told nothing of them."""
+    """The warning for a run with sub-agents that OpenCode did not report."""
     message = (
         f"What {n_sub_agents} sub-agent(s) used and did is not counted, and max_cost did not hold "
         "for them, since this opencode told nothing of their sessions: leave BUN_INSPECT_PRELOAD "

@@ -3,19 +3,19 @@
     opencode        OPENCODE_SYNC_RUN=A       set by us: chain()
       tool          OPENCODE_SYNC_RUN=A       inherited, through setsid and double forks too
         opencode    OPENCODE_SYNC_RUN=A/B     a tool that uses opencode_sync itself
-      tool          a resource limit of A's   env -i: Linux hands it down all the same, see mark()
+      tool          a resource limit of A's   env -i: Linux passes it on, see mark()
 
 When OpenCode ends, its tools do not: they have sessions of their own and go on below pid 1, where
-a walk over parents does not find them; the mark does. What bears A is stopped with A, so an outer
-run takes its inner ones along. A token has the form PROCESS.N; PROCESS alone stands for all runs of
-one Python process.
+a walk over parents does not find them; the mark does. A process with A's mark is stopped with A,
+also if it belongs to a run inside of A. A token has the form PROCESS.N; PROCESS alone means all
+runs of one Python process.
 
 Out of reach is a tool that was handed to a service or a container, and one of another user unless
 we are root. Where there are no such limits (all systems but Linux), also a tool that cleans its
 environment (or overwrites it, as some daemons do to set their title) and outlives both its parent
 and the leader of its session.
 
-Also loaded without the package, by the watchdog's process: imports no other module of ours.
+The watchdog's process loads it without the package, so it imports no other module of it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def mark(pid: int, token: str) -> Seen | None:
 
 
 def _limits(token: str) -> range:
-    """The limits that processes of *token* may bear; empty where it is not a token."""
+    """The limits that processes of *token* may have; empty if it is not a token."""
     process, _, number = token.partition(".")
     with suppress(ValueError):
         first = _LEAST_LIMIT + (int(process.partition("-")[2][:10], 16) << _RUN_BITS)
@@ -248,7 +248,7 @@ class Stopped(NamedTuple):
 
 
 def find(token: str) -> list[psutil.Process]:
-    """All living processes that bear *token*, except this one."""
+    """All living processes with *token*, except this one."""
     tree = Tree(token)
     bearing = [pid for pid in _pids() if pid != os.getpid() and tree.bears(pid)]
     seen = filter(None, map(_look_at, bearing))
@@ -263,7 +263,7 @@ def stop(
     grace_s: float | None = None,
     bound_s: float | None = None,
 ) -> Stopped:
-    """End what bears *token*, with all descendants.
+    """Stop the processes with *token*, and all their descendants.
 
     All are asked (SIGTERM), and after the grace what is left is killed, until a look finds nothing
     more. An obedient tree takes some 20 ms. May be called in any thread, and in a finaliser; takes
@@ -271,7 +271,7 @@ def stop(
     as gone: reaping them is up to their parents.
 
     Args:
-        root: Our child that was the first to bear the token, as :func:`mark` returned it. Its
+        root: Our child that got the token first, as :func:`mark` returned it. Its
             descendants count whatever their environment; what is older than it is passed over. If
             it has ended, what it left in its session counts.
         spare: Tokens of runs under *token* to leave alone.
@@ -291,7 +291,7 @@ def stop_strays(token: str) -> Stopped:
 
 
 class Tree:
-    """Processes that bear a token, and their descendants, as far as they have been seen.
+    """Processes with a token, and their descendants, as far as they have been seen.
 
     A process that was seen once is remembered: with its parent's death it may lose the only sign
     that it is ours. psutil knows it by pid and start time, so no other process gets its signal.
@@ -315,13 +315,13 @@ class Tree:
 
     @classmethod
     def of(cls, token: str) -> Tree:
-        """Find what bears *token*, and remember it."""
+        """Find the processes with *token*, and remember them."""
         tree = cls(token)
         tree._look(on_sight=lambda process: None)
         return tree
 
     def bears(self, pid: int) -> bool | None:
-        """Whether *pid* bears the token and is not spared; None where it cannot be told for now."""
+        """Whether *pid* has the token and is not spared; None if that is unknown for now."""
         limit = _limit_of(pid)
         has_limit = limit in self._limits
         if self._only_strays:
@@ -400,7 +400,7 @@ class Tree:
         """All that live now: by mark, by memory, and what hangs below these.
 
         Args:
-            on_sight: Called at once with each that bears the mark and whose parent does not: what
+            on_sight: Called at once with each that has the mark and whose parent does not: what
                 forks and ends again and again would be gone by the end of the look. Others wait
                 for their parents: a shell whose command ended before it would begin the next one.
         """
@@ -426,7 +426,7 @@ class Tree:
         return [process for pid in sorted(ours & kin.keys()) if (process := self._remember(pid))]
 
     def _kin(self, on_sight: Callable[[psutil.Process], None]) -> dict[int, Seen]:
-        """All that live and are young enough to be ours; remembers those that bear the mark."""
+        """All that live and are young enough to be ours; remembers those with the mark."""
         self._is_clear = True
         kin: dict[int, Seen] = {}
         us = os.getpid()

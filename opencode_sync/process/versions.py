@@ -98,7 +98,7 @@ def check_program_version(program: str, cancelled: Callable[[], bool] = lambda: 
     try:
         file = _identity(program)
     except OSError:
-        return []  # it has gone, as whoever starts it will tell
+        return []  # it has gone; its start will fail and say so
     version = _version_of(program, file, cancelled)
     if fault := fault_of(version):
         raise OpenCodeConfigError(

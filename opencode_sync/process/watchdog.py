@@ -3,7 +3,7 @@
     this process                                 the watchdog's process, in a session of its own
       guard() ---------- starts it, once ------>   reads its end of a socket pair
       add_directory(), discard_directory() ---->   keeps the list
-      (SIGKILL, out of memory, a crash, or         at end of file: stops what bears our token,
+      (SIGKILL, out of memory, a crash, or         at end of file: stops all with our token,
        just our end)                               removes the directories, ends
 
 One serves all runs of a Python process; a forked child has one of its own. It is nobody's child
@@ -69,7 +69,7 @@ class Watchdog:
             self._send(b"-%b\n" % entry)
 
     def spare(self, token: str) -> None:
-        """Leave alone, after our end, what bears the run's *token*."""
+        """After our end, leave the processes with the run's *token* alone."""
         self._add(b"spare " + token.encode())
 
     def _add(self, entry: bytes) -> None:
@@ -140,7 +140,7 @@ class Watchdog:
         self._lock.release()
 
     def after_fork_in_child(self) -> None:
-        """Begin anew. Our end of the line is closed, or the parent's end would go unnoticed."""
+        """Close the parent's line, or its end would not be noticed; the child starts its own."""
         if self._channel is not None:
             os.close(self._channel)
         self._reset()
@@ -162,7 +162,7 @@ def _launch(token: str, entries: Iterable[bytes]) -> tuple[int, int]:
     """Start the process; return our end of its line, and its pid.
 
     Raises:
-        OSError: If there is no process or descriptor to be had; TimeoutError, if it says nothing.
+        OSError: If the system gives no process or descriptor; TimeoutError, if it says nothing.
         ValueError: If it ends at once.
     """
     import socket
@@ -222,10 +222,10 @@ def main(token: str, site: str) -> None:
 
 
 def _drop_mark() -> None:
-    """Bear no run's limit (see ``_tree.mark``): where our program is a tool of an outer run, we
-    clean up after its end, and are not to be ended with it.
+    """Drop the resource limit of an outer run (see ``tree.mark``): if our program is one of its
+    tools, we clean up after its end, and must not be stopped with it.
 
-    A limit can be lowered alone, here to one that is no run's, and as good as none.
+    A limit can only be lowered, here to one that belongs to no run and has no effect.
     """
     if sys.platform.startswith("linux"):
         import resource

@@ -5,7 +5,8 @@
 
 A mailbox gets the messages about its session and its sub-agents' sessions, in order. The stream
 has no replay: when it breaks or falls silent it is opened again, and each mailbox gets a GAP, after
-which its receiver asks the server for the state. When the server is gone, all who wait are told.
+which its receiver asks the server for the state. When the server is gone, every waiting thread gets
+the error.
 
 The reader is a daemon thread that only reads: it takes no lock of ours and runs no user code. Knows
 how messages are addressed, nothing of what they mean.
@@ -195,7 +196,7 @@ class EventStream:
             mailbox.put(message, size)
 
     def lose(self, reason: str) -> None:
-        """Record that the server is gone, and tell all who wait. The first reason counts."""
+        """Record that the server is gone, and wake the waiting threads. The first reason counts."""
         if self._connection.lost is None:
             _log.debug("%s: %s", self._connection.label, reason)
             self._connection.lost = reason
@@ -204,7 +205,7 @@ class EventStream:
         self._opened.set()
 
     def close(self) -> None:
-        """End the reader, and cut the requests under way; whoever still waits is told."""
+        """End the reader, and cut the current requests; waiting threads get the error."""
         self._closing.set()
         self.lose(f"the connection to {self._connection.url} was closed")
         self._connection.cut()

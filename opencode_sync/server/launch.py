@@ -113,7 +113,7 @@ class ServerProcess:
                 # Port 0 is 4096, or a free one where that is taken.
                 [binary, "serve", "--hostname", "127.0.0.1", "--port", "0"],
                 stdin=subprocess.DEVNULL,
-                # A socket and not a pipe, so that we can stop reading whoever else holds it open.
+                # A socket and not a pipe, so that we can stop reading while others hold it open.
                 stdout=output.fileno(),
                 stderr=output.fileno(),
                 cwd=directory,
@@ -136,7 +136,7 @@ class ServerProcess:
         with suppress(OSError):  # no such file (not Linux), or it has just ended
             if self.password.encode() in Path(f"/proc/{self.pid}/environ").read_bytes():
                 raise OpenCodeServerError(
-                    "the server's password stands in its environment, where its tools could read "
+                    "the server's password is in its environment, where its tools could read "
                     "it: name the opencode program itself, not one that starts it, as binary= "
                     "('opencode-sync install' installs one), or use OpenCodeClient"
                 )
@@ -196,7 +196,7 @@ class ServerProcess:
         status = self._popen.wait()
         try:
             if not self._is_stopping:
-                # Before the exit can be seen: whoever sees it may ask why.
+                # Before the exit can be seen: the one who sees it may ask for the reason.
                 self.ending = f"the server (pid {self.pid}) {_ending(status)}"
                 if self.feed is not None:
                     self.feed.lose(self.ending)

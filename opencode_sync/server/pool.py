@@ -1,4 +1,4 @@
-"""The servers of one runner, of which one is in use.
+"""The servers of one runner; one of them is in use.
 
     begin() --> current(): the server in use --> RunningServer.begin() --> Turn, sent
                   |
@@ -92,7 +92,7 @@ class Attacher:
 
 
 class Launcher:
-    """Starts servers of ours, one after another, on one data directory."""
+    """Starts our own servers, one after another, on one data directory."""
 
     def __init__(
         self,
@@ -311,7 +311,7 @@ class ServerPool:
         return turn
 
     def give_up(self) -> None:
-        """Start no more servers, nor wait for one that is starting; from any thread."""
+        """Start no more servers, and stop waiting for one that starts; from any thread."""
         self._is_closed = True
         self._starter.give_up()
 
@@ -327,7 +327,7 @@ class ServerPool:
         self._starter.close()
 
     def _is_usable(self, server: RunningServer, is_fresh: bool) -> bool:
-        # One that is too large from the start is used all the same.
+        # One that is too large from the start is used anyway.
         return not server.is_gone and (is_fresh or not self._is_too_large(server))
 
     def _is_too_large(self, server: RunningServer) -> bool:
@@ -341,7 +341,7 @@ class ServerPool:
 
 
 class _Start:
-    """A server's start, in a thread of its own: whoever waits for it may leave before its end."""
+    """A server's start, in a thread of its own: a waiting thread may leave before its end."""
 
     def __init__(self, start: Callable[[], None]) -> None:
         self._start = start

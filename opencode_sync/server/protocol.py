@@ -492,7 +492,7 @@ class Translator:
         if self._is_stopped and key[0] == "MessageAbortedError":
             return []
         if key[0] == "StructuredOutputError":
-            return []  # an answer in words, which may fit the schema all the same
+            return []  # an answer in words, which may still fit the schema
         self._errors.add(key)
         return [_event("error", self._session_id, error=dict(error))]
 

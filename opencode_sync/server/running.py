@@ -1,11 +1,11 @@
 """A server in use: its process or none, its connection, its feed, and the turns on it.
 
     begin(request) --> session: new, resumed or forked --> Turn, whose send() sends the prompt
-    health thread ---> is a server of ours alive? One that answers nothing is stopped
+    health thread ---> is our own server alive? One that does not answer is stopped
     retire() --------> closed with the last of its turns
 
-The same for a server of ours and for one that runs elsewhere. Knows what a server is asked, and in
-which order; nothing of when a server is started.
+The same for our own server and for one that runs elsewhere. Knows the requests to a server and
+their order; nothing of when a server is started.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _log = logging.getLogger("opencode_sync")
 DISPOSE_S = 1.5  # bound on asking a server to stop what it runs; it takes 0.3 s
 EXIT_S = 1.0  # how long the exit of a server that does not respond may take to be seen
 
-# A server of ours that leaves two such requests in a row unanswered counts as dead. Two, so that it
+# Our own server counts as dead if it leaves two such requests in a row unanswered. Two, so that it
 # is not blamed where all of us were suspended for a while, as a container can be.
 ANSWER_S = 5.0
 # One that uses the processor all the while is busy, or the machine is; so is an endless loop.
@@ -59,7 +59,7 @@ class RunningServer:
     Attributes:
         connection: For requests.
         feed: Its messages.
-        process: The process of a server of ours; None for one that runs elsewhere.
+        process: The process of our own server; None for one that runs elsewhere.
         sessions: The sessions that it keeps.
         version: OpenCode's version, as the server says.
         turns: The scopes of the runs that have a turn on it, or are about to.
@@ -143,7 +143,7 @@ class RunningServer:
             self.close()
 
     def close(self) -> None:
-        """Stop a server of ours with all that it started; one elsewhere goes on. Idempotent."""
+        """Stop our own server with all that it started; one elsewhere goes on. Idempotent."""
         self._life.cancel()
         if self._health is not None and self._health is not threading.current_thread():
             self._health.join(JOIN_S)

@@ -180,7 +180,7 @@ class Sessions:
             raise OpenCodeConfigError(
                 f"OpenCode cannot restore what was changed by {', '.join(lost)}: it has no "
                 "snapshot of that (no git repository, lean=True, or a repository inside of "
-                "another); pass all_files=False to take the messages back all the same"
+                "another); pass all_files=False to take the messages back anyway"
             )
         body = {"messageID": message_id}
         path = path_of(session_id, "/revert")
@@ -202,12 +202,12 @@ class Sessions:
         """
         if _reverted_from(self.known(session_id, directory)) is None:
             raise OpenCodeConfigError(
-                "there is nothing to give back: nothing was reverted, or a prompt came after it"
+                "nothing to unrevert: nothing was reverted, or a prompt came after it"
             )
         self._connection.post(path_of(session_id, "/unrevert"), **self._in(directory))
 
     def delete(self, session_id: str, directory: str) -> None:
-        """Remove it; one that is not there is no error."""
+        """Remove it; does nothing if it does not exist."""
         with suppress(OpenCodeConfigError):
             self.known(session_id, directory)
             self._connection.request("DELETE", path_of(session_id), **self._in(directory))

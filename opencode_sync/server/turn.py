@@ -6,8 +6,8 @@
     permission and question requests --> Replies --> the caller's answer --> server
 
 OpenCode puts a rule for what was answered with "always" after all other rules, denials included
-(1.18.33). So it is told "once", and later requests are allowed here where no rule denies them.
-Knows requests and messages, nothing of time limits, nor of who started the server.
+(1.18.33). So it gets "once", and later requests are allowed here if no rule denies them.
+Knows requests and messages, nothing of time limits and of the server's start.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Turn:
             mailbox: The session's; closed with the turn.
             body: The prompt or command, as the server takes it.
             since: When the session's last message was made, in the server's milliseconds.
-            env: What a server of ours was started with: its tools' processes bear the session's id
+            env: What a server of ours was started with: its tools' processes have the session's id
                 and can be stopped by it, and its stderr tells of a provider's refusals. None for a
                 server that runs elsewhere.
             always: Permissions and patterns that were allowed for all later turns; added to.
@@ -172,7 +172,7 @@ class Turn:
             is_cut = error.status_code is None and self._has_run_out()
             if not self._was_stopped and not is_cut:
                 with contextlib.suppress(OpenCodeServerError):
-                    self._abort()  # the server may be there all the same
+                    self._abort()  # the server may still be there
                 self._loss, self._is_done = error, True
             elif self._was_stopped and scope is self._scope:
                 self._is_done = True
@@ -275,7 +275,7 @@ class Turn:
     # -- messages ------------------------------------------------------------------------------
 
     def _read(self) -> None:
-        """Read the messages that have come. A Ctrl-C meanwhile loses none of them."""
+        """Read the messages that have come; a Ctrl-C in the meantime loses nothing."""
         self._look_s, self._idle_looks = LOOK_S, 0
         with lifetime.deferred(), contextlib.suppress(queue.Empty):
             self._messages += self._mailbox.receive(0)
@@ -378,7 +378,7 @@ class Turn:
         return any(map(self._translator.covers, last))
 
     def _post_at_end(self, verb: str, body: Body | None = None) -> None:
-        # Not in the scope, whose end may be what ends the turn.
+        # Not in the scope: its end may be what ends the turn.
         path = self._path(verb)
         self._connection.post(path, body, directory=self._directory, timeout_s=ABORT_S)
 
@@ -391,7 +391,7 @@ class Turn:
             return
         kept = {key: value for key, value in self._body.items() if key not in ("format", "parts")}
         body = {**kept, "messageID": self._translator.prompt_id, "noReply": True, "parts": []}
-        # The answer is there all the same.
+        # The answer is there nevertheless.
         with contextlib.suppress(OpenCodeServerError):
             self._post_at_end("message", body)
 

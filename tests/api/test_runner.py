@@ -312,7 +312,6 @@ PRELUDE = """
 import itertools, sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from tests.scripted import ScriptedRunner
-from tests.standin import VERSION
 
 runner = ScriptedRunner(max_workers=2)
 jobs = itertools.chain("a", map("hold {}".format, itertools.count()))

@@ -429,7 +429,7 @@ def test_a_server_that_does_not_start_is_an_error_with_its_words(
 def test_a_server_whose_environment_tells_the_password_is_refused(serve: Serve) -> None:
     server = serve(run_cfg=RunConfig(extra_env={"SERVING_START": "open"}))
 
-    with pytest.raises(OpenCodeServerError, match="password stands in its environment"):
+    with pytest.raises(OpenCodeServerError, match="password is in its environment"):
         server.run("say hello")
 
 

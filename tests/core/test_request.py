@@ -142,7 +142,7 @@ def test_plugins_are_refused_where_they_are_to_be_left_out(
         (tmp_path / place).mkdir(parents=True, exist_ok=True)
     (tmp_path / file).touch()
 
-    with pytest.raises(OpenCodeConfigError, match=r"would execute '.*[ab]\.[jt]s' all the same"):
+    with pytest.raises(OpenCodeConfigError, match=r"would execute '.*[ab]\.[jt]s' nevertheless"):
         request(workspace=tmp_path / "sub", **setting)
 
     assert request(workspace=tmp_path / "sub").prompt

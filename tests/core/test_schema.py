@@ -70,7 +70,7 @@ MISFITS: dict[str, tuple[Any, str, str]] = {
     "wrong type": (CITY, '{"name": "Jena", "people": "many"}', r"\$\.people: 'many' is not of"),
     "Python's own": ({"type": "number"}, "NaN", "no JSON value"),
     "too large a number": ({"type": "array"}, "[1e400]", "the number 1e400 is too large"),
-    "a key twice": (CITY, '{"name": "Jena", "people": 1, "people": 2}', "'people' stands twice"),
+    "a key twice": (CITY, '{"name": "Jena", "people": 1, "people": 2}', "'people' occurs twice"),
 }
 
 

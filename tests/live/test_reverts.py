@@ -63,7 +63,7 @@ def test_files_are_restored_and_named(
         assert file.read_text() == "one"
         chat.unrevert()
         assert file.read_text() == "two"
-        with pytest.raises(OpenCodeConfigError, match="nothing to give back"):
+        with pytest.raises(OpenCodeConfigError, match="nothing to unrevert"):
             chat.unrevert()
 
 
