@@ -210,8 +210,8 @@ class Runner(abc.ABC):
     ) -> BatchRun[Any]:
         """Run many prompts, several at a time, and give their results one by one.
 
-        Nothing starts before the first result is asked for. The input is drawn as there is room
-        for more jobs, in the thread that iterates, so it may be endless. Leaving the loop or the
+        Nothing starts before the first result is asked for. The input is read only as far as jobs
+        can start soon, in the thread that iterates, so it may be endless. Leaving the loop or the
         block ends what is under way. Arguments that are not explained here are those of
         :meth:`run`, for each job.
 

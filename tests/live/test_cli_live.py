@@ -1,4 +1,4 @@
-"""The shell's door with the real opencode: every shape of a run, and the demo."""
+"""The command line with the real opencode: every shape of a run, and the demo."""
 
 from __future__ import annotations
 

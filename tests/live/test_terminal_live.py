@@ -1,4 +1,4 @@
-"""The shell's door on a terminal: what the screen shows, and what Ctrl-C does.
+"""The command line on a terminal: what the screen shows, and what Ctrl-C does.
 
 In the place of opencode stands a program that does what the prompt says, see standin.py.
 """
