@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -101,28 +101,25 @@ class Checkpoint:
         self._index: dict[str, Saved] = {}
         self._taken: dict[str, int] = {}  # how many jobs of this batch have each key
         self._superseded = 0  # lines whose key has a later line
-        self.spent = Spent()  # by earlier batches
         # Held by close() too, after which the descriptor's number may be another file's.
         self._writing = threading.Lock()
-        self._lock = self._acquire()
         try:
-            self._descriptor = self._open()
-            try:
+            with contextlib.ExitStack() as undo:
+                self._lock = self._acquire()
+                undo.callback(self._lock.release)
+                self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+                undo.callback(_unlock_and_close, self._descriptor)
                 self._identity = os.fstat(self._descriptor)
-                self._begin()
+                if not _locked(self._descriptor):
+                    raise self._in_use()
+                self._check_in_place()
+                self._sync_directory()  # or a power cut could lose the new file's name
                 self._size = self._scan()
-                for saved in self._index.values():
-                    self.spent += saved.spent
-            except BaseException:
-                _unlock_and_close(self._descriptor)
-                raise
-        except BaseException:
-            self._lock.release()
-            raise
+                undo.pop_all()
+        except OSError as error:
+            raise self._refusal(error.strerror or str(error)) from error
+        self.spent = sum((saved.spent for saved in self._index.values()), Spent())  # before us
         self._is_open = True
-
-    def __len__(self) -> int:
-        return len(self._index)
 
     def take_key(self, key: str | None, fingerprint: str) -> str:
         """The key of this batch's next job: its own, or one made of its *fingerprint*.
@@ -227,16 +224,13 @@ class Checkpoint:
                 return
             self._is_open = False
         try:
-            if os.name == "nt":  # where a file that is open cannot be replaced
-                _unlock_and_close(self._descriptor)
             if self._superseded:
                 self._drop_superseded()
         except OSError as error:  # the file is as good as before, only longer
             _log.warning("checkpoint %s keeps old failures: %s", self._path, error.strerror)
         finally:
             # Not unlocked before: what another batch wrote would be lost with the replaced file.
-            if os.name != "nt":
-                _unlock_and_close(self._descriptor)
+            _unlock_and_close(self._descriptor)
             self._lock.release()
 
     # -- the file ----------------------------------------------------------------------------------
@@ -251,25 +245,7 @@ class Checkpoint:
             lock.acquire()
         except Timeout:
             raise self._in_use() from None
-        except OSError as error:
-            raise self._refusal(error.strerror or str(error)) from error
         return lock
-
-    def _open(self) -> int:
-        try:
-            return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        except OSError as error:
-            raise self._refusal(error.strerror or str(error)) from error
-
-    def _begin(self) -> None:
-        """Lock the file against other batches, and sync its directory's entry for it."""
-        if not _locked(self._descriptor):
-            raise self._in_use()
-        try:
-            self._check_in_place()
-            self._sync_directory()
-        except OSError as error:
-            raise self._refusal(error.strerror or str(error)) from error
 
     def _check_in_place(self) -> None:
         """Raise OSError if the path no longer leads to the file that is open here."""
@@ -390,25 +366,19 @@ def _not_in_place() -> OSError:
 
 def _locked(descriptor: int) -> bool:
     """Lock the file itself; False if another process has."""
-    if sys.platform != "win32":
-        import fcntl
-
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return False
-        except OSError:  # a file system without locks: the lock of the name has to do
-            pass
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a file system without locks: the lock of the name has to do
+        pass
     return True
 
 
 def _unlock_and_close(descriptor: int) -> None:
-    if sys.platform != "win32":
-        import fcntl
-
-        # A forked child may have the descriptor too: closing ours alone would leave the lock held.
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
+    # A forked child may have the descriptor too: closing ours alone would leave the lock held.
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
 
 
