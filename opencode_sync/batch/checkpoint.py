@@ -39,9 +39,9 @@ from ..core.records import (
     end_of,
     failure_of,
     is_unfinished,
-    judged,
     line_of,
     lines_in,
+    parsed,
     replacing,
     spent_in,
 )
@@ -176,7 +176,9 @@ class Checkpoint:
         except OSError as error:
             raise self._refusal(error.strerror or str(error)) from error
         try:
-            end = end_of(judged(json.loads(line)))
+            if (entry := parsed(line)) is None:
+                raise ValueError("not a line of a checkpoint")
+            end = end_of(entry)
         except (TypeError, ValueError, AttributeError, KeyError) as error:  # edited by hand
             raise self._refusal(f"byte {saved.offset} begins a damaged line: {error}") from None
         if self._output is not None and isinstance(end, RunResult):

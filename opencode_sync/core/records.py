@@ -86,32 +86,23 @@ class Line(NamedTuple):
     entry: dict[str, Any]
 
 
-def lines_in(file: Iterable[bytes], offset: int = 0) -> Iterator[Line]:
-    """Read the lines of a checkpoint's *file*, from its current position *offset*.
+def lines_in(file: Iterable[bytes]) -> Iterator[Line]:
+    """Read the lines of a checkpoint's *file*; offsets count from where it stands.
 
     Ends before a last line that was cut off, or is being written.
 
     Raises:
         ValueError: A line is damaged, or the file is not a checkpoint.
     """
+    offset = 0
     for number, data in enumerate(file, 1):
         entry = parsed(data)
-        if entry is None and not data.endswith(b"\n") and may_be_torn(data):
+        if entry is None and not data.endswith(b"\n") and _may_be_torn(data):
             return
         if entry is None:
             raise ValueError(f"line {number} is damaged, or not a line of a checkpoint")
         yield Line(number, offset, data, entry)
         offset += len(data)
-
-
-def judged(entry: dict[str, Any]) -> dict[str, Any]:
-    """*entry*, or a failure if an earlier version took its cut answer for a whole one."""
-    reason = entry.get("finish_reason")
-    cut = why_cut(reason) if isinstance(reason, str) and entry.get("failure") is None else None
-    if cut is None or entry.get("status") not in ("ok", "denied"):
-        return entry
-    failure = {"type": "OpenCodeIncompleteError", "message": cut}
-    return {**entry, "status": "incomplete", "failure": failure}
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:
@@ -124,7 +115,24 @@ def parsed(line: bytes) -> dict[str, Any] | None:
         return None
     is_ours = all(isinstance(entry.get(name), str) for name in ("key", "fingerprint", "settings"))
     is_ours = is_ours and isinstance(entry["failure"], (dict, type(None)))
-    return judged(entry) if is_ours else None
+    return _judged(entry) if is_ours else None
+
+
+def _judged(entry: dict[str, Any]) -> dict[str, Any]:
+    """*entry*, or a failure if an earlier version took its cut answer for a whole one."""
+    reason = entry.get("finish_reason")
+    cut = why_cut(reason) if isinstance(reason, str) and entry.get("failure") is None else None
+    if cut is None or entry.get("status") not in ("ok", "denied"):
+        return entry
+    failure = {"type": "OpenCodeIncompleteError", "message": cut}
+    return {**entry, "status": "incomplete", "failure": failure}
+
+
+def _may_be_torn(line: bytes) -> bool:
+    """Whether *line* may be the beginning of a line of a checkpoint."""
+    # After a power cut, a file system may show zeros for data that had not arrived.
+    begins = line.startswith(_BEGINNING) or _BEGINNING.startswith(line)
+    return begins or not line.strip(b"\0")
 
 
 def spent_in(entry: Mapping[str, Any]) -> Spent:
@@ -144,13 +152,6 @@ def is_unfinished(failure: Mapping[str, Any] | None) -> bool:
         return False
     is_of_batch = str(failure.get("limit_name")).startswith("max_total_")
     return failure.get("type") == "OpenCodeCancelledError" or is_of_batch
-
-
-def may_be_torn(line: bytes) -> bool:
-    """Whether *line* may be the beginning of a line of a checkpoint."""
-    # After a power cut, a file system may show zeros for data that had not arrived.
-    begins = line.startswith(_BEGINNING) or _BEGINNING.startswith(line)
-    return begins or not line.strip(b"\0")
 
 
 def failure_of(error: OpenCodeError) -> dict[str, Any]:
