@@ -417,6 +417,7 @@ BATCHES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "on_error to ignore": (["well"], {"on_error": "ignore"}, "use 'raise' or 'return'"),
     "a word for progress": (["well"], {"progress": "yes"}, "use False or True or 'always'"),
     "budget of True": (["well"], {"max_total_cost": True}, "max_total_cost is True: use a number"),
+    "half a token": (["well"], {"max_total_tokens": 1.5}, "max_total_tokens is 1.5: use 0 or more"),
     "class as executor": (["well"], {"executor": ThreadPoolExecutor}, "executor is type: use a"),
     "number as checkpoint": (["well"], {"checkpoint": 3}, "checkpoint is 3: use the path of a"),
     "NUL in the checkpoint": (["well"], {"checkpoint": "a\0b"}, "checkpoint is 'a\\x00b': use"),

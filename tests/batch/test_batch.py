@@ -130,34 +130,6 @@ def test_small_results_are_to_be_had(runner: ScriptedRunner) -> None:
     assert (result.events, result.answer, result.turns) == ([], "A", 1)
 
 
-@pytest.mark.parametrize("jobs", ["one prompt", Job("one"), 3, {"a": 1}], ids=repr)
-def test_what_is_not_a_list_of_jobs_is_refused(runner: ScriptedRunner, jobs: object) -> None:
-    with pytest.raises(OpenCodeConfigError, match="use an iterable of prompts"):
-        runner.map(jobs)  # type: ignore[call-overload]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"max_workers": 0},
-        {"buffersize": 0},
-        {"max_total_cost": float("nan")},
-        {"max_total_tokens": 1.5},
-        {"max_steps": 0},
-        {"on_error": "ignore"},
-        {"progress": "yes"},
-        {"executor": "dask"},
-        {"run_cfg": RunConfig(permission="ask")},
-    ],
-    ids=str,
-)
-def test_an_option_that_cannot_be_used_is_refused_at_once(
-    runner: ScriptedRunner, options: dict[str, object]
-) -> None:
-    with pytest.raises(OpenCodeConfigError):
-        runner.map(["a"], **options)  # type: ignore[call-overload]
-
-
 # --- errors --------------------------------------------------------------------------------------
 
 
@@ -272,16 +244,6 @@ def test_ctrl_c_ends_what_runs(runner: ScriptedRunner) -> None:
         next(batch)
 
     assert list(batch) == []
-
-
-def test_one_thread_iterates_at_a_time(runner: ScriptedRunner) -> None:
-    batch = runner.map(["hold a"])
-
-    with at_the_same_time(lambda: next(batch)):
-        runner.wait_for(1)
-        with pytest.raises(OpenCodeConfigError, match="is being iterated already"):
-            next(batch)
-        runner.release()
 
 
 def test_a_batch_that_is_lost_in_the_middle_of_its_own_write_is_ended(

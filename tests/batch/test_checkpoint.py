@@ -253,6 +253,15 @@ def test_other_damage_is_an_error_that_names_the_line(
     assert path.read_bytes() == first + damage + second
 
 
+def test_a_line_that_was_edited_by_hand_is_told(runner: ScriptedRunner, path: Path) -> None:
+    list(runner.map(["a"], checkpoint=path))
+    (line,) = lines_of(path)
+    path.write_text(json.dumps(line | {"token_usage": 3, "events": 3}) + "\n")
+
+    with pytest.raises(OpenCodeConfigError, match="byte 0 begins a damaged line"):
+        list(runner.map(["a"], checkpoint=path))
+
+
 @pytest.mark.parametrize("text", ["a line of prose", '{"prompt": "a"}'], ids=repr)
 def test_a_file_that_is_no_checkpoint_is_left_alone(
     runner: ScriptedRunner, path: Path, text: str
@@ -436,21 +445,6 @@ def test_a_disk_that_fails_to_keep_the_directory_is_a_reason(
 
     with pytest.raises(OpenCodeConfigError, match="Input/output error"):
         next(runner.map(["a"], checkpoint=path))
-
-
-def test_a_link_beside_the_file_is_not_written_through(
-    runner: ScriptedRunner, path: Path, tmp_path: Path
-) -> None:
-    victim = tmp_path / "victim"
-    victim.write_text("precious")
-    path.with_name(f"{path.name}.new").symlink_to(victim)
-    list(runner.map([Job("fail", key="k")], checkpoint=path, on_error="return"))
-
-    list(runner.map([Job("better", key="k")], checkpoint=path))
-
-    assert victim.read_text() == "precious"
-    assert [line["prompt"] for line in lines_of(path)] == ["better"]
-    assert not path.is_symlink()
 
 
 def test_the_permissions_of_the_file_stay(runner: ScriptedRunner, path: Path) -> None:

@@ -85,6 +85,14 @@ def test_a_pool_that_loses_a_worker_loses_no_finished_result(
     assert len(path.read_text().splitlines()) == 2
 
 
+def test_an_executor_that_was_shut_down_is_an_error(runner: ScriptedRunner) -> None:
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+
+    with pytest.raises(OpenCodeError, match="the executor takes no more jobs"):
+        list(runner.map(["a"], executor=pool))
+
+
 def test_a_task_that_is_pickled_only_after_the_stop_is_not_begun() -> None:
     work = Work(ScriptedRunner(), Listener())
     work.stop("the batch was closed")
