@@ -67,7 +67,7 @@ class OpenCodeServer(Runner):
         max_memory_mb: int | None = MAX_MEMORY_MB,
         watchdog: bool = True,
         any_version: bool = False,
-        _attach: tuple[str, str | None, str | None] | None = None,
+        _attach: Attacher | None = None,
     ) -> None:
         """
         Args:
@@ -102,7 +102,7 @@ class OpenCodeServer(Runner):
             "max_memory_mb": max_memory_mb,
             "watchdog": watchdog,
             "any_version": any_version,
-            "_attach": _attach,  # URL, user name and password of a server that runs elsewhere
+            "_attach": _attach,  # to a server that runs elsewhere
         }
         if self._run_cfg.pure:
             raise OpenCodeConfigError(
@@ -137,15 +137,14 @@ class OpenCodeServer(Runner):
             run_cfg=run_cfg,
             max_workers=max_workers,
             any_version=any_version,
-            _attach=(url, username, password),
+            _attach=Attacher(url, username, password, any_version),
         )
 
     def _make_pools(self) -> None:
         self._owner_pid = os.getpid()
         settings = self._settings
         if settings["_attach"] is not None:
-            attacher = Attacher(*settings["_attach"], any_version=settings["any_version"])
-            self._servers = ServerPool(attacher)
+            self._servers = ServerPool(settings["_attach"])
         else:
             launcher = Launcher(
                 settings["binary"],

@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 from ..core.config import RunConfig
 from ..core.errors import (
@@ -51,38 +52,31 @@ _CANCELLED = "the run was cancelled while it was starting"
 _CLOSED = "the server was closed while the run was starting"
 
 
+AtWork = dict[str, CancelScope]
+"""The sessions with a turn under way, on any server of a pool, and whose turn it is."""
+
+
+@dataclass(frozen=True, repr=False)  # a password is no part of a repr
 class Attacher:
     """Reaches a server that somebody else started."""
 
-    def __init__(
-        self,
-        url: str,
-        username: str | None = None,
-        password: str | None = None,
-        *,
-        any_version: bool = False,
-    ) -> None:
-        self._url, self._username, self._password = url, username, password
-        self._any_version = any_version
-        self._at_work: dict[str, CancelScope] = {}
-        self._scope = CancelScope()
+    url: str
+    username: str | None = None
+    password: str | None = None
+    any_version: bool = False
 
-    def start(self) -> RunningServer:
-        """Connect to it; raise OpenCodeError if that is not possible."""
+    def start(self, scope: CancelScope, at_work: AtWork) -> RunningServer:
+        """Connect to it; raise OpenCodeError if that is not possible. *scope* ends the waiting."""
         opening = CancelScope(time.monotonic() + OPEN_S)
-        with self._scope.waking(opening.cancel):
+        with scope.waking(opening.cancel):
             return RunningServer(
-                self._url,
-                username=self._username,
-                password=self._password,
-                any_version=self._any_version,
-                at_work=self._at_work,
+                self.url,
+                username=self.username,
+                password=self.password,
+                any_version=self.any_version,
+                at_work=at_work,
                 scope=opening,
             )
-
-    def give_up(self) -> None:
-        """Have a start that is under way fail; from any thread."""
-        self._scope.cancel()
 
     def remember(self, session_id: str, workspace: str) -> None:
         """Do nothing: the server keeps its own sessions."""
@@ -107,8 +101,7 @@ class Launcher:
         """
         Args:
             data_dir: None for a temporary one.
-            timeout_s: How long a start may take.
-            any_version: Start whatever OpenCode there is.
+            timeout_s: Time limit of a start.
         """
         self._any_version = any_version
         self._binary = binary
@@ -116,26 +109,21 @@ class Launcher:
         self._timeout_s = timeout_s
         self._watchdog = watchdog
         self._is_kept = data_dir is not None
-        self._directories = DataDirectories(
-            data_dir,
-            watchdog=watchdog,
-        )
+        self._directories = DataDirectories(data_dir, watchdog=watchdog)
         self._lease: Lease | None = None  # from the first start on
-        self._at_work: dict[str, CancelScope] = {}
-        self._scope = CancelScope()  # ends all starts
 
-    def start(self) -> RunningServer:
-        """Start one; raise OpenCodeError if that fails."""
+    def start(self, scope: CancelScope, at_work: AtWork) -> RunningServer:
+        """Start one; raise OpenCodeError if that fails. *scope* ends the waiting."""
         try:
-            return self._start()
+            return self._start(scope, at_work)
         except OpenCodeError as error:
             Secrets(self._cfg).clean_error(error)
             raise
 
-    def _start(self) -> RunningServer:
+    def _start(self, scope: CancelScope, at_work: AtWork) -> RunningServer:
         binary = resolve_binary(self._binary)
         if not self._any_version:
-            check_program_version(binary, self._scope.is_cancelled)
+            check_program_version(binary, scope.is_cancelled)
         env = build_env(self._cfg)
         _check_plugin(env)
         if self._watchdog:
@@ -154,27 +142,23 @@ class Launcher:
         )
         deadline = time.monotonic() + self._timeout_s
         process = ServerProcess(
-            binary, env, self._lease.path, timeout_s=self._timeout_s, scope=self._scope
+            binary, env, self._lease.path, timeout_s=self._timeout_s, scope=scope
         )
         opening = CancelScope(max(deadline, time.monotonic() + OPEN_S))
         try:
-            with self._scope.waking(opening.cancel):
+            with scope.waking(opening.cancel):
                 return RunningServer(
                     process.url,
                     password=process.password,
                     process=process,
                     name=binary,
                     any_version=self._any_version,
-                    at_work=self._at_work,
+                    at_work=at_work,
                     scope=opening,
                 )
         except BaseException:
             process.stop(at_once=opening.is_over)
             raise
-
-    def give_up(self) -> None:
-        """Have a start that is under way fail, as far as possible; from any thread."""
-        self._scope.cancel()
 
     def remember(self, session_id: str, workspace: str) -> None:
         """Keep in a data directory that stays that there is this session."""
@@ -220,7 +204,8 @@ class ServerPool:
         self._current: RunningServer | None = None
         self._starting: _Start | None = None
         self._servers: set[RunningServer] = set()
-        self._is_closed = False
+        self._at_work: AtWork = {}
+        self._life = CancelScope()  # ends starts
 
     @property
     def url(self) -> str | None:
@@ -243,7 +228,7 @@ class ServerPool:
         is_fresh = False
         while True:
             with self._lock:
-                if self._is_closed:
+                if self._life.is_cancelled():
                     raise OpenCodeCancelledError(_CLOSED)
                 if self._starting is None:
                     current = self._current
@@ -262,11 +247,11 @@ class ServerPool:
         try:
             if former is not None:
                 former.retire()
-            server = self._starter.start()
+            server = self._starter.start(self._life, self._at_work)
         except BaseException as error:
             with self._lock:
                 self._starting = None
-            if self._is_closed and isinstance(error, OpenCodeServerError):
+            if self._life.is_cancelled() and isinstance(error, OpenCodeServerError):
                 raise OpenCodeCancelledError(_CLOSED) from error
             raise
         with self._lock:
@@ -312,8 +297,7 @@ class ServerPool:
 
     def give_up(self) -> None:
         """Start no more servers, and stop waiting for one that starts; from any thread."""
-        self._is_closed = True
-        self._starter.give_up()
+        self._life.cancel()
 
     def close(self) -> None:
         """Close all servers. Idempotent."""
@@ -389,21 +373,16 @@ class Attached:
     """The servers that ``RunConfig(attach=...)`` names, one pool for each. Thread-safe."""
 
     def __init__(self, *, any_version: bool = False) -> None:
-        """
-        Args:
-            any_version: Use them whatever their version is.
-        """
         self._any_version = any_version
-        self._pools: dict[tuple[str, str | None, str | None], ServerPool] = {}
+        self._pools: dict[Attacher, ServerPool] = {}
 
     def of(self, cfg: RunConfig) -> ServerPool:
         """Return the pool of the server that *cfg* names."""
         assert cfg.attach is not None
-        key = (cfg.attach, cfg.username, cfg.password)
-        if (pool := self._pools.get(key)) is None:
+        attacher = Attacher(cfg.attach, cfg.username, cfg.password, self._any_version)
+        if (pool := self._pools.get(attacher)) is None:
             # One operation, so that two threads get the same.
-            pool = ServerPool(Attacher(*key, any_version=self._any_version))
-            pool = self._pools.setdefault(key, pool)
+            pool = self._pools.setdefault(attacher, ServerPool(attacher))
         return pool
 
     def close(self) -> None:

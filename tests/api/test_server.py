@@ -434,11 +434,11 @@ def test_a_server_whose_environment_tells_the_password_is_refused(serve: Serve) 
 
 
 def test_a_server_that_does_not_start_is_not_tried_again(tmp_path: Path) -> None:
-    class Failing(Attacher):
-        starts = 0
+    starts: list[str] = []
 
-        def start(self) -> RunningServer:
-            self.starts += 1
+    class Failing(Attacher):
+        def start(self, scope: Any, at_work: Any) -> RunningServer:
+            starts.append(self.url)
             raise OpenCodeServerError("it does not start")
 
     starter = Failing("http://127.0.0.1:1")
@@ -446,7 +446,7 @@ def test_a_server_that_does_not_start_is_not_tried_again(tmp_path: Path) -> None
     with pytest.raises(OpenCodeServerError, match="it does not start"):
         ServerPool(starter).begin(Request("say hello", tmp_path, RunConfig()))
 
-    assert starter.starts == 1
+    assert starts == ["http://127.0.0.1:1"]
 
 
 def test_closing_does_not_wait_for_a_server_that_does_not_start(
