@@ -97,15 +97,6 @@ def test_a_stream_gives_the_events_of_a_run_and_deltas_and_a_result(
     assert result.duration_s > 0
 
 
-def test_one_server_serves_all_runs(server: OpenCodeServer, workspace: Path) -> None:
-    pid = server.pid
-
-    answers = [result.answer for result in server.map([f"say {n}" for n in range(8)], workspace)]
-
-    assert answers == [str(number) for number in range(8)]
-    assert server.pid == pid
-
-
 def test_an_error_of_the_turn_is_raised_with_its_words_and_the_result(
     server: OpenCodeServer, workspace: Path
 ) -> None:
@@ -267,26 +258,25 @@ def test_a_session_takes_the_next_prompt_after_a_stop(
 # --- the server's life ---------------------------------------------------------------------------
 
 
-def test_entering_starts_the_server_and_leaving_ends_it(serve: Serve) -> None:
+def test_a_block_has_one_server_for_all_runs_which_says_where_it_is_and_ends_with_it(
+    serve: Serve, workspace: Path
+) -> None:
     with serve() as server:
-        pid = server.pid
-        assert pid is not None
-        assert psutil.pid_exists(pid)
+        pid, password = server.pid, server.password
+        results = server.map([f"say {number}" for number in range(8)], workspace)
+        assert [result.answer for result in results] == [str(number) for number in range(8)]
+        assert server.pid == pid
+        assert server.url.startswith("http://127.0.0.1:")
+        assert server.version == TESTED_VERSION
+        assert password is not None
+        assert len(password) > 30
+        assert password not in repr(server)
+        assert password not in " ".join(psutil.Process(pid).cmdline())
 
+    assert pid is not None
     assert not psutil.pid_exists(pid)
     with pytest.raises(OpenCodeConfigError, match="closed"):
         server.run("say hello")
-
-
-def test_it_says_where_it_is_and_never_its_password(server: OpenCodeServer) -> None:
-    password = server.password
-
-    assert server.url.startswith("http://127.0.0.1:")
-    assert server.version == TESTED_VERSION
-    assert password is not None
-    assert len(password) > 30
-    assert password not in repr(server)
-    assert password not in " ".join(psutil.Process(server.pid).cmdline())
 
 
 def test_a_killed_server_fails_its_runs_at_once_with_what_they_had(
@@ -308,9 +298,12 @@ def test_a_killed_server_fails_its_runs_at_once_with_what_they_had(
 
 
 def test_after_its_death_the_next_run_starts_it_again_and_sessions_go_on(
-    server: OpenCodeServer, workspace: Path
+    serve: Serve, workspace: Path, tmp_path: Path
 ) -> None:
+    server = serve(data_dir=tmp_path / "kept")
     first, pid = server.run("say one", workspace), server.pid
+    library = tmp_path / "kept" / "0" / UNPACKED / ".1-0.so"
+    library.touch()
     with pytest.raises(OpenCodeServerError, match="exited with status 3"):
         server.run("die", workspace)
 
@@ -318,21 +311,7 @@ def test_after_its_death_the_next_run_starts_it_again_and_sessions_go_on(
 
     assert second.final_text == "two"
     assert server.pid != pid
-
-
-def test_what_a_server_unpacked_goes_when_another_one_takes_its_place(
-    serve: Serve, workspace: Path, tmp_path: Path
-) -> None:
-    server = serve(data_dir=tmp_path / "kept")
-    server.run("say one", workspace)
-    library = tmp_path / "kept" / "0" / UNPACKED / ".1-0.so"
-    library.touch()
-    with pytest.raises(OpenCodeServerError, match="exited with status 3"):
-        server.run("die", workspace)
-
-    server.run("say two", workspace)
-
-    assert not library.exists()
+    assert not library.exists()  # what the first one has unpacked
 
 
 def test_a_prompt_that_may_have_been_taken_is_not_sent_to_the_next_server(
@@ -347,51 +326,25 @@ def test_a_prompt_that_may_have_been_taken_is_not_sent_to_the_next_server(
     assert len(noted.read_text().splitlines()) == 1
 
 
-def test_a_server_that_grew_too_large_is_followed_by_a_fresh_one(
-    serve: Serve, workspace: Path
-) -> None:
-    server = serve(max_memory_mb=1)
-    first = server.stream("hold", workspace)
-    next(first)
-    pids = {psutil.Process(pid).pid for pid in {server.pid} if pid is not None}
-
-    answers = [server.run(f"say {number}", workspace).answer for number in range(3)]
-
-    assert answers == ["0", "1", "2"]
-    assert server.pid not in pids
-    assert not first.result.error
-    first.close()
-
-
-def test_a_recycled_server_ends_with_its_last_run(serve: Serve, workspace: Path) -> None:
-    server = serve()
-    stream = server.stream("hold", workspace)
-    next(stream)
-    old = server.pid
-    assert old is not None
-    server._servers._max_memory_mb = 1
-
-    server.run("say hello", workspace)
-    lived_on = psutil.pid_exists(old)
-    stream.close()
-
-    assert lived_on
-    assert not psutil.pid_exists(old)
-
-
-def test_a_session_takes_no_second_turn_on_the_server_that_follows(
+def test_a_server_that_grew_too_large_is_replaced_and_ends_with_its_last_run(
     serve: Serve, workspace: Path
 ) -> None:
     server = serve()
     stream = server.stream("hold", workspace)
     next(stream)
     cfg = RunConfig(session_id=stream.session_id)
+    old = server.pid
+    assert old is not None
     server._servers._max_memory_mb = 1
 
+    # Too large from the start, and used all the same.
+    assert [server.run(f"say {number}", workspace).answer for number in range(2)] == ["0", "1"]
+    # The sessions are those of all servers.
     with pytest.raises(OpenCodeConfigError, match="has a run under way"):
         server.run("say hello", workspace, run_cfg=cfg)
+    assert psutil.pid_exists(old)
     stream.close()
-
+    assert not psutil.pid_exists(old)
     assert server.run("say hello", workspace, run_cfg=cfg).answer == "hello"
 
 
