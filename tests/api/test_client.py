@@ -233,40 +233,6 @@ def test_settings_that_are_changed_inside_are_checked_once_more(client: OpenCode
 # --- one client, many threads --------------------------------------------------------------------
 
 
-def test_a_client_is_shared_between_threads(client: OpenCodeClient, workspace: Path) -> None:
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        prompts = [f"echo {number}" for number in range(80)]
-        results = list(pool.map(lambda prompt: client.run(prompt, workspace), prompts))
-
-    assert [result.answer for result in results] == [str(number) for number in range(80)]
-
-
-def test_closing_the_client_ends_the_runs_of_all_threads(
-    client: OpenCodeClient, workspace: Path
-) -> None:
-    begun = threading.Barrier(5)
-
-    def run() -> BaseException | None:
-        with client.stream("fall_silent", workspace) as stream:
-            next(stream)
-            begun.wait(LONG_S)
-            try:
-                stream.wait()
-            except OpenCodeCancelledError as error:
-                return error
-        return None
-
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        futures = [pool.submit(run) for _ in range(4)]
-        begun.wait(LONG_S)
-        started = time.monotonic()
-        client.close()
-        errors = [future.result(LONG_S) for future in futures]
-
-    assert [str(error) for error in errors] == ["the runner was closed"] * 4
-    assert time.monotonic() - started < LONG_S
-
-
 def test_closing_the_client_in_a_run_s_start_leaves_nothing(
     tmp_path: Path, workspace: Path
 ) -> None:

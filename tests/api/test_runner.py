@@ -389,16 +389,6 @@ def test_a_forked_child_is_told_that_a_batch_is_not_its_own(runner: ScriptedRunn
     assert next(batch).answer == "HELLO"
 
 
-def test_event_loops_in_several_threads_may_each_block_in_a_run(runner: ScriptedRunner) -> None:
-    async def main(number: int) -> str:
-        return runner.run(str(number)).answer
-
-    with ThreadPoolExecutor(2) as pool:
-        answers = list(pool.map(lambda number: asyncio.run(main(number)), range(2)))
-
-    assert answers == ["0", "1"]
-
-
 # --- what is no batch ----------------------------------------------------------------------------
 
 BATCHES: dict[str, tuple[Any, dict[str, Any], str]] = {

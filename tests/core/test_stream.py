@@ -229,35 +229,6 @@ def test_a_stream_in_a_cycle_is_ended_by_the_collector() -> None:
     assert source.closes == 1
 
 
-def test_streams_in_cycles_end_in_whichever_thread_the_collector_runs() -> None:
-    # Each stream's thread collects while it advances, and so ends others' streams in the midst
-    # of its own work. A lock that a finaliser needs and the thread holds would show as a hang.
-    lost: list[Script] = []
-
-    def work() -> None:
-        for _ in range(25):
-            source = Script([text("a")], forever())
-            lost.append(source)
-            stream = stream_of(source)
-            stream.itself = stream  # type: ignore[attr-defined]
-            del stream
-            stream_of(Script([text("b")], gc.collect, [step()])).wait()
-
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
-    gc.freeze()  # what all tests before have left is not looked at each time
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(LONG_S)
-        gc.collect()
-    finally:
-        gc.unfreeze()
-
-    assert not any(thread.is_alive() for thread in threads)
-    assert all(source.closes == 1 for source in lost)
-
-
 def test_cancelling_wakes_who_waits_with_the_reason() -> None:
     source = Script([text("so far")], forever())
     stream = stream_of(source)
