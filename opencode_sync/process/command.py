@@ -63,7 +63,7 @@ _WORD = re.compile(
     re.IGNORECASE,
 )
 
-# What carries configuration of the user's own; left out with inherit_user_config=False.
+# These hold configuration of the user's; left out with inherit_user_config=False.
 _USER_CONFIG_VARIABLES = (
     "OPENCODE_CONFIG",
     "OPENCODE_CONFIG_DIR",
@@ -71,16 +71,17 @@ _USER_CONFIG_VARIABLES = (
     "OPENCODE_PERMISSION",
 )
 
-# What leads to the user's own files: the first to ~/.config/opencode; the second to ~/.opencode,
+# These lead to the user's own files: the first to ~/.config/opencode; the second to ~/.opencode,
 # for which there is no other switch, and to skills and instructions in ~/.claude and ~/.agents.
 _USER_CONFIG_DIRECTORIES = ("XDG_CONFIG_HOME", "OPENCODE_TEST_HOME")
 
-# Strings are matched first and kept, whatever stands in them.
+# Strings are matched first and kept, whatever is in them.
 _STRING = r'("(?:[^"\\]|\\.)*")'
 _COMMENT = re.compile(_STRING + r"|//[^\n]*|/\*.*?\*/", re.DOTALL)
 _TRAILING_COMMA = re.compile(_STRING + r"|,(?=\s*[}\]])")
 
-# What a single run rarely needs. Not OPENCODE_DISABLE_FFF, which has OpenCode download ripgrep.
+# These switch off what a single run rarely needs. OPENCODE_DISABLE_FFF is not among them: it has
+# OpenCode download ripgrep.
 _LEAN_ENVIRONMENT = {
     "OPENCODE_DISABLE_LSP_DOWNLOAD": "1",
     "OPENCODE_DISABLE_MODELS_FETCH": "1",
@@ -120,13 +121,13 @@ def managed_path(version: str) -> Path:
 
 
 def managed_binary() -> Path | None:
-    """The managed copy: of the tested version, else of the highest other one, else None."""
+    """The managed copy of the tested version, else of the highest other one, else None."""
     try:
         tested = managed_path(TESTED_VERSION)
         if os.path.isfile(tested):
             return tested
         versions = [entry.name for entry in managed_root().iterdir()]
-    except (OSError, OpenCodeConfigError):  # there is none, and nowhere that one could be
+    except (OSError, OpenCodeConfigError):  # there is no copy, or no home directory
         return None
     others = [version for version in versions if os.path.isfile(managed_path(version))]
     highest = max(others, key=lambda version: version_numbers(version) or (), default=None)
@@ -171,7 +172,7 @@ def _program(name: str) -> str | None:
     # not stand in for the program.
     if os.path.basename(name) == name and (found := shutil.which(name)):
         return os.path.abspath(found)
-    if name == DEFAULT_BINARY:  # nobody named that file
+    if name == DEFAULT_BINARY:  # the user has not named a file
         return None
     path = os.path.expanduser(name)
     return os.path.abspath(path) if os.path.isfile(path) and os.access(path, os.X_OK) else None
@@ -189,9 +190,9 @@ def _why_not(name: str) -> str:
 def build_argv(binary_resolved: str, prompt: str | None, run_cfg: RunConfig) -> list[str]:
     """The command line of ``opencode run``.
 
-    *prompt*, where there is one, comes last, after ``--``. The clients of this package give none:
-    on argv OpenCode wraps a prompt that has spaces in quotes, while stdin is verbatim.
-    ``password`` never stands here; :func:`build_env` has it.
+    *prompt*, if there is one, comes last, after ``--``. The clients of this package pass None: on
+    argv OpenCode wraps a prompt that has spaces in quotes, while stdin is verbatim. ``password`` is
+    never among the arguments; :func:`build_env` has it.
     """
     cfg = run_cfg
     argv = [binary_resolved, "run", "--format", "json"]
@@ -222,9 +223,9 @@ def build_argv(binary_resolved: str, prompt: str | None, run_cfg: RunConfig) -> 
 def with_title(run_cfg: RunConfig, prompt: str) -> RunConfig:
     """Give *run_cfg* a title, since without one OpenCode asks the model for it.
 
-    An empty title has OpenCode take the prompt's beginning, of up to 50 characters, by itself. So
-    the prompt does not stand on the command line, which other users of the machine can read. A
-    session that is continued or forked keeps its own title.
+    With an empty title OpenCode takes the first 50 characters of the prompt. So the prompt is not on
+    the command line, which other users of the machine can read. A session that is continued or
+    forked keeps its own title.
     """
     if run_cfg.title:
         return run_cfg
@@ -256,7 +257,7 @@ _LONG = {"-m": "--model", "-f": "--file"}
 
 
 def build_env(run_cfg: RunConfig, base: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of a run: *base* (the process's own), then the settings over it.
+    """The environment of a run: *base* (by default the process's own), and the settings over it.
 
     A configuration that *base* carries in ``OPENCODE_CONFIG_CONTENT`` is merged under ours.
 
@@ -276,12 +277,12 @@ def build_env(run_cfg: RunConfig, base: Mapping[str, str] | None = None) -> dict
     env.update(run_cfg.extra_env or {})
     config = run_cfg.build_opencode_config_dict()
     if run_cfg.instructions and not run_cfg.inherit_user_config:
-        # OpenCode's own idea of "~" is then the empty directory of without_user_config().
+        # For OpenCode "~" is then the empty directory of without_user_config().
         config["instructions"] = [os.path.expanduser(path) for path in run_cfg.instructions]
     if run_cfg.lean:
         config = merged(_LEAN_CONFIG, config)
     if run_cfg.agent is not None:
-        # OpenCode takes the default agent for one that it cannot run: then it refuses that too.
+        # For an agent that it cannot run, OpenCode takes the default one: then it refuses that too.
         config["default_agent"] = run_cfg.agent
     config = marked(config)
     if config:
@@ -387,7 +388,7 @@ def without_user_config(env: Mapping[str, str], run_cfg: RunConfig, empty: Path)
 
 
 def add_preload(env: dict[str, str]) -> dict[str, str]:
-    """*env* with what makes OpenCode tell of a provider's refusals, on stderr.
+    """*env* with preload.js, which reports a provider's refusals on stderr.
 
     It only adds detail: it is left out where the package is in an archive, or where the variable
     is set, even to nothing.
@@ -398,7 +399,7 @@ def add_preload(env: dict[str, str]) -> dict[str, str]:
 
 
 def add_denials(env: dict[str, str], cfg: RunConfig, *, is_server: bool = False) -> dict[str, str]:
-    """*env* with what *cfg* denies, for preload.js; unchanged where that is nothing.
+    """*env* with what *cfg* denies, for preload.js; unchanged if it denies nothing.
 
     Args:
         is_server: Only what is denied to single agents: a session there has rules of its own.
@@ -460,7 +461,7 @@ def _check_plugins(cfg: RunConfig, env: Mapping[str, str]) -> None:
 
 
 def sealed(arguments: str) -> str:
-    """*arguments* with each word as letters that mean nothing, until our plugin opens it.
+    """*arguments* with each word encoded as harmless letters, which our plugin decodes.
 
     OpenCode expands arguments together with the template: ``$&`` and the like, ``@file``, and
     !`command` by the shell, whatever the permissions say (1.18.33).
@@ -485,7 +486,7 @@ def not_opened() -> OpenCodeError:
 
 
 def _content(config: Mapping[str, Any]) -> str:
-    # In a locale that has no such characters, a variable cannot hold them.
+    # A variable cannot hold characters that the locale does not have.
     is_ascii = sys.getfilesystemencoding() != "utf-8"
     return json.dumps(config, ensure_ascii=is_ascii)
 
@@ -506,6 +507,6 @@ def _parent_config(content: str | None) -> dict[str, Any]:
 
 
 def _without_comments(text: str) -> str:
-    """JSON for *text*, which may have comments and trailing commas, as OpenCode takes it."""
+    """*text* as JSON: without the comments and trailing commas that OpenCode accepts."""
     text = _COMMENT.sub(lambda match: match[1] or " ", text)
     return _TRAILING_COMMA.sub(lambda match: match[1] or "", text)

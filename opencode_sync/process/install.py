@@ -59,13 +59,12 @@ def install(version: str | None = None, *, report: Callable[[str], None] = print
     Args:
         version: Three numbers, such as ``"1.18.33"``; None for the version that this package is
             tested with.
-        report: Called with a sentence for each thing done.
+        report: Called with a sentence for each step.
 
     Raises:
         OpenCodeConfigError: If there is no such version, or this package does not know it.
-        OpenCodeBinaryNotFoundError: If there is no npm, it ended with an error, none of its
-            programs runs here, or the data directory cannot be written. Other versions, and what
-            was installed before, are left as they were.
+        OpenCodeBinaryNotFoundError: If there is no npm, npm fails, none of its programs runs here,
+            or the data directory cannot be written. What was installed before stays as it was.
     """
     version = TESTED_VERSION if version is None else version
     if len(version_numbers(version) or ()) != 3 or not version[0].isdigit():
@@ -94,7 +93,7 @@ def _answers(program: Path, version: str) -> bool:
 
 @contextmanager
 def _alone(root: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """Hold *root*'s lock inside the block, and say of a file that cannot be written what to do."""
+    """Hold *root*'s lock inside the block; say what to do if it cannot be written."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / ".lock", report):
@@ -130,8 +129,8 @@ def _locked(path: Path, report: Callable[[str], None]) -> AbstractContextManager
 def _install(version: str, target: Path, report: Callable[[str], None]) -> None:
     root, home = managed_root(), target.parent.parent
     for leftover in root.glob(f"{_SCRATCH}*"):
-        report(f"removing what an install that was cut off left behind: {leftover}")
-        # An npm that outlived that install may still be writing there: the next one has it then.
+        report(f"removing what an interrupted install left behind: {leftover}")
+        # An npm that outlived it may still be writing there: then the next install removes it.
         shutil.rmtree(leftover, ignore_errors=True)
     with TemporaryDirectory(prefix=_SCRATCH, dir=root, ignore_cleanup_errors=True) as name:
         scratch = Path(name)
@@ -174,7 +173,7 @@ def _run_npm(version: str, prefix: Path, report: Callable[[str], None]) -> None:
 
 
 def _find_npm() -> tuple[str, Callable[..., subprocess.CompletedProcess[str]]]:
-    """What npm is called, and a function of its arguments and ``subprocess.run``'s keywords."""
+    """Npm's name, and a function of its arguments and the keywords of ``subprocess.run``."""
     if found := shutil.which("npm"):
 
         def run(arguments: Sequence[str], **keywords: Any) -> subprocess.CompletedProcess[str]:
@@ -192,7 +191,7 @@ def _find_npm() -> tuple[str, Callable[..., subprocess.CompletedProcess[str]]]:
 
 
 def _npm_error(version: str, exit_code: int, stderr: str) -> OpenCodeError:
-    # Frames of npm's own stack would push what it has to say out of view.
+    # Frames of npm's own stack would push its message out of view.
     lines = [line for line in stderr.splitlines() if not re.match(r"npm \S+ +at ", line)]
     words = "\n".join(lines[-_STDERR_LINES:])
     if "ETARGET" in stderr:
@@ -209,8 +208,8 @@ def _npm_error(version: str, exit_code: int, stderr: str) -> OpenCodeError:
 def _pick(tree: Path, version: str, report: Callable[[str], None]) -> Path:
     """The program in npm's *tree* that runs on this machine and is *version*.
 
-    npm tells platforms apart by system and processor alone, and brings a program for each C
-    library, with and without AVX2. By the length of their names the better ones come first:
+    npm distinguishes platforms by system and processor alone, and brings a program for each C
+    library, with and without AVX2. Sorted by length, the better ones come first:
     opencode-linux-x64, -musl, -baseline, -baseline-musl.
     """
     name = managed_path(version).name

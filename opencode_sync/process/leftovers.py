@@ -1,4 +1,4 @@
-"""What earlier crashes have left on this machine.
+"""What crashed programs have left on this machine.
 
     Leftovers.find() --> processes, paths --> remove()
 
@@ -37,8 +37,8 @@ class Leftovers:
     """What belongs to a Python process that has ended.
 
     Attributes:
-        processes: Tools and OpenCodes; also those that ``keep_background`` left on purpose.
-        paths: Temporary directories and files, and installs that were cut off.
+        processes: Tools and OpenCode itself; also those that ``keep_background`` left on purpose.
+        paths: Temporary directories and files, and interrupted installs.
     """
 
     processes: list[psutil.Process] = field(default_factory=list)
@@ -95,7 +95,7 @@ def _processes() -> Iterator[psutil.Process]:
 
 
 def _counts_as_we(pid: int) -> bool:
-    """Whether *pid* is in no container with pids of its own, where an owner's says nothing."""
+    """Whether *pid* is in our pid namespace: in another one, an owner's pid means nothing here."""
     if not os.path.isdir("/proc/self/ns"):
         return True
     return os.readlink(f"/proc/{pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
@@ -106,9 +106,9 @@ def _temporary() -> Iterator[Path]:
         name = _TEMPORARY.match(path.name)
         with suppress(FileNotFoundError):
             there = path.lstat()
-            # Another user's are for him to look after.
+            # Another user's are not our business.
             is_ours = not hasattr(os, "getuid") or there.st_uid == os.getuid()
-            # A container that shares the directory has processes of its own, with the same numbers.
+            # A container that shares the directory has its own processes, with the same pids.
             is_ours = is_ours and name is not None and name["space"] == pid_space()
             if name and is_ours and not _lived_at(int(name["pid"]), there.st_mtime):
                 yield path

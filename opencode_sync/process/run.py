@@ -143,8 +143,10 @@ class ProcessRun:
     def receive(self, timeout: float | None) -> list[Event] | None:
         """The next events; see :meth:`~opencode_sync.core.request.Source.receive`."""
         if not self._is_done and not self._ready:
+            if self._logs.pending is not None:
+                timeout = PENDING_S if timeout is None else min(timeout, PENDING_S)
             try:
-                self._process.wait(self._patience(timeout))
+                self._process.wait(timeout)
             except queue.Empty:
                 if events := self._logs.take_pending():
                     return events
@@ -213,12 +215,9 @@ class ProcessRun:
 
     def may_repeat(self, result: RunResult) -> bool:
         """True for a start-up that lost a race for its database, before any event."""
-        return bool(result.exit_code) and not self._n_lines and may_be_repeated(result.stderr)
-
-    def _patience(self, timeout: float | None) -> float | None:
-        if self._logs.pending is None:
-            return timeout
-        return PENDING_S if timeout is None else min(timeout, PENDING_S)
+        said = result.stderr[-_LONGEST_USAGE:].lower()
+        has_lost = any(words in said for words in _STARTUP_FAILURES)
+        return bool(result.exit_code) and not self._n_lines and has_lost
 
     def close(self) -> None:
         """Give back files and data directory; it is stopped if it still runs."""
@@ -313,12 +312,6 @@ def _as_stdin(prompt: str) -> bytes:
 # --- why a run went wrong -------------------------------------------------------------------------
 
 
-def may_be_repeated(stderr: str) -> bool:
-    """Whether a start-up that printed nothing but *stderr* lost a race for its database."""
-    said = stderr[-_LONGEST_USAGE:].lower()
-    return any(words in said for words in _STARTUP_FAILURES)
-
-
 def reason(
     result: RunResult, argv: Sequence[str], env: Mapping[str, str], logged_cause: str | None
 ) -> str | None:
@@ -399,9 +392,5 @@ def _unknown_flag(argv: Sequence[str], stderr: str) -> str | None:
     unknown = [flag for flag in flags if flag not in usage.replace(",", " ").split()]
     if not unknown:
         return None
-    return f"opencode {_version(argv[0])} does not know {', '.join(unknown)}"
-
-
-def _version(binary: str) -> str:
-    version, _ = ask_version(binary)
-    return version or "of unknown version"
+    version = ask_version(argv[0])[0] or "of unknown version"
+    return f"opencode {version} does not know {', '.join(unknown)}"

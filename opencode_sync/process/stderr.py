@@ -1,4 +1,4 @@
-"""Lines of stderr that mean something: OpenCode's log, what preload.js tells, and warnings.
+"""Lines of stderr: OpenCode's log, what preload.js reports, and warnings.
 
     timestamp=... level=ERROR message="stream error" ... error.error="AI_APICallError: slow down"
     timestamp=... level=WARN message="server unavailable" key=NAME type=local status=failed
@@ -6,8 +6,8 @@
     opencode-sync: {"type":"step_finish","timestamp":...,"sessionID":"ses_...","part":...}
     ! agent "nope" not found. Falling back to default agent
 
-OpenCode retries a provider's refusals silently and for long; its log has the message, and what we
-had it preload saw the HTTP status. Formats of 1.18.33; what is not recognised is left alone.
+OpenCode retries a provider's refusals silently and for long; its log has the message, and
+preload.js reports the HTTP status. Formats of 1.18.33; other lines are left alone.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class LogReader:
     """Reads stderr's lines in order.
 
     Attributes:
-        cause: The last failure that the log explains: more than OpenCode's ``error`` event tells
-            of an unknown model.
+        cause: The last failure that the log explains; of an unknown model it tells more than
+            OpenCode's ``error`` event does.
         other_agent: Why OpenCode runs another agent than was asked for, or None.
         pending: A refusal, or None; the next line shows whether it is the last one. Without
             its HTTP status it is taken for one that is retried, if nothing follows.
@@ -75,11 +75,11 @@ class LogReader:
 
     @property
     def explanation(self) -> str:
-        """What the log says of a failure that has no words of its own; "" where it says nothing."""
+        """The log's explanation of a failure that has no message; "" where there is none."""
         return self.cause or self._complaint
 
     def read(self, line: str) -> tuple[bool, list[Event]]:
-        """Whether *line* is a log line, and the events that it amounts to."""
+        """Whether *line* is a log line, and the events that follow from it."""
         line = line[:_LONGEST]
         fields = log_fields(line)
         if fields is None:
@@ -104,7 +104,7 @@ class LogReader:
         return True, events
 
     def take_pending(self) -> list[Event]:
-        """The refusal that was held back, as nothing says that it is the last."""
+        """Take out the refusal that was held back, since nothing says that it was the last."""
         event, self.pending = self.pending, None
         return [] if event is None else [event]
 
@@ -150,9 +150,9 @@ class LogReader:
 
 
 def split_told(line: str) -> tuple[str, str | None]:
-    """What stands in *line* before what preload.js tells, and that from its PRELOAD_PREFIX on.
+    """Split *line* into the text before what preload.js reports, and the report or None.
 
-    None in its place where it tells nothing. A plugin may have printed without a newline before it.
+    The report begins with PRELOAD_PREFIX. A plugin may have printed without a newline before it.
     """
     if line.startswith(PRELOAD_PREFIX):
         return "", line
@@ -163,11 +163,11 @@ def split_told(line: str) -> tuple[str, str | None]:
 
 
 def asked_to_wait_s(retry_after: Any, retry_after_ms: Any = None) -> float | None:
-    """The seconds that a provider asks to be left alone; None where it does not say.
+    """How many seconds a provider asks to wait; None where it does not say.
 
     Args:
         retry_after: Its header ``Retry-After``: seconds, or an HTTP date.
-        retry_after_ms: Its header ``Retry-After-Ms``, which is the more exact one.
+        retry_after_ms: Its header ``Retry-After-Ms``, which is more exact.
     """
     for value, unit_s in ((retry_after_ms, 0.001), (retry_after, 1.0)):
         try:
@@ -185,7 +185,7 @@ def asked_to_wait_s(retry_after: Any, retry_after_ms: Any = None) -> float | Non
 
 
 def no_agent(why: str) -> Event:
-    """The error for a run in which another agent would take over; *why* is OpenCode's words."""
+    """The error of a run in which another agent would take over; *why* in OpenCode's words."""
     message = f"{why}; the run was stopped before the default agent took over"
     return {"type": "error", "error": {"name": "AgentNotFoundError", "data": {"message": message}}}
 
@@ -201,7 +201,7 @@ def not_counted(n_sub_agents: int) -> Event:
 
 
 def unwritable_home(stderr: str) -> str | None:
-    """Where OpenCode ended since it may not write below its home: that, and what to set."""
+    """If OpenCode ended because it may not write below its home: that, and what to set."""
     found = _NOT_MADE.search(strip_ansi(stderr[:_LONGEST]))
     if found is None:
         return None
@@ -212,7 +212,7 @@ def unwritable_home(stderr: str) -> str | None:
 
 
 def refused_by_bun(stderr: str) -> str | None:
-    """Where Bun ended before OpenCode began: at what, and what to set."""
+    """If Bun ended before OpenCode began: why, and what to set."""
     said = strip_ansi(stderr[:_LONGEST])
     if _NOT_SEEN.search(said) is not None:
         return (
@@ -225,16 +225,16 @@ def refused_by_bun(stderr: str) -> str | None:
 
 
 def no_space(env: Mapping[str, str]) -> str | None:
-    """Where what failed had no space to write: how much is left, and what to do.
+    """If a disk that OpenCode writes to is full: how much is left, and what to do.
 
-    OpenCode itself does not tell: what it would say goes into a file that is full too.
+    OpenCode itself does not tell: its message would go into a file that is full too.
 
     Args:
-        env: What it was started with; says where it writes.
+        env: The environment that it was started with; says where it writes.
     """
     home = env.get("XDG_DATA_HOME") or env.get("HOME")
     places = [env.get("TMPDIR"), env.get("BUN_TMPDIR"), home]
-    with suppress(OSError):  # Python asked first now, and found none that takes a file
+    with suppress(OSError):  # no temporary directory takes a file
         places.insert(0, tempfile.gettempdir())
     for place in filter(None, places):
         with suppress(OSError):
@@ -249,5 +249,5 @@ def no_space(env: Mapping[str, str]) -> str | None:
 
 
 def is_retried(status: int) -> bool:
-    """Whether OpenCode asks again after this HTTP status of a provider, rather than give up."""
+    """Whether OpenCode asks again after this HTTP status of a provider, instead of giving up."""
     return status in (408, 409, 429) or status >= 500

@@ -37,10 +37,10 @@ from .data_dirs import temporary_prefix
 OLDEST_KNOWN = "1.17"
 KNOWN_VERSIONS = f"{OLDEST_KNOWN} up to, not including, 2"
 
-VARIANTS_TIMEOUT_S = 20.0  # 2 s on such a machine
-VERSION_TIMEOUT_S = 60.0  # 0.6 s on a machine that has nothing else to do
+VERSION_TIMEOUT_S = 60.0  # it takes 0.6 s on an idle machine
+VARIANTS_TIMEOUT_S = 20.0  # it takes 2 s there
 SCRIPT_MARK = b"#!"
-SLICE_S = 0.05  # how soon a question that is waited for notices that it was cancelled
+SLICE_S = 0.05  # how soon a wait for an answer notices that the run was cancelled
 
 _OF_THE_MACHINE = {
     errno.E2BIG, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETXTBSY
@@ -49,7 +49,7 @@ _CANCELLED = "the run was cancelled before it had started"
 
 _log = logging.getLogger("opencode_sync")
 _asking = threading.RLock()  # so that threads that start at once ask once
-_known: dict[str, tuple[list[int], str]] = {}  # path -> which file it was, and its version
+_known: dict[str, tuple[list[int], str]] = {}  # path -> identity of the file, and its version
 _logged: set[str] = set()
 _variants: dict[tuple[str | None, ...], list[str] | None] = {}  # of a model, somewhere
 
@@ -109,7 +109,7 @@ def check_program_version(program: str, cancelled: Callable[[], bool] = lambda: 
 
 
 def check_server_version(server: str, version: str) -> list[str]:
-    """Refuse a *server*, a URL or the program of our own, that tells no known version."""
+    """Refuse a *server*, a URL or our own one's program, whose version is not known."""
     if fault := fault_of(version):
         raise OpenCodeConfigError(
             f"nothing was sent to the server {server}: {fault}: use another one, or "
@@ -119,7 +119,7 @@ def check_server_version(server: str, version: str) -> list[str]:
 
 
 def how_to_replace() -> str:
-    """What to do about a program that is not used, beside which the managed copy can be."""
+    """What to do about a program that is not used: install the managed copy beside it."""
     try:
         variable = f"OPENCODE_BINARY={managed_path(TESTED_VERSION)}"
     except OpenCodeConfigError:  # there is no home
@@ -253,7 +253,7 @@ def _output_of(
 def ask_version(
     program: str | os.PathLike[str], cancelled: Callable[[], bool] = lambda: False
 ) -> tuple[str, str]:
-    """The answer to ``--version``, and why there is none: one of the two is empty.
+    """The answer to ``--version``, and the reason if there is none: one of the two is empty.
 
     Raises:
         OpenCodeCancelledError: If *cancelled* comes true before there is one.
@@ -298,7 +298,7 @@ def no_process(error: OSError) -> OpenCodeError:
 
 @contextmanager
 def _environment() -> Iterator[dict[str, str]]:
-    """Give an environment whose directories, which OpenCode makes even for this, are temporary."""
+    """Our environment with temporary directories, since OpenCode makes some even for this."""
     with ExitStack() as stack:
         names = ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME")
         ours: dict[str, str] = {}
@@ -337,20 +337,20 @@ def _asked(program: str, file: list[int], cancelled: Callable[[], bool]) -> str:
     version, fault = ask_version(program, cancelled)
     if fault:
         raise OpenCodeBinaryNotFoundError(_does_not_run(program, fault))
-    with suppress(OSError):  # another look, or the run itself, tells what has changed
+    with suppress(OSError):  # a cache that cannot be written, or a program that has just gone
         if record is not None and _identity(program) == file:
             _write(record, file, version)
     return version
 
 
 def _identity(program: str) -> list[int]:
-    """Figures that change when there is another file in the program's place."""
+    """Figures that change when another file takes the program's place."""
     status = os.stat(program)
     return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def _starts_another(program: str) -> bool:
-    """Whether it is a script, or a version manager's program under another name (Volta, mise)."""
+    """Whether it is a script, or a link to a version manager's program (Volta, mise)."""
     name, own_name = os.path.basename(program), os.path.basename(os.path.realpath(program))
     if own_name != name and "opencode" not in own_name.lower():
         return True
@@ -360,7 +360,7 @@ def _starts_another(program: str) -> bool:
 
 
 def _record_of(program: str) -> Path | None:
-    """Where the answer of *program* is kept between processes."""
+    """The file that keeps the answer of *program* between processes; None without a home."""
     from hashlib import sha256
 
     import platformdirs

@@ -1,4 +1,4 @@
-"""A small process that cleans up where we no longer can: after we have been killed.
+"""A small process that cleans up when we cannot: after we have been killed.
 
     this process                                 the watchdog's process, in a session of its own
       guard() ---------- starts it, once ------>   reads its end of a socket pair
@@ -6,14 +6,13 @@
       (SIGKILL, out of memory, a crash, or         at end of file: stops all with our token,
        just our end)                               removes the directories, ends
 
-One serves all runs of a Python process; a forked child has one of its own. It is nobody's child
-(its starter ends at once), so no wait() of the program meets it, and it ends by nothing but
-end-of-file and SIGKILL: a SIGTERM that a service manager or a shell sends to all of us must not
-take it before its work, which it ends LIFE_S after end-of-file at the latest. If it is killed, the
-next guard() starts another.
+One serves all runs of a Python process; a forked child has its own. It is not a child of ours (its
+starter ends at once), so no wait() of the program meets it. Only end-of-file and SIGKILL end it: a
+SIGTERM that a service manager or a shell sends to all of us must not end it before its work, which
+takes LIFE_S after end-of-file at most. If it is killed, the next guard() starts another.
 
 On Linux with Python 3.11 it costs 7 MB (4 MB of it unshared), 20 ms before the first run, no time
-while it waits, and 20 ms of CPU after our end. Until then it loads next to nothing, hence the late
+while it waits, and 20 ms of CPU after our end. Until then it loads almost nothing, hence the late
 imports here. Where there is no Python to run it (a frozen program, an embedded interpreter) or on
 Windows, runs go on without it.
 """
@@ -35,10 +34,10 @@ _KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # some Pythons do no
 
 
 class Watchdog:
-    """This process's side: what is to be cleaned up, and the line to the one who will.
+    """This process's side: what is to be cleaned up, and the connection to the watchdog's process.
 
-    Nothing here raises for a watchdog that is gone or cannot be had: runs go on without. The lock
-    is reentrant, since a finaliser may discard a directory in the middle of anything.
+    Nothing here raises if that process is gone or cannot be started: runs go on without it. The
+    lock is reentrant, since a finaliser may discard a directory at any point.
     """
 
     def __init__(self) -> None:
@@ -52,13 +51,13 @@ class Watchdog:
         self._entries: set[bytes] = set()
 
     def guard(self) -> None:
-        """See that a watchdog is there. Call it before each start of a process."""
+        """Start the watchdog if there is none. Call it before each start of a process."""
         with self._lock:
             if not self._send(b"\n") and not self._is_unavailable:
                 self._start()
 
     def add_directory(self, path: str | os.PathLike[str]) -> None:
-        """Have *path* removed after our end, unless it is discarded before."""
+        """Have *path* removed after our end, unless it is discarded first."""
         self._add(_directory_entry(path))
 
     def discard_directory(self, path: str | os.PathLike[str]) -> None:
@@ -86,14 +85,14 @@ class Watchdog:
         return [] if self._channel is None else [self._channel]
 
     def _send(self, data: bytes) -> bool:
-        """Whether there is somebody to read *data*."""
+        """Send *data*; False if there is no watchdog to read it."""
         import socket
 
         if self._channel is None:
             return False
         is_told = False
         # A socket and not a pipe, so that a program with SIGPIPE at its default survives it. The
-        # bare descriptor is kept, which nothing closes at interpreter exit before the very end.
+        # bare descriptor is kept, since nothing closes it before the very end of the interpreter.
         try:
             channel = socket.socket(fileno=self._channel)
             try:
@@ -105,8 +104,8 @@ class Watchdog:
         except ConnectionError:
             os.close(self._channel)
         except OSError:
-            # The watchdog is suspended, or somebody has closed our end. Left as it is: a close the
-            # watchdog would take for our death, once it wakes.
+            # The watchdog is suspended, or somebody has closed our end. It is not closed here: once
+            # the watchdog wakes, it would take that for our death.
             pass
         finally:
             if not is_told:
@@ -126,14 +125,14 @@ class Watchdog:
         try:
             self._channel, self._pid = _launch(tree.process_token(), self._entries.copy())
         except (OSError, ValueError) as error:
-            # Not to be waited for again; where there was no process to be had, there may be later.
+            # No further wait for one that says nothing; a lack of processes may pass.
             self._is_unavailable = isinstance(error, (TimeoutError, ValueError))
             log.debug("no watchdog process: %s: %s", type(error).__name__, error)
         else:
             log.debug("watchdog process %d started", self._pid)
 
     def before_fork(self) -> None:
-        """Wait until no thread is starting one: the child would hold its line open, unknowing."""
+        """Wait until no thread is starting one: the child would hold its connection open."""
         self._lock.acquire()
 
     def after_fork_in_parent(self) -> None:
@@ -151,7 +150,7 @@ def _why_not() -> str | None:
         return "not on this system"
     if getattr(sys, "frozen", False) or not os.path.isfile(__file__):
         return "this program is not a Python that runs files"
-    # In a program that embeds Python it may be that program.
+    # In a program that embeds Python, sys.executable may be that program.
     program = sys.executable or ""
     if "py" not in os.path.basename(program).lower() or not os.path.isfile(program):
         return f"sys.executable is {sys.executable!r}"
@@ -159,7 +158,7 @@ def _why_not() -> str | None:
 
 
 def _launch(token: str, entries: Iterable[bytes]) -> tuple[int, int]:
-    """Start the process; return our end of its line, and its pid.
+    """Start the process; return our end of the socket pair, and its pid.
 
     Raises:
         OSError: If the system gives no process or descriptor; TimeoutError, if it says nothing.
@@ -187,7 +186,7 @@ def _launch(token: str, entries: Iterable[bytes]) -> tuple[int, int]:
             ours.settimeout(START_S)
             pid = int(ours.recv(32))
         finally:
-            starter.kill()  # it has done its part, or will not
+            starter.kill()  # it has done its part, or never will
             starter.wait()
         if sys.platform == "darwin":
             ours.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE
@@ -238,7 +237,7 @@ _NO_MARK = 1 << 61  # microseconds; all of the marks are larger
 
 
 def _listen() -> set[bytes] | None:
-    """What to clean up, once the line is closed; None if nothing at all was said on it."""
+    """What to clean up, once the socket is closed; None if it said nothing at all."""
     entries: set[bytes] = set()
     rest = b""
     begun = False
@@ -263,12 +262,12 @@ def _clean_up(token: str, site: str, entries: Iterable[bytes]) -> None:
     # A thread in C, which ends us whatever we hang in.
     faulthandler.dump_traceback_later(LIFE_S, exit=True)
     sys.path.append(site)
-    package = types.ModuleType("opencode_sync")  # without all that is in __init__
+    package = types.ModuleType("opencode_sync")  # without what its __init__ imports
     package.__path__ = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
     sys.modules[package.__name__] = package
     words = [entry.split(b" ", 1) for entry in entries]
     spared = [word.decode() for kind, word in words if kind == b"spare"]
-    # Twice: a process that was just being started when we died bore no mark yet.
+    # Twice: a process that was being started when our program died bore no mark yet.
     for _ in range(2):
         with suppress(Exception):  # the files may have gone with an upgrade; go on with the rest
             tree = importlib.import_module("opencode_sync.process.tree")

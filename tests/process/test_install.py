@@ -390,4 +390,4 @@ def test_what_a_killed_install_left_is_removed_by_the_next(
     installed = install(report=said.append)
 
     assert files(managed_root()) == [str(installed.relative_to(managed_root()))]
-    assert said[0] == f"removing what an install that was cut off left behind: {leftover}"
+    assert said[0] == f"removing what an interrupted install left behind: {leftover}"
