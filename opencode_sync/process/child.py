@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import subprocess
 import tempfile
 import threading
@@ -35,9 +34,8 @@ Block = tuple[Channel, bytes]
 
 BLOCK_BYTES = 256 * 1024
 BACKLOG = 32  # blocks in the queue; a reader that is so far ahead leaves the rest on disk
-# How long a new line (or the exit, where the system cannot wait for it) can go unseen: a twentieth
-# of the time waited so far, between these bounds. Most of a run is spent waiting for a model, which
-# takes 0.5 % of a core per run.
+# How long a new line, or the exit, can go unseen: a twentieth of the time waited so far, between
+# these bounds. Most of a run is spent waiting for a model, which takes 0.5 % of a core per run.
 FIRST_PAUSE_S = 0.001
 LONGEST_PAUSE_S = {"stdout": 0.008, "stderr": 0.02}
 REAP_S = 2.0  # bound on waiting for a child that has been killed
@@ -72,7 +70,6 @@ class Process:
         self._queue: lifetime.Queue[Block | BaseException] = lifetime.Queue()
         self._readers: dict[Channel, threading.Thread] = {}
         self._popen: subprocess.Popen[bytes] | None = None
-        self._exit_fd: int | None = None
         try:
             with lifetime.deferred(), tempfile.TemporaryFile(buffering=0) as prompt:
                 self._outputs["stdout"] = stdout = Output()
@@ -90,7 +87,6 @@ class Process:
                 )
                 self.pid = self._popen.pid
                 self._root = tree.mark(self.pid, self._token)
-                self._exit_fd = _exit_fd(self.pid)
                 self.started_at = time.monotonic()
                 self._start_readers(self._popen)
                 self._unread = set(self._readers)
@@ -102,7 +98,7 @@ class Process:
         for channel, output in self._outputs.items():
             reader = threading.Thread(
                 target=_read,
-                args=(channel, output, popen, self._exit_fd, self._queue),
+                args=(channel, output, popen, self._queue),
                 name=f"opencode-{popen.pid}-{channel}",
                 daemon=True,
             )
@@ -175,7 +171,7 @@ class Process:
         assert self._popen is not None
         stopped = tree.stop(self._token, root=self._root)
         begun = time.monotonic()
-        while self.returncode is None and _pause(begun, REAP_S, exit_fd=self._exit_fd):
+        while self.returncode is None and _pause(begun, REAP_S):
             pass
         return bool(stopped.asked)
 
@@ -199,8 +195,6 @@ class Process:
                     reader.join(JOIN_S)
             for output in self._outputs.values():
                 output.file.close()
-            if self._exit_fd is not None:
-                os.close(self._exit_fd)
 
     def _stop_unknown(self) -> None:
         """End a child that was started, perhaps, without our getting a Popen for it.
@@ -236,7 +230,6 @@ def _read(
     channel: Channel,
     output: Output,
     popen: subprocess.Popen[bytes],
-    exit_fd: int | None,
     put: lifetime.Queue[Block | BaseException],
 ) -> None:
     """Hand over what a child writes, block by block, and an empty block at the end."""
@@ -255,41 +248,22 @@ def _read(
             elif has_ended:
                 break
             else:
-                _pause(begun, None, longest_s, exit_fd)
+                _pause(begun, None, longest_s)
     except BaseException as error:  # noqa: BLE001 - raised where the caller waits
         if output.is_wanted:
             put.put(error)
     put.put((channel, b""))
 
 
-def _exit_fd(pid: int) -> int | None:
-    """A descriptor that becomes readable when our child *pid* exits; None where there is none."""
-    if hasattr(os, "pidfd_open"):  # Linux
-        with suppress(OSError):  # an old kernel, or no descriptor left
-            return os.pidfd_open(pid)
-    return None
-
-
-def _pause(
-    begun: float, timeout: float | None, longest_s: float = 0.02, exit_fd: int | None = None
-) -> bool:
-    """Sleep a little, as part of a wait that began at *begun*; False once *timeout* has passed.
-
-    Args:
-        exit_fd: Ends the sleep when it becomes readable.
-    """
+def _pause(begun: float, timeout: float | None, longest_s: float = 0.02) -> bool:
+    """Sleep a little, as part of a wait that began at *begun*; False once *timeout* has passed."""
     waited_s = time.monotonic() - begun
     pause_s = min(max(FIRST_PAUSE_S, waited_s / 20), longest_s)
     if timeout is not None:
         if waited_s >= timeout:
             return False
         pause_s = min(pause_s, timeout - waited_s)
-    if exit_fd is None:
-        time.sleep(pause_s)
-    else:
-        poll = select.poll()  # not select(), which takes no descriptor above 1023
-        poll.register(exit_fd, select.POLLIN)
-        poll.poll(1000 * pause_s)
+    time.sleep(pause_s)
     return True
 
 

@@ -223,8 +223,8 @@ def build_argv(binary_resolved: str, prompt: str | None, run_cfg: RunConfig) -> 
 def with_title(run_cfg: RunConfig, prompt: str) -> RunConfig:
     """Give *run_cfg* a title, since without one OpenCode asks the model for it.
 
-    With an empty title OpenCode takes the first 50 characters of the prompt. So the prompt is not on
-    the command line, which other users of the machine can read. A session that is continued or
+    With an empty title OpenCode takes the first 50 characters of the prompt. So the prompt is not
+    on the command line, which other users of the machine can read. A session that is continued or
     forked keeps its own title.
     """
     if run_cfg.title:
