@@ -217,25 +217,31 @@ def test_prompts_sent_at_once_take_turns_and_get_their_own_answers(
 # --- permissions ---------------------------------------------------------------------------------
 
 
+class Answering:
+    """A callback that answers with *reply*, and keeps what it was asked."""
+
+    def __init__(self, reply: Any) -> None:
+        self.reply = reply
+        self.asked: list[Any] = []
+
+    def __call__(self, request: PermissionRequest | QuestionRequest) -> Any:
+        assert threading.current_thread() is threading.main_thread()  # the caller's
+        self.asked.append(request)
+        return self.reply
+
+
 def test_a_tool_that_is_allowed_runs(
     server: OpenCodeServer, script: Script, tmp_path: Path
 ) -> None:
     script.to("Touch it", shell("touch made"), "Done.")
-    threads: list[threading.Thread] = []
-    asked: list[PermissionRequest] = []
-
-    def allow(request: PermissionRequest) -> Any:
-        threads.append(threading.current_thread())
-        asked.append(request)
-        return "once"
+    allow = Answering("once")
 
     with server.session(tmp_path, run_cfg=ASKING, on_permission=allow) as chat:
         result = chat.send("Touch it")
 
     assert (result.status, result.answer) == ("ok", "Done.")
     assert (tmp_path / "made").exists()
-    assert threads == [threading.current_thread()]
-    assert repr(asked) == "[PermissionRequest(permission='bash', patterns=('touch made',))]"
+    assert repr(allow.asked) == "[PermissionRequest(permission='bash', patterns=('touch made',))]"
 
 
 def test_the_model_sees_the_words_of_a_rejection_and_goes_on(
@@ -260,16 +266,12 @@ def test_always_is_asked_once_for_two_calls(
     server: OpenCodeServer, script: Script, tmp_path: Path
 ) -> None:
     script.to("Twice", shell("touch one"), shell("touch two"), "Done.")
-    asked: list[PermissionRequest] = []
-
-    def always(request: PermissionRequest) -> Any:
-        asked.append(request)
-        return "always"
+    always = Answering("always")
 
     with server.session(tmp_path, run_cfg=ASKING, on_permission=always) as chat:
         chat.send("Twice")
 
-    assert [request.patterns for request in asked] == [("touch one",)]
+    assert [request.patterns for request in always.asked] == [("touch one",)]
     assert (tmp_path / "two").exists()
 
 
@@ -279,17 +281,13 @@ def test_always_allows_nothing_that_a_rule_denies(
     paths = [str(tmp_path / name) for name in ("one.txt", "two.txt", "secret.txt")]
     writes = [tool_call("write", filePath=path, content="x\n") for path in paths]
     script.to("Write them", *writes, "Done.")
-    asked: list[PermissionRequest] = []
+    always = Answering("always")
     cfg = RunConfig(permission={"edit": {"*": "ask", "*secret*": "deny"}})
-
-    def always(request: PermissionRequest) -> Any:
-        asked.append(request)
-        return "always"
 
     with server.session(tmp_path, run_cfg=cfg, on_permission=always) as chat:
         result = chat.send("Write them")
 
-    assert len(asked) == 1
+    assert len(always.asked) == 1
     assert sorted(path.name for path in tmp_path.glob("*.txt")) == ["one.txt", "two.txt"]
     assert result.denied_tools == ["write"]
 
@@ -323,17 +321,13 @@ def test_a_sub_agent_s_request_is_asked_too(
     task = tool_call("task", description="touch", prompt="Touch below", subagent_type="general")
     script.to("Have it touched", task, "Done.")
     script.to("Touch below", shell("touch made"), "Touched.")
-    asked: list[PermissionRequest] = []
-
-    def allow(request: PermissionRequest) -> Any:
-        asked.append(request)
-        return "once"
+    allow = Answering("once")
 
     with server.session(tmp_path, run_cfg=ASKING, on_permission=allow) as chat:
         chat.send("Have it touched")
 
-    assert [request.patterns for request in asked] == [("touch made",)]
-    assert asked[0].session_id != chat.session_id
+    assert [request.patterns for request in allow.asked] == [("touch made",)]
+    assert allow.asked[0].session_id != chat.session_id
     assert (tmp_path / "made").exists()
 
 
@@ -383,16 +377,12 @@ WHICH = tool_call(
 
 def test_a_question_is_answered(server: OpenCodeServer, workspace: Path, script: Script) -> None:
     script.to("Ask me", WHICH, "Thanks.")
-    asked: list[QuestionRequest] = []
-
-    def answer(request: QuestionRequest) -> Any:
-        asked.append(request)
-        return ["B"]
+    answer = Answering(["B"])
 
     with server.session(workspace, on_question=answer) as chat:
         result = chat.send("Ask me")
 
-    (question,) = asked[0].questions
+    (question,) = answer.asked[0].questions
     assert (question.question, [o.label for o in question.options]) == ("Which one?", ["A", "B"])
     assert '"Which one?"="B"' in script.last.tool_results[-1]
     assert result.answer == "Thanks."
