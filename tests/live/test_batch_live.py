@@ -14,7 +14,7 @@ from pathlib import Path
 from opencode_sync import (
     OpenCodeClient,
 )
-from opencode_sync.testing import Answer, ChatRequest, Reply
+from opencode_sync.testing import Reply
 from tests.live.warm import MakeModel
 
 ROOT = Path(__file__).parent.parent.parent
@@ -79,35 +79,6 @@ def _read(terminal: object, into: list[bytes]) -> None:
             into.append(data)
     except OSError:  # the other end is closed
         pass
-
-
-def test_a_refusal_for_too_many_requests_is_noticed_as_it_comes(
-    client: OpenCodeClient, workspace: Path, scripted: MakeModel
-) -> None:
-    def answer(request: ChatRequest) -> Answer:
-        refused.wait(60)
-        return "done"
-
-    refused = threading.Event()
-    model = scripted(answer, max_concurrent=1, retry_after_s=0.5)
-    jobs = ["one", "two", "three"]
-    batch = client.map(jobs, workspace, run_cfg=model.run_config(), max_workers=2)
-    watcher = threading.Thread(target=_set_when, args=(refused, batch))
-    watcher.start()
-
-    results = list(batch)
-
-    watcher.join(10)
-    assert [result.answer for result in results] == ["done"] * 3
-    assert batch.report.rate_limits >= 1
-    assert batch.report.lowest_workers == 1
-    assert len(model.requests) + len(model.refused_requests) < 6
-
-
-def _set_when(refused: threading.Event, batch: object) -> None:
-    while not batch.report.rate_limits and not refused.wait(0.05):  # type: ignore[attr-defined]
-        pass
-    refused.set()
 
 
 def test_cancelling_a_future_ends_a_real_run(

@@ -48,7 +48,7 @@ from opencode_sync import (
 )
 from opencode_sync.api.runner import Runner
 from opencode_sync.process.data_dirs import DataDirectories
-from opencode_sync.testing import ChatRequest, Reply, tool_call
+from opencode_sync.testing import ChatRequest, Reply
 from tests.live.warm import WITHIN_S, MakeRunner, Script, Tools, conversation, shell
 
 pytestmark = [
@@ -192,28 +192,6 @@ def test_an_answer_of_8_mb_arrives_whole(runner: Runner, workspace: Path, script
     is_kept = stream.result.final_text == numbered(SIZE)
     assert is_kept
     assert stream.result.status == "ok"
-
-
-# --- permissions ---------------------------------------------------------------------------------
-
-
-def test_a_denied_tool_and_a_denied_command_stand_in_the_status_and_are_no_error(
-    runner: Runner, cfg: RunConfig, workspace: Path, script: Script
-) -> None:
-    calls = (
-        tool_call("bash", command="touch denied", description="Touch"),
-        tool_call("bash", command="echo allowed > allowed", description="Write"),
-        tool_call("write", filePath=str(workspace / "written"), content="no"),
-    )
-    prompt = script.to("Try all", Reply.calls(*calls), "I may not.")
-    rules = {"bash": {"*": "allow", "touch *": "deny"}, "edit": "deny"}
-
-    result = runner.run(prompt, workspace, run_cfg=cfg.replace(permission=rules))
-
-    made = [(workspace / name).exists() for name in ("denied", "allowed", "written")]
-    assert made == [False, True, False]
-    assert (result.status, sorted(result.denied_tools)) == ("denied", ["bash", "write"])
-    assert (result.finish_reason, result.answer) == ("stop", "I may not.")
 
 
 # --- errors --------------------------------------------------------------------------------------

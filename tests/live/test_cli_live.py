@@ -100,18 +100,6 @@ def test_a_chat_knows_what_was_said_before(
     assert "My name is Bob." in json.dumps(model.requests[-1].messages)
 
 
-def test_a_run_that_ended_at_a_denied_tool_is_told_apart_from_one_that_is_done(
-    shell: Shell, scripted: Scripted, asking: Options, tmp_path: Path
-) -> None:
-    outside = tool_call("read", filePath=str(tmp_path / "config.json"))
-    model = scripted([outside, "never said"])
-
-    status, _, err = shell("run", "Look.", *asking(model))
-
-    assert status == 1
-    assert "was refused" in err
-
-
 def test_the_demo_works_and_says_what_it_cost(shell: Shell) -> None:
     status, out, err = shell("demo")
 

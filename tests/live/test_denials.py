@@ -163,7 +163,8 @@ def test_the_last_of_the_caller_s_own_rules_counts(
 
     assert (workspace / "allowed.txt").read_text() == "allowed\n"
     assert made(workspace) == []
-    assert result.denied_tools == ["bash"]
+    assert (result.status, result.denied_tools) == ("denied", ["bash"])
+    assert (result.finish_reason, result.answer) == ("stop", "One of them.")
 
 
 def test_a_denial_holds_in_a_session_that_was_begun_without_it_and_in_a_fork(

@@ -60,18 +60,6 @@ def saying(value: Mapping[str, Any]) -> Callable[[ChatRequest], Answer]:
 # --- both runners --------------------------------------------------------------------------------
 
 
-@pytest.mark.only("server")
-def test_an_answer_that_fits_becomes_the_parsed_value(
-    runner: Runner, workspace: Path, script: Script
-) -> None:
-    script.answers["Describe it"] = saying(GOOD)
-
-    result = runner.run("Describe it", workspace, schema=Bird)
-
-    assert result.parsed == Bird(name="Kiebitz", legs=2)
-    assert (result.status, result.turns, result.prompt) == ("ok", 1, "Describe it")
-
-
 def test_an_answer_that_does_not_fit_is_repaired_in_the_same_session(
     runner: Runner, workspace: Path, script: Script
 ) -> None:

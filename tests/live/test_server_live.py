@@ -119,16 +119,6 @@ def test_files_reach_the_model_as_what_they_are(
     assert f"data:image/png;base64,{base64.b64encode(PNG).decode()}" in content
 
 
-def test_a_command_is_run_with_the_prompt_as_its_arguments(
-    server: OpenCodeServer, workspace: Path, script: Script
-) -> None:
-    script.to("say hello to Bob and Ann", "Hello.")
-
-    result = server.run("Bob and Ann", workspace, run_cfg=RunConfig(command="greet"))
-
-    assert (result.status, result.answer) == ("ok", "Hello.")
-
-
 # --- directories ---------------------------------------------------------------------------------
 
 

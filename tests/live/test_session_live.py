@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import subprocess
 import sys
 import threading
 import time
@@ -49,39 +47,6 @@ def test_each_turn_knows_those_before_it(
     assert second.answer == "re What is my name?"
     assert second.session_id == chat.session_id
     assert conversation(script.last) == ["My name is Bob.", "re My name is Bob.", second.prompt]
-
-
-RESUMING = """
-import pickle, sys
-from opencode_sync import OpenCodeServer
-
-binary, data_dir, workspace, session_id, cfg = pickle.load(sys.stdin.buffer)
-with OpenCodeServer(binary, run_cfg=cfg, data_dir=data_dir) as server:
-    with server.session(workspace, session_id=session_id) as chat:
-        print(chat.send("And mine?").answer)
-"""
-
-
-def test_a_conversation_is_resumed_in_another_process(
-    opencode_binary: str, model: ScriptedModel, script: Script, tmp_path: Path
-) -> None:
-    cfg, data = config(model), tmp_path / "data"
-    with (
-        OpenCodeServer(opencode_binary, run_cfg=cfg, data_dir=data) as server,
-        server.session(tmp_path) as chat,
-    ):
-        chat.send("My name is Bob.")
-
-    done = subprocess.run(
-        [sys.executable, "-c", RESUMING],
-        input=pickle.dumps((opencode_binary, data, tmp_path, chat.session_id, cfg)),
-        stdout=subprocess.PIPE,
-        timeout=WITHIN_S,
-        check=True,
-    )
-
-    assert done.stdout == b"re And mine?\n"
-    assert conversation(script.last) == ["My name is Bob.", "re My name is Bob.", "And mine?"]
 
 
 def test_a_fork_sees_the_past_and_leaves_the_original_alone(

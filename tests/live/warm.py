@@ -94,9 +94,7 @@ def shell(command: str) -> ToolCall:
 def config(model: ScriptedModel, **changes: Any) -> RunConfig:
     # Each connection to the model ends with its request, and so within its test.
     options = {"scripted": {"options": {"headers": {"Connection": "close"}}}}
-    commands = {"greet": {"template": "say hello to $ARGUMENTS", "description": "Greets"}}
-    overrides = {"provider": options, "command": commands}
-    return model.run_config(config_overrides=overrides, **changes)
+    return model.run_config(config_overrides={"provider": options}, **changes)
 
 
 def make_what_stays(runner: Runner) -> None:
