@@ -68,6 +68,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
+        if " at 0x" in item.nodeid:
+            raise pytest.UsageError(
+                f"{item.nodeid}: workers know a test by an id without addresses"
+            )
         if _needs_binary(item):
             item.add_marker("live")
     if hasattr(config, "workerinput"):  # what takes long is begun first

@@ -69,7 +69,9 @@ def test_every_name_of_the_wrapper_is_exported() -> None:
     assert [name for name in opencode_sync.__all__ if not hasattr(opencode_sync, name)] == []
 
 
-@pytest.mark.parametrize("function, order, defaults", PARAMETERS, ids=lambda each: str(each)[:40])
+@pytest.mark.parametrize(
+    "function, order, defaults", PARAMETERS, ids=[function.__name__ for function, *_ in PARAMETERS]
+)
 def test_parameters_have_the_wrappers_order_and_defaults(
     function: Any, order: list[str], defaults: dict[str, Any]
 ) -> None:
