@@ -227,10 +227,18 @@ def _output_of(
 
     Raises:
         OpenCodeCancelledError: If *cancelled* comes true before it ends.
-        OSError: If it cannot be started; without a file name if there is no temporary directory.
+        OpenCodeError: If no temporary file can be made.
+        OSError: If it cannot be started.
     """
-    # Into files: what OpenCode writes to a pipe can be cut.
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with ExitStack() as files:
+        # Into files: what OpenCode writes to a pipe can be cut.
+        try:
+            out, err = (files.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+        except OSError as error:
+            raise OpenCodeError(
+                f"no place for temporary files ({error.strerror}): set TMPDIR to one that can be "
+                "written"
+            ) from error
         process = subprocess.Popen(
             argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err
         )

@@ -159,8 +159,8 @@ def test_a_full_temporary_directory_is_told(child: Child) -> None:
         "tell(lambda: client.run('well'))"
     )
 
-    assert "no place for a temporary data directory" in output
-    assert "set TMPDIR to one that can be written, or pass data_dir=" in output
+    assert "no place for temporary files" in output
+    assert "set TMPDIR to one that can be written" in output
 
 
 def test_a_temporary_directory_that_cannot_be_written_is_told(
