@@ -13,7 +13,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -73,7 +73,8 @@ class Import(NamedTuple):
     line: int
 
 
-def imports_of(module: str) -> Iterator[Import]:
+@cache
+def imports_of(module: str) -> list[Import]:
     """All imports of *module*, except for those of the type checker alone."""
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
     for_types, lazy = set(), set()
@@ -82,10 +83,12 @@ def imports_of(module: str) -> Iterator[Import]:
             for_types |= {each for branch in node.body for each in ast.walk(branch)}
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             lazy |= set(ast.walk(node))
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Import, ast.ImportFrom)) and node not in for_types:
-            for name in names_in(node, module):
-                yield found(name, node in lazy, node.lineno)
+    return [
+        found(name, node in lazy, node.lineno)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and node not in for_types
+        for name in names_in(node, module)
+    ]
 
 
 def names_in(node: ast.Import | ast.ImportFrom, module: str) -> list[str]:
