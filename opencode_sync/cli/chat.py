@@ -144,7 +144,7 @@ def _history(path: Path) -> Iterator[Callable[[str], None]]:
     """Offer earlier prompts, kept in *path*, at the arrow keys; give a function that adds one."""
     try:
         import readline
-    except ImportError:  # Windows
+    except ImportError:  # not in every Python
         yield lambda prompt: None
         return
     readline.set_auto_history(False)  # answers to questions do not belong there

@@ -234,8 +234,8 @@ def matches(text: str, pattern: str) -> bool:
 
 # The argument of a tool that OpenCode matches a rule's pattern with, as it is.
 _SUBJECT_OF = {"bash": "command", "webfetch": "url", "task": "subagent_type", "skill": "name"}
-# One command of plain words, which OpenCode asks for as it stands. It does not ask for a change of
-# directory, nor for what its parser takes for something else: an assignment, a declaration, a test.
+# One command of plain words, which OpenCode asks for unchanged. It does not ask for a change of
+# directory, or for what its parser does not see as a command: an assignment, a declaration, a test.
 _PLAIN_COMMAND = re.compile(r"(?P<name>[\w./+-]+)([ \t]+[\w./+=:,@%^~*?-]+)*")
 _NOT_ASKED = frozenset({
     "cd", "chdir", "popd", "pushd", "push-location", "set-location",

@@ -87,7 +87,7 @@ class Line(NamedTuple):
 
 
 def lines_in(file: Iterable[bytes]) -> Iterator[Line]:
-    """Read the lines of a checkpoint's *file*; offsets count from where it stands.
+    """Read the lines of a checkpoint's *file*; offsets count from its current position.
 
     Ends before a last line that was cut off, or is being written.
 

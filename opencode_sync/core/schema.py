@@ -331,7 +331,8 @@ _NO_VALUE = "the answer holds no JSON value"
 def find_values(answer: str, *, is_cut: bool = False) -> tuple[list[Any], bool]:
     """The JSON values that *answer* may mean, and whether the answer states its one value.
 
-    Values that are not stated stand amid prose, and may be drafts; they come in the text's order.
+    Values that are not stated are found within prose and may be drafts; they are in the text's
+    order.
 
     Args:
         is_cut: The model was stopped while it wrote. Then a value counts only where the answer
