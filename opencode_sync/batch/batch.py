@@ -103,6 +103,8 @@ def _settings_of(index: int, job: object, default: RunSettings) -> RunSettings:
             )
     own = {name: getattr(job, name) for name in LIMITS_OF_A_JOB}
     limits = {name: limit for name, limit in own.items() if limit is not None}
+    if not limits and job.run_cfg is None:
+        return default
     return replace(
         default,
         limits=replace(default.limits, **limits),
@@ -302,14 +304,13 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
 
     def _task(self, index: int, job: Job, settings: RunSettings) -> Task:
         workspace = absolute(self._options.workspace if job.workspace is None else job.workspace)
-        task = Task(index, job.prompt, workspace, settings, job.key)
-        if self._checkpoint is None:
-            return task
-        has_own = job.run_cfg is not None
-        common = _fingerprint_of(settings) if has_own else self._fingerprint
-        fingerprint = job_fingerprint(job.prompt, workspace, common)
-        key = self._checkpoint.take_key(job.key, fingerprint)
-        return replace(task, key=key, fingerprint=fingerprint)
+        key, fingerprint = job.key, ""
+        if self._checkpoint is not None:
+            has_own = job.run_cfg is not None
+            common = _fingerprint_of(settings) if has_own else self._fingerprint
+            fingerprint = job_fingerprint(job.prompt, workspace, common)
+            key = self._checkpoint.take_key(key, fingerprint)
+        return Task(index, job.prompt, workspace, settings, key, fingerprint)
 
     def _load(self, index: int, saved: Saved) -> End:
         assert self._checkpoint is not None

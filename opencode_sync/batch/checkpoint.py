@@ -118,7 +118,8 @@ class Checkpoint:
                 undo.pop_all()
         except OSError as error:
             raise self._refusal(error.strerror or str(error)) from error
-        self.spent = sum((saved.spent for saved in self._index.values()), Spent())  # before us
+        # By earlier batches.
+        self.spent = sum((saved.spent for saved in self._index.values()), Spent())
         self._is_open = True
 
     def take_key(self, key: str | None, fingerprint: str) -> str:
