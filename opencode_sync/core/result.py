@@ -398,7 +398,6 @@ class _Texts:
         self.latest = message_id
         if message_id not in self.summaries:
             self.steps.append(_Step(message_id))
-            self.is_open = False
 
     def end_step(self, reason: str) -> None:
         if self.latest not in self.summaries:

@@ -132,10 +132,12 @@ def test_a_summary_and_what_opencode_says_by_itself_are_left_out() -> None:
 
 
 def test_a_whole_answer_remains_the_answer_where_opencode_goes_on_by_itself() -> None:
-    result = result_of(STEP, text("42"), finish(), *SUMMARY, CONTINUE, *ANSWERING)
+    goes_on = [*SUMMARY, CONTINUE, *ANSWERING]
+
+    result = result_of(STEP, text("42"), finish(), *goes_on, *goes_on)
 
     assert (result.status, result.answer) == ("ok", "42")
-    assert result.final_text == "42\n\nDone."
+    assert result.final_text == "42\n\nDone.\n\nDone."
 
 
 @pytest.mark.parametrize("place", range(5), ids=lambda n: f"after {n} events of it")
