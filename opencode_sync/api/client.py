@@ -92,6 +92,7 @@ class OpenCodeClient(Runner):
         check_count("startup_concurrency", startup_concurrency, 0)
         check_number("startup_delay_s", startup_delay_s)
         check_flag("isolate_db", isolate_db)
+        check_flag("watchdog", watchdog)
         check_flag("any_version", any_version)
         self._settings: dict[str, Any] = {
             "binary": binary,

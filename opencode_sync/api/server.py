@@ -90,6 +90,7 @@ class OpenCodeServer(Runner):
         check_program("binary", binary)
         check_number("startup_timeout_s", startup_timeout_s, positive=True)
         check_count("max_memory_mb", max_memory_mb, 1)
+        check_flag("watchdog", watchdog)
         check_flag("any_version", any_version)
         if data_dir is not None:
             data_dir = checked_path("data_dir", data_dir, "a directory")

@@ -21,7 +21,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar, cast
 
-from ..core.config import Job, RunConfig, check_count, check_number, checked_path
+from ..core.config import (
+    Job,
+    RunConfig,
+    check_count,
+    check_flag,
+    check_number,
+    checked_path,
+)
 from ..core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
 from ..core.lifetime import REASON, Pinned, UnderWay
 from ..core.limits import LIMITS_OF_A_JOB, Budget
@@ -75,6 +82,8 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("max_workers", "buffersize"):
             check_count(name, getattr(self, name), 1)
+        for name in ("ordered", "retry_failed", "adaptive"):
+            check_flag(name, getattr(self, name))
         check_number("max_total_cost", self.max_total_cost, optional=True)
         check_count("max_total_tokens", self.max_total_tokens, 0)
         if self.checkpoint is not None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, TypeVar, cast
 
-from .config import NO_CURRENT_DIRECTORY, RunConfig, unencodable
+from .config import NO_CURRENT_DIRECTORY, RunConfig, check_flag, unencodable
 from .errors import OpenCodeConfigError, OpenCodeError, OpenCodeOutputError
 from .events import Event
 from .limits import Limits
@@ -107,6 +107,8 @@ class RunSettings:
         Raises:
             OpenCodeConfigError: If one of them makes no sense.
         """
+        for flag in ("keep_events", "keep_raw"):
+            check_flag(flag, options.get(flag, True))
         limits = {name: options[name] for name in _LIMITS if name in options}
         own = {name: options[name] for name in _SETTINGS if name in options}
         return cls(limits=Limits(**limits), output=output_schema(options.get("schema")), **own)
@@ -157,6 +159,9 @@ def shows(options: Any) -> Callable[[_Verb], _Verb]:
         ]
         whole = signature.replace(parameters=[*own, *keywords])
         verb.__signature__ = whole  # type: ignore[attr-defined]
+        # For typing.get_type_hints(), which does not look at the signature.
+        verb.__annotations__.pop("options")
+        verb.__annotations__.update((p.name, p.annotation) for p in keywords)
         return verb
 
     return with_signature

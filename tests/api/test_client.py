@@ -83,11 +83,13 @@ SETTINGS: list[tuple[type[OpenCodeClient | OpenCodeServer], dict[str, Any], str]
     (OpenCodeClient, {"run_cfg": {"model": "a/b"}}, "is dict: use a RunConfig"),
     (OpenCodeClient, {"binary": b"opencode"}, "is b'opencode': use a path, or a name on PATH"),
     (OpenCodeClient, {"isolate_db": "no"}, "is 'no': use True or False"),
+    (OpenCodeClient, {"watchdog": "no"}, "is 'no': use True or False"),
     (OpenCodeServer, {"run_cfg": {"model": "a/b"}}, "is dict: use a RunConfig"),
     (OpenCodeServer, {"binary": 3}, "is 3: use a path, or a name on PATH"),
     (OpenCodeServer, {"data_dir": "~nobody-of-that-name/a"}, "there is no such home: use an abs"),
     (OpenCodeServer, {"max_workers": 0}, f"is 0: {COUNT}"),
     (OpenCodeServer, {"startup_timeout_s": math.nan}, "is nan: use a number above 0"),
+    (OpenCodeServer, {"watchdog": None}, "is None: use True or False"),
     (OpenCodeServer, {"max_memory_mb": "2 GB"}, f"is '2 GB': {COUNT}"),
 ]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
-from opencode_sync import OpenCodeConfigError, RunConfig
+from opencode_sync import OpenCodeClient, OpenCodeConfigError, RunConfig
+from opencode_sync.api.session import Session
 from opencode_sync.batch.batch import Options
 from opencode_sync.core.request import (
     BATCH_DEFAULTS,
@@ -37,6 +38,28 @@ def test_a_verb_shows_each_of_its_options_with_the_default_that_it_has() -> None
     assert parameters["timeout_s"].annotation == "float | None"
     for name in parameters.keys() - {"prompt", "schema"}:
         assert parameters[name].default == getattr(made, name, getattr(limits, name, None))
+
+
+def test_a_verb_has_type_hints_for_each_parameter_that_it_shows() -> None:
+    for verb in (OpenCodeClient.run, OpenCodeClient.stream, OpenCodeClient.submit, Session.send):
+        hints = get_type_hints(verb)
+
+        assert hints.keys() == {*inspect.signature(verb).parameters, "return"} - {"self"}
+        assert hints["timeout_s"] == float | None
+
+
+FLAGS = ["keep_events", "keep_raw", "ordered", "retry_failed", "adaptive"]
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("value", ["no", None, 1], ids=repr)
+def test_a_flag_is_true_or_false(flag: str, value: object) -> None:
+    options: dict[str, Any] = {flag: value}
+
+    with OpenCodeClient() as client, pytest.raises(OpenCodeConfigError) as raised:
+        client.map([], **options)
+
+    assert str(raised.value) == f"{flag} is {value!r}: use True or False"
 
 
 def test_each_option_of_a_batch_has_a_default_and_a_place() -> None:
