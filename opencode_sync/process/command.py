@@ -344,8 +344,8 @@ def run_command(
         _check_plugins(cfg, env)
         env, prompt = add_plugin(env), sealed(prompt)
         must_say[OPENED] = not_opened()
-    if not keeps_database and "OPENCODE_DB" not in (cfg.extra_env or {}):
-        env.pop("OPENCODE_DB", None)
+    if not keeps_database:
+        _drop_database(env, cfg)
     env = _with_directories(env, cfg, data_home, unpacked, empty_config)
     argv = build_argv(binary, None, with_title(_with_logs(cfg), prompt))
     return Command(argv, add_preload(env), prompt, must_say)
@@ -357,8 +357,15 @@ def server_env(
     """The environment of a server, but for its password; arguments as for :func:`run_command`."""
     env = build_env(cfg.replace(agent=None))  # each prompt names its own
     env = add_denials(env, cfg, is_server=True)
+    _drop_database(env, cfg)
     env = _with_directories(env, cfg, data_home, unpacked, empty_config)
     return add_preload(add_plugin(env))
+
+
+def _drop_database(env: dict[str, str], cfg: RunConfig) -> None:
+    """Take a database that is elsewhere out of *env*, unless ``extra_env`` sets it."""
+    if "OPENCODE_DB" not in (cfg.extra_env or {}):
+        env.pop("OPENCODE_DB", None)
 
 
 def _with_directories(

@@ -33,6 +33,7 @@ from opencode_sync.process.command import (
     add_preload,
     managed_path,
     run_command,
+    server_env,
     with_title,
     without_user_config,
 )
@@ -474,6 +475,8 @@ def test_a_database_of_the_environment_s_own_does_not_take_sessions_out_of_the_d
     assert command_of().env["OPENCODE_DB"] == "/db"
     own = command_of(keeps_database=False, extra_env={"OPENCODE_DB": "/mine"})
     assert own.env["OPENCODE_DB"] == "/mine"
+    server = server_env(RunConfig(), unpacked=Path("/unpacked"), data_home=Path("/data"))
+    assert "OPENCODE_DB" not in server
 
 
 def test_arguments_of_a_command_are_sealed_and_the_run_must_say_that_they_were_opened() -> None:
