@@ -131,7 +131,7 @@ class RunStream(Pinned, Iterator[Event]):
                     on_begin(self)
                 self._start_attempt()
             except BaseException as error:
-                self._stop(self._status_of(error) or "cancelled", None)
+                self._stop(self._status_of(error), None)
                 if isinstance(error, OpenCodeTimeoutError):
                     error.result = self._result
                 raise
@@ -472,11 +472,14 @@ class RunStream(Pinned, Iterator[Event]):
             # Last, so that what a Ctrl-C has cut short here is done again by close().
             self._ended.set()
 
-    def _status_of(self, error: BaseException) -> Stopped | None:
-        """The status of a run whose opening failed with *error*; None for that of its events."""
+    def _status_of(self, error: BaseException) -> Stopped:
+        """The status of a run whose opening failed with *error*."""
         if isinstance(error, OpenCodeTimeoutError):
             return "timed_out"
-        return "cancelled" if self._cancelled.is_set() else None
+        is_failure = isinstance(error, OpenCodeError) and not self._cancelled.is_set()
+        if is_failure and not isinstance(error, OpenCodeCancelledError):
+            return "error"
+        return "cancelled"  # a Ctrl-C too
 
     def _cancelled_error(self) -> OpenCodeCancelledError:
         return OpenCodeCancelledError(self._cancel_reason)

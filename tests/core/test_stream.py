@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from opencode_sync import (
+    OpenCodeBinaryNotFoundError,
     OpenCodeCancelledError,
     OpenCodeConfigError,
     OpenCodeError,
@@ -542,3 +543,25 @@ except OpenCodeTimeoutError:
     )
 
     assert (done.stdout, done.stderr) == (b"", b"")
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (OpenCodeBinaryNotFoundError("no such program"), "error"),
+        (OpenCodeCancelledError("the runner was closed"), "cancelled"),
+        (KeyboardInterrupt(), "cancelled"),
+    ],
+    ids=["not found", "cancelled", "Ctrl-C"],
+)
+def test_a_run_that_cannot_be_opened_has_the_status_of_its_error(
+    error: BaseException, status: str
+) -> None:
+    def refuse(scope: CancelScope) -> Script:
+        raise error
+
+    begun: list[RunStream] = []
+    with pytest.raises(type(error)):
+        stream_of(refuse, on_begin=begun.append)
+
+    assert begun[0].result.status == status
