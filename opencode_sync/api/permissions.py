@@ -278,10 +278,8 @@ def _chosen(question: Question, text: str) -> list[str]:
 
 def _forget_typed() -> None:
     """Drop what was typed before there was a request: it is not an answer to it."""
-    try:
-        import termios
-    except ImportError:  # Windows
-        return
+    import termios
+
     with suppress(OSError, ValueError, termios.error):  # stdin is not a terminal
         termios.tcflush(sys.stdin, termios.TCIFLUSH)
 

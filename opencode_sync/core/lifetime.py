@@ -196,8 +196,7 @@ class UnderWay(Generic[T]):
         self._registered: set[bool] = set()
         if is_registered:
             self.register()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._items.clear)
+        os.register_at_fork(after_in_child=self._items.clear)
 
     def add(self, item: T) -> None:
         self._items[id(item)] = weakref.ref(item)

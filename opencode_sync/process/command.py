@@ -116,8 +116,7 @@ def managed_root() -> Path:
 
 def managed_path(version: str) -> Path:
     """Where the managed copy of *version* is, or would be."""
-    name = "opencode.exe" if os.name == "nt" else "opencode"
-    return managed_root() / version / "bin" / name
+    return managed_root() / version / "bin" / "opencode"
 
 
 def managed_binary() -> Path | None:

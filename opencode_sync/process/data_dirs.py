@@ -297,7 +297,7 @@ class Lease:
             self._owner._remember(session_id, self._slot, workspace)
 
     def empty(self) -> None:
-        """Remove what was unpacked; on Windows, what is not in use any more."""
+        """Remove what was unpacked."""
         _empty(self.unpacked)
 
     def release(self) -> None:

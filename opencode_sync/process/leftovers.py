@@ -107,7 +107,7 @@ def _temporary() -> Iterator[Path]:
         with suppress(FileNotFoundError):
             there = path.lstat()
             # Another user's are not our business.
-            is_ours = not hasattr(os, "getuid") or there.st_uid == os.getuid()
+            is_ours = there.st_uid == os.getuid()
             # A container that shares the directory has its own processes, with the same pids.
             is_ours = is_ours and name is not None and name["space"] == pid_space()
             if name and is_ours and not _lived_at(int(name["pid"]), there.st_mtime):

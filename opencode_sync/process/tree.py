@@ -119,8 +119,7 @@ def _renew() -> None:
 _process_token: str
 _run_numbers: Iterator[int]
 _renew()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew)
+os.register_at_fork(after_in_child=_renew)
 
 # --- looking at processes ------------------------------------------------------------------------
 
@@ -200,9 +199,8 @@ else:
 
         with suppress(psutil.Error, *_GONE):
             process = psutil.Process(pid)
-            session = os.getsid(pid) if hasattr(os, "getsid") else pid
             is_alive = process.status() != psutil.STATUS_ZOMBIE
-            return Seen(pid, process.ppid(), session, 0, is_alive)
+            return Seen(pid, process.ppid(), os.getsid(pid), 0, is_alive)
         return None
 
 

@@ -409,5 +409,4 @@ def _renew() -> None:
     _asking = threading.RLock()  # a forked child has no thread that would release the old one
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew)
+os.register_at_fork(after_in_child=_renew)

@@ -13,8 +13,8 @@ takes LIFE_S after end-of-file at most. If it is killed, the next guard() starts
 
 On Linux with Python 3.11 it costs 7 MB (4 MB of it unshared), 20 ms before the first run, no time
 while it waits, and 20 ms of CPU after our end. Until then it loads almost nothing, hence the late
-imports here. Where there is no Python to run it (a frozen program, an embedded interpreter) or on
-Windows, runs go on without it.
+imports here. Where there is no Python to run it (a frozen program, an embedded interpreter), runs
+go on without it.
 """
 
 from __future__ import annotations
@@ -146,8 +146,6 @@ class Watchdog:
 
 
 def _why_not() -> str | None:
-    if os.name != "posix":
-        return "not on this system"
     if getattr(sys, "frozen", False) or not os.path.isfile(__file__):
         return "this program is not a Python that runs files"
     # In a program that embeds Python, sys.executable may be that program.
@@ -303,9 +301,8 @@ else:
     spare = _watchdog.spare
     watchdog_pid = _watchdog.pid
     descriptors = _watchdog.descriptors
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(
-            before=_watchdog.before_fork,
-            after_in_parent=_watchdog.after_fork_in_parent,
-            after_in_child=_watchdog.after_fork_in_child,
-        )
+    os.register_at_fork(
+        before=_watchdog.before_fork,
+        after_in_parent=_watchdog.after_fork_in_parent,
+        after_in_child=_watchdog.after_fork_in_child,
+    )
