@@ -256,7 +256,7 @@ class RunResult:
         if session and all(known.session_id != session for known in self.sub_agents):
             self.sub_agents.append(SubAgent(session, agent, title, parent))
 
-    # -- for streams and displays ------------------------------------------------------------------
+    # -- for streams -------------------------------------------------------------------------------
 
     def mark_stopped(self, status: Stopped) -> None:
         """Set the status of a run that was stopped, or that an error has ended."""
@@ -266,13 +266,6 @@ class RunResult:
         """Take what comes from now on as the answer to a further prompt."""
         self.finish_reason = None
         self._texts.answered, self._texts.steps[-1].reason = None, None
-
-    def _is_by_model(self, event: Event) -> bool:
-        """Whether a text event, which is folded in already, is the model's text to the user."""
-        session = event.get("sessionID")
-        is_ours = not session or session == self.session_id
-        is_summary = message_id_of(event) in self._texts.summaries
-        return is_ours and not is_summary and not is_synthetic(part_of(event))
 
     # -- as values ---------------------------------------------------------------------------------
 
@@ -457,6 +450,14 @@ def run_result_fuzzy_text(result: RunResult) -> str:
         return text
     found = [text for event in result.events for text in strings_in(event)]
     return "\n".join(found or [line for raw in result.raw_stdout_lines if (line := raw.strip())])
+
+
+def is_by_model(result: RunResult, event: Event) -> bool:
+    """Whether a text event, which *result* has already, is the model's text to the user."""
+    session = event.get("sessionID")
+    is_ours = not session or session == result.session_id
+    is_summary = message_id_of(event) in result._texts.summaries
+    return is_ours and not is_summary and not is_synthetic(part_of(event))
 
 
 def is_cut_off(result: RunResult) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TextIO
 from ..core.errors import OpenCodeConfigError
 from ..core.events import Event
 from ..core.reading import mapping, part_of
-from ..core.result import RunResult
+from ..core.result import RunResult, is_by_model
 from ..core.stream import RunStream
 from ..core.text import markdown, one_line, outcome, printable, verbatim
 
@@ -74,7 +74,7 @@ def live(
         try:
             for event in _until_its_end(stream):
                 is_text = event.get("type") in ("text", "text_delta")
-                if is_text and not stream.result._is_by_model(event):
+                if is_text and not is_by_model(stream.result, event):
                     continue  # a sub-agent's, a summary, or not of the model
                 for kind, text in pieces.of(event):
                     screen.show(kind, text)
