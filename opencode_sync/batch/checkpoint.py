@@ -43,6 +43,7 @@ from ..core.records import (
     lines_in,
     parsed,
     replacing,
+    result_of,
     spent_in,
 )
 from ..core.result import RunResult
@@ -209,12 +210,11 @@ class Checkpoint:
                 ) from error
             for entry, line in zip(entries, lines, strict=True):
                 failure = entry.end if isinstance(entry.end, OpenCodeError) else None
-                result = entry.end if isinstance(entry.end, RunResult) else entry.end.result
                 saved = Saved(
                     self._size,
                     failure is not None,
                     entry.fingerprint,
-                    entry.before + Spent.on(result),
+                    entry.before + Spent.on(result_of(entry.end)),
                     failure is not None and is_unfinished(failure_of(failure)),
                 )
                 self._note(entry.key, saved)

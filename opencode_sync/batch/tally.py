@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import OpenCodeError
 from ..core.limits import Spent, tokens_of, unpriced, unpriced_tokens
+from ..core.records import result_of
 from ..core.result import RunResult, TokenUsage
 from ..core.text import html_table
 from .throttle import Throttle
@@ -319,9 +320,7 @@ _PLAIN = (
 def row_of(end: RunResult | OpenCodeError) -> Row:
     """How a job ended, without its events, and with the beginnings of its texts."""
     error = end if isinstance(end, OpenCodeError) else None
-    result = end.result if isinstance(end, OpenCodeError) else end
-    if result is None:
-        result = RunResult(prompt=end.prompt or "", index=end.index, key=end.key)
+    result = result_of(end)
     info = result.error
     tools = [event.get("part") for event in result.tool_calls[:_ROW_ITEMS]]
     return {

@@ -49,14 +49,12 @@ def line_of(entry: Entry, settings: str) -> bytes:
     Args:
         settings: Fingerprint of what all jobs of the batch have in common.
     """
-    end = entry.end
-    result = end if isinstance(end, RunResult) else end.result
     line = {
         "key": entry.key,
         "fingerprint": entry.fingerprint,
         "settings": settings,
-        **{name: value for name, value in record_of(end).items() if name != "key"},
-        "parsed": None if result is None else result._json,
+        **{name: value for name, value in record_of(entry.end).items() if name != "key"},
+        "parsed": result_of(entry.end)._json,
         "cost_before": entry.before.cost,
         "tokens_before": entry.before.tokens,
     }
@@ -67,10 +65,10 @@ def record_of(end: RunResult | OpenCodeError) -> dict[str, Any]:
     """A result, or an error in its place, as :func:`line_of` and the report page write it."""
     if isinstance(end, RunResult):
         return {"failure": None, **end.to_dict()}
-    return {"failure": failure_of(end), **_result_of(end).to_dict()}
+    return {"failure": failure_of(end), **result_of(end).to_dict()}
 
 
-def _result_of(end: RunResult | OpenCodeError) -> RunResult:
+def result_of(end: RunResult | OpenCodeError) -> RunResult:
     """The result, or an error's, or for an error without one an empty result."""
     if isinstance(end, RunResult):
         return end
@@ -248,7 +246,7 @@ def results_to_frame(results: Iterable[RunResult | OpenCodeError]) -> Any:
 
 
 def _record(end: RunResult | OpenCodeError) -> dict[str, Any]:
-    result = _result_of(end)
+    result = result_of(end)
     if isinstance(end, RunResult):
         status, reason = end.status, None if end.error is None else str(end.error)
     else:
