@@ -21,7 +21,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from .errors import OpenCodeConfigError, OpenCodePermissionError
-from .reading import OUTPUT_TOOL, mapping
+from .reading import OUTPUT_TOOL, mapping, part_of
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -258,7 +258,7 @@ class Tripwire:
     def broken(self, events: Iterable[Event]) -> OpenCodePermissionError | None:
         """The error for the first of *events* in which a denied tool has run, or None."""
         for event in events if self._rules else ():
-            part = mapping(event.get("part"))
+            part = part_of(event)
             if event.get("type") == "tool_use" and self._is_denied(part):
                 tool = str(part["tool"])
                 return OpenCodePermissionError(

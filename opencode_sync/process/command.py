@@ -340,7 +340,7 @@ def run_command(
     if DENIALS in env:
         must_say[ENFORCED] = not_enforced()
     if cfg.command is not None and prompt.strip():
-        _check_plugins(cfg, env)
+        _check_arguments(cfg, env)
         env, prompt = add_plugin(env), sealed(prompt)
         must_say[OPENED] = not_opened()
     if not keeps_database:
@@ -452,7 +452,7 @@ def add_plugin(env: dict[str, str]) -> dict[str, str]:
     return {**_NPM, **env, **ours}
 
 
-def _check_plugins(cfg: RunConfig, env: Mapping[str, str]) -> None:
+def _check_arguments(cfg: RunConfig, env: Mapping[str, str]) -> None:
     """Refuse a command's arguments where our plugin cannot keep them from being expanded."""
     if cfg.pure or env.get("OPENCODE_PURE", "").lower() in ("1", "true"):
         why = "pure=True leaves out all plugins"
@@ -486,8 +486,8 @@ def _sealed_word(match: re.Match[str]) -> str:
 def not_opened() -> OpenCodeError:
     """The error for an OpenCode that would give the model sealed arguments."""
     return OpenCodeError(
-        "this opencode did not load plugin.js, so that the command's arguments would reach the "
-        "model as letters without a meaning; the run was stopped: give its text as the prompt"
+        "this opencode did not load plugin.js, so the model would get the command's arguments in "
+        "an encoded form; the run was stopped: give the command's text as the prompt"
     )
 
 

@@ -31,7 +31,7 @@ from .versions import ask_version, fault_of
 NPM_TIMEOUT_S = 1_800.0  # 130 MB to load, over a slow line as well
 
 _PACKAGE = "opencode-ai"
-_SCRATCH = ".installing-"
+SCRATCH_PREFIX = ".installing-"
 _STDERR_LINES = 20
 
 # The first three override settings of the user that would hide the programs from us.
@@ -128,11 +128,11 @@ def _locked(path: Path, report: Callable[[str], None]) -> AbstractContextManager
 
 def _install(version: str, target: Path, report: Callable[[str], None]) -> None:
     root, home = managed_root(), target.parent.parent
-    for leftover in root.glob(f"{_SCRATCH}*"):
+    for leftover in root.glob(f"{SCRATCH_PREFIX}*"):
         report(f"removing what an interrupted install left behind: {leftover}")
         # An npm that outlived it may still be writing there: then the next install removes it.
         shutil.rmtree(leftover, ignore_errors=True)
-    with TemporaryDirectory(prefix=_SCRATCH, dir=root, ignore_cleanup_errors=True) as name:
+    with TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=root, ignore_cleanup_errors=True) as name:
         scratch = Path(name)
         _run_npm(version, scratch, report)
         fresh = scratch / version / target.relative_to(home)

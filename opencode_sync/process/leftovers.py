@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from ..core.text import one_line
 from .command import managed_root
 from .data_dirs import TEMPORARY_PREFIX, pid_space
+from .install import SCRATCH_PREFIX
 from .tree import MARKER
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 GRACE_S = 2.0  # between asking a process to end and killing it
 
-_INSTALLING = ".installing-*"  # below managed_root(), see install.py
 _TEMPORARY = re.compile(re.escape(TEMPORARY_PREFIX) + r"(?P<pid>\d+)-(?P<space>\w+)-")
 
 
@@ -118,7 +118,7 @@ def _installs() -> Iterator[Path]:
     from filelock import FileLock, Timeout
 
     root = managed_root()
-    if not (found := list(root.glob(_INSTALLING))):
+    if not (found := list(root.glob(f"{SCRATCH_PREFIX}*"))):
         return
     with suppress(Timeout), FileLock(root / ".lock", timeout=0):
         yield from found

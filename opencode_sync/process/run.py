@@ -268,7 +268,7 @@ class ProcessRun:
             self._is_cut = is_cut(last[-1])
             events += last
         if unseen := self._delegated - self._followed:
-            events.append(not_counted(len(unseen)))
+            events += warning_events([not_counted(len(unseen))])
         return events
 
     def _read_stderr(self, lines: bytes) -> list[Event]:

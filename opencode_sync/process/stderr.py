@@ -190,14 +190,13 @@ def no_agent(why: str) -> Event:
     return {"type": "error", "error": {"name": "AgentNotFoundError", "data": {"message": message}}}
 
 
-def not_counted(n_sub_agents: int) -> Event:
+def not_counted(n_sub_agents: int) -> str:
     """The warning for a run with sub-agents that OpenCode did not report."""
-    message = (
+    return (
         f"What {n_sub_agents} sub-agent(s) used and did is not counted, and max_cost did not hold "
-        "for them, since this opencode told nothing of their sessions: leave BUN_INSPECT_PRELOAD "
+        "for them, since this opencode did not report their sessions: leave BUN_INSPECT_PRELOAD "
         "unset, install opencode_sync as plain files, or use the version that it is tested with."
     )
-    return {"type": "warning", "timestamp": time.time_ns() // 1_000_000, "message": message}
 
 
 def unwritable_home(stderr: str) -> str | None:
