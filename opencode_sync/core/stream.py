@@ -119,6 +119,7 @@ class RunStream(Pinned, Iterator[Event]):
         # Reentrant, since a signal's handler may cancel the stream that it interrupted.
         self._lock = threading.RLock()
         self._advancing: int | None = None  # the thread that does, by its ident
+        self._waiting: list[int] = []  # threads in next() or wait(); its operations are atomic
         self._pid = os.getpid()
         self._cancelled = Flag()  # set by any thread
         self._ended = Flag()  # set last, when the source, its tools and the log file are gone
@@ -152,12 +153,17 @@ class RunStream(Pinned, Iterator[Event]):
         return self
 
     def __next__(self) -> Event:
-        while True:
-            # Asked for and taken in one step: a close() in another thread empties it.
-            with contextlib.suppress(IndexError):
-                return self._ready.popleft()
-            if not self._advance():
-                raise StopIteration
+        # Asked for and taken in one step: a close() in another thread empties it.
+        with contextlib.suppress(IndexError):
+            return self._ready.popleft()
+        self._waiting.append(threading.get_ident())
+        try:
+            while self._advance():
+                with contextlib.suppress(IndexError):
+                    return self._ready.popleft()
+            raise StopIteration
+        finally:
+            self._waiting.pop()
 
     def wait(self) -> RunResult:
         """Let the run end, and return its result; events not yet taken are skipped.
@@ -165,9 +171,13 @@ class RunStream(Pinned, Iterator[Event]):
         Raises:
             OpenCodeError: As iterating does.
         """
-        while self._advance():
-            self._ready.clear()
-        return self._result
+        self._waiting.append(threading.get_ident())
+        try:
+            while self._advance():
+                self._ready.clear()
+            return self._result
+        finally:
+            self._waiting.pop()
 
     def wait_ended(self, timeout: float | None = None) -> bool:
         """Whether the run has ended, after at most *timeout* seconds; takes no events.
@@ -187,7 +197,10 @@ class RunStream(Pinned, Iterator[Event]):
         self._cancel(reason, OpenCodeCancelledError(reason, result=self._result))
 
     def close(self) -> None:
-        """End the run with its tools, if it is under way; iteration then just ends."""
+        """End the run with its tools, if it is under way; iteration then just ends.
+
+        A thread that is waiting for it meanwhile gets OpenCodeCancelledError.
+        """
         self._cancel("the stream was closed", None)
 
     def __enter__(self) -> RunStream:
@@ -392,7 +405,9 @@ class RunStream(Pinned, Iterator[Event]):
         if self._lock.acquire(timeout=LOCK_S):
             try:
                 if self._advancing is None and not self._ended.is_set():
-                    self._stop("cancelled", error)
+                    # One that waits may be between two events, and not advancing.
+                    waited_for = self._cancelled_error() if self._waiting else None
+                    self._stop("cancelled", error or waited_for)
                     self._ready.clear()
             finally:
                 self._lock.release()

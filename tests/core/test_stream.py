@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -543,6 +544,28 @@ except OpenCodeTimeoutError:
     )
 
     assert (done.stdout, done.stderr) == (b"", b"")
+
+
+@pytest.mark.parametrize("way", [RunStream.wait, next], ids=["wait", "next"])
+def test_who_waits_for_a_stream_that_another_thread_closes_is_told(
+    way: Callable[[RunStream], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = RunStream._advance
+
+    def closed_between_two_events(stream: RunStream) -> bool:
+        goes_on = advance(stream)
+        closing = threading.Thread(target=stream.close)
+        closing.start()
+        closing.join()
+        return goes_on
+
+    stream = stream_of(Script([], forever()))
+    monkeypatch.setattr(RunStream, "_advance", closed_between_two_events)
+
+    with pytest.raises(OpenCodeCancelledError, match="the stream was closed"):
+        way(stream)
+
+    assert stream.result.status == "cancelled"
 
 
 @pytest.mark.parametrize(
