@@ -289,7 +289,7 @@ class Session(Pinned):
         """
         if self._holder is threading.current_thread():
             raise OpenCodeConfigError(
-                "this thread has a turn of the session under way: let its stream end first"
+                "this thread has a prompt of the session under way: let its stream end first"
             )
         while not self._lock.acquire(timeout=SLICE_S):  # so that a signal is noticed
             pass

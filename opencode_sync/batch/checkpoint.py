@@ -182,7 +182,7 @@ class Checkpoint:
                 raise ValueError("not a line of a checkpoint")
             end = end_of(entry)
         except (TypeError, ValueError, AttributeError, KeyError) as error:  # edited by hand
-            raise self._refusal(f"byte {saved.offset} begins a damaged line: {error}") from None
+            raise self._refusal(f"the line at byte {saved.offset} is damaged: {error}") from None
         if self._output is not None and isinstance(end, RunResult):
             try:
                 end._json, end.parsed = end.parsed, self._output.validate(end.parsed)

@@ -354,7 +354,9 @@ def _check_environment(env: Mapping[str, str]) -> None:
             raise OpenCodeConfigError(f"extra_env[{name!r}]: names and values must be str")
         if not name or "=" in name or "\0" in name + value:
             safe = name.partition("=")[0]  # what follows may be a secret
-            raise OpenCodeConfigError(f"extra_env[{safe!r}]: a name without '=', and no NUL bytes")
+            raise OpenCodeConfigError(
+                f"extra_env[{safe!r}]: use a name without '=', and no NUL bytes"
+            )
 
 
 # --- arguments -----------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ def _check_file(file: StrPath, workspace: Path) -> None:
             f"files: {name!r} is a directory: name files, or have the prompt say where to look"
         )
     if not os.path.isfile(path):  # which, unlike Path.is_file, never raises
-        raise OpenCodeConfigError(f"no file {name!r} (counted from {workspace})")
+        raise OpenCodeConfigError(f"no file {name!r} (relative to {workspace})")
     if _names_an_image(path.name) and os.path.getsize(path) == 0:
         raise OpenCodeConfigError(f"files: {name!r} is empty, and so not an image: leave it out")
 

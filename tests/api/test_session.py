@@ -156,7 +156,7 @@ def test_a_thread_does_not_wait_for_itself(chat: Session) -> None:
 
     with chat.stream("hold on"):
         for use in uses:
-            with pytest.raises(OpenCodeConfigError, match="this thread has a turn"):
+            with pytest.raises(OpenCodeConfigError, match="this thread has a prompt"):
                 use()
 
     assert chat.send("hello").answer == "HELLO"

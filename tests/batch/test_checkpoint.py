@@ -258,7 +258,7 @@ def test_a_line_that_was_edited_by_hand_is_told(runner: ScriptedRunner, path: Pa
     (line,) = lines_of(path)
     path.write_text(json.dumps(line | {"token_usage": 3, "events": 3}) + "\n")
 
-    with pytest.raises(OpenCodeConfigError, match="byte 0 begins a damaged line"):
+    with pytest.raises(OpenCodeConfigError, match="the line at byte 0 is damaged"):
         list(runner.map(["a"], checkpoint=path))
 
 

@@ -117,7 +117,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "NUL in the workspace": ({"workspace": "a\0b"}, "workspace 'a\\x00b'"),
     "long workspace": ({"workspace": "x" * 5000}, f"workspace '{'x' * 200}': File name too long"),
     "home of nobody": ({"workspace": "~nobody-of-that-name"}, "workspace '"),
-    "no file": ({"files": ("none.txt",)}, "no file 'none.txt' (counted from /)"),
+    "no file": ({"files": ("none.txt",)}, "no file 'none.txt' (relative to /)"),
     "directory as file": ({"files": ("/",)}, "files: '/' is a directory: name files, or"),
 }
 
