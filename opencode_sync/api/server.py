@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..core.config import (
     RunConfig,
@@ -67,7 +67,6 @@ class OpenCodeServer(Runner):
         max_memory_mb: int | None = MAX_MEMORY_MB,
         watchdog: bool = True,
         any_version: bool = False,
-        _attach: Attacher | None = None,
     ) -> None:
         """
         Args:
@@ -103,14 +102,15 @@ class OpenCodeServer(Runner):
             "max_memory_mb": max_memory_mb,
             "watchdog": watchdog,
             "any_version": any_version,
-            "_attach": _attach,  # to a server that runs elsewhere
         }
+        self._attacher: Attacher | None = None  # of a server that runs elsewhere
         if self._run_cfg.pure:
             raise OpenCodeConfigError(
                 "pure=True leaves out all plugins, also ours that keeps the server's password from "
                 "its tools: use OpenCodeClient for it"
             )
-        self._make_pools()
+        self._by_pid: dict[int, _Servers] = {}
+        weakref.finalize(self, _close_servers, self._by_pid)
 
     @classmethod
     def connect(
@@ -134,30 +134,9 @@ class OpenCodeServer(Runner):
             url: Where the server is, such as ``"http://127.0.0.1:4096"``.
             any_version: Use it also where it says that it is of an unknown version.
         """
-        return cls(
-            run_cfg=run_cfg,
-            max_workers=max_workers,
-            any_version=any_version,
-            _attach=Attacher(url, username, password, any_version),
-        )
-
-    def _make_pools(self) -> None:
-        self._owner_pid = os.getpid()
-        settings = self._settings
-        if settings["_attach"] is not None:
-            self._servers = ServerPool(settings["_attach"])
-        else:
-            launcher = Launcher(
-                settings["binary"],
-                self._run_cfg,
-                data_dir=settings["data_dir"],
-                timeout_s=settings["startup_timeout_s"],
-                watchdog=settings["watchdog"],
-                any_version=settings["any_version"],
-            )
-            self._servers = ServerPool(launcher, settings["max_memory_mb"])
-        self._attached = Attached(any_version=settings["any_version"])
-        weakref.finalize(self, _close_in, self._owner_pid, self._servers, self._attached)
+        server = cls(run_cfg=run_cfg, max_workers=max_workers, any_version=any_version)
+        server._attacher = Attacher(url, username, password, any_version)
+        return server
 
     @property
     def url(self) -> str:
@@ -186,10 +165,9 @@ class OpenCodeServer(Runner):
         return self
 
     def close(self) -> None:
-        if os.getpid() == self._owner_pid:
-            self._servers.give_up()  # runs that wait for a start would not end before it does
+        self._servers.give_up()  # runs that wait for a start would not end before it does
         super().close()
-        _close_in(self._owner_pid, self._servers, self._attached)
+        _close_servers(self._by_pid)
 
     def __repr__(self) -> str:
         where = self._servers.url or "not started"
@@ -198,10 +176,11 @@ class OpenCodeServer(Runner):
         return f"<OpenCodeServer {where}, {risk}{state}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self._settings
+        return {"settings": self._settings, "attacher": self._attacher}
 
-    def __setstate__(self, settings: dict[str, Any]) -> None:
-        self.__init__(**settings)  # type: ignore[misc]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state["settings"])  # type: ignore[misc]
+        self._attacher = state["attacher"]
 
     def session(
         self,
@@ -273,7 +252,7 @@ class OpenCodeServer(Runner):
 
     def _is_launched(self, cfg: RunConfig) -> bool:
         """Whether runs with *cfg* go to a server of our own."""
-        return not cfg.attach and self._settings["_attach"] is None
+        return not cfg.attach and self._attacher is None
 
     def prepare(self, cfg: RunConfig) -> None:
         if not cfg.attach:
@@ -291,20 +270,47 @@ class OpenCodeServer(Runner):
 
     def _server(self) -> RunningServer:
         self._check_open()
-        self._own_this_process()
         return self._servers.current()
 
     def _servers_for(self, cfg: RunConfig) -> ServerPool:
-        self._own_this_process()
-        return self._attached.of(cfg) if cfg.attach else self._servers
+        return self._ours().attached.of(cfg) if cfg.attach else self._servers
 
-    def _own_this_process(self) -> None:
-        if os.getpid() != self._owner_pid:  # forked: the server is the parent's
-            self._streams.clear()
-            self._make_pools()
+    @property
+    def _servers(self) -> ServerPool:
+        return self._ours().own
+
+    def _ours(self) -> _Servers:
+        """Return this process's servers: those that a forked child finds are the parent's."""
+        pid = os.getpid()
+        if (servers := self._by_pid.get(pid)) is None:
+            # One operation, so that two threads get the same.
+            attached = Attached(any_version=self._settings["any_version"])
+            servers = self._by_pid.setdefault(pid, _Servers(self._make_pool(), attached))
+        return servers
+
+    def _make_pool(self) -> ServerPool:
+        if self._attacher is not None:
+            return ServerPool(self._attacher)
+        settings = self._settings
+        launcher = Launcher(
+            settings["binary"],
+            self._run_cfg,
+            data_dir=settings["data_dir"],
+            timeout_s=settings["startup_timeout_s"],
+            watchdog=settings["watchdog"],
+            any_version=settings["any_version"],
+        )
+        return ServerPool(launcher, settings["max_memory_mb"])
 
 
-def _close_in(pid: int, servers: ServerPool, attached: Attached) -> None:
-    if os.getpid() == pid:
-        servers.close()
-        attached.close()
+class _Servers(NamedTuple):
+    """One process's servers: the runner's own, and those that ``RunConfig(attach=...)`` names."""
+
+    own: ServerPool
+    attached: Attached
+
+
+def _close_servers(by_pid: dict[int, _Servers]) -> None:
+    if (servers := by_pid.get(os.getpid())) is not None:
+        servers.own.close()
+        servers.attached.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import pickle
 import signal
@@ -474,6 +475,26 @@ def test_a_forked_child_starts_a_server_of_its_own(server: OpenCodeServer, works
     assert server.run("say on", workspace).answer == "on"
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # Python 3.12's own
+def test_a_child_that_was_forked_says_nothing_of_the_parent_s_server(
+    server: OpenCodeServer, workspace: Path
+) -> None:
+    server.run("say hello", workspace)
+    told, tells = os.pipe()
+
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(tells, repr(server).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(tells)
+
+    with open(told) as words:
+        assert "not started" in words.read()
+
+
 # --- where it hangs; see live/test_hung_server.py too ---------------------------------------------
 
 
@@ -575,6 +596,19 @@ def test_a_server_elsewhere_is_used_and_not_stopped(
     assert server.run("say on", workspace).final_text == "on"
 
 
+@pytest.mark.parametrize("password", ["not this one", None], ids=["wrong", "none"])
+def test_a_wrong_password_is_named_and_not_shown(
+    server: OpenCodeServer, workspace: Path, password: str | None
+) -> None:
+    there = OpenCodeServer.connect(server.url, password)
+
+    with pytest.raises(OpenCodeServerError, match="wrong or missing password") as caught:
+        there.run("say hello", workspace)
+
+    assert caught.value.status_code == 401
+    assert "not this one" not in f"{caught.value} {there!r}"
+
+
 def test_attach_sends_a_run_to_the_server_that_it_names(
     serve: Serve, server: OpenCodeServer, workspace: Path
 ) -> None:
@@ -600,3 +634,8 @@ def test_a_server_pickles_as_its_settings_a_connected_one_with_where_it_is(
 
     with copy:
         assert copy.run("say hello", workspace).final_text == "hello"
+
+
+def test_the_settings_that_people_see_are_those_that_they_can_pass() -> None:
+    for make in (OpenCodeServer, OpenCodeServer.connect):
+        assert not [name for name in inspect.signature(make).parameters if name.startswith("_")]
