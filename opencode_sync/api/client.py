@@ -10,7 +10,6 @@ The checks of a prompt are in core.request, the verbs in api.runner.
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -113,8 +112,9 @@ class OpenCodeClient(Runner):
             None if data_dir is None else checked_path("data_dir", data_dir, "a directory")
         )
         self._watchdog = watchdog
-        self._attached: Attached | None = None  # servers that settings name, if some do
-        self._attach_lock = threading.Lock()
+        # Servers that settings name. For each process: a forked child has connections of its own.
+        self._attached: dict[int, Attached] = {}
+        weakref.finalize(self, _disconnect, self._attached)
         self._make_directories()
 
     def _make_directories(self) -> None:
@@ -174,8 +174,7 @@ class OpenCodeClient(Runner):
 
     def close(self) -> None:
         super().close()
-        if self._attached is not None and os.getpid() == self._owner_pid:
-            self._attached.close()
+        _disconnect(self._attached)
         _close_in(self._owner_pid, self._directories)
 
     def __repr__(self) -> str:
@@ -256,12 +255,14 @@ class OpenCodeClient(Runner):
 
     def _attach(self, request: Request, scope: CancelScope) -> Source:
         # Over HTTP: the binary's own --attach loses events, 18 runs of 18.
-        with self._attach_lock:
-            if self._attached is None:
-                from ..server.pool import Attached  # takes as long to load as all the rest
+        if (attached := self._attached.get(os.getpid())) is None:
+            from ..server.pool import Attached  # takes as long to load as all the rest
 
-                self._attached = Attached(any_version=self._settings["any_version"])
-        return self._attached.of(request.cfg).begin(request, scope)
+            # One operation, so that two threads get the same.
+            attached = self._attached.setdefault(
+                os.getpid(), Attached(any_version=self._settings["any_version"])
+            )
+        return attached.of(request.cfg).begin(request, scope)
 
     def _with_session(self, request: Request) -> Request:
         """*request* with the id of the session that ``continue_session`` means."""
@@ -293,3 +294,8 @@ def _check_workspace(session_id: str, env: Mapping[str, str], workspace: Path) -
 def _close_in(pid: int, directories: DataDirectories) -> None:
     if os.getpid() == pid:
         directories.close()
+
+
+def _disconnect(attached: dict[int, Attached]) -> None:
+    if (ours := attached.get(os.getpid())) is not None:
+        ours.close()

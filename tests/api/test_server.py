@@ -22,6 +22,7 @@ import pytest
 from opencode_sync import (
     TESTED_VERSION,
     OpenCodeCancelledError,
+    OpenCodeClient,
     OpenCodeConfigError,
     OpenCodeProcessError,
     OpenCodeServerError,
@@ -621,6 +622,48 @@ def test_attach_sends_a_run_to_the_server_that_it_names(
     assert "not started" in repr(other)
     with pytest.raises(OpenCodeConfigError, match="lean is the same for all"):
         other.run("say hello", workspace, run_cfg=cfg.replace(lean=True))
+
+
+def attached_to(server: OpenCodeServer) -> OpenCodeClient:
+    return OpenCodeClient(run_cfg=RunConfig(attach=server.url, password=server.password))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # Python 3.12's own
+def test_a_forked_child_of_an_attached_client_has_connections_of_its_own(
+    server: OpenCodeServer, workspace: Path
+) -> None:
+    with attached_to(server) as client:
+        client.run("say hello", workspace)
+        inherited = client._attached[os.getpid()]
+
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                with client:
+                    answer = client.run("say from the child", workspace).answer
+                    is_own = client._attached[os.getpid()] is not inherited
+                status = 0 if answer == "from the child" and is_own else 2
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert client.run("say on", workspace).answer == "on"
+
+
+def test_an_attached_client_that_nobody_holds_any_more_disconnects(
+    server: OpenCodeServer, workspace: Path
+) -> None:
+    server.run("say warm", workspace)
+    before = set(threading.enumerate())
+    client = attached_to(server)
+    client.run("say hello", workspace)
+
+    del client
+    gc.collect()
+
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_server_pickles_as_its_settings_a_connected_one_with_where_it_is(
