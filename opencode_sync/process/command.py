@@ -97,6 +97,9 @@ _LEAN_ENVIRONMENT = {
 _LEAN_CONFIG: dict[str, Any] = {"snapshot": False, "share": "disabled", "lsp": False}
 
 
+# --- the program ----------------------------------------------------------------------------------
+
+
 def managed_root() -> Path:
     """The directory below which ``opencode-sync install`` puts its copies of OpenCode.
 
@@ -186,6 +189,9 @@ def _why_not(name: str) -> str:
     return f"{name!r} is a directory, not a program" if os.path.isdir(path) else f"no file {name!r}"
 
 
+# --- its arguments --------------------------------------------------------------------------------
+
+
 def build_argv(binary_resolved: str, prompt: str | None, run_cfg: RunConfig) -> list[str]:
     """The command line of ``opencode run``.
 
@@ -253,6 +259,9 @@ def _option(flag: str, value: object | None) -> list[str]:
 
 
 _LONG = {"-m": "--model", "-f": "--file"}
+
+
+# --- its environment, and the whole command -------------------------------------------------------
 
 
 def build_env(run_cfg: RunConfig, base: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -393,6 +402,9 @@ def without_user_config(env: Mapping[str, str], run_cfg: RunConfig, empty: Path)
     return {**env, **{name: str(empty) for name in _USER_CONFIG_DIRECTORIES if name not in own}}
 
 
+# --- our scripts in OpenCode ----------------------------------------------------------------------
+
+
 def add_preload(env: dict[str, str]) -> dict[str, str]:
     """*env* with preload.js, which reports a provider's refusals on stderr.
 
@@ -489,6 +501,9 @@ def not_opened() -> OpenCodeError:
         "this opencode did not load plugin.js, so the model would get the command's arguments in "
         "an encoded form; the run was stopped: give the command's text as the prompt"
     )
+
+
+# --- the configuration in the environment ---------------------------------------------------------
 
 
 def _content(config: Mapping[str, Any]) -> str:
