@@ -40,8 +40,6 @@ from tests.webserver import Answer, WebServer
 
 WITHIN_S = 30
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="the stand-in is a POSIX script")
-
 
 @pytest.fixture
 def binary(tmp_path: Path) -> str:

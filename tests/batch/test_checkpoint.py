@@ -305,7 +305,6 @@ def test_two_writers_are_refused(
             next(runner.map(["c"], checkpoint=found(path)))
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows does not replace an open file")
 def test_the_file_is_held_until_it_has_one_line_a_job(
     runner: ScriptedRunner, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

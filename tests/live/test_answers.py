@@ -6,7 +6,6 @@ Each runner answers many prompts, and what one run shows is looked at by several
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from opencode_sync.testing import Reply, ScriptedModel, TokenUsage
 from tests.live.warm import Script, config, shell
 
 pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell"),
     pytest.mark.timeout(240),
 ]
 

@@ -52,7 +52,6 @@ from opencode_sync.testing import ChatRequest, Reply
 from tests.live.warm import WITHIN_S, MakeRunner, Script, Tools, conversation, shell
 
 pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell"),
     pytest.mark.timeout(240),
 ]
 

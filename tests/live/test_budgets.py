@@ -5,7 +5,6 @@ All runs are under way together, and share one model and one runner of each kind
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -30,7 +29,6 @@ from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, Too
 from tests.live.warm import config, shell
 
 pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell"),
     pytest.mark.timeout(240),
 ]
 

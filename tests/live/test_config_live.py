@@ -20,7 +20,6 @@ from opencode_sync.api.runner import Runner
 from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
 
 pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="POSIX programs"),
     pytest.mark.timeout(240),
 ]
 

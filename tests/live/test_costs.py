@@ -6,7 +6,6 @@ session is then continued and forked.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, Too
 from tests.live.warm import config, shell
 
 pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell"),
     pytest.mark.timeout(240),
 ]
 

@@ -18,7 +18,6 @@ from opencode_sync.api.runner import Runner
 from tests.live.warm import MakeModel, config
 
 pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="POSIX file systems"),
     pytest.mark.timeout(240),
 ]
 

@@ -23,7 +23,6 @@ from opencode_sync.testing import Reply
 from tests.live.warm import WITHIN_S, MakeRunner, Script, Tools
 
 pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell"),
     pytest.mark.timeout(240),
 ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,8 +22,6 @@ from opencode_sync import (
 from opencode_sync.server import running
 from opencode_sync.testing import Reply, ScriptedModel
 from tests.live.warm import Script, config, shell
-
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGSTOP")
 
 WITHIN_S = 60
 LIMIT_S = 2.0

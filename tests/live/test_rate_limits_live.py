@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
@@ -17,7 +16,6 @@ from opencode_sync.testing import Reply
 from tests.live.warm import WITHIN_S, Script
 
 pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell"),
     pytest.mark.timeout(240),
 ]
 

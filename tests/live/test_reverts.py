@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from opencode_sync.testing import ScriptedModel, tool_call
 from tests.live.warm import Script, config, make_what_stays
 
 pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell"),
     pytest.mark.timeout(240),
 ]
 

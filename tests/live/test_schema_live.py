@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,6 @@ from opencode_sync import (
 from opencode_sync.api.runner import Runner
 from opencode_sync.testing import Answer, ChatRequest, Reply, ToolCall, tool_call
 from tests.live.warm import Script, conversation
-
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell")
 
 
 class Bird(BaseModel):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,6 @@ from opencode_sync.testing import Reply
 from tests.live.warm import MakeModel, MakeRunner, config, shell
 
 pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="POSIX shell"),
     pytest.mark.timeout(240),
 ]
 

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,8 +28,6 @@ from opencode_sync.core.events import Event
 from opencode_sync.testing import Reply, ScriptedModel
 from tests.endings import sleeping
 from tests.live.warm import Script, config, conversation, shell
-
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell")
 
 WITHIN_S = 60
 PNG = base64.b64decode(

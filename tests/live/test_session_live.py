@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +24,6 @@ from opencode_sync import (
 from opencode_sync.testing import ScriptedModel, tool_call
 from tests.endings import sleeping
 from tests.live.warm import Script, config, conversation, shell
-
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and shell")
 
 WITHIN_S = 60
 ASKING = RunConfig(permission={"bash": "ask", "edit": "ask"})

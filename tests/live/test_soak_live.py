@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,6 @@ from tests.test_soak import (
 )
 
 pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="POSIX shell"),
     pytest.mark.timeout(300),
 ]
 
