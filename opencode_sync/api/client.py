@@ -178,7 +178,7 @@ class OpenCodeClient(Runner):
         _close_in(self._owner_pid, self._directories)
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{len(self._streams)} running"
+        state = "closed" if self._closed else f"{len(self._under_way())} running"
         risk = "any_version, " if self._settings["any_version"] else ""
         return f"<OpenCodeClient binary={os.fspath(self._settings['binary'])!r}, {risk}{state}>"
 
@@ -206,7 +206,6 @@ class OpenCodeClient(Runner):
         if not self._settings["any_version"]:
             warnings += check_program_version(binary, scope.is_cancelled)
         if os.getpid() != self._owner_pid:  # forked: the directories are the parent's
-            self._streams.clear()
             self._gate = Gate(self._settings["startup_concurrency"])
             self._make_directories()
         if self._watchdog:

@@ -75,7 +75,8 @@ class Runner(abc.ABC):
         check_count("max_workers", max_workers, 1)
         self._max_workers = max_workers
         # Plain dicts, whose single operations are atomic: see UnderWay.
-        self._streams: dict[int, weakref.ref[RunStream]] = {}
+        # By the process that began them: a forked child does not own its parent's.
+        self._streams: dict[tuple[int, int], weakref.ref[RunStream]] = {}
         self._futures: dict[int, RunFuture] = {}
         self._batches: dict[int, weakref.ref[BatchRun[Any]]] = {}
         self._pool: tuple[int, ThreadPoolExecutor] | None = None  # with the process it belongs to
@@ -277,7 +278,7 @@ class Runner(abc.ABC):
         futures = list(self._futures.values())
         for future in futures:
             future.cancel_waiting()
-        streams = [stream for ref in list(self._streams.values()) if (stream := ref())]
+        streams = self._under_way()
         cancel_together(streams, _CLOSED)
         for stream in streams:
             stream.wait_ended(CANCEL_S)
@@ -342,12 +343,17 @@ class Runner(abc.ABC):
         return False
 
     def _stream_begins(self, stream: RunStream) -> None:
-        self._streams[id(stream)] = weakref.ref(stream)
+        self._streams[os.getpid(), id(stream)] = weakref.ref(stream)
         if self._closed:  # close() looks for streams after it has set this
             raise OpenCodeCancelledError(_CLOSED)
 
     def _stream_ended(self, stream: RunStream) -> None:
-        self._streams.pop(id(stream), None)
+        self._streams.pop((os.getpid(), id(stream)), None)
+
+    def _under_way(self) -> list[RunStream]:
+        """The streams that this process has begun, and that have not ended."""
+        items = list(self._streams.items())
+        return [stream for (pid, _), ref in items if pid == os.getpid() and (stream := ref())]
 
     # -- settings ------------------------------------------------------------------------------
 

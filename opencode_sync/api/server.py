@@ -171,7 +171,7 @@ class OpenCodeServer(Runner):
 
     def __repr__(self) -> str:
         where = self._servers.url or "not started"
-        state = "closed" if self._closed else f"{len(self._streams)} running"
+        state = "closed" if self._closed else f"{len(self._under_way())} running"
         risk = "any_version, " if self._settings["any_version"] else ""
         return f"<OpenCodeServer {where}, {risk}{state}>"
 

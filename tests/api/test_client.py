@@ -341,6 +341,27 @@ def test_a_forked_child_can_use_the_client_while_the_parent_does(
     assert client.run("well", workspace).status == "ok"
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_closing_the_client_in_a_forked_child_ends_what_the_child_has_begun(
+    client: OpenCodeClient, workspace: Path
+) -> None:
+    with client.stream("with_tools", workspace) as ours:
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                stream = client.stream("with_tools", workspace)
+                counted = "1 running" in repr(client)
+                client.close()
+                status = 0 if counted and stream.result.status == "cancelled" else 2
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(pid, 0)
+
+        assert status == 0
+        assert not ours.wait_ended(0)
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_client_works_in_multiprocessing(
