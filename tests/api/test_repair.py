@@ -271,7 +271,7 @@ def test_a_repair_that_cannot_be_begun_is_an_error_of_its_kind() -> None:
         runner.run("Describe it", schema=Bird)
 
     assert caught.value.result is not None
-    assert caught.value.result.status == "incomplete"
+    assert caught.value.result.status == "error"
 
 
 # --- cut answers ---------------------------------------------------------------------------------
