@@ -83,8 +83,9 @@ class OpenCodeClient(Runner):
             max_workers: Threads for ``submit`` and ``map``; None for what the machine carries.
             watchdog: Keep a small process that stops the runs if this process is killed.
             any_version: Use whatever OpenCode is found, at your own risk. Without it, a program or
-                an attached server newer than 1.x is refused with OpenCodeConfigError before
-                anything is started, and one older than 1.17 puts a warning in the result.
+                an attached server that is newer than 1.x, or whose version cannot be read, is
+                refused with OpenCodeConfigError before anything is started; one older than 1.17
+                puts a warning in the result.
         """
         super().__init__(run_cfg, max_workers)
         check_program("binary", binary)

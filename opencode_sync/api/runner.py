@@ -352,7 +352,7 @@ class Runner(abc.ABC):
 
     def _under_way(self) -> list[RunStream]:
         """The streams that this process has begun, and that have not ended."""
-        items = list(self._streams.items())
+        items = list(self._streams.copy().items())  # atomic: a finaliser may remove one
         return [stream for (pid, _), ref in items if pid == os.getpid() and (stream := ref())]
 
     # -- settings ------------------------------------------------------------------------------

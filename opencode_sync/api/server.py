@@ -81,9 +81,9 @@ class OpenCodeServer(Runner):
                 runs on it go on to their end; None for no limit.
             watchdog: Keep a small process that stops the server if this process is killed outright.
             any_version: Use whatever OpenCode there is, at your own risk. Without it, a program or
-                an attached server of an unknown version (known are those from 1.17 up to, not
-                including, 2) is refused with OpenCodeConfigError before anything is started; with
-                an older version than tested each result has a warning.
+                an attached server that is newer than 1.x, or whose version cannot be read, is
+                refused with OpenCodeConfigError before anything is started; one older than 1.17
+                puts a warning in the result.
         """
         super().__init__(run_cfg, max_workers)
         check_program("binary", binary)

@@ -293,6 +293,9 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
             settings = _settings_of(index, job, self._options.settings)
         except OpenCodeConfigError as error:
             error.index = index
+            if isinstance(job, Job):
+                error.key = job.key if isinstance(job.key, str) else None
+                error.prompt = job.prompt if isinstance(job.prompt, str) else None
             dispatch.offer(index, error)
             self._tally.finish(error)
             return

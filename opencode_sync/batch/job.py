@@ -240,7 +240,7 @@ class Work:
 
     def spent(self) -> dict[int, Spent]:
         """What the jobs under way in this process have spent so far, by index."""
-        streams = list(self._streams.items())
+        streams = list(self._streams.copy().items())
         return {index: Spent.on(stream.result) for index, stream in streams}
 
     def result_of(self, index: int) -> RunResult | None:

@@ -373,7 +373,8 @@ class _Texts:
     def saved(cls, text: str, answer: str) -> _Texts:
         """The texts of a result whose ``final_text`` and ``answer`` are these."""
         last = _Step(pieces=[answer] if answer else [])
-        if not text.endswith(answer):  # OpenCode had gone on after it
+        is_last = text == answer or not answer or text.endswith(f"\n\n{answer}")
+        if not is_last:  # OpenCode had gone on after it
             return cls([_Step(pieces=[text])], answered=last)
         before = text.removesuffix(answer).removesuffix("\n\n" if answer else "")
         return cls([_Step(pieces=[before] if before else []), last])

@@ -70,6 +70,7 @@ class Process:
         self._queue: lifetime.Queue[Block | BaseException] = lifetime.Queue()
         self._readers: dict[Channel, threading.Thread] = {}
         self._popen: subprocess.Popen[bytes] | None = None
+        self._root: tree.Seen | None = None
         try:
             with lifetime.deferred(), tempfile.TemporaryFile(buffering=0) as prompt:
                 self._outputs["stdout"] = stdout = Output()

@@ -192,6 +192,13 @@ if sys.platform.startswith("linux"):
             return Seen(pid, int(fields[1]), int(fields[3]), int(fields[19]), is_alive)
         return None
 
+    def _environ_of(pid: int) -> dict[bytes, bytes]:
+        # psutil takes six times as long, and ends at the first empty entry.
+        with io.FileIO(f"/proc/{pid}/environ") as file:
+            block = file.readall()
+        entries = (entry.partition(b"=") for entry in block.split(b"\0")) if block else ()
+        return {name: value for name, _, value in entries}
+
 else:
 
     def _look_at(pid: int) -> Seen | None:
@@ -203,21 +210,30 @@ else:
             return Seen(pid, process.ppid(), os.getsid(pid), 0, is_alive)
         return None
 
+    def _environ_of(pid: int) -> dict[bytes, bytes]:
+        import psutil
+
+        try:
+            env = psutil.Process(pid).environ()
+        except psutil.AccessDenied as error:
+            raise PermissionError from error
+        except psutil.Error as error:
+            raise ProcessLookupError from error
+        return {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
+
 
 def _marker_of(pid: int) -> str | None:
     """The value of the marker; "" where it is not set.
 
     None where there is no environment: the process is just starting another program, or has ended.
     """
-    import psutil
-
     try:
-        env = psutil.Process(pid).environ()
-    except psutil.AccessDenied:  # another user's, and it stays so
+        env = _environ_of(pid)
+    except PermissionError:  # another user's, and it stays so
         return ""
-    except (psutil.Error, *_GONE):
+    except (FileNotFoundError, ProcessLookupError):
         return None
-    return env.get(MARKER, "") if env else None
+    return os.fsdecode(env.get(MARKER.encode(), b"")) if env else None
 
 
 def _limit_of(pid: int) -> int:

@@ -33,6 +33,7 @@ from ..core.errors import (
 from ..core.request import Request
 from .command import TESTED_VERSION, VERSION, managed_path, version_numbers
 from .data_dirs import temporary_prefix
+from .stderr import no_space
 
 OLDEST_KNOWN = "1.17"
 KNOWN_VERSIONS = f"{OLDEST_KNOWN} up to, not including, 2"
@@ -281,12 +282,13 @@ def ask_version(
         return "", error.strerror or str(error)
     if status is None:
         return "", f"no answer to --version within {VERSION_TIMEOUT_S:g} s"
-    if status:
-        return "", str(OpenCodeProcessError(status, err))
     answer = out.strip()
     if match := VERSION.fullmatch(answer):
         answer = match["version"]
-    return answer, "" if answer else "an empty answer to --version"
+    if answer and not status:
+        return answer, ""
+    fault = str(OpenCodeProcessError(status, err)) if status else "an empty answer to --version"
+    return "", "; ".join(filter(None, (fault, no_space(os.environ))))
 
 
 def is_of_the_machine(error: OSError) -> bool:

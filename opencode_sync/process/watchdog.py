@@ -12,9 +12,9 @@ SIGTERM that a service manager or a shell sends to all of us must not end it bef
 takes LIFE_S after end-of-file at most. If it is killed, the next guard() starts another.
 
 On Linux with Python 3.11 it costs 7 MB (4 MB of it unshared), 20 ms before the first run, no time
-while it waits, and 20 ms of CPU after our end. Until then it loads almost nothing, hence the late
-imports here. Where there is no Python to run it (a frozen program, an embedded interpreter), runs
-go on without it.
+while it waits, and some 60 ms of CPU after our end. Until then it loads almost nothing, hence the
+late imports here. Where there is no Python to run it (a frozen program, an embedded interpreter),
+runs go on without it.
 """
 
 from __future__ import annotations

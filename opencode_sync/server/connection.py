@@ -285,11 +285,12 @@ class _Call:
 
     def cut(self) -> None:
         self.is_cut = True
-        if self._socket is not None:
+        connected = self._socket  # once: another thread changes it
+        if connected is not None:
             # Closing would leave a thread that reads from it waiting; this wakes it. Not an SSL
             # socket's own method, which would pull the session away from under the reader.
             with suppress(OSError):
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+                socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
     def bound(self, timeout: float | None, connected: socket.socket | None = None) -> float | None:
         """Return how long the next step may take, at most *timeout*; None for no limit."""

@@ -146,7 +146,7 @@ class Mailbox:
     def close(self) -> None:
         """Take no more messages. Idempotent, from any thread."""
         self._closed = True
-        for session_id, mailbox in list(self._routes.items()):
+        for session_id, mailbox in list(self._routes.copy().items()):
             if mailbox is self:
                 self._routes.pop(session_id, None)
 

@@ -95,9 +95,12 @@ class ServerProcess:
         finally:
             childs_end.close()
         self.pid = self._popen.pid
-        self._root = tree.mark(self.pid, self.token)
-        self._threads = [self._thread("output", self._read), self._thread("exit", self._wait)]
+        self._root: tree.Seen | None = None
+        self._threads: list[threading.Thread] = []
         try:
+            self._root = tree.mark(self.pid, self.token)
+            self._threads.append(self._thread("output", self._read))
+            self._threads.append(self._thread("exit", self._wait))
             if not scope.wait(self._is_decided, timeout_s) or not self.url:
                 raise OpenCodeServerError(self._why_not(timeout_s))
             self._check_password()
@@ -181,7 +184,8 @@ class ServerProcess:
         self._is_stopping = True
         if at_once and not self.has_exited:
             self._popen.kill()
-        tree.stop(self.token, root=self._root)
+        # Another process may have the pid of one that has ended.
+        tree.stop(self.token, root=None if self.has_exited else self._root)
         self._exited.wait(JOIN_S)
         with suppress(OSError):
             self._output.shutdown(socket.SHUT_RDWR)

@@ -111,7 +111,11 @@ class RunningServer:
                     raise OpenCodeServerError(process.ending)
             health = self.connection.get("/global/health", scope=scope)
             self.version = str(mapping(health).get("version"))
-            self._warnings = [] if any_version else check_server_version(name or url, self.version)
+            self._warnings = (
+                []
+                if any_version
+                else check_server_version(name or self.connection.url, self.version)
+            )
             self.feed.open(scope)
             if process is not None:
                 self._health = threading.Thread(
@@ -208,6 +212,7 @@ class RunningServer:
                 add_no_space(error, self._env)
             raise
         try:
+            since = 0 if is_new else self._last_message(session_id, directory, scope)
             turn = Turn(
                 request,
                 self.connection,
@@ -215,7 +220,7 @@ class RunningServer:
                 session_id,
                 directory,
                 body,
-                since=0 if is_new else self._last_message(session_id, directory, scope),
+                since=since,
                 env=self._env,
                 always=self._always.setdefault(directory, []),
                 warnings=self._warnings,

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -400,6 +401,19 @@ def test_a_server_that_does_not_start_is_not_tried_again(tmp_path: Path) -> None
         ServerPool(starter).begin(Request("say hello", tmp_path, RunConfig()))
 
     assert starts == ["http://127.0.0.1:1"]
+
+
+def test_a_run_can_be_cancelled_while_the_server_starts_and_the_next_one_uses_that_server(
+    serve: Serve, workspace: Path
+) -> None:
+    server = serve(run_cfg=RunConfig(extra_env={"SERVING_START": "slow"}))
+    future = server.submit("say hello", workspace)
+    threading.Timer(0.1, future.cancel).start()
+
+    with pytest.raises(CancelledError):
+        future.result(WITHIN_S)
+
+    assert server.run("say hello", workspace).status == "ok"
 
 
 def test_closing_does_not_wait_for_a_server_that_does_not_start(

@@ -173,13 +173,14 @@ def test_errors_stand_in_the_places_of_their_results(runner: ScriptedRunner) -> 
 def test_a_job_that_cannot_be_begun_is_an_error_of_its_own(
     runner: ScriptedRunner, tmp_path: Path
 ) -> None:
-    wrong: list[Any] = [Job("a", tmp_path / "missing"), "", 7, Job("a", timeout_s=0)]
+    wrong: list[Any] = [Job("a", tmp_path / "missing"), "", 7, Job("a", timeout_s=0, key="k")]
     wrong += [Job(["a"]), Job("a", run_cfg={})]  # type: ignore[arg-type]
 
     *errors, broken, good = runner.map([*wrong, "broken", "b"], on_error="return")
 
     assert [type(error) for error in errors] == [OpenCodeConfigError] * len(wrong)
     assert [error.index for error in errors] == list(range(len(wrong)))
+    assert (errors[3].key, errors[3].prompt) == ("k", "a")
     assert (type(broken), str(broken)) == (OpenCodeError, "ZeroDivisionError: broken script")
     assert isinstance(good, RunResult)
 

@@ -446,6 +446,21 @@ def test_a_disk_that_fails_to_keep_the_directory_is_a_reason(
         next(runner.map(["a"], checkpoint=path))
 
 
+def test_a_link_beside_the_file_is_not_written_through(
+    runner: ScriptedRunner, path: Path, tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    path.with_name(f"{path.name}.new").symlink_to(victim)
+    list(runner.map([Job("fail", key="k")], checkpoint=path, on_error="return"))
+
+    list(runner.map([Job("better", key="k")], checkpoint=path))
+
+    assert victim.read_text() == "precious"
+    assert [line["prompt"] for line in lines_of(path)] == ["better"]
+    assert not path.is_symlink()
+
+
 def test_the_permissions_of_the_file_stay(runner: ScriptedRunner, path: Path) -> None:
     list(runner.map([Job("fail", key="k")], checkpoint=path, on_error="return"))
     path.chmod(0o640)

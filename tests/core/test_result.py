@@ -370,6 +370,9 @@ def stopped() -> RunResult:
 RESULTS: dict[str, RunResult] = {
     "two steps": two_steps(),
     "went on after its answer": result_of(STEP, text("42"), finish(), *SUMMARY, CONTINUE, *LOOKING),
+    "went on with the same words": result_of(
+        STEP, text("Done."), finish(), *SUMMARY, CONTINUE, STEP, text("Still Done."), finish()
+    ),
     "sub-agents and warnings": result_of(announced("ses_a"), spent("ses_a", 0.25, 10), WARNED),
     "empty": RunResult(),
     "stopped": stopped(),

@@ -163,6 +163,9 @@ def test_no_tool_can_read_the_password(
     assert "OPENCODE_SYNC_RUN=" in seen
     assert server.password is not None
     assert server.password not in seen
+    for wrong in (None, "*" * len(server.password)):  # it still asks for it
+        with pytest.raises(OpenCodeServerError, match="401"):
+            OpenCodeServer.connect(server.url, wrong).sessions()
 
 
 def test_the_password_of_a_server_that_nobody_has_asked_yet_cannot_be_read(
