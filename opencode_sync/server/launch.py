@@ -38,6 +38,7 @@ from .feed import REFUSED, EventStream, Message
 
 LINES_KEPT = 1_000  # so that a quoted configuration is seen whole, and can be cut out
 LINES_TOLD = 20
+WORDS_S = 0.5  # bound on reading what one that has ended before it listened had still to say
 JOIN_S = 2.0  # bound on waiting for our own threads, once the child is gone
 
 _LISTENING = "listening on http"
@@ -206,6 +207,8 @@ class ServerProcess:
                     self.feed.lose(self.ending)
         finally:
             self._exited.set()
+            if not self.url and not self._is_stopping:
+                self._threads[0].join(WORDS_S)  # its last words tell why
             self._is_decided.set()
         if not self._is_stopping:
             tree.stop(self.token)
@@ -217,6 +220,8 @@ class ServerProcess:
                 *lines, rest = (rest + block).split(b"\n")
                 for line in lines:
                     self._take(line.decode("utf-8", "replace"))
+        if rest:
+            self._take(rest.decode("utf-8", "replace"))
 
     def _take(self, line: str) -> None:
         line, told = split_told(line)
