@@ -469,12 +469,12 @@ def _check_arguments(cfg: RunConfig, env: Mapping[str, str]) -> None:
     if cfg.pure or env.get("OPENCODE_PURE", "").lower() in ("1", "true"):
         why = "pure=True leaves out all plugins"
     elif not PLUGIN.is_file():
-        why = "there is no file of our plugin (a package in an archive?)"
+        why = f"{PLUGIN.name} is not a file (a package in an archive?)"
     else:
         return
     raise OpenCodeConfigError(
-        f"{why}, and ours keeps the arguments of command {cfg.command!r} from the shell: run it "
-        "without arguments, or give its text as the prompt"
+        f"{why}, and our plugin keeps the arguments of command {cfg.command!r} from the shell: "
+        "run it without arguments, or give its text as the prompt"
     )
 
 

@@ -108,7 +108,7 @@ class ProcessRun:
         self._stderr_lines: list[bytes] = []
         self._session: str | None = None
         self._delegated: set[str] = set()  # sessions of sub-agents, by the calls of them
-        self._followed: set[str] = set()  # those of which OpenCode tells
+        self._followed: set[str] = set()  # those that OpenCode reports
         self._ready = warning_events(warnings)
         self._n_lines = 0  # of stdout
         self._is_done = self._is_cut = False

@@ -56,7 +56,7 @@ AtWork = dict[str, CancelScope]
 """The sessions with a turn under way, on any server of a pool, and whose turn it is."""
 
 
-@dataclass(frozen=True, repr=False)  # a password is no part of a repr
+@dataclass(frozen=True, repr=False)  # a repr shows no password
 class Attacher:
     """Reaches a server that somebody else started."""
 
@@ -180,7 +180,8 @@ def _check_plugin(env: Mapping[str, str]) -> None:
     elif PRELOAD in env:
         why, instead = f"{PRELOAD} is set, and so leaves out what goes with our plugin", "unset it"
     elif not PLUGIN.is_file():
-        why, instead = "there is no file of it (a package in an archive?)", "install the package"
+        why = f"{PLUGIN.name} is not a file (a package in an archive?)"
+        instead = "install the package"
     else:
         return
     raise OpenCodeConfigError(
@@ -190,7 +191,10 @@ def _check_plugin(env: Mapping[str, str]) -> None:
 
 
 class ServerPool:
-    """Thread-safe. Its lock is not held while a server starts, ends or is asked."""
+    """The servers of one runner.
+
+    Thread-safe. Its lock is not held while a server starts, ends or is asked.
+    """
 
     def __init__(self, starter: Launcher | Attacher, max_memory_mb: int | None = None) -> None:
         """
@@ -283,6 +287,8 @@ class ServerPool:
         try:
             if scope.is_cancelled():
                 raise OpenCodeCancelledError(_CANCELLED)
+            # Before it is sent: a Ctrl-C after that would leave a turn at work that nobody stops.
+            self._starter.remember(turn.session_id, str(request.workspace))
             turn.send()
         except BaseException as error:
             turn.close()
@@ -292,7 +298,6 @@ class ServerPool:
                 reason = server.connection.lost
                 raise OpenCodeServerError(reason or str(error)) from error
             raise
-        self._starter.remember(turn.session_id, str(request.workspace))
         return turn
 
     def give_up(self) -> None:
