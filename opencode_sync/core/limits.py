@@ -125,8 +125,7 @@ class Meter:
 
     def left(self) -> float:
         """Seconds until ``timeout_s`` passes; infinite where there is no such limit."""
-        limit = self.limits.timeout_s
-        return math.inf if limit is None else max(0.0, limit - self.elapsed())
+        return max(0.0, self.deadline() - time.monotonic())
 
     def patience(self) -> float | None:
         """Seconds that a wait which begins now may take; None for any time."""
@@ -139,7 +138,11 @@ class Meter:
 
     def deadline(self) -> float:
         """The ``time.monotonic()`` instant at which ``timeout_s`` passes; infinite without."""
-        return time.monotonic() + self.left()
+        # One instant for all that wait: reckoned anew, it could come before timeout() sees it.
+        started_at, limit = self._started_at, self.limits.timeout_s
+        if limit is None:
+            return math.inf
+        return limit + (time.monotonic() if started_at is None else started_at)
 
     def idle_deadline(self) -> float:
         """The instant at which one of the limits passes if nothing more is heard."""
@@ -149,9 +152,10 @@ class Meter:
     def timeout(self) -> OpenCodeTimeoutError | None:
         """The error for the time limit that has passed, if one has."""
         limits, elapsed = self.limits, self.elapsed()
-        if limits.timeout_s is not None and self.left() <= 0:
+        now = time.monotonic()
+        if limits.timeout_s is not None and now >= self.deadline():
             what, name, limit = "the run took over", "timeout_s", limits.timeout_s
-        elif limits.idle_timeout_s is not None and self._idle() >= limits.idle_timeout_s:
+        elif limits.idle_timeout_s is not None and now >= self._heard_at + limits.idle_timeout_s:
             what, name, limit = "nothing was heard for", "idle_timeout_s", limits.idle_timeout_s
         else:
             return None
@@ -238,9 +242,6 @@ class Meter:
                 self._fruitless[session] = self._fruitless.get(session, 0) + 1
                 self._last_reason = str(reason)
             self._has_void.discard(session)
-
-    def _idle(self) -> float:
-        return time.monotonic() - self._heard_at
 
 
 def tokens_of(usage: TokenUsage) -> int:

@@ -437,7 +437,11 @@ class Tree:
                 if pid not in ours:
                     ours.add(pid)
                     unvisited.append(pid)
-        return [process for pid in sorted(ours & kin.keys()) if (process := self._remember(pid))]
+        listed = sorted(ours & kin.keys())
+        living = [process for pid in listed if (process := self._remember(pid))]
+        if len(living) < len(listed):
+            self._is_clear = False  # what has ended since it was listed may have forked before
+        return living
 
     def _kin(self, on_sight: Callable[[psutil.Process], None]) -> dict[int, Seen]:
         """All that live and are young enough to be ours; remembers those with the mark."""

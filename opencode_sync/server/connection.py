@@ -245,7 +245,8 @@ class Connection:
         import httpx2
 
         scope = CancelScope() if scope is None else scope
-        call = _Call(time.monotonic() + min(timeout_s, scope.left()))
+        # Not from what is left of the scope: reckoned anew, it could end a moment before.
+        call = _Call(min(time.monotonic() + timeout_s, scope.deadline))
         # A finaliser may interrupt this thread's own request, while the thread holds the pool's
         # locks and its lists are half changed: the inner request gets a client of its own.
         outer = self._here.call

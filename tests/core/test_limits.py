@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from opencode_sync import (
     OpenCodeIncompleteError,
     OpenCodeTimeoutError,
 )
-from opencode_sync.core.limits import Budget, Limits, Spent
+from opencode_sync.core.limits import Budget, Limits, Meter, Spent
 from tests.core.scripts import RETRY, Script, forever, step, stream_of, text
 
 LONG_S = 20.0
@@ -81,6 +82,15 @@ def test_a_provider_that_has_answered_since_is_not_blamed() -> None:
         stream.wait()
 
     assert "retried" not in str(caught.value)
+
+
+def test_the_deadline_is_one_instant_for_all_that_wait() -> None:
+    meter = Meter(Limits(timeout_s=1.0))
+    meter.start(time.monotonic())
+
+    first = meter.deadline()
+
+    assert meter.deadline() == first
 
 
 def test_a_limit_beyond_all_clocks_is_none() -> None:

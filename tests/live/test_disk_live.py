@@ -45,7 +45,8 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 def fill(disk: Path, left: int) -> None:
     space = os.statvfs(disk)
-    (disk / "fill").write_bytes(bytes(space.f_bavail * space.f_frsize - left))
+    with open(disk / "fill", "wb", buffering=0) as file:
+        file.write(bytes(space.f_bavail * space.f_frsize - left))  # or less: others write, too
 
 
 @pytest.mark.parametrize("kind", [OpenCodeClient, OpenCodeServer], ids=["process", "server"])

@@ -419,6 +419,25 @@ def test_after_a_look_that_may_have_missed_something_another_is_taken(
     assert len(looks) == tree.QUIET_LOOKS
 
 
+def test_what_a_process_forked_after_the_list_was_made_and_before_it_ended_is_stopped(
+    tool: Callable[..., Tool], token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = tool("trap 'setsid sleep 931 & exit' TERM; echo $$; while :; do sleep 0.01; done", 1)
+    root = tree.mark(child.process.pid, token)
+    terminate = psutil.Process.terminate
+
+    def terminate_and_reap(process: psutil.Process) -> None:
+        terminate(process)
+        if process.pid == child.process.pid:
+            child.process.wait()  # so the look that lists it ends when it is gone
+
+    monkeypatch.setattr(psutil.Process, "terminate", terminate_and_reap)
+
+    tree.stop(token, root=root)
+
+    assert tree.find(token) == []
+
+
 def test_our_child_s_exit_status_stays_ours(tool: Callable[..., Tool], token: str) -> None:
     child = tool("echo $$; exec sleep 921", 1)
 

@@ -308,6 +308,23 @@ def test_a_request_ends_with_its_scope(
         connection.get("/session", scope=scope)
 
 
+def test_a_request_that_its_scope_s_deadline_ends_does_not_end_before_it(
+    server: WebServer, connect: Connect, released: threading.Event
+) -> None:
+    class Preempted(CancelScope):
+        def left(self) -> float:
+            time.sleep(0.2)  # as on a machine that has other work
+            return super().left()
+
+    server.answers["/slow"] = lambda: Answer(dribble(released))
+    scope = Preempted(time.monotonic() + 0.5)
+
+    with pytest.raises(OpenCodeServerError, match="timed out"):
+        connect(server.url).get("/slow", scope=scope)
+
+    assert time.monotonic() >= scope.deadline
+
+
 def test_cancelling_a_scope_whose_request_has_ended_harms_no_other(
     server: WebServer, connect: Connect
 ) -> None:
