@@ -24,7 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import OpenCodeError
+from ..core.errors import OpenCodeError, kind_of
 from ..core.limits import Spent, tokens_of, unpriced, unpriced_tokens
 from ..core.records import result_of
 from ..core.result import RunResult, TokenUsage
@@ -240,7 +240,8 @@ class Tally:
         with self._lock:
             if isinstance(end, OpenCodeError):
                 self._counts["failed"] += 1
-                kind = kind_of(end)
+                info = result_of(end).error
+                kind = kind_of(type(end).__name__, info and info.name, info and info.status_code)
                 is_known = kind in self._errors or len(self._errors) < _MAX_KINDS
                 self._errors[kind if is_known else "others"] += 1
                 self._spend(end.result)
@@ -298,16 +299,6 @@ class Tally:
         if not self._has_warned and (warnings := self._warnings()):
             self._has_warned = True
             _log.warning("%s", *warnings)
-
-
-def kind_of(error: OpenCodeError) -> str:
-    """What an error is counted under, such as ``"OpenCodeProcessError (APIError 401)"``."""
-    kind = type(error).__name__
-    info = error.result.error if error.result is not None else None
-    if info is None:
-        return kind
-    status = f" {info.status_code}" if info.status_code else ""
-    return f"{kind} ({info.name}{status})"
 
 
 # What a row has of a result as it is.

@@ -16,8 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..core.reading import mapping
-from ..process.stderr import asked_to_wait_s
+from ..core.reading import asked_to_wait_s, mapping
 
 BURST_S = 1.0  # refusals this close together have one cause
 MAX_PAUSE_S = 300.0  # a retry-after of hours means that a quota is used up: then jobs fail

@@ -70,6 +70,16 @@ class OpenCodeError(Exception):
         return hash((type(self), str(self)))
 
 
+def kind_of(error_type: str, name: object = None, status_code: object = None) -> str:
+    """What an error is counted under, such as ``"OpenCodeProcessError (APIError 401)"``.
+
+    Args:
+        name, status_code: What the ``error`` event of its run says, if there was one.
+    """
+    status = f" {status_code}" if status_code else ""
+    return f"{error_type} ({name}{status})" if name else error_type
+
+
 def _restore(
     cls: type[OpenCodeError], args: tuple[Any, ...], state: dict[str, Any]
 ) -> OpenCodeError:

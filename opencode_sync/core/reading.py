@@ -3,7 +3,7 @@
     text_of  message_id_of            texts, and whose they are
     ended_well  why_cut               why a step ended
     denied_tool  void_call  ...       tool calls
-    error_info --> ErrorInfo          errors
+    error_info --> ErrorInfo          errors; asked_to_wait_s for a provider's refusal
     usage_of --> TokenUsage           tokens; number_of for dollars
 
 Nothing here raises, whatever an event holds: a missing or odd value counts as nothing. What is said
@@ -13,6 +13,7 @@ of OpenCode was seen with 1.18.33.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -264,6 +265,28 @@ def error_info(error: Any) -> ErrorInfo:
 
 def _words(value: Any) -> str:
     return "" if value is None else strip_ansi(str(value))
+
+
+def asked_to_wait_s(retry_after: Any, retry_after_ms: Any = None) -> float | None:
+    """How many seconds a provider asks to wait; None where it does not say.
+
+    Args:
+        retry_after: Its header ``Retry-After``: seconds, or an HTTP date.
+        retry_after_ms: Its header ``Retry-After-Ms``, which is more exact.
+    """
+    for value, unit_s in ((retry_after_ms, 0.001), (retry_after, 1.0)):
+        try:
+            wait_s = float(value) * unit_s
+        except (TypeError, ValueError, OverflowError):
+            continue
+        if math.isfinite(wait_s) and wait_s >= 0:
+            return wait_s
+    from email.utils import parsedate_to_datetime  # loads the network's modules
+
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError, AttributeError, IndexError):
+        return None
 
 
 def number_of(value: Any) -> float:

@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import OpenCodeConfigError
+from ..core.errors import OpenCodeConfigError, kind_of
 from ..core.reading import TokenUsage, mapping, number_of, part_of, saved_usage
 from ..core.records import dumped, lines_in
 from ..core.text import one_line, printable
@@ -106,12 +106,13 @@ def row_of(record: Record, place: int) -> Row:
     key = record.get("key")
     status, tools = _status(record, failure), _tool_parts(record)
     answer = _text(record, "answer")
+    kind = kind_of(str(failure.get("type")), error.get("name"), error.get("status_code"))
     gist = _message(record) if failure or error else answer
     return Row(
         index=index if isinstance(index, int) else place,
         key=one_line(key[: 2 * _ROW_CHARS], _ROW_CHARS) if isinstance(key, str) else None,
         status=status,
-        kind=_kind(failure, error),
+        kind=one_line(kind[:_ROW_CHARS], 100) if failure else None,
         prompt=_beginning(_text(record, "prompt")),
         gist=_beginning(gist or _text(record, "final_text")),
         is_empty=status == "ok" and not tools and not answer.strip(),
@@ -130,17 +131,6 @@ def _status(record: Record, failure: Record) -> str:
         return _STATUS_OF.get(str(failure.get("type")), "error")
     status = record.get("status")
     return status if status in STATUSES else "error"
-
-
-def _kind(failure: Record, error: Record) -> str | None:
-    """As in ``BatchReport.errors``: ``"OpenCodeProcessError (APIError 401)"``."""
-    if not failure:
-        return None
-    kind = str(failure.get("type"))
-    if error:
-        status = f" {code}" if (code := error.get("status_code")) else ""
-        kind += f" ({error.get('name')}{status})"
-    return one_line(kind[:_ROW_CHARS], 100)
 
 
 def _message(record: Record) -> str:

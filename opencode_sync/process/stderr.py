@@ -13,7 +13,6 @@ preload.js reports the HTTP status. Formats of 1.18.33; other lines are left alo
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 import tempfile
@@ -21,10 +20,11 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 from ..core.events import Event, RetryEvent, warning_events
 from ..core.mcp import unavailable
+from ..core.reading import asked_to_wait_s
 from ..core.text import strip_ansi
 
 PRELOAD_PREFIX = "opencode-sync: "
@@ -160,28 +160,6 @@ def split_told(line: str) -> tuple[str, str | None]:
     if not is_told or _LOG_LINE.match(line):
         return line, None
     return before, f"{PRELOAD_PREFIX}{{{told}"
-
-
-def asked_to_wait_s(retry_after: Any, retry_after_ms: Any = None) -> float | None:
-    """How many seconds a provider asks to wait; None where it does not say.
-
-    Args:
-        retry_after: Its header ``Retry-After``: seconds, or an HTTP date.
-        retry_after_ms: Its header ``Retry-After-Ms``, which is more exact.
-    """
-    for value, unit_s in ((retry_after_ms, 0.001), (retry_after, 1.0)):
-        try:
-            wait_s = float(value) * unit_s
-        except (TypeError, ValueError, OverflowError):
-            continue
-        if math.isfinite(wait_s) and wait_s >= 0:
-            return wait_s
-    from email.utils import parsedate_to_datetime  # loads the network's modules
-
-    try:
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (TypeError, ValueError, OverflowError, AttributeError, IndexError):
-        return None
 
 
 def no_agent(why: str) -> Event:

@@ -23,12 +23,12 @@ from pathlib import Path
 
 from ..core.errors import OpenCodeBinaryNotFoundError, OpenCodeServerError
 from ..core.lifetime import CancelScope, Flag
+from ..core.reading import asked_to_wait_s
 from ..core.secrets import without_quotes
 from ..core.text import strip_ansi
 from ..process import tree
 from ..process.stderr import (
     PRELOAD_PREFIX,
-    asked_to_wait_s,
     no_space,
     refused_by_bun,
     split_told,

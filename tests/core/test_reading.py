@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 from typing import Any
 
 import pytest
 
 from opencode_sync import ErrorInfo, TokenUsage
 from opencode_sync.core.reading import (
+    asked_to_wait_s,
     denied_tool,
     error_info,
     number_of,
@@ -175,3 +178,32 @@ def test_an_error_reads_as_a_line() -> None:
     assert str(ErrorInfo("APIError", "bad key", 401)) == "APIError 401: bad key"
     assert str(ErrorInfo("APIError", "bad key")) == "APIError: bad key"
     assert str(ErrorInfo("MessageAbortedError", "")) == "MessageAbortedError"
+
+
+# --- what a provider asks for ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "retry_after, retry_after_ms, seconds",
+    [
+        ("3600", None, 3600),
+        ("1", "250", 0.25),
+        ("0", None, 0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", None, 0),
+        ("12", "soon", 12),
+        *[(odd, None, None) for odd in (None, "", "soon", "-1", "nan", "1e400", 12 * [1], {})],
+    ],
+)
+def test_how_long_a_provider_wants_to_be_left_alone_is_read(
+    retry_after: Any, retry_after_ms: Any, seconds: float | None
+) -> None:
+    assert asked_to_wait_s(retry_after, retry_after_ms) == seconds
+
+
+def test_a_date_is_so_many_seconds_away() -> None:
+    date = format_datetime(datetime.now(timezone.utc) + timedelta(hours=1), usegmt=True)
+
+    wait_s = asked_to_wait_s(date)
+
+    assert wait_s is not None
+    assert 3500 < wait_s <= 3600

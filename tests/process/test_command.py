@@ -72,13 +72,6 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
-def test_a_name_is_looked_up_on_path(machine: Path, program: Program) -> None:
-    found = program(machine / "bin" / "opencode")
-
-    assert resolve_binary() == str(found)
-    assert resolve_binary("opencode") == str(found)
-
-
 def test_a_program_on_path_wins_over_a_file_of_its_name_here(
     machine: Path, program: Program
 ) -> None:
@@ -88,11 +81,7 @@ def test_a_program_on_path_wins_over_a_file_of_its_name_here(
     assert resolve_binary() == str(found)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["tools/oc", "./tools/oc", "~/cwd/tools/oc", Path("tools/oc")],
-    ids=["relative", "dotted", "home", "Path"],
-)
+@pytest.mark.parametrize("name", ["~/cwd/tools/oc", Path("tools/oc")], ids=["home", "relative"])
 def test_the_path_of_a_file_is_made_absolute(
     machine: Path, program: Program, name: str | Path
 ) -> None:
@@ -111,23 +100,15 @@ def test_the_managed_copy_is_found_last(machine: Path, program: Program) -> None
     assert resolve_binary() == str(on_path)
 
 
-def test_opencode_binary_comes_first(
+def test_opencode_binary_comes_first_unless_a_program_is_asked_for(
     machine: Path, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program(machine / "bin" / "opencode")
-    chosen = program(machine / "other" / "oc")
+    chosen, wanted = program(machine / "other" / "oc"), program(machine / "cwd" / "mine")
 
     monkeypatch.setenv("OPENCODE_BINARY", "~/other/oc")
 
     assert resolve_binary() == str(chosen)
-
-
-def test_opencode_binary_does_not_stand_in_for_a_program_asked_for(
-    machine: Path, program: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wanted = program(machine / "cwd" / "mine")
-    monkeypatch.setenv("OPENCODE_BINARY", str(program(machine / "other" / "oc")))
-
     assert resolve_binary("./mine") == str(wanted)
 
 
@@ -135,16 +116,13 @@ def test_opencode_binary_does_not_stand_in_for_a_program_asked_for(
     "name, what",
     [
         ("opencode", "no 'opencode' on PATH"),
-        ("oc", "no 'oc' on PATH"),
-        ("", "no '' on PATH"),
         ("./oc", "no file './oc'"),
-        ("~/none/oc", "no file '~/none/oc'"),
         ("~nobody-of-this-name/oc", "no file '~nobody-of-this-name/oc'"),
         ("../bin", "'../bin' is a directory, not a program"),
         ("text", "'text' is not executable"),
         ("a\0b", "no 'a\\x00b' on PATH"),
     ],
-    ids=["default", "name", "empty", "file", "home", "no user", "directory", "text", "NUL"],
+    ids=["default", "file", "no user", "directory", "text", "NUL"],
 )
 def test_what_cannot_be_run_is_named_with_the_way_to_get_one(name: str, what: str) -> None:
     Path("text").write_text("no program")
@@ -171,10 +149,6 @@ def test_a_wrong_opencode_binary_is_named_though_there_is_another_one(
 # --- its arguments -------------------------------------------------------------------------------
 
 RUN = ["oc", "run", "--format", "json"]
-
-
-def test_without_settings_there_is_only_the_format() -> None:
-    assert build_argv("oc", None, RunConfig()) == RUN
 
 
 def test_each_setting_has_its_flag_in_a_fixed_order() -> None:
@@ -230,24 +204,14 @@ def test_each_setting_has_its_flag_in_a_fixed_order() -> None:
     ]
 
 
-@pytest.mark.parametrize("prompt", ["Explain", "-x", "--", "two words", "line\nline"], ids=repr)
-def test_a_message_comes_last_after_the_end_of_the_flags(prompt: str) -> None:
-    argv = build_argv("oc", prompt, RunConfig(files=("a.txt",)))
-
-    assert argv == [*RUN, "-f", "a.txt", "--", prompt]
-
-
 @pytest.mark.parametrize(
     "changes, argument",
     [
         ({"title": "--help"}, "--title=--help"),
-        ({"title": "-"}, "--title=-"),
-        ({"agent": "-a"}, "--agent=-a"),
         ({"model": "-p/m"}, "--model=-p/m"),
         ({"files": ("-notes.txt",)}, "--file=-notes.txt"),
-        ({"variant": "-v"}, "--variant=-v"),
     ],
-    ids=["flag", "dash", "agent", "model", "file", "variant"],
+    ids=["title", "model", "file"],
 )
 def test_a_value_with_a_leading_dash_is_no_flag(changes: dict[str, Any], argument: str) -> None:
     assert build_argv("oc", None, RunConfig(**changes)) == [*RUN, argument]
@@ -278,20 +242,15 @@ def content_of(env: dict[str, str]) -> Any:
     return json.loads(env["OPENCODE_CONFIG_CONTENT"])
 
 
-def test_the_environment_is_that_of_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_that_of_the_parent_unless_there_is_another_base(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("MINE", "1")
-
-    env = build_env(RunConfig())
-
-    assert env == {**os.environ, "OPENCODE_DISABLE_AUTOUPDATE": "1"}
-    assert env is not os.environ
-
-
-def test_a_base_replaces_the_parents_environment_and_stays_as_it_is() -> None:
     base = {"A": "1", "B": "2"}
 
     env = build_env(RunConfig(extra_env={"B": "3"}), base)
 
+    assert build_env(RunConfig()) == {**os.environ, "OPENCODE_DISABLE_AUTOUPDATE": "1"}
     assert env == {"A": "1", "B": "3", "OPENCODE_DISABLE_AUTOUPDATE": "1"}
     assert base == {"A": "1", "B": "2"}
 
@@ -328,15 +287,13 @@ def test_a_configuration_in_extra_env_stands_in_for_that_of_the_parent() -> None
 @pytest.mark.parametrize(
     "content, config",
     [
-        ('{"a": 1,}', {"a": 1}),
-        ('{"a": [1, 2 , ], // one, two\n}', {"a": [1, 2]}),
         ('/* all\n of it */ {"a": /* x */ 1}', {"a": 1}),
         ('{"url": "http://x/*y*/", "b": "a,}"}', {"url": "http://x/*y*/", "b": "a,}"}),
         (r'{"a": "\" // no comment", "b": "\\"}', {"a": '" // no comment', "b": "\\"}),
         ('{"a": 1, // last\n /* and */ }', {"a": 1}),
         ("", {}),
     ],
-    ids=["comma", "line", "block", "in strings", "escapes", "comma, then comments", "empty"],
+    ids=["block", "in strings", "escapes", "comma, then comments", "empty"],
 )
 def test_comments_and_trailing_commas_are_taken_as_opencode_takes_them(
     content: str, config: dict[str, Any]
@@ -348,8 +305,8 @@ def test_comments_and_trailing_commas_are_taken_as_opencode_takes_them(
 
 @pytest.mark.parametrize(
     "content",
-    ["no json", "[1]", '"text"', " ", '{"a"', '{"a": "b', "[" * 100_000],
-    ids=lambda content: repr(content)[:20],
+    ["no json", "[1]", "[" * 100_000],
+    ids=["not JSON", "not an object", "too deep"],
 )
 def test_a_configuration_of_the_parent_that_cannot_be_merged_is_refused(content: str) -> None:
     with pytest.raises(OpenCodeConfigError, match="OPENCODE_CONFIG_CONTENT of the environment"):

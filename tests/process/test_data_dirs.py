@@ -17,7 +17,6 @@ import pytest
 from opencode_sync import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
 from opencode_sync.process import data_dirs
 from opencode_sync.process.data_dirs import (
-    CREDENTIALS,
     DataDirectories,
     link_credentials,
     user_data,
@@ -50,26 +49,14 @@ def mode(path: Path) -> int:
 # --- leases --------------------------------------------------------------------------------------
 
 
-def test_runs_at_the_same_time_have_directories_of_their_own(pool: DataDirectories) -> None:
-    first, second = pool.lease({}), pool.lease({})
-
-    assert first.path != second.path
-
-
-def test_a_directory_is_used_again(pool: DataDirectories) -> None:
-    first = pool.lease({})
-    first.release()
-
-    assert pool.lease({}).path == first.path
-
-
-def test_a_lease_is_given_back_once(pool: DataDirectories) -> None:
+def test_a_directory_is_used_again_and_a_lease_given_back_once(pool: DataDirectories) -> None:
     first = pool.lease({})
     first.release()
     second = pool.lease({})
 
     first.release()
 
+    assert second.path == first.path
     assert pool.lease({}).path != second.path
 
 
@@ -134,20 +121,13 @@ def test_directories_are_the_user_s_alone(pool: DataDirectories) -> None:
 def test_credentials_are_linked_and_never_copied(
     pool: DataDirectories, env: dict[str, str]
 ) -> None:
+    Path(env["XDG_DATA_HOME"], "opencode", "mcp-auth.json").write_text("{}")
+
     path = pool.lease(env).path / "opencode"
 
-    assert (path / "auth.json").is_symlink()
+    assert sorted(entry.name for entry in path.iterdir()) == ["auth.json", "mcp-auth.json"]
+    assert all(entry.is_symlink() for entry in path.iterdir())
     assert (path / "auth.json").read_text() == '{"provider": "secret"}'
-    assert sorted(entry.name for entry in path.iterdir()) == ["auth.json"]
-
-
-def test_each_kind_of_credentials_is_linked(pool: DataDirectories, env: dict[str, str]) -> None:
-    for name in CREDENTIALS:
-        Path(env["XDG_DATA_HOME"], "opencode", name).write_text("{}")
-
-    path = pool.lease(env).path / "opencode"
-
-    assert all((path / name).is_symlink() for name in CREDENTIALS)
 
 
 def test_removing_the_directories_leaves_the_credentials(
@@ -218,7 +198,7 @@ def test_what_a_run_unpacked_goes_with_it(pool: DataDirectories) -> None:
     assert list(lease.unpacked.iterdir()) == []
 
 
-def test_what_a_run_unpacked_stays_for_another_one_on_the_same_directory(
+def test_a_session_is_branched_by_several_runs_and_what_they_unpacked_stays_for_the_last(
     pool: DataDirectories,
 ) -> None:
     pool.lease({}).remember("ses_1", "/w")
@@ -227,6 +207,7 @@ def test_what_a_run_unpacked_stays_for_another_one_on_the_same_directory(
 
     second.release()
 
+    assert first.path == second.path
     assert [path.name for path in first.unpacked.iterdir()] == [".1-0.so"]
 
 
@@ -280,36 +261,18 @@ def test_a_session_is_refused_in_another_directory_than_its_own(
     assert pool.lease({}, session_id="ses_1", workspace="/repo", fork=fork).path == lease.path
 
 
-def test_a_session_has_one_run_at_a_time(pool: DataDirectories) -> None:
+@pytest.mark.parametrize("fork", [False, True], ids=["continued", "forked"])
+def test_a_session_has_one_run_at_a_time(pool: DataDirectories, fork: bool) -> None:
     lease = pool.lease({})
     lease.remember("ses_1", "/w")
     lease.release()
     again = pool.lease({}, session_id="ses_1")
 
     with pytest.raises(OpenCodeConfigError, match="has a run under way"):
-        pool.lease({}, session_id="ses_1")
+        pool.lease({}, session_id="ses_1", fork=fork)
 
     again.release()
     pool.lease({}, session_id="ses_1").release()
-
-
-def test_a_session_is_branched_by_several_runs_at_a_time(pool: DataDirectories) -> None:
-    first = pool.lease({})
-    first.remember("ses_1", "/a")
-
-    branches = [pool.lease({}, session_id="ses_1", fork=True) for _ in range(2)]
-
-    assert [branch.path for branch in branches] == [first.path] * 2
-
-
-def test_a_session_with_a_run_under_way_is_not_branched(pool: DataDirectories) -> None:
-    pool.lease({}).remember("ses_1", "/a")
-    under_way = pool.lease({}, session_id="ses_1")
-
-    with pytest.raises(OpenCodeConfigError, match="has a run under way"):
-        pool.lease({}, session_id="ses_1", fork=True)
-
-    under_way.release()
 
 
 def test_the_last_session_of_a_workspace_is_known(pool: DataDirectories) -> None:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import time
-from datetime import datetime, timedelta, timezone
-from email.utils import format_datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,7 +13,6 @@ from hypothesis import strategies as st
 
 from opencode_sync.process.stderr import (
     LogReader,
-    asked_to_wait_s,
     is_retried,
     log_fields,
     no_space,
@@ -64,32 +60,6 @@ def test_a_refusal_becomes_a_retry_event_with_its_status(reader: LogReader) -> N
     assert event["statusCode"] == 429  # type: ignore[typeddict-item]
     assert event["message"] == "429 slow down (retry-after: 3600)"  # type: ignore[typeddict-item]
     assert event["retry_after_s"] == 3600  # type: ignore[typeddict-item]
-
-
-@pytest.mark.parametrize(
-    "retry_after, retry_after_ms, seconds",
-    [
-        ("3600", None, 3600),
-        ("1", "250", 0.25),
-        ("0", None, 0),
-        ("Wed, 21 Oct 2015 07:28:00 GMT", None, 0),
-        ("12", "soon", 12),
-        *[(odd, None, None) for odd in (None, "", "soon", "-1", "nan", "1e400", 12 * [1], {})],
-    ],
-)
-def test_how_long_a_provider_wants_to_be_left_alone_is_read(
-    retry_after: Any, retry_after_ms: Any, seconds: float | None
-) -> None:
-    assert asked_to_wait_s(retry_after, retry_after_ms) == seconds
-
-
-def test_a_date_is_so_many_seconds_away() -> None:
-    date = format_datetime(datetime.now(timezone.utc) + timedelta(hours=1), usegmt=True)
-
-    wait_s = asked_to_wait_s(date)
-
-    assert wait_s is not None
-    assert 3500 < wait_s <= 3600
 
 
 @pytest.mark.parametrize(
@@ -179,12 +149,6 @@ def test_what_is_warned_of_explains_a_failure_that_nothing_else_does(reader: Log
     assert reader.explanation == "failed to decode image: ImageDecodeError: no"
 
 
-def test_the_cause_of_a_failure_is_kept(reader: LogReader) -> None:
-    reader.read('timestamp=1 level=ERROR message=failed error="ProviderModelNotFoundError: x/y"')
-
-    assert reader.cause == "ProviderModelNotFoundError: x/y"
-
-
 @pytest.mark.parametrize(
     "why",
     [
@@ -212,11 +176,7 @@ def test_a_broken_word_of_the_preloaded_file_is_no_status(reader: LogReader) -> 
 @pytest.mark.parametrize(
     "line",
     [
-        pytest.param("timestamp=1 level=ERROR " + "a" * 10_000_000, id="one word"),
-        pytest.param("timestamp=1 level=ERROR " + "a=" * 5_000_000, id="many fields"),
-        pytest.param('timestamp=1 level=ERROR a="' + "\\" * 9_999_999, id="backslashes"),
         pytest.param("timestamp=1 level=ERROR" + ' a="b' * 2_000_000, id="open quotes"),
-        pytest.param('agent "' * 1_500_000, id="agents"),
         pytest.param("\x1b[" * 5_000_000, id="escapes"),
     ],
 )
