@@ -419,9 +419,8 @@ class Tree:
                 for their parents: a shell whose command ended before it would begin the next one.
         """
         kin = self._kin(on_sight)
-        heads = {
-            pid for pid, process in self._known.items() if pid not in kin or process.is_running()
-        }
+        gone = {pid for pid, known in self._known.items() if pid in kin and not known.is_running()}
+        heads = self._known.keys() - gone
         # Where its pid is another process's by now, that process differs in something.
         if self._root is not None and kin.get(self._root.pid, self._root) == self._root:
             heads.add(self._root.pid)
@@ -439,7 +438,7 @@ class Tree:
                     unvisited.append(pid)
         listed = sorted(ours & kin.keys())
         living = [process for pid in listed if (process := self._remember(pid))]
-        if len(living) < len(listed):
+        if gone or len(living) < len(listed):
             self._is_clear = False  # what has ended since it was listed may have forked before
         return living
 
