@@ -220,7 +220,8 @@ class Runner(abc.ABC):
             jobs: Prompts, or a Job for each that has settings of its own.
             on_error: ``"raise"`` the first error in its place, which ends the batch; or
                 ``"return"`` the error object in the result's place, with ``index``, ``key``,
-                ``prompt`` and the partial ``result``.
+                ``prompt``, ``metadata`` and the partial ``result``. A job that cannot be begun,
+                such as one whose prompt is blank or not a text, is an error like any other.
             timeout_s: For each job, from its own start.
             max_cost, max_steps, max_tokens: For each job.
             max_total_cost: US dollars for all jobs together, including what *checkpoint* records.

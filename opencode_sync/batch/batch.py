@@ -12,8 +12,10 @@ runner's ``begin``.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -32,15 +34,23 @@ from ..core.config import (
 from ..core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
 from ..core.lifetime import REASON, Pinned, UnderWay
 from ..core.limits import LIMITS_OF_A_JOB, Budget
+from ..core.records import jsonable, result_of
 from ..core.request import RunSettings, absolute
 from ..core.result import RunResult
 from .checkpoint import Checkpoint, Saved, job_fingerprint, settings_fingerprint
-from .dispatch import Dispatch
+from .dispatch import Dispatch, label
 from .job import End, JobRunner, Task
 from .tally import BatchReport, Progress, Tally
 from .throttle import Throttle
 
+_log = logging.getLogger("opencode_sync")
+
 OnError = Literal["raise", "return"]
+
+_NOT_ITERATED = (
+    "no job of this batch has run, since nobody asked for a result: iterate over what map() "
+    "returns, or use list()"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,19 +106,19 @@ class Options:
             raise OpenCodeConfigError(f"executor is {kind}: use a concurrent.futures.Executor")
 
 
-def _settings_of(index: int, job: object, default: RunSettings) -> RunSettings:
+def _settings_of(job: object, default: RunSettings) -> RunSettings:
     """The settings of *job*, with those of *default* where it has none of its own.
 
     Raises:
         OpenCodeConfigError: It is not a job, or has a setting that cannot be used.
     """
     if not isinstance(job, Job):
-        raise OpenCodeConfigError(f"job {index} is {type(job).__name__}: use a str or a Job")
+        raise OpenCodeConfigError(f"the job is {type(job).__name__}: use a str or a Job")
     for name, kind in (("prompt", str), ("run_cfg", RunConfig), ("key", str)):
         value = getattr(job, name)
         if not isinstance(value, kind) and (value is not None or name == "prompt"):
             raise OpenCodeConfigError(
-                f"job {index} has a {name} of type {type(value).__name__}: use a {kind.__name__}"
+                f"the job's {name} is of type {type(value).__name__}: use a {kind.__name__}"
             )
     own = {name: getattr(job, name) for name in LIMITS_OF_A_JOB}
     limits = {name: limit for name, limit in own.items() if limit is not None}
@@ -119,6 +129,28 @@ def _settings_of(index: int, job: object, default: RunSettings) -> RunSettings:
         limits=replace(default.limits, **limits),
         run_cfg=default.run_cfg if job.run_cfg is None else job.run_cfg,
     )
+
+
+def _metadata_of(job: Job) -> Any:
+    try:
+        return jsonable(job.metadata)
+    except ValueError as error:
+        raise OpenCodeConfigError(f"the job's metadata cannot be JSON: {error}") from None
+
+
+def _fault(index: int, job: object, error: Exception) -> OpenCodeError:
+    """*error* in the place of *job*, which was not begun."""
+    if isinstance(error, OpenCodeError):
+        fault = error.with_traceback(None)
+    else:
+        fault = OpenCodeConfigError(f"the job cannot be begun: {type(error).__name__}: {error}")
+    fault.index = index
+    if isinstance(job, Job):
+        fault.key = job.key if isinstance(job.key, str) else None
+        fault.prompt = job.prompt if isinstance(job.prompt, str) else None
+        with contextlib.suppress(OpenCodeConfigError):
+            fault.metadata = _metadata_of(job)
+    return fault
 
 
 def _check_choice(name: str, value: object, *choices: object) -> None:
@@ -174,6 +206,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         self._fingerprint = ""  # of the settings of the batch
         self._is_prepared = False  # the runner, for the first job that is not in the checkpoint
         self._drawn = self._given = 0
+        self._found: dict[int, Task] = {}  # in the checkpoint, and not given yet
         self._has_input = True
         self._input_error: Exception | None = None
         self._error: OpenCodeError | None = None  # of cancel(), for who iterates
@@ -237,6 +270,8 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
                 ).start()
             else:
                 self.close()
+        if self._dispatch is None and os.getpid() == self._pid:
+            warnings.warn(_NOT_ITERATED, ResourceWarning, stacklevel=2, source=self)
 
     def __repr__(self) -> str:
         state = "ended" if self._is_ended else "open"
@@ -290,46 +325,55 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         if isinstance(job, str):
             job = Job(job)
         try:
-            settings = _settings_of(index, job, self._options.settings)
-        except OpenCodeConfigError as error:
-            error.index = index
-            if isinstance(job, Job):
-                error.key = job.key if isinstance(job.key, str) else None
-                error.prompt = job.prompt if isinstance(job.prompt, str) else None
-            dispatch.offer(index, error)
-            self._tally.finish(error)
+            task = self._task(index, job)
+            saved = self._saved(task)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it ends this job and no other
+            fault = _fault(index, job, error)
+            dispatch.offer(index, fault)
+            self._tally.finish(fault)
             return
-        task = self._task(index, job, settings)
-        if self._checkpoint is not None and task.key is not None:
-            saved = self._checkpoint.find(
-                task.key, task.fingerprint, failures=not self._options.retry_failed
-            )
-            if saved is not None:
-                self._tally.count("cached")
-                dispatch.offer(index, saved)
-                return
-            self._tally.count("retried", int(self._checkpoint.has_failed(task.key)))
+        if saved is not None:
+            self._tally.count("cached")
+            self._found[index] = task
+            dispatch.offer(index, saved)
+            return
         if not self._is_prepared and self._options.executor is None:
             self._runner.prepare(self._options.settings.run_cfg or RunConfig())
         self._is_prepared = True
         dispatch.put(task)
 
-    def _task(self, index: int, job: Job, settings: RunSettings) -> Task:
+    def _task(self, index: int, job: Job) -> Task:
+        """*job* with everything decided, or an error for what is wrong with it."""
+        settings = _settings_of(job, self._options.settings)
         workspace = absolute(self._options.workspace if job.workspace is None else job.workspace)
-        key, fingerprint = job.key, ""
+        saved_as = fingerprint = ""
         if self._checkpoint is not None:
             has_own = job.run_cfg is not None
             common = _fingerprint_of(settings) if has_own else self._fingerprint
             fingerprint = job_fingerprint(job.prompt, workspace, common)
-            key = self._checkpoint.take_key(key, fingerprint)
-        return Task(index, job.prompt, workspace, settings, key, fingerprint)
+            saved_as = self._checkpoint.take_key(job.key, fingerprint)
+        metadata = _metadata_of(job)
+        return Task(
+            index, job.prompt, workspace, settings, job.key, metadata, saved_as, fingerprint
+        )
+
+    def _saved(self, task: Task) -> Saved | None:
+        """What the checkpoint has of *task*, or None if it is to be run."""
+        if self._checkpoint is None:
+            return None
+        failures = not self._options.retry_failed
+        saved = self._checkpoint.find(task.saved_as, task.fingerprint, failures=failures)
+        if saved is None:
+            self._tally.count("retried", int(self._checkpoint.has_failed(task.saved_as)))
+        return saved
 
     def _load(self, index: int, saved: Saved) -> End:
         assert self._checkpoint is not None
         end = self._checkpoint.load(saved)
-        end.index = index
-        if isinstance(end, OpenCodeError) and end.result is not None:
-            end.prompt, end.key, end.result.index = end.result.prompt, end.result.key, index
+        task = self._found.pop(index)
+        if task.metadata is None:  # what the job says now counts, else what it said then
+            task = replace(task, metadata=result_of(end).metadata)
+        label(end, task)
         return end
 
     # -- beginning and end -----------------------------------------------------------------------
@@ -366,7 +410,11 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
 
     def _show_progress(self) -> None:
         if self._progress is not None:
-            self._progress.show(self.report)
+            try:
+                self._progress.show(self.report)
+            except Exception:  # noqa: BLE001 - the work is worth more than the bar
+                self._progress = None
+                _log.exception("the progress of the batch is not shown any more")
 
     def _stop(self, reason: str, error: OpenCodeError | None = None) -> None:
         if os.getpid() != self._pid:  # all of it belongs to the process that forked this one

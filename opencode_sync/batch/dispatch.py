@@ -306,7 +306,7 @@ class Dispatch(Listener):
         if self._checkpoint is None:
             return True
         entries = [
-            Entry(task.key or "", task.fingerprint, outcome.end)
+            Entry(task.saved_as, task.fingerprint, outcome.end)
             for task, outcome in ended
             if _is_to_save(outcome)
         ]
@@ -410,9 +410,10 @@ class Dispatch(Listener):
 
 def label(end: End, task: Task) -> None:
     """Have *end* say which job it is of."""
-    end.index, end.key, end.prompt = task.index, task.key, task.prompt
-    if isinstance(end, OpenCodeError) and end.result is not None:
-        end.result.index, end.result.key = task.index, task.key
+    for each in (end, end.result if isinstance(end, OpenCodeError) else None):
+        if each is not None:
+            each.index, each.key, each.prompt = task.index, task.key, task.prompt
+            each.metadata = task.metadata
 
 
 def _is_to_save(outcome: Outcome) -> bool:

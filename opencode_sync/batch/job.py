@@ -31,7 +31,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ..core.config import RunConfig
-from ..core.errors import OpenCodeCancelledError, OpenCodeError, OpenCodeOutputError
+from ..core.errors import (
+    OpenCodeCancelledError,
+    OpenCodeConfigError,
+    OpenCodeError,
+    OpenCodeOutputError,
+)
 from ..core.limits import Spent
 from ..core.reading import ended_well, mapping
 from ..core.request import RunSettings
@@ -71,6 +76,8 @@ class Task:
     workspace: str
     settings: RunSettings = field(default_factory=RunSettings)
     key: str | None = None
+    metadata: Any = None
+    saved_as: str = ""  # its key in the checkpoint, which needs one for each job
     fingerprint: str = ""
     tries: int = 1
 
@@ -86,7 +93,8 @@ class Outcome:
         retry_after_s: Seconds that the provider asked to wait with its last refusal; None where it
             did not say, or has answered since.
         is_remote: It comes from another process, whose refusals nobody has heard of yet.
-        is_final: It ended by itself: neither cancelled, nor lost with its worker.
+        is_final: It ended by itself: neither cancelled, nor lost with its worker, nor refused
+            before anything was started.
     """
 
     end: End
@@ -97,7 +105,8 @@ class Outcome:
     is_final: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.end, OpenCodeCancelledError):
+        was_refused = isinstance(self.end, OpenCodeConfigError) and self.end.result is None
+        if was_refused or isinstance(self.end, OpenCodeCancelledError):
             self.is_final = False
 
     @property

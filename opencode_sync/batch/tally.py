@@ -12,6 +12,7 @@ thread that iterates the batch.
 from __future__ import annotations
 
 import heapq
+import json
 import logging
 import os
 import sys
@@ -29,7 +30,7 @@ from ..core.limits import Spent, tokens_of, unpriced, unpriced_tokens
 from ..core.records import result_of
 from ..core.result import RunResult, TokenUsage
 from ..core.text import html_table
-from .throttle import Throttle
+from .throttle import Throttle, never_raises
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -207,24 +208,29 @@ class Tally:
         spent = self.spent
         return Spent(spent.cost / finished, spent.tokens // finished) if finished else Spent()
 
+    @never_raises
     def begin(self) -> None:
         """Start the clock, with the first job."""
         self._began = self._began or time.monotonic()
 
+    @never_raises
     def end(self) -> None:
         """Stop the clock."""
         self._ended = self._ended or time.monotonic()
 
+    @never_raises
     def count(self, what: str, n: int = 1) -> None:
         """Add to one of the plain numbers: ``"cached"``, ``"retried"``, ``"not_run"``."""
         with self._lock:
             self._counts[what] += n
 
+    @never_raises
     def spend(self, result: RunResult | None) -> None:
         """Add what a run spent that is not counted as done or failed."""
         with self._lock:
             self._spend(result)
 
+    @never_raises
     def cut_short(self, end: OpenCodeError, *, is_saved: bool) -> None:
         """Count a job that was stopped since the batch's budget is spent."""
         with self._lock:
@@ -233,6 +239,7 @@ class Tally:
         if not is_saved:
             self._rows.append(row_of(end))
 
+    @never_raises
     def finish(
         self, end: RunResult | OpenCodeError, busy_s: float = 0.0, *, is_saved: bool = False
     ) -> None:
@@ -322,6 +329,7 @@ def row_of(end: RunResult | OpenCodeError) -> Row:
         if error is None
         else {"type": type(error).__name__, "message": _beginning(str(error))},
         "error": None if info is None else {**asdict(info), "message": _beginning(info.message)},
+        "metadata": _small(result.metadata),
         "token_usage": asdict(result.token_usage),
         "tool_calls": [
             {"part": {"tool": str(part.get("tool"))[:_ROW_CHARS]}}
@@ -333,6 +341,11 @@ def row_of(end: RunResult | OpenCodeError) -> Row:
         "sub_agents": [asdict(each) for each in result.sub_agents[:_ROW_ITEMS]],
         "left_out": "a batch without a checkpoint keeps only the beginnings of its texts",
     }
+
+
+def _small(metadata: Any) -> Any:
+    text = "" if metadata is None else json.dumps(metadata, ensure_ascii=False)
+    return metadata if len(text) <= _ROW_CHARS else _beginning(text)
 
 
 def _beginning(text: str) -> str:

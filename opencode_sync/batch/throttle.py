@@ -10,13 +10,18 @@ jobs only their index. Not thread-safe: its owner holds a lock.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ParamSpec
 
 from ..core.reading import asked_to_wait_s, mapping
+
+_P = ParamSpec("_P")
+_log = logging.getLogger("opencode_sync")
 
 BURST_S = 1.0  # refusals this close together have one cause
 MAX_PAUSE_S = 300.0  # a retry-after of hours means that a quota is used up: then jobs fail
@@ -24,6 +29,19 @@ _NEAR_REFUSAL = 0.25  # of the usual step upward, near the number that was refus
 
 _TOO_MANY = (429, 529)  # 529: "overloaded", Anthropic's
 _TOO_MANY_WORDS = re.compile(r"rate.?limit|too many requests|overloaded|quota", re.IGNORECASE)
+
+
+def never_raises(note: Callable[_P, None]) -> Callable[_P, None]:
+    """Have a method that only counts log its failure, which is no reason to end a batch."""
+
+    @functools.wraps(note)
+    def noted(*args: _P.args, **options: _P.kwargs) -> None:
+        try:
+            note(*args, **options)
+        except Exception:  # noqa: BLE001 - whatever it is, jobs are worth more
+            _log.exception("the numbers of the batch are not right any more")
+
+    return noted
 
 
 class Throttle:
@@ -59,6 +77,7 @@ class Throttle:
         """Seconds until the next job may start; 0.0 for at once."""
         return max(0.0, self._paused_until - self._clock())
 
+    @never_raises
     def refused(
         self, in_flight: int, job: int | None = None, retry_after_s: float | None = None
     ) -> None:
@@ -80,10 +99,12 @@ class Throttle:
         elif self._clock() >= self._cut_at + BURST_S and in_flight <= self.limit:
             self._cut(in_flight // 2)
 
+    @never_raises
     def recovered(self, job: int) -> None:
         """Note that *job* goes on, or has ended."""
         self._waiting.discard(job)
 
+    @never_raises
     def succeeded(self) -> None:
         """Note that a job ended well."""
         step = 1.0 / self._level
@@ -93,6 +114,7 @@ class Throttle:
             step *= _NEAR_REFUSAL
         self._level = min(float(self.most), self._level + step)
 
+    @never_raises
     def pause(self, seconds: float) -> None:
         """Start nothing for *seconds*."""
         self._paused_until = max(self._paused_until, self._clock() + seconds)

@@ -190,6 +190,9 @@ class Job:
         timeout_s: Seconds from the start of the run's process.
         key: Name of the job in a checkpoint and in its result.
         max_cost, max_steps, max_tokens: As for ``run``.
+        metadata: Anything that JSON can hold, such as a row's number: it comes back with the result
+            or error, and stands in the checkpoint. numpy's and pandas' values become plain ones, a
+            date its text, and what is missing None. The job is the same one whatever it says.
     """
 
     prompt: str
@@ -200,6 +203,7 @@ class Job:
     max_cost: float | None = None
     max_steps: int | None = None
     max_tokens: int | None = None
+    metadata: Any = None
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class OpenCodeError(Exception):
 
     Attributes:
         result: What the run had produced, or None if no run had begun.
-        prompt, index, key: Which job of a batch this was; None outside of a batch.
+        prompt, index, key, metadata: Which job of a batch this was; None outside of a batch.
     """
 
     def __init__(self, message: str, *, result: RunResult | None = None) -> None:
@@ -48,6 +48,7 @@ class OpenCodeError(Exception):
         self.prompt: str | None = None
         self.index: int | None = None
         self.key: str | None = None
+        self.metadata: Any = None
 
     def _repr_html_(self) -> str:
         """For notebooks: the error as a value."""

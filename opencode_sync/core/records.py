@@ -31,7 +31,10 @@ from .text import tools_used
 
 _BEGINNING = b'{"key": "'  # of each line
 # Attributes of an error that are in the same line as the result's.
-_OF_RESULT = ("result", "events", "raw_stdout_lines", "stderr", "prompt", "index", "key")
+_OF_RESULT = (
+    *("result", "events", "raw_stdout_lines", "stderr"),
+    *("prompt", "index", "key", "metadata"),
+)
 
 
 class Entry(NamedTuple):
@@ -72,7 +75,9 @@ def result_of(end: RunResult | OpenCodeError) -> RunResult:
     """The result, or an error's, or for an error without one an empty result."""
     if isinstance(end, RunResult):
         return end
-    return end.result or RunResult(prompt=end.prompt or "", index=end.index, key=end.key)
+    return end.result or RunResult(
+        prompt=end.prompt or "", index=end.index, key=end.key, metadata=end.metadata
+    )
 
 
 class Line(NamedTuple):
@@ -124,6 +129,14 @@ def _judged(entry: dict[str, Any]) -> dict[str, Any]:
         return entry
     failure = {"type": "OpenCodeIncompleteError", "message": cut}
     return {**entry, "status": "incomplete", "failure": failure}
+
+
+def own_key(entry: Mapping[str, Any]) -> str | None:
+    """The key that the user gave to a line's job; None for one that was made of its fingerprint."""
+    key = entry.get("key")
+    if not isinstance(key, str) or key.partition("#")[0] == entry.get("fingerprint"):
+        return None
+    return key
 
 
 def _may_be_torn(line: bytes) -> bool:
@@ -191,6 +204,36 @@ def _plain(value: Any) -> Any:
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
+def jsonable(value: Any) -> Any:
+    """*value* as it comes back from JSON: dicts, lists, texts and plain numbers.
+
+    numpy's and pandas' values become plain ones, a date its text, and what is missing None.
+
+    Raises:
+        ValueError: JSON cannot hold it.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    try:
+        return json.loads(to_json(value, default=_of_json))
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+
+
+def _of_json(value: Any) -> Any:
+    """A value that ``json`` does not know, as one that it does; without an import of its type."""
+    kind = type(value).__name__
+    if kind in ("NAType", "NaTType"):
+        return None
+    if callable(isoformat := getattr(value, "isoformat", None)):
+        return isoformat()
+    if kind in ("Decimal", "UUID", "datetime64") or isinstance(value, os.PathLike):
+        return str(value)
+    if callable(tolist := getattr(value, "tolist", None)):  # numpy's scalars and arrays
+        return tolist()
+    raise TypeError(f"JSON has nothing for {kind}")
+
+
 @contextmanager
 def replacing(target: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     """Write a new file, which replaces *target* when the block ends.
@@ -255,6 +298,7 @@ def _record(end: RunResult | OpenCodeError) -> dict[str, Any]:
     return {
         "index": result.index,
         "key": result.key,
+        "metadata": result.metadata,
         "status": status,
         "error": reason,
         "prompt": result.prompt,

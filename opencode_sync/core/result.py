@@ -97,7 +97,7 @@ class RunResult:
         finish_reason: Of the last step: ``"stop"``, ``"length"``, ``"tool-calls"``, ...; None
             while a step is under way.
         truncated: The output ended in the middle of a line.
-        prompt, workspace, index, key: What was asked; *index* and *key* in a batch.
+        prompt, workspace, index, key, metadata: What was asked; the last three in a batch.
         attempts: How many processes were started for it.
         started_at: When the first process started, a Unix time in seconds; None before that.
         duration_s: Seconds from the start of the first process to the end of the last.
@@ -133,6 +133,7 @@ class RunResult:
     started_at: float | None = None
     duration_s: float = 0.0
     parsed: Any = None
+    metadata: Any = None
 
     @property
     def answer(self) -> str:

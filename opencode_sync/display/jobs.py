@@ -22,7 +22,7 @@ from typing import Any
 
 from ..core.errors import OpenCodeConfigError, kind_of
 from ..core.reading import TokenUsage, mapping, number_of, part_of, saved_usage
-from ..core.records import dumped, lines_in
+from ..core.records import dumped, lines_in, own_key
 from ..core.text import one_line, printable
 
 Record = Mapping[str, Any]
@@ -103,14 +103,14 @@ def row_of(record: Record, place: int) -> Row:
     """Make the row of *record*; *place* is its index if it has none."""
     failure, error = mapping(record.get("failure")), mapping(record.get("error"))
     index = record.get("index")
-    key = record.get("key")
+    key = own_key(record)
     status, tools = _status(record, failure), _tool_parts(record)
     answer = _text(record, "answer")
     kind = kind_of(str(failure.get("type")), error.get("name"), error.get("status_code"))
     gist = _message(record) if failure or error else answer
     return Row(
         index=index if isinstance(index, int) else place,
-        key=one_line(key[: 2 * _ROW_CHARS], _ROW_CHARS) if isinstance(key, str) else None,
+        key=None if key is None else one_line(key[: 2 * _ROW_CHARS], _ROW_CHARS),
         status=status,
         kind=one_line(kind[:_ROW_CHARS], 100) if failure else None,
         prompt=_beginning(_text(record, "prompt")),
@@ -166,7 +166,7 @@ def detail_of(record: Record, *, brief: bool = False) -> dict[str, Any]:
         brief: Leave out tools and events, because the page would become too large.
     """
     answer, text = _text(record, "answer"), _text(record, "final_text")
-    parsed = record.get("parsed")
+    parsed, metadata = record.get("parsed"), record.get("metadata")
     message = _message(record)
     stderr = _text(record, "stderr")[-_TOOL_CHARS:] if message else ""
     left_out = _text(record, "left_out") or ("the page would become too large" if brief else "")
@@ -178,6 +178,7 @@ def detail_of(record: Record, *, brief: bool = False) -> dict[str, Any]:
         "error": _cut(message, _TOOL_CHARS),
         "stderr": "" if (stderr := printable(stderr).strip()) in printable(message) else stderr,
         "parsed": None if parsed is None else _cut(_pretty(parsed), most),
+        "metadata": None if metadata is None else _cut(_pretty(metadata), most),
         "denied": [one_line(str(name), 40) for name in _items(record, "denied_tools")[:_MAX_ITEMS]],
         "warnings": [
             one_line(str(text)[:_WARNING_CHARS], _WARNING_CHARS)

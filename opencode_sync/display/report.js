@@ -67,7 +67,8 @@
     const detail = detailOf(place);
     const parts = [job.key, job.kind, job.prompt, job.gist, ...job.tools];
     if (detail) {
-      parts.push(detail.prompt, detail.before, detail.answer, detail.error, detail.parsed);
+      parts.push(detail.prompt, detail.before, detail.answer, detail.error, detail.parsed,
+        detail.metadata);
       for (const tool of detail.tools || []) parts.push(tool.title, tool.input);
     }
     const text = parts.filter(Boolean).join("\n").toLowerCase();
@@ -397,6 +398,7 @@
         detail.prompt ? block("Prompt", detail.prompt, "prose") : null,
         detail.answer ? block("Answer", detail.answer, "prose") : null),
       detail.parsed ? block("Structured output", detail.parsed, "code") : null,
+      detail.metadata ? block("Metadata", detail.metadata, "code") : null,
       detail.before ? make("section", { class: "block" }, folded(["Text before the answer"], () => pre("prose", detail.before))) : null,
       detail.stderr ? make("section", { class: "block" }, folded(["Standard error"], () => pre("code", detail.stderr))) : null,
       tools.length ? listed(`Tools (${tools.length + (detail.more_tools || 0)})`, tools.map(toolItem), detail.more_tools, "tools") : null,

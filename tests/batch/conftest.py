@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,12 @@ from tests.scripted import ScriptedRunner
 def runner() -> Iterator[ScriptedRunner]:
     with ScriptedRunner(max_workers=2) as runner:
         yield runner
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a checkpoint may be."""
+    return tmp_path / "batch.jsonl"
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import os
 import signal
 import threading
 import weakref
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from opencode_sync import (
     OpenCodeTimeoutError,
     RunConfig,
     RunResult,
+    results_to_records,
 )
 from tests.batch.conftest import at_the_same_time, once_begun
 from tests.scripted import ScriptedRunner
@@ -59,9 +62,15 @@ def test_an_endless_input_is_drawn_as_room_comes(runner: ScriptedRunner) -> None
 def test_nothing_is_drawn_before_the_first_result_is_asked_for(runner: ScriptedRunner) -> None:
     drawn = itertools.count()
 
-    runner.map(str(n) for n in drawn)
+    with runner.map(str(n) for n in drawn):
+        assert next(drawn) == 0
 
-    assert next(drawn) == 0
+
+def test_a_batch_that_nobody_iterates_warns(runner: ScriptedRunner) -> None:
+    with pytest.warns(ResourceWarning, match="no job of this batch has run"):
+        runner.map(["a"])
+
+    assert runner.prompts == []
 
 
 def test_at_most_twice_the_workers_are_drawn_ahead(runner: ScriptedRunner) -> None:
@@ -183,6 +192,101 @@ def test_a_job_that_cannot_be_begun_is_an_error_of_its_own(
     assert (errors[3].key, errors[3].prompt) == ("k", "a")
     assert (type(broken), str(broken)) == (OpenCodeError, "ZeroDivisionError: broken script")
     assert isinstance(good, RunResult)
+
+
+def test_a_fault_of_a_job_stands_in_its_place_and_the_others_run(
+    runner: ScriptedRunner, path: Path
+) -> None:
+    nan: Any = float("nan")
+    faults = [
+        (nan, "the job is float: use a str or a Job"),
+        (Job(nan), "the job's prompt is of type float: use a str"),
+        (Job(b"a"), "the job's prompt is of type bytes: use a str"),  # type: ignore[arg-type]
+        (" \n", "the prompt is blank"),
+        (Job("a", key=nan), "the job's key is of type float: use a str"),
+        (Job("a", key="\ud800"), "cannot be encoded as UTF-8"),
+        (Job("twice", key="first"), "two jobs have the key 'first'"),
+        (Job("edited", key="kept"), "has the job 'kept' with another prompt"),
+        (Job("a", "/missing"), "does not exist"),
+        (Job("a", nan), "workspace is nan: use the path of a directory"),
+        (Job("a", timeout_s=nan), "timeout_s is nan"),
+        (Job("a", metadata=object()), "the job's metadata cannot be JSON"),
+    ]
+    list(runner.map([Job("was", key="kept")], checkpoint=path))
+    jobs = [Job("a", key="first"), *(job for job, _ in faults), "z"]
+
+    first, *ends, last = runner.map(jobs, checkpoint=path, on_error="return")
+
+    assert isinstance(first, RunResult)
+    assert isinstance(last, RunResult)
+    for index, (end, (_, why)) in enumerate(zip(ends, faults, strict=True), 1):
+        assert isinstance(end, OpenCodeConfigError)
+        assert why in str(end)
+        assert end.index == index
+    assert len(path.read_text().splitlines()) == 3  # what was never begun is not in the checkpoint
+
+
+def test_a_fault_is_raised_when_its_turn_comes(runner: ScriptedRunner) -> None:
+    wrong: list[Any] = ["a", "b", float("nan"), "d"]
+    batch = runner.map(wrong)
+
+    assert [next(batch).answer, next(batch).answer] == ["A", "B"]
+    with pytest.raises(OpenCodeConfigError, match="the job is float") as caught:
+        next(batch)
+    assert caught.value.index == 2
+
+
+def test_what_counts_and_shows_ends_no_batch(
+    runner: ScriptedRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise ZeroDivisionError("broken")
+
+    monkeypatch.setattr("opencode_sync.batch.tally.row_of", broken)
+    monkeypatch.setattr("opencode_sync.batch.throttle.Throttle._cut", broken)
+    monkeypatch.setattr("opencode_sync.batch.tally.Progress.show", broken)
+
+    results = list(runner.map(["a", "refused b", "c"], progress="always"))
+
+    assert [result.answer for result in results] == ["A", "REFUSED B", "C"]
+    assert "broken" in caplog.text
+
+
+# --- metadata ------------------------------------------------------------------------------------
+
+
+def test_metadata_comes_back_with_the_result_and_the_error_also_from_the_checkpoint(
+    runner: ScriptedRunner, path: Path
+) -> None:
+    jobs = [
+        Job("a", metadata={"row": 3}),
+        Job("fail", metadata=["x", None]),
+        Job("", metadata="text"),
+        "plain",
+    ]
+    options: Any = {"checkpoint": path, "on_error": "return", "retry_failed": False}
+
+    first = list(runner.map(jobs, **options))
+    again = list(runner.map(jobs, **options))
+    changed = list(runner.map([Job("a", metadata={"row": 4}), "fail"], **options))
+
+    expected = [{"row": 3}, ["x", None], "text", None]
+    assert [end.metadata for end in first] == [end.metadata for end in again] == expected
+    assert isinstance(again[1], OpenCodeError)
+    assert again[1].result is not None
+    assert again[1].result.metadata == ["x", None]
+    assert [end.metadata for end in changed] == [{"row": 4}, ["x", None]]
+    assert len(runner.begun) == 3  # the blank prompt was refused before
+    assert [row["metadata"] for row in results_to_records(again)] == expected
+
+
+def test_metadata_is_what_json_gives_back(runner: ScriptedRunner) -> None:
+    when = datetime.date(2026, 5, 4)
+    metadata = {1: (2, float("nan")), "at": when, "path": Path("a/b"), "sum": Decimal("1.5")}
+
+    (result,) = runner.map([Job("a", metadata=metadata)])
+
+    assert result.metadata == {"1": [2, None], "at": "2026-05-04", "path": "a/b", "sum": "1.5"}
 
 
 # --- the end -------------------------------------------------------------------------------------

@@ -241,17 +241,19 @@ def test_a_row_unfolds_to_prompt_answer_tools_and_events(path: Path) -> None:
 def test_a_checkpoint_makes_the_same_page_as_its_results(
     runner: ScriptedRunner, tmp_path: Path
 ) -> None:
-    file, jobs = tmp_path / "batch.jsonl", ["a", "fail b", Job("c", key="see")]
+    file, jobs = tmp_path / "batch.jsonl", ["a", "fail b", Job("c", key="see", metadata={"row": 3})]
     ends = list(runner.map(jobs, on_error="return", checkpoint=file))
     results_to_html(ends, tmp_path / "results.html", title="Letters")
 
     checkpoint_to_html(file, tmp_path / "file.html")
 
     ours, theirs = (
-        {job["key"]: job for job in Reading((tmp_path / name).read_text()).jobs}
+        {job["prompt"]: job for job in Reading((tmp_path / name).read_text()).jobs}
         for name in ("results.html", "file.html")
     )
     assert ours == theirs
+    assert [job["key"] for job in ours.values()] == [None, None, "see"]
+    assert '"row": 3' in Reading((tmp_path / "file.html").read_text()).data["job-2"]["metadata"]
     assert {job["prompt"]: job["status"] for job in ours.values()} == {
         "a": "ok",
         "fail b": "error",
