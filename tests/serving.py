@@ -200,6 +200,8 @@ class Handler(BaseHTTPRequestHandler):
     def session(self, session_id: str, verb: list[str], data: Any, query: dict[str, str]) -> Any:
         session = sessions[session_id]
         match verb:
+            case ["message"] if session["title"] == "fatal":
+                os._exit(3)
             case ["message"]:
                 return session["messages"][-int(query.get("limit", 1_000_000)) :]
             case ["prompt_async"]:

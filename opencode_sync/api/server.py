@@ -21,7 +21,6 @@ from ..core.config import (
     check_program,
     checked_path,
 )
-from ..core.errors import OpenCodeConfigError
 from ..core.lifetime import CancelScope
 from ..core.request import Request, StrPath, directory
 from ..process.command import DEFAULT_BINARY
@@ -104,11 +103,6 @@ class OpenCodeServer(Runner):
             "any_version": any_version,
         }
         self._attacher: Attacher | None = None  # of a server that runs elsewhere
-        if self._run_cfg.pure:
-            raise OpenCodeConfigError(
-                "pure=True leaves out all plugins, also ours that keeps the server's password from "
-                "its tools: use OpenCodeClient for it"
-            )
         self._by_pid: dict[int, _Servers] = {}
         weakref.finalize(self, _close_servers, self._by_pid)
 

@@ -140,15 +140,18 @@ def stderr_tail(stderr: str) -> str:
 
 
 def _ending(exit_code: int | None) -> str:
-    if not exit_code:
-        return "opencode reported an error"
-    if exit_code > 0:
-        return f"opencode exited with status {exit_code}"
+    return f"opencode {exit_words(exit_code)}" if exit_code else "opencode reported an error"
+
+
+def exit_words(status: int) -> str:
+    """Return how a process with this exit status has ended; a negative one is a signal."""
+    if status >= 0:
+        return f"exited with status {status}"
     try:
-        name = f" ({signal.Signals(-exit_code).name})"
+        name = f" ({signal.Signals(-status).name})"
     except ValueError:  # a real-time signal
         name = ""
-    return f"opencode was ended by signal {-exit_code}{name}"
+    return f"was ended by signal {-status}{name}"
 
 
 class OpenCodeIncompleteError(OpenCodeError):

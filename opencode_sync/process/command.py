@@ -40,8 +40,6 @@ VERSION = re.compile(r"(?:opencode )?v?(?P<version>(?P<numbers>\d+(?:\.\d+)+)(?:
 """What ``opencode --version`` has printed over time; the group ``version`` is the plain form."""
 
 DEFAULT_BINARY = "opencode"
-UNTITLED = "opencode-sync"
-"""The title of a session whose prompt has no text to take one from."""
 
 PLUGIN = Path(__file__).parent.parent / "server" / "plugin.js"
 BUN_TEMPORARY = "BUN_TMPDIR"
@@ -225,16 +223,17 @@ def build_argv(binary_resolved: str, prompt: str | None, run_cfg: RunConfig) -> 
     return [*argv, "--", prompt] if prompt else argv
 
 
-def with_title(run_cfg: RunConfig, prompt: str) -> RunConfig:
+def with_title(run_cfg: RunConfig) -> RunConfig:
     """Give *run_cfg* a title, since without one OpenCode asks the model for it.
 
     With an empty title OpenCode takes the first 50 characters of the prompt. So the prompt is not
-    on the command line, which other users of the machine can read. A session that is continued or
-    forked keeps its own title.
+    on the command line, which other users of the machine can read. It would take a command's
+    arguments in their sealed form: the command's name stands in their place. A session that is
+    continued or forked keeps its own title.
     """
     if run_cfg.title:
         return run_cfg
-    return run_cfg.replace(title="" if prompt.strip() else UNTITLED)
+    return run_cfg.replace(title="" if run_cfg.command is None else f"/{run_cfg.command}")
 
 
 def _with_logs(cfg: RunConfig) -> RunConfig:
@@ -349,13 +348,18 @@ def run_command(
     if DENIALS in env:
         must_say[ENFORCED] = not_enforced()
     if cfg.command is not None and prompt.strip():
-        _check_arguments(cfg, env)
+        check_plugin(
+            cfg,
+            env,
+            f"the arguments of command {cfg.command!r} from the shell",
+            "run it without arguments, or give its text as the prompt",
+        )
         env, prompt = add_plugin(env), sealed(prompt)
         must_say[OPENED] = not_opened()
     if not keeps_database:
         _drop_database(env, cfg)
     env = _with_directories(env, cfg, data_home, unpacked, empty_config)
-    argv = build_argv(binary, None, with_title(_with_logs(cfg), prompt))
+    argv = build_argv(binary, None, with_title(_with_logs(cfg)))
     return Command(argv, add_preload(env), prompt, must_say)
 
 
@@ -464,18 +468,32 @@ def add_plugin(env: dict[str, str]) -> dict[str, str]:
     return {**_NPM, **env, **ours}
 
 
-def _check_arguments(cfg: RunConfig, env: Mapping[str, str]) -> None:
-    """Refuse a command's arguments where our plugin cannot keep them from being expanded."""
-    if cfg.pure or env.get("OPENCODE_PURE", "").lower() in ("1", "true"):
+def check_plugin(
+    cfg: RunConfig,
+    env: Mapping[str, str],
+    protects: str,
+    instead: str,
+    *,
+    with_preload: bool = False,
+) -> None:
+    """Raise OpenCodeConfigError if OpenCode would not load our plugin.
+
+    Args:
+        protects: What the plugin keeps from whom.
+        instead: What else the caller can do.
+        with_preload: preload.js is needed too.
+    """
+    if cfg.pure:
         why = "pure=True leaves out all plugins"
+    elif env.get("OPENCODE_PURE", "").lower() in ("1", "true"):
+        why = "OPENCODE_PURE leaves out all plugins: unset it"
+    elif with_preload and PRELOAD in env:
+        why = f"{PRELOAD} is set, which leaves out {PRELOAD_FILE.name}: unset it"
     elif not PLUGIN.is_file():
-        why = f"{PLUGIN.name} is not a file (a package in an archive?)"
+        why = f"{PLUGIN.name} is not a file (a package in an archive?): install the package"
     else:
         return
-    raise OpenCodeConfigError(
-        f"{why}, and our plugin keeps the arguments of command {cfg.command!r} from the shell: "
-        "run it without arguments, or give its text as the prompt"
-    )
+    raise OpenCodeConfigError(f"our plugin keeps {protects}, but {why}; or {instead}")
 
 
 def sealed(arguments: str) -> str:

@@ -72,6 +72,7 @@ class Mailbox:
     One thread receives.
 
     Attributes:
+        session_id: The session.
         sessions: The session and its sub-agents' sessions that are known, oldest first.
     """
 
@@ -84,6 +85,7 @@ class Mailbox:
         self.sessions: dict[str, None] = {}  # an ordered set, whose single operations are atomic
         self._routes = routes
         self._closed = False
+        self.session_id = session_id
         self.follow(session_id)
 
     def follow(self, session_id: str) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import signal
 import socket
 import subprocess
 import threading
@@ -21,7 +20,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ..core.errors import OpenCodeBinaryNotFoundError, OpenCodeServerError
+from ..core.errors import OpenCodeBinaryNotFoundError, OpenCodeServerError, exit_words
 from ..core.lifetime import CancelScope, Flag
 from ..core.reading import asked_to_wait_s
 from ..core.secrets import without_quotes
@@ -41,6 +40,7 @@ LINES_TOLD = 20
 WORDS_S = 0.5  # bound on reading what one that has ended before it listened had still to say
 JOIN_S = 2.0  # bound on waiting for our own threads, once the child is gone
 
+NEXT = "the next call starts a new one"
 _LISTENING = "listening on http"
 
 
@@ -202,7 +202,7 @@ class ServerProcess:
         try:
             if not self._is_stopping:
                 # Before the exit can be seen: the one who sees it may ask for the reason.
-                self.ending = f"the server (pid {self.pid}) {_ending(status)}"
+                self.ending = f"the server (pid {self.pid}) {exit_words(status)}; {NEXT}"
                 if self.feed is not None:
                     self.feed.lose(self.ending)
         finally:
@@ -251,17 +251,9 @@ class ServerProcess:
         said = without_quotes("\n".join(self._lines)).strip()
         words = "\n".join(said.split("\n")[-LINES_TOLD:])
         if self.has_exited:
-            what = f"opencode serve {_ending(self._popen.returncode)} before it listened"
+            what = f"opencode serve {exit_words(self._popen.returncode)} before it listened"
             known = unwritable_home(words) or refused_by_bun(words) or no_space(self.env)
             words = "\n".join(filter(None, (known, words)))
         else:
             what = f"opencode serve did not listen within {timeout_s:g} s (startup_timeout_s)"
         return f"{what}: {words}" if words else what
-
-
-def _ending(status: int) -> str:
-    if status >= 0:
-        return f"exited with status {status}"
-    with suppress(ValueError):
-        return f"was ended by signal {-status} ({signal.Signals(-status).name})"
-    return f"was ended by signal {-status}"

@@ -21,21 +21,20 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from ..core.config import RunConfig
 from ..core.errors import (
     OpenCodeCancelledError,
-    OpenCodeConfigError,
     OpenCodeError,
     OpenCodeServerError,
 )
 from ..core.lifetime import CancelScope, Flag
 from ..core.request import Request
 from ..core.secrets import Secrets
-from ..process.command import PLUGIN, PRELOAD, build_env, resolve_binary, server_env
+from ..process.command import build_env, check_plugin, resolve_binary, server_env
 from ..process.data_dirs import DataDirectories, Lease
 from ..process.versions import check_program_version
 from ..process.watchdog import guard
@@ -125,7 +124,8 @@ class Launcher:
         if not self._any_version:
             check_program_version(binary, scope.is_cancelled)
         env = build_env(self._cfg)
-        _check_plugin(env)
+        secret = "the server's password from its tools"
+        check_plugin(self._cfg, env, secret, "use OpenCodeClient", with_preload=True)
         if self._watchdog:
             guard()
         if self._lease is None:
@@ -171,23 +171,6 @@ class Launcher:
         if lease is not None:
             lease.release()
         self._directories.close()
-
-
-def _check_plugin(env: Mapping[str, str]) -> None:
-    """Refuse a server without our plugin, whose tools could read its password."""
-    if env.get("OPENCODE_PURE", "").lower() in ("1", "true"):
-        why, instead = "OPENCODE_PURE leaves out all plugins", "unset it"
-    elif PRELOAD in env:
-        why, instead = f"{PRELOAD} is set, and so leaves out what goes with our plugin", "unset it"
-    elif not PLUGIN.is_file():
-        why = f"{PLUGIN.name} is not a file (a package in an archive?)"
-        instead = "install the package"
-    else:
-        return
-    raise OpenCodeConfigError(
-        f"{why}, and our plugin keeps the server's password from its tools: {instead}, or use "
-        "OpenCodeClient"
-    )
 
 
 class ServerPool:

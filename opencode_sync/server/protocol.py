@@ -1,6 +1,6 @@
 """What OpenCode's server takes and sends: the bodies of requests, and messages as events.
 
-    prompt, RunConfig --> session_body(), prompt_body(), command_body() --> POST
+    Request --> session_body(), prompt_body(), command_body() --> POST
     arguments of a command --> check_command()
 
     message.updated ------> compaction; which messages belong to the turn, and are complete
@@ -32,8 +32,7 @@ from ..core.denials import Rule, make_rule, rules_of
 from ..core.errors import OpenCodeConfigError
 from ..core.events import Event
 from ..core.reading import OUTPUT_TOOL, mapping
-from ..core.schema import OutputSchema
-from ..process.command import UNTITLED
+from ..core.request import Request
 from . import feed
 from .feed import Message
 
@@ -84,12 +83,13 @@ def check_server_wide(cfg: RunConfig, server: RunConfig) -> None:
             )
 
 
-def session_body(prompt: str, cfg: RunConfig, **allowed: bool) -> dict[str, Any]:
-    """Return the body for a new session; *allowed* is for :func:`permission_rules`."""
+def session_body(request: Request) -> dict[str, Any]:
+    """Return the body for a new session."""
+    cfg = request.cfg
+    command = "" if cfg.command is None else f"/{cfg.command} "
     # Without a title OpenCode asks the model for one, with each prompt.
-    title = cfg.title or _head(prompt) or UNTITLED
-    rules = permission_rules(cfg, **allowed)
-    return {"title": title, "permission": [*_NOBODY_TO_ASK, *rules]}
+    title = cfg.title or _head(command + request.prompt)
+    return {"title": title, "permission": [*_NOBODY_TO_ASK, *permission_rules(request)]}
 
 
 def _head(prompt: str) -> str:
@@ -97,19 +97,12 @@ def _head(prompt: str) -> str:
     return line if len(line) <= TITLE_CHARACTERS else line[: TITLE_CHARACTERS - 3] + "..."
 
 
-def permission_rules(
-    cfg: RunConfig, *, with_questions: bool = False, with_output: bool = False
-) -> list[Rule]:
-    """Return *permission* and *tools* as a session's rules; the last rule that matches counts.
-
-    Args:
-        with_questions: Allow the model to ask questions.
-        with_output: Allow the tool for structured output.
-    """
-    rules = [make_rule("question", "*", "allow")] if with_questions else []
+def permission_rules(request: Request) -> list[Rule]:
+    """Return what *request* allows and denies as a session's rules; the last match counts."""
+    rules = [] if request.answers.question is None else [make_rule("question", "*", "allow")]
     # Not as "tools" in the prompt's body, which would replace all rules of the session.
-    rules += rules_of(cfg)
-    if with_output:
+    rules += rules_of(request.cfg)
+    if request.output is not None:
         rules.append(make_rule(OUTPUT_TOOL, "*", "allow"))
     return rules
 
@@ -125,45 +118,38 @@ def missing_rules(has: Sequence[Rule], wanted: Sequence[Rule]) -> list[Rule]:
     return passing if passing and has[-1:] != passing else []
 
 
-def prompt_body(
-    prompt: str, cfg: RunConfig, workspace: Path, output: OutputSchema | None = None
-) -> dict[str, Any]:
-    """Return the body for ``prompt_async``.
-
-    Args:
-        output: The schema of the answer.
-
-    Raises:
-        OpenCodeConfigError: If a file cannot be read.
-    """
-    body: dict[str, Any] = {"parts": [*_files(cfg, workspace), {"type": "text", "text": prompt}]}
+def prompt_body(request: Request) -> dict[str, Any]:
+    """Return the body for ``prompt_async``; raise OpenCodeConfigError if a file is unreadable."""
+    cfg = request.cfg
+    body = {"parts": [*_files(request), {"type": "text", "text": request.prompt}], **_who(cfg)}
     if cfg.model is not None:
         provider, _, model = cfg.model.partition("/")
         body["model"] = {"providerID": provider, "modelID": model}
-    if output is not None:
-        body["format"] = {"type": "json_schema", "schema": output.tool_schema}
-    return body | _who(cfg)
+    if request.output is not None:
+        body["format"] = {"type": "json_schema", "schema": request.output.tool_schema}
+    return body
 
 
-def command_body(arguments: str, cfg: RunConfig, workspace: Path) -> dict[str, Any]:
-    """Return the body for ``command``; raise OpenCodeConfigError if a file cannot be read."""
-    body: dict[str, Any] = {"command": cfg.command, "arguments": arguments}
+def command_body(request: Request, arguments: str) -> dict[str, Any]:
+    """Return the body for ``command``; raise OpenCodeConfigError if a file is unreadable."""
+    cfg = request.cfg
+    body: dict[str, Any] = {"command": cfg.command, "arguments": arguments, **_who(cfg)}
     if cfg.files:
-        body["parts"] = _files(cfg, workspace)
+        body["parts"] = _files(request)
     if cfg.model is not None:
         body["model"] = cfg.model
-    return body | _who(cfg)
+    return body
 
 
-def _who(cfg: RunConfig) -> dict[str, str]:
+def _who(cfg: RunConfig) -> dict[str, Any]:
     return {key: value for key in ("agent", "variant") if (value := getattr(cfg, key)) is not None}
 
 
-def _files(cfg: RunConfig, workspace: Path) -> list[dict[str, str]]:
-    return [_file(workspace / os.path.expanduser(file)) for file in cfg.files]
+def _files(request: Request) -> list[dict[str, str]]:
+    return [_file(request.workspace / os.path.expanduser(file)) for file in request.cfg.files]
 
 
-def media_type_of(name: str, content: bytes) -> str:
+def _media_type(name: str, content: bytes) -> str:
     """Guess a file's media type by its *content*, else by its *name*."""
     import mimetypes
 
@@ -184,7 +170,7 @@ def _file(path: Path) -> dict[str, str]:
         content = path.read_bytes()
     except OSError as error:
         raise OpenCodeConfigError(f"file {str(path)!r}: {error.strerror}") from None
-    media_type = media_type_of(path.name, content)
+    media_type = _media_type(path.name, content)
     url = f"data:{media_type};base64,{base64.b64encode(content).decode()}"
     return {"type": "file", "mime": media_type, "filename": path.name, "url": url}
 
@@ -206,20 +192,15 @@ def check_command(command: str, template: str, arguments: str, *, has_plugin: bo
             OpenCode expands and are not sealed.
     """
     if _INTO_SHELL.search(template):
-        raise OpenCodeConfigError(into_shell(command))
+        raise OpenCodeConfigError(
+            f"command {command!r} puts its arguments into a shell command, where they could do "
+            "anything: run it without arguments, or give its text as the prompt"
+        )
     if not has_plugin and (found := _EXPANDED.search(arguments)) is not None:
         raise OpenCodeConfigError(
             f"the arguments of command {command!r} hold {found[0]!r}, which OpenCode expands, by "
             "the shell too: a server that runs elsewhere takes arguments without '`', '$' and '@'"
         )
-
-
-def into_shell(command: str) -> str:
-    """Say why the arguments of *command* are refused."""
-    return (
-        f"command {command!r} puts its arguments into a shell command, where they could do "
-        "anything: run it without arguments, or give its text as the prompt"
-    )
 
 
 # -- messages as events --------------------------------------------------------------------------

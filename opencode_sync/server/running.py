@@ -10,13 +10,11 @@ their order; nothing of when a server is started.
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 from contextlib import closing, suppress
 from typing import Any
 
-from ..core.config import RunConfig
 from ..core.errors import OpenCodeConfigError, OpenCodeServerError
 from ..core.lifetime import CancelScope, Flag
 from ..core.mcp import warnings_of
@@ -27,7 +25,7 @@ from ..process.command import sealed
 from ..process.versions import check_server_version, unknown_variant
 from .connection import FIRST_S, Connection
 from .feed import EventStream
-from .launch import ServerProcess
+from .launch import NEXT, ServerProcess
 from .protocol import (
     check_command,
     command_body,
@@ -60,8 +58,10 @@ class RunningServer:
         connection: For requests.
         feed: Its messages.
         process: The process of our own server; None for one that runs elsewhere.
+        env: What our own server was started with; None for one that runs elsewhere.
         sessions: The sessions that it keeps.
         version: OpenCode's version, as the server says.
+        warnings: Sentences about it, for each result.
         turns: The scopes of the runs that have a turn on it, or are about to.
     """
 
@@ -95,11 +95,10 @@ class RunningServer:
         self.sessions = Sessions(self.connection)
         self.process = process
         self.turns: set[CancelScope] = set()
-        self._env = None if process is None else process.env
+        self.env = None if process is None else process.env
         self._at_work = {} if at_work is None else at_work
         self._is_retired = self._has_used_tools = self._keeps_background = False
-        # Permissions and patterns that were always allowed, by directory.
-        self._always: dict[str, list[tuple[str, str]]] = {}
+        self._always: dict[str, list[tuple[str, str]]] = {}  # by directory
         self._without_mcp: set[str] = set()  # directories whose configuration has no MCP server
         self._variants: dict[tuple[str, str, str], list[str] | None] = {}  # by directory and model
         self._life = CancelScope()  # ends the health thread
@@ -111,7 +110,7 @@ class RunningServer:
                     raise OpenCodeServerError(process.ending)
             health = self.connection.get("/global/health", scope=scope)
             self.version = str(mapping(health).get("version"))
-            self._warnings = (
+            self.warnings = (
                 []
                 if any_version
                 else check_server_version(name or self.connection.url, self.version)
@@ -192,7 +191,7 @@ class RunningServer:
                 made = self.connection.request(
                     "POST",
                     "/session",
-                    session_body(request.prompt, cfg, **_allowed(request)),
+                    session_body(request),
                     directory=directory,
                     timeout_s=FIRST_S,
                     scope=scope,
@@ -209,25 +208,12 @@ class RunningServer:
         except BaseException as error:
             self.leave(scope)
             if isinstance(error, OpenCodeServerError):
-                add_no_space(error, self._env)
+                add_no_space(error, self.env)
             raise
         try:
             since = 0 if is_new else self._last_message(session_id, directory, scope)
-            turn = Turn(
-                request,
-                self.connection,
-                self.feed.mailbox(session_id),
-                session_id,
-                directory,
-                body,
-                since=since,
-                env=self._env,
-                always=self._always.setdefault(directory, []),
-                warnings=self._warnings,
-                at_end=functools.partial(self._warnings_at_end, cfg, directory, scope),
-                on_close=functools.partial(self._end_turn, scope),
-                scope=scope,
-            )
+            mailbox = self.feed.mailbox(session_id)
+            turn = Turn(self, request, scope, mailbox, directory, body, since=since)
         except BaseException:
             del self._at_work[session_id]
             self.leave(scope)
@@ -241,10 +227,11 @@ class RunningServer:
         if self._is_retired and not self.turns:
             self.close()
 
-    def _end_turn(self, scope: CancelScope, turn: Turn) -> None:
+    def forget(self, turn: Turn) -> None:
+        """Take *turn*, which is closed, out of what is under way."""
         self._at_work.pop(turn.session_id, None)
         self._has_used_tools |= turn.has_used_tools
-        self.leave(scope)
+        self.leave(turn.scope)
         # While other turns go on, nobody can tell which of them a process belongs to.
         if self._has_used_tools and not self.turns and not self._keeps_background:
             self._has_used_tools = False
@@ -253,25 +240,22 @@ class RunningServer:
                 tree.stop_strays(self.process.token)
 
     def _body(self, request: Request, directory: str, scope: CancelScope) -> dict[str, Any]:
-        cfg, arguments = request.cfg, request.instructed
-        if cfg.command is None:
-            return prompt_body(request.prompt, cfg, request.workspace, request.output)
+        command = request.cfg.command
+        if command is None:
+            return prompt_body(request)
         # A command has no format: the schema of its answer is said in words.
+        arguments = request.instructed
         if arguments.strip():
-            listed = self.connection.get(
+            known = self.connection.objects(
                 "/command", timeout_s=FIRST_S, directory=directory, scope=scope
             )
             # The server refuses an unknown one.
-            templates = [
-                mapping(each).get("template")
-                for each in listed
-                if mapping(each).get("name") == cfg.command
-            ]
+            templates = [each.get("template") for each in known if each.get("name") == command]
             template = str(templates[0]) if templates else ""
             has_plugin = self.process is not None
-            check_command(cfg.command, template, arguments, has_plugin=has_plugin)
+            check_command(command, template, arguments, has_plugin=has_plugin)
             arguments = sealed(arguments) if has_plugin else arguments
-        return command_body(arguments, cfg, request.workspace)
+        return command_body(request, arguments)
 
     def _last_message(self, session_id: str, directory: str, scope: CancelScope) -> int:
         """Return when the session's last message was made; 0 where it has none."""
@@ -280,25 +264,29 @@ class RunningServer:
         times = [mapping(mapping(entry.get("info")).get("time")).get("created") for entry in newest]
         return max((time for time in times if isinstance(time, int)), default=0)
 
-    def _warnings_at_end(
-        self, cfg: RunConfig, directory: str, scope: CancelScope, model: tuple[str, str] | None
-    ) -> list[str]:
+    def always_allowed(self, directory: str) -> list[tuple[str, str]]:
+        """Return the permissions and patterns that were answered with "always"; to be added to."""
+        return self._always.setdefault(directory, [])
+
+    def ignored_in(self, turn: Turn) -> list[str]:
         """Return what OpenCode ignored silently in a turn that has ended, in sentences."""
         warnings: list[str] = []
-        settings: dict[str, Any] = {"directory": directory, "timeout_s": ABORT_S, "scope": scope}
+        directory, variant, model = turn.directory, turn.request.cfg.variant, turn.model
+        settings: dict[str, Any] = {"timeout_s": ABORT_S, "scope": turn.scope}
+        settings["directory"] = directory
         if directory not in self._without_mcp:
             states = self.connection.get("/mcp", **settings)
             warnings += warnings_of(states)
             if states == {}:
                 self._without_mcp.add(directory)
-        if cfg.variant is not None and model is not None:
+        if variant is not None and model is not None:
             key = (directory, *model)
             if key not in self._variants:
                 providers = self.connection.get("/config/providers", **settings)
                 self._variants[key] = _variants_in(providers, *model)
             known = self._variants[key]
-            if known is not None and cfg.variant not in known:
-                warnings.append(unknown_variant(cfg.variant, "/".join(model), known))
+            if known is not None and variant not in known:
+                warnings.append(unknown_variant(variant, "/".join(model), known))
         return warnings
 
     # -- the health thread ---------------------------------------------------------------------
@@ -327,7 +315,8 @@ class RunningServer:
                     return
 
     def _end_dead(self, process: ServerProcess, silent_s: float) -> None:
-        reason = f"the server (pid {process.pid}) did not answer for {silent_s:g} s: ended"
+        silence = f"did not answer for {silent_s:g} s, and was stopped"
+        reason = f"the server (pid {process.pid}) {silence}; {NEXT}"
         _log.warning("%s", reason)
         self.feed.lose(reason)
         process.stop(at_once=True)
@@ -342,14 +331,6 @@ def _answers(connection: Connection, scope: CancelScope) -> bool:
     return True
 
 
-def _allowed(request: Request) -> dict[str, bool]:
-    """Return what *request* needs to be allowed beside its settings."""
-    return {
-        "with_questions": request.answers.question is not None,
-        "with_output": request.output is not None,
-    }
-
-
 def _resume(session_id: str, directory: str, request: Request, sessions: Sessions) -> str:
     """Add the rules of *request* to the session, or to a fork of it; return the id of either."""
     cfg = request.cfg
@@ -359,7 +340,7 @@ def _resume(session_id: str, directory: str, request: Request, sessions: Session
         raise OpenCodeConfigError(
             f"session {session_id!r} works in {own!r}, not in {directory!r}: pass that workspace"
         )
-    rules = permission_rules(cfg, **_allowed(request))
+    rules = permission_rules(request)
     changes: dict[str, Any] = {}
     if cfg.fork:
         session_id = sessions.fork(session_id, directory, rules=rules)

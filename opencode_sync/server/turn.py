@@ -17,9 +17,8 @@ import math
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-from urllib.parse import quote
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..core import lifetime
 from ..core.denials import matches
@@ -40,7 +39,10 @@ from ..process.stderr import no_space
 from .connection import REQUEST_S, Connection, checked_object
 from .feed import ANSWER, GAP, WAKE, Mailbox, Message
 from .protocol import Translator, parts_of
-from .sessions import is_prompt_with_format, stored_messages
+from .sessions import is_prompt_with_format, path_of, stored_messages
+
+if TYPE_CHECKING:
+    from .running import RunningServer
 
 DOUBT_S = 0.5  # silence after which the server is asked whether the turn is over, if it may be
 LOOK_S = 2.0  # the same where nothing suggests that it is over; doubled each time
@@ -60,67 +62,56 @@ class Turn:
 
     Attributes:
         request: What it is a turn for.
+        scope: The run's.
         session_id: The session it is a turn of.
+        directory: Where the session works.
         started_at: When it was made, a ``time.monotonic()`` instant.
     """
 
     def __init__(
         self,
+        server: RunningServer,
         request: Request,
-        connection: Connection,
+        scope: CancelScope,
         mailbox: Mailbox,
-        session_id: str,
         directory: str,
         body: Body,
         *,
         since: int = 0,
-        env: Mapping[str, str] | None = None,
-        always: list[tuple[str, str]] | None = None,
-        warnings: Sequence[str] = (),
-        at_end: Callable[[tuple[str, str] | None], list[str]] = lambda model: [],
-        on_close: Callable[[Turn], None] = lambda turn: None,
-        scope: CancelScope | None = None,
     ) -> None:
         """Send nothing yet.
 
         Args:
+            scope: Requests end with it.
             mailbox: The session's; closed with the turn.
             body: The prompt or command, as the server takes it.
             since: When the session's last message was made, in the server's milliseconds.
-            env: What a server of ours was started with: its tools' processes have the session's id
-                and can be stopped by it, and its stderr tells of a provider's refusals. None for a
-                server that runs elsewhere.
-            always: Permissions and patterns that were allowed for all later turns; added to.
-            warnings: Given as the first events, with those of *request*.
-            at_end: Called when the turn has ended by itself, with provider and name of the model
-                that answered, for further warnings.
-            on_close: Called once, at :meth:`close`.
-            scope: The run's; requests end with it.
         """
-        cfg = request.cfg
-        self.request = request
-        self.session_id = session_id
+        self.request, self.scope, self.directory = request, scope, directory
+        self.session_id = mailbox.session_id
         self.started_at = time.monotonic()
-        self.label = f"turn in {session_id} on {connection.label}"
-        self._connection, self._mailbox, self._directory = connection, mailbox, directory
+        self._server, self._connection, self._mailbox = server, server.connection, mailbox
+        self.label = f"turn in {self.session_id} on {self._connection.label}"
         self._body = body
-        self._env = env
-        self._scope = CancelScope() if scope is None else scope
+        # Of our own server alone: its tools' processes have the session's id and can be stopped by
+        # it, and its stderr tells of a provider's refusals.
+        self._env = server.env
+        self._scope = scope  # of requests; another one once the run's has ended
         self._translator = Translator(
-            session_id,
+            self.session_id,
             since=since,
-            with_reasoning=bool(cfg.thinking),
-            tells_refusals=env is not None,
+            with_reasoning=bool(request.cfg.thinking),
+            tells_refusals=self._env is not None,
         )
-        self._replies = Replies(request, connection, directory, self._scope, always)
-        self._at_end, self._on_close = at_end, [on_close]
+        always = server.always_allowed(directory)
+        self._replies = Replies(request, self._connection, directory, scope, always)
         self._wait_until = math.inf  # the instant at which receive() has to return
         self._look_s, self._idle_looks = LOOK_S, 0
         self._loss: OpenCodeServerError | None = None
         self._trees: dict[str, tree.Tree] = {}  # the sessions' tools, when last looked at
         self._messages: deque[Message] = deque()  # taken, not read yet
-        self._ready = warning_events([*request.warnings, *warnings])
-        self._is_done = self._was_stopped = False
+        self._ready = warning_events([*request.warnings, *server.warnings])
+        self._is_done = self._was_stopped = self._is_closed = False
 
     @property
     def is_over(self) -> bool:
@@ -130,6 +121,11 @@ class Turn:
     def has_used_tools(self) -> bool:
         """Whether tools have been at work, so far as is known."""
         return self._translator.has_used_tools
+
+    @property
+    def model(self) -> tuple[str, str] | None:
+        """Provider and name of the model that answers; None until one does."""
+        return self._translator.model
 
     def send(self) -> None:
         """Send the prompt. One that may have been taken although this raises is aborted.
@@ -145,7 +141,7 @@ class Turn:
                     self._body,
                     self._answered,
                     scope=self._scope,
-                    directory=self._directory,
+                    directory=self.directory,
                 )
             else:
                 path = self._path("prompt_async")
@@ -198,13 +194,13 @@ class Turn:
         if self._is_done and not self._was_stopped:
             # The answer is there, whether or not the server tells more about it.
             with contextlib.suppress(OpenCodeServerError):
-                self._ready += warning_events(self._at_end(self._translator.model))
+                self._ready += warning_events(self._server.ignored_in(self))
 
     def stop(self) -> None:
         """Abort the turn, and stop its tools; see :meth:`.request.Source.stop`."""
         self._translator.stopped()
         was_done, self._was_stopped = self._is_done, True
-        self._scope = CancelScope()  # the run's has ended
+        self._scope = CancelScope()
         self._look_at_tools()
         try:
             has_begun = was_done or self._has_begun()
@@ -232,7 +228,7 @@ class Turn:
                     {},
                     lambda error: None,
                     timeout_s=LATE_ABORT_S,
-                    directory=self._directory,
+                    directory=self.directory,
                 )
         self._is_done = True
         self._mailbox.put(Message(self.session_id, WAKE, {}))
@@ -269,8 +265,9 @@ class Turn:
 
     def close(self) -> None:
         self._mailbox.close()
-        while self._on_close:
-            self._on_close.pop()(self)
+        if not self._is_closed:
+            self._is_closed = True
+            self._server.forget(self)
 
     # -- messages ------------------------------------------------------------------------------
 
@@ -346,11 +343,11 @@ class Turn:
     # -- requests ------------------------------------------------------------------------------
 
     def _path(self, verb: str) -> str:
-        return f"/session/{quote(self.session_id, safe='')}/{verb}"
+        return path_of(self.session_id, f"/{verb}")
 
     def _settings(self) -> dict[str, Any]:
         """What requests under way have in common."""
-        return {"directory": self._directory, "scope": self._scope, "timeout_s": self._bound()}
+        return {"directory": self.directory, "scope": self._scope, "timeout_s": self._bound()}
 
     def _bound(self) -> float:
         if self._was_stopped:
@@ -380,7 +377,7 @@ class Turn:
     def _post_at_end(self, verb: str, body: Body | None = None) -> None:
         # Not in the scope: its end may be what ends the turn.
         path = self._path(verb)
-        self._connection.post(path, body, directory=self._directory, timeout_s=ABORT_S)
+        self._connection.post(path, body, directory=self.directory, timeout_s=ABORT_S)
 
     def _abort(self) -> None:
         self._post_at_end("abort")
@@ -443,13 +440,17 @@ class Replies:
         connection: Connection,
         directory: str,
         scope: CancelScope,
-        always: list[tuple[str, str]] | None = None,
+        always: list[tuple[str, str]],
     ) -> None:
+        """
+        Args:
+            always: Permissions and patterns that are allowed in all later turns; added to.
+        """
         self._connection, self._directory, self._scope = connection, directory, scope
         answers = request.answers
         self._permission = answers.permission or (allow_once if request.cfg.auto else reject)
         self._question = answers.question or decline
-        self._always = [] if always is None else always
+        self._always = always
         self._open: list[Message] = []
         self._seen: set[str] = set()
 

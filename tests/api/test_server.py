@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,14 @@ from opencode_sync import (
     OpenCodeCancelledError,
     OpenCodeClient,
     OpenCodeConfigError,
-    OpenCodeProcessError,
     OpenCodeServerError,
     OpenCodeTimeoutError,
     RunConfig,
+    RunStream,
 )
 from opencode_sync.api.server import OpenCodeServer
-from opencode_sync.core.request import Request
 from opencode_sync.process import tree
 from opencode_sync.process.data_dirs import UNPACKED
-from opencode_sync.server.pool import Attacher, ServerPool
-from opencode_sync.server.running import RunningServer
 from tests.standin import write_serving
 from tests.webserver import Answer, WebServer
 
@@ -76,74 +72,6 @@ def workspace(tmp_path: Path) -> Path:
     return path
 
 
-def types(events: Any) -> list[str]:
-    return [event["type"] for event in events]
-
-
-# --- runs ----------------------------------------------------------------------------------------
-
-
-def test_a_stream_gives_the_events_of_a_run_and_deltas_and_a_result(
-    server: OpenCodeServer, workspace: Path
-) -> None:
-    with server.stream("say hello there", workspace) as stream:
-        events = list(stream)
-
-    result = stream.result
-    assert types(events) == ["step_start", "text_delta", "text", "step_finish"]
-    assert {event["sessionID"] for event in events} == {result.session_id}
-    assert (result.status, result.final_text, result.finish_reason) == ("ok", "hello there", "stop")
-    assert (result.total_cost, result.token_usage.output, result.turns) == (0.5, 20, 1)
-    assert (result.attempts, result.exit_code, result.prompt) == (1, None, "say hello there")
-    assert result.duration_s > 0
-
-
-def test_an_error_of_the_turn_is_raised_with_its_words_and_the_result(
-    server: OpenCodeServer, workspace: Path
-) -> None:
-    with pytest.raises(OpenCodeProcessError, match="ProviderError: broken") as caught:
-        server.run("break", workspace)
-
-    assert caught.value.result is not None
-    assert caught.value.result.status == "error"
-    assert types(caught.value.result.events) == ["step_start", "error"]
-
-
-# --- sessions ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("by", ["id", "being the latest"])
-def test_a_session_is_continued(
-    server: OpenCodeServer, workspace: Path, tmp_path: Path, by: str
-) -> None:
-    first = server.run("say one", workspace)
-    server.run("say elsewhere", tmp_path)
-    cfg = RunConfig(session_id=first.session_id) if by == "id" else RunConfig(continue_session=True)
-
-    second = server.run("say two", workspace, run_cfg=cfg)
-
-    assert second.session_id == first.session_id
-    assert second.final_text == "two"
-
-
-def test_a_fork_is_a_session_of_its_own(server: OpenCodeServer, workspace: Path) -> None:
-    first = server.run("say one", workspace)
-    cfg = RunConfig(session_id=first.session_id, fork=True)
-
-    fork = server.run("say two", workspace, run_cfg=cfg)
-
-    assert fork.session_id != first.session_id
-    assert fork.final_text == "two"
-
-
-@pytest.mark.parametrize("session_id", ["ses_unknown", "another form"])
-def test_an_unknown_session_is_refused_by_name(
-    server: OpenCodeServer, workspace: Path, session_id: str
-) -> None:
-    with pytest.raises(OpenCodeConfigError, match=f"session '{session_id}' is unknown"):
-        server.run("say hello", workspace, run_cfg=RunConfig(session_id=session_id))
-
-
 def test_a_session_of_another_directory_is_refused(
     server: OpenCodeServer, workspace: Path, tmp_path: Path
 ) -> None:
@@ -151,25 +79,6 @@ def test_a_session_of_another_directory_is_refused(
 
     with pytest.raises(OpenCodeConfigError, match="pass that workspace"):
         server.run("say two", tmp_path, run_cfg=RunConfig(session_id=session_id))
-
-
-def test_a_session_takes_one_run_at_a_time(server: OpenCodeServer, workspace: Path) -> None:
-    with server.stream("hold", workspace) as stream:
-        next(stream)
-        cfg = RunConfig(session_id=stream.session_id)
-
-        with pytest.raises(OpenCodeConfigError, match="has a run under way"):
-            server.run("say two", workspace, run_cfg=cfg)
-
-
-# --- settings ------------------------------------------------------------------------------------
-
-
-def test_a_setting_of_the_whole_server_is_refused_on_a_run(
-    server: OpenCodeServer, workspace: Path
-) -> None:
-    with pytest.raises(OpenCodeConfigError, match="lean is the same for all"):
-        server.run("say hello", workspace, run_cfg=RunConfig(lean=True))
 
 
 @pytest.mark.parametrize(
@@ -196,64 +105,22 @@ def tools_of(session_id: str | None) -> list[psutil.Process]:
     return tree.find(session_id)
 
 
-def stop_by_closing(server: OpenCodeServer, workspace: Path) -> str | None:
-    with server.stream("tool", workspace) as stream:
-        next(event for event in stream if event["type"] == "text_delta")
-        assert tools_of(stream.session_id)
-    return stream.session_id
-
-
-def stop_by_cancelling(server: OpenCodeServer, workspace: Path) -> str | None:
-    stream = server.stream("tool", workspace)
+def with_tool(server: OpenCodeServer, workspace: Path, **limits: float) -> RunStream:
+    """A stream whose tool runs."""
+    stream = server.stream("tool", workspace, **limits)  # type: ignore[arg-type]
     next(event for event in stream if event["type"] == "text_delta")
-    threading.Timer(0.05, stream.cancel).start()
-    with pytest.raises(OpenCodeCancelledError):
-        stream.wait()
-    return stream.session_id
-
-
-def stop_by_closing_the_server(server: OpenCodeServer, workspace: Path) -> str | None:
-    stream = server.stream("tool", workspace)
-    next(event for event in stream if event["type"] == "text_delta")
-    server.close()
-    with pytest.raises(OpenCodeCancelledError):
-        stream.wait()
-    return stream.session_id
-
-
-@pytest.mark.parametrize(
-    "stop",
-    [stop_by_closing, stop_by_cancelling, stop_by_closing_the_server],
-    ids=lambda stop: stop.__name__.removeprefix("stop_by_"),
-)
-def test_a_run_that_is_stopped_leaves_no_tool(
-    server: OpenCodeServer, workspace: Path, stop: Callable[..., str | None]
-) -> None:
-    session_id = stop(server, workspace)
-
-    assert tools_of(session_id) == []
+    assert len(tools_of(stream.session_id)) == 1
+    return stream
 
 
 def test_a_run_that_is_stopped_leaves_the_others_alone(
     server: OpenCodeServer, workspace: Path
 ) -> None:
-    other = server.stream("tool", workspace)
-    next(event for event in other if event["type"] == "text_delta")
+    with with_tool(server, workspace) as other, with_tool(server, workspace) as stream:
+        stream.close()
 
-    stop_by_closing(server, workspace)
-
-    assert len(tools_of(other.session_id)) == 1
-    other.close()
-
-
-def test_a_session_takes_the_next_prompt_after_a_stop(
-    server: OpenCodeServer, workspace: Path
-) -> None:
-    session_id = stop_by_closing(server, workspace)
-
-    result = server.run("say on", workspace, run_cfg=RunConfig(session_id=session_id))
-
-    assert result.final_text == "on"
+        assert tools_of(stream.session_id) == []
+        assert len(tools_of(other.session_id)) == 1
 
 
 # --- the server's life ---------------------------------------------------------------------------
@@ -280,39 +147,19 @@ def test_a_block_has_one_server_for_all_runs_which_says_where_it_is_and_ends_wit
         server.run("say hello")
 
 
-def test_a_killed_server_fails_its_runs_at_once_with_what_they_had(
-    server: OpenCodeServer, workspace: Path
-) -> None:
-    streams = [server.stream("tool", workspace) for _ in range(4)]
-    for stream in streams:
-        next(event for event in stream if event["type"] == "text_delta")
-    assert server.pid is not None
-
-    os.kill(server.pid, signal.SIGKILL)
-
-    for stream in streams:
-        with pytest.raises(OpenCodeServerError, match=r"signal 9 \(SIGKILL\)") as caught:
-            stream.wait()
-        assert caught.value.result is stream.result
-        assert types(stream.result.events) == ["step_start", "text_delta"]
-        assert tools_of(stream.session_id) == []
-
-
 def test_after_its_death_the_next_run_starts_it_again_and_sessions_go_on(
     serve: Serve, workspace: Path, tmp_path: Path
 ) -> None:
     server = serve(data_dir=tmp_path / "kept")
-    first, pid = server.run("say one", workspace), server.pid
     library = tmp_path / "kept" / "0" / UNPACKED / ".1-0.so"
-    library.touch()
-    with pytest.raises(OpenCodeServerError, match="exited with status 3"):
-        server.run("die", workspace)
+    with server.session(workspace) as chat:
+        chat.send("say one")
+        library.touch()
+        with pytest.raises(OpenCodeServerError, match="status 3; the next call starts a new one"):
+            chat.send("die")
 
-    second = server.run("say two", workspace, run_cfg=RunConfig(session_id=first.session_id))
-
-    assert second.final_text == "two"
-    assert server.pid != pid
-    assert not library.exists()  # what the first one has unpacked
+        assert chat.send("say two").final_text == "two"
+        assert not library.exists()  # what the first one has unpacked
 
 
 def test_a_prompt_that_may_have_been_taken_is_not_sent_to_the_next_server(
@@ -349,18 +196,6 @@ def test_a_server_that_grew_too_large_is_replaced_and_ends_with_its_last_run(
     assert server.run("say hello", workspace, run_cfg=cfg).answer == "hello"
 
 
-def test_a_data_directory_keeps_sessions_for_a_later_server(
-    serve: Serve, workspace: Path, tmp_path: Path
-) -> None:
-    with serve(data_dir=tmp_path / "data") as before:
-        session_id = before.run("say one", workspace).session_id
-
-    after = serve(data_dir=tmp_path / "data")
-    result = after.run("say two", workspace, run_cfg=RunConfig(session_id=session_id))
-
-    assert result.session_id == session_id
-
-
 @pytest.mark.parametrize(
     "start, words",
     [
@@ -385,22 +220,6 @@ def test_a_server_whose_environment_tells_the_password_is_refused(serve: Serve) 
 
     with pytest.raises(OpenCodeServerError, match="password is in its environment"):
         server.run("say hello")
-
-
-def test_a_server_that_does_not_start_is_not_tried_again(tmp_path: Path) -> None:
-    starts: list[str] = []
-
-    class Failing(Attacher):
-        def start(self, scope: Any, at_work: Any) -> RunningServer:
-            starts.append(self.url)
-            raise OpenCodeServerError("it does not start")
-
-    starter = Failing("http://127.0.0.1:1")
-
-    with pytest.raises(OpenCodeServerError, match="it does not start"):
-        ServerPool(starter).begin(Request("say hello", tmp_path, RunConfig()))
-
-    assert starts == ["http://127.0.0.1:1"]
 
 
 def test_a_run_can_be_cancelled_while_the_server_starts_and_the_next_one_uses_that_server(
@@ -469,43 +288,29 @@ print(server.pid, stream.session_id, flush=True)
     assert tools_of(session_id) == []
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # Python 3.12's own
-def test_a_forked_child_starts_a_server_of_its_own(server: OpenCodeServer, workspace: Path) -> None:
-    server.run("say hello", workspace)
-
+def succeeds_in_a_fork(work: Callable[[], bool]) -> bool:
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            with server:
-                answer = server.run("say from the child", workspace).answer
-            status = 0 if answer == "from the child" else 2
+            status = 0 if work() else 2
         finally:
             os._exit(status)
     _, status = os.waitpid(child, 0)
-
-    assert os.waitstatus_to_exitcode(status) == 0
-    assert server.run("say on", workspace).answer == "on"
+    return os.waitstatus_to_exitcode(status) == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # Python 3.12's own
-def test_a_child_that_was_forked_says_nothing_of_the_parent_s_server(
-    server: OpenCodeServer, workspace: Path
-) -> None:
+def test_a_forked_child_starts_a_server_of_its_own(server: OpenCodeServer, workspace: Path) -> None:
     server.run("say hello", workspace)
-    told, tells = os.pipe()
 
-    child = os.fork()
-    if child == 0:
-        try:
-            os.write(tells, repr(server).encode())
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
-    os.close(tells)
+    def work() -> bool:
+        knows_none = "not started" in repr(server)  # of the parent's
+        with server:
+            return knows_none and server.run("say hello", workspace).answer == "hello"
 
-    with open(told) as words:
-        assert "not started" in words.read()
+    assert succeeds_in_a_fork(work)
+    assert server.run("say on", workspace).answer == "on"
 
 
 # --- where it hangs; see live/test_hung_server.py too ---------------------------------------------
@@ -514,83 +319,52 @@ def test_a_child_that_was_forked_says_nothing_of_the_parent_s_server(
 SLACK_S = 2.0 + 3.0  # what is promised beyond a limit, and what a busy machine may add
 
 
-def test_a_start_that_hangs_is_left_at_the_limit(serve: Serve, workspace: Path) -> None:
+@contextmanager
+def ends_within(limit_s: float) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    assert time.monotonic() - started < limit_s + SLACK_S
+
+
+@pytest.mark.parametrize("limit", ["timeout_s", "idle_timeout_s"])
+def test_a_start_that_hangs_is_left_at_the_limit(serve: Serve, workspace: Path, limit: str) -> None:
     silent = RunConfig(extra_env={"SERVING_START": "silent"})
     server = serve(run_cfg=silent, startup_timeout_s=10_000)
-    for limit in ("timeout_s", "idle_timeout_s"):
-        started = time.monotonic()
 
-        with pytest.raises(OpenCodeTimeoutError) as caught:
-            server.run("say hello", workspace, **{limit: 0.5})
+    with ends_within(0.5), pytest.raises(OpenCodeTimeoutError, match=limit) as caught:
+        server.run("say hello", workspace, **{limit: 0.5})  # type: ignore[arg-type]
 
-        assert time.monotonic() - started < 0.5 + SLACK_S
-        assert caught.value.limit == limit
-        assert caught.value.result is not None
-        assert caught.value.result.status == "timed_out"
+    assert caught.value.result is not None
+    assert caught.value.result.status == "timed_out"
 
 
-def test_a_start_that_hangs_is_left_by_a_run_that_is_cancelled(
-    serve: Serve, workspace: Path
-) -> None:
-    silent = RunConfig(extra_env={"SERVING_START": "silent"})
-    future = serve(run_cfg=silent, startup_timeout_s=10_000).submit("say hello", workspace)
-    while not future.running():
-        time.sleep(0.01)
-    started = time.monotonic()
-
-    future.cancel()
-
-    assert time.monotonic() - started < SLACK_S
-    with pytest.raises(OpenCodeCancelledError, match="cancelled"):
-        future.result(SLACK_S)
-
-
-def test_a_turn_on_a_server_that_hangs_ends_at_its_limit(
+def test_a_turn_on_a_server_that_hangs_ends_at_its_limit_with_its_tool(
     server: OpenCodeServer, workspace: Path
 ) -> None:
-    server.run("say warm", workspace)
-    stream = server.stream("tool", workspace, timeout_s=3)
-    next(event for event in stream if event["type"] == "text_delta")
+    stream = with_tool(server, workspace, timeout_s=3)
     assert server.pid is not None
     os.kill(server.pid, signal.SIGSTOP)
-    started = time.monotonic()
 
-    with pytest.raises(OpenCodeTimeoutError, match=r"3 s \(timeout_s\)") as caught:
+    with ends_within(3), pytest.raises(OpenCodeTimeoutError, match=r"3 s \(timeout_s\)"):
         stream.wait()
 
-    assert time.monotonic() - started < 3 + SLACK_S
-    assert caught.value.result is stream.result
     assert tools_of(stream.session_id) == []
 
 
-def test_a_server_elsewhere_that_never_answers_or_dribbles_ends_nobody_s_limit(
-    workspace: Path,
-) -> None:
+@pytest.mark.parametrize("path", ["/global/health", "/session"], ids=["at first", "in a run"])
+def test_a_server_elsewhere_that_dribbles_is_left_at_the_limit(workspace: Path, path: str) -> None:
     released = threading.Event()
-
-    def dribble() -> Iterator[bytes]:
-        while not released.wait(0.05):
-            yield b" "
-
     with WebServer() as web:
         web.answers["/global/health"] = Answer({"version": "1.18.33"})
-        web.answers["/session"] = lambda: Answer(dribble())
-        with OpenCodeServer.connect(web.url) as dribbling:
-            started = time.monotonic()
-            with pytest.raises(OpenCodeTimeoutError, match="timeout_s"):
-                dribbling.run("x", workspace, timeout_s=1)
-            assert time.monotonic() - started < 1 + SLACK_S
+        web.answers[path] = lambda: Answer(b" " for _ in iter(lambda: released.wait(0.05), True))
+        server = OpenCodeServer.connect(web.url)
+
+        with ends_within(1), pytest.raises(OpenCodeTimeoutError, match="timeout_s"):
+            server.run("x", workspace, timeout_s=1)
+
+        with ends_within(0):
+            server.close()
         released.set()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        mute = OpenCodeServer.connect(url)
-        started = time.monotonic()
-        with pytest.raises(OpenCodeTimeoutError, match="timeout_s"):
-            mute.run("x", workspace, timeout_s=1)
-        assert time.monotonic() - started < 1 + SLACK_S
-        started = time.monotonic()
-        mute.close()
-        assert time.monotonic() - started < SLACK_S
 
 
 # --- elsewhere -----------------------------------------------------------------------------------
@@ -607,19 +381,6 @@ def test_a_server_elsewhere_is_used_and_not_stopped(
 
     assert result.final_text == "hello"
     assert server.run("say on", workspace).final_text == "on"
-
-
-@pytest.mark.parametrize("password", ["not this one", None], ids=["wrong", "none"])
-def test_a_wrong_password_is_named_and_not_shown(
-    server: OpenCodeServer, workspace: Path, password: str | None
-) -> None:
-    there = OpenCodeServer.connect(server.url, password)
-
-    with pytest.raises(OpenCodeServerError, match="wrong or missing password") as caught:
-        there.run("say hello", workspace)
-
-    assert caught.value.status_code == 401
-    assert "not this one" not in f"{caught.value} {there!r}"
 
 
 def test_attach_sends_a_run_to_the_server_that_it_names(
@@ -648,19 +409,12 @@ def test_a_forked_child_of_an_attached_client_has_connections_of_its_own(
         client.run("say hello", workspace)
         inherited = client._attached[os.getpid()]
 
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                with client:
-                    answer = client.run("say from the child", workspace).answer
-                    is_own = client._attached[os.getpid()] is not inherited
-                status = 0 if answer == "from the child" and is_own else 2
-            finally:
-                os._exit(status)
-        _, status = os.waitpid(child, 0)
+        def work() -> bool:
+            with client:
+                answer = client.run("say from the child", workspace).answer
+                return answer == "from the child" and client._attached[os.getpid()] is not inherited
 
-        assert os.waitstatus_to_exitcode(status) == 0
+        assert succeeds_in_a_fork(work)
         assert client.run("say on", workspace).answer == "on"
 
 
@@ -681,16 +435,11 @@ def test_an_attached_client_that_nobody_holds_any_more_disconnects(
 def test_a_server_pickles_as_its_settings_a_connected_one_with_where_it_is(
     serve: Serve, server: OpenCodeServer, workspace: Path
 ) -> None:
-    with serve(max_workers=3, run_cfg=RunConfig(model="a/b")) as other:
-        assert pickle.loads(pickle.dumps(other))._settings == other._settings
+    other = serve(max_workers=3, run_cfg=RunConfig(model="a/b"))
+    assert pickle.loads(pickle.dumps(other))._settings == other._settings
 
     with OpenCodeServer.connect(server.url, server.password) as there:
         copy = pickle.loads(pickle.dumps(there))
 
     with copy:
         assert copy.run("say hello", workspace).final_text == "hello"
-
-
-def test_the_settings_that_people_see_are_those_that_they_can_pass() -> None:
-    for make in (OpenCodeServer, OpenCodeServer.connect):
-        assert not [name for name in inspect.signature(make).parameters if name.startswith("_")]

@@ -217,12 +217,13 @@ def test_an_unknown_name_is_an_error_that_names_it(
     assert caught.value.result.final_text == ""
 
 
+@pytest.mark.parametrize("session_id", ["ses_of_nobody", "of another form"])
 def test_an_unknown_session_is_refused_by_name(
-    runner: Runner, cfg: RunConfig, workspace: Path
+    runner: Runner, cfg: RunConfig, workspace: Path, session_id: str
 ) -> None:
-    going_on = cfg.replace(session_id="ses_of_nobody")
+    going_on = cfg.replace(session_id=session_id)
 
-    with pytest.raises(OpenCodeConfigError, match="ses_of_nobody"):
+    with pytest.raises(OpenCodeConfigError, match=session_id):
         runner.run("Hi", workspace, run_cfg=going_on)
 
 

@@ -164,7 +164,7 @@ def test_no_tool_can_read_the_password(
     assert server.password is not None
     assert server.password not in seen
     for wrong in (None, "*" * len(server.password)):  # it still asks for it
-        with pytest.raises(OpenCodeServerError, match="401"):
+        with pytest.raises(OpenCodeServerError, match="401 wrong or missing password"):
             OpenCodeServer.connect(server.url, wrong).sessions()
 
 
@@ -277,8 +277,9 @@ def test_a_killed_server_fails_its_runs_and_is_started_again(
         os.kill(server.pid, signal.SIGKILL)
         started = time.monotonic()
         for stream in streams:
-            with pytest.raises(OpenCodeServerError, match="signal 9"):
+            with pytest.raises(OpenCodeServerError, match="signal 9") as caught:
                 stream.wait()
+            assert caught.value.result is stream.result
         took_s, left = time.monotonic() - started, sleeps()
         again = server.run("Do you?", tmp_path, run_cfg=RunConfig(session_id=first.session_id))
 

@@ -341,21 +341,21 @@ def test_our_plugin_is_added_to_those_that_are_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "given, prompt, title",
+    "given, command, title",
     [
-        (None, "Fix it", ""),  # OpenCode takes the prompt's beginning
-        ("", "Fix it", ""),
-        ("T", "Fix it", "T"),
-        (None, " \n", "opencode-sync"),
+        (None, None, ""),  # OpenCode takes the prompt's beginning
+        ("", None, ""),
+        ("T", "review", "T"),
+        (None, "review", "/review"),
     ],
-    ids=["none", "empty", "own", "blank prompt"],
+    ids=["none", "empty", "own", "a command's"],
 )
 def test_a_run_has_a_title_and_no_prompt_on_its_command_line(
-    given: str | None, prompt: str, title: str
+    given: str | None, command: str | None, title: str
 ) -> None:
-    cfg = with_title(RunConfig(title=given), prompt)
+    argv = build_argv("oc", None, with_title(RunConfig(title=given, command=command)))
 
-    assert build_argv("oc", None, cfg) == [*RUN, "--title", title]
+    assert argv[-2:] == ["--title", title]
 
 
 @pytest.mark.parametrize(
