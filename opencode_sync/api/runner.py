@@ -236,7 +236,9 @@ class Runner(abc.ABC):
                 run two for each core, as far as memory allows (0.55 GiB each), and at most 32.
             buffersize: How many jobs may be drawn and not yet given; None for twice *max_workers*.
             ordered: Give results in the order of the input, else as they come.
-            progress: Show a bar where stderr is a terminal or a notebook; ``"always"`` anywhere.
+            progress: Show a bar where stderr is a terminal or a notebook. Elsewhere, as in the log
+                of a service or of a CI, print a line every *progress_interval_s* seconds while the
+                batch is iterated, and one at its end. ``"always"`` shows the bar there too.
             checkpoint: A file of finished jobs, a line of JSON each, on disk before the result is
                 given. Jobs found in it are not run again: their results come from the file.
             retry_failed: Run those again that failed in the checkpoint; False gives their errors.

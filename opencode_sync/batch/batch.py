@@ -4,7 +4,7 @@
             |                      ^
             +-- found in the checkpoint: ready at once
 
-The caller's thread is the only one that touches the input, the progress bar, and what is given out;
+The caller's thread is the only one that touches the input, the progress, and what is given out;
 everything between is the dispatch's. Knows nothing of OpenCode: a job becomes a stream by the
 runner's ``begin``.
 """
@@ -73,6 +73,7 @@ class Options:
     ordered: bool
     on_error: OnError
     progress: bool | Literal["always"]
+    progress_interval_s: float
     checkpoint: str | os.PathLike[str] | None
     retry_failed: bool
     executor: Executor | None
@@ -94,6 +95,7 @@ class Options:
             check_count(name, getattr(self, name), 1)
         for name in ("ordered", "retry_failed", "adaptive"):
             check_flag(name, getattr(self, name))
+        check_number("progress_interval_s", self.progress_interval_s, positive=True)
         check_number("max_total_cost", self.max_total_cost, optional=True)
         check_count("max_total_tokens", self.max_total_tokens, 0)
         if self.checkpoint is not None:
@@ -286,7 +288,8 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
             raise StopIteration
         place = self._given if self._options.ordered else None
         try:
-            index, end = dispatch.take(place, self._show_progress)
+            wait_s = (lambda: None) if self._progress is None else self._progress.wait_s
+            index, end = dispatch.take(place, self._show_progress, wait_s)
         except OpenCodeCancelledError:
             if self._is_ended and self._error is None:  # closed in another thread
                 raise StopIteration from None
@@ -379,14 +382,18 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
     # -- beginning and end -----------------------------------------------------------------------
 
     def _begin(self) -> Dispatch:
-        """Open the checkpoint, show the bar, and start the dispatch."""
+        """Open the checkpoint, show the progress, and start the dispatch."""
         options = self._options
         self._fingerprint = _fingerprint_of(options.settings)
         if options.checkpoint is not None:
             output = options.settings.output
             self._checkpoint = Checkpoint(options.checkpoint, self._fingerprint, output)
         if options.progress:
-            self._progress = Progress(self._n_jobs, always=options.progress == "always")
+            self._progress = Progress(
+                self._n_jobs,
+                always=options.progress == "always",
+                interval_s=options.progress_interval_s,
+            )
         # Nothing that its thread holds may lead back here, or dropping the batch would not end it.
         self._dispatch = Dispatch(
             self._runner,
@@ -408,10 +415,11 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
             raise OpenCodeError(f"the batch cannot be started: {error}") from error
         return self._dispatch
 
-    def _show_progress(self) -> None:
-        if self._progress is not None:
+    def _show_progress(self, *, is_last: bool = False) -> None:
+        if self._progress is not None and (is_last or self._progress.is_due):
+            show = self._progress.close if is_last else self._progress.show
             try:
-                self._progress.show(self.report)
+                show(self.report)
             except Exception:  # noqa: BLE001 - the work is worth more than the bar
                 self._progress = None
                 _log.exception("the progress of the batch is not shown any more")
@@ -436,9 +444,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         self._tally.end()
         if self._own_executor is not None:
             self._own_executor.shutdown(wait=False)
-        if self._progress is not None:
-            self._show_progress()
-            self._progress.close()
+        self._show_progress(is_last=True)
         if self._checkpoint is not None:
             self._checkpoint.close()
 

@@ -105,11 +105,17 @@ class Dispatch(Listener):
         """Whether job *index* can be taken, or any job for None."""
         return bool(self._finished) if index is None else index in self._finished
 
-    def take(self, index: int | None, on_change: Callable[[], None]) -> tuple[int, End | Saved]:
+    def take(
+        self,
+        index: int | None,
+        on_change: Callable[[], None],
+        wait_s: Callable[[], float | None] = lambda: None,
+    ) -> tuple[int, End | Saved]:
         """Wait for job *index*, or any job for None, and take its index and its end.
 
         Args:
-            on_change: Called in this thread, without a lock, when the report may have changed.
+            on_change: Called in this thread, without a lock, when the report may have changed, and
+                after *wait_s* seconds without a change.
 
         Raises:
             OpenCodeError: Why nothing more will come.
@@ -123,7 +129,7 @@ class Dispatch(Listener):
                 if self._fatal is not None and is_last:
                     raise self._fatal
                 waiter = self._waiter = Flag()
-            waiter.wait()
+            waiter.wait(wait_s())
             on_change()
 
     @property

@@ -1,11 +1,11 @@
-"""What a batch has done so far: counted as it goes, shown as a report and as a progress bar.
+"""What a batch has done so far: counted as it goes, shown as a report and as its progress.
 
     jobs that end --finish(), spend(), count()--> Tally --report()--> BatchReport: str, table, page
                                                                           |
-                                                                          +--> Progress: a bar
+                                                                          +--> Progress
 
 A tally holds numbers, the few slowest jobs, and in short the last jobs that are in no checkpoint,
-so its size does not grow with the batch. It is filled from any thread; the bar belongs to the
+so its size does not grow with the batch. It is filled from any thread; the progress belongs to the
 thread that iterates the batch.
 """
 
@@ -18,8 +18,10 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -29,7 +31,7 @@ from ..core.errors import OpenCodeError, kind_of
 from ..core.limits import Spent, tokens_of, unpriced, unpriced_tokens
 from ..core.records import result_of
 from ..core.result import RunResult, TokenUsage
-from ..core.text import html_table
+from ..core.text import html_table, is_terminal
 from .throttle import Throttle, never_raises
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("opencode_sync")
 
 SLOWEST = 5
+INTERVAL_S = 30.0  # between two lines of progress
 MAX_ROWS = 10_000
 _PROMPT_CHARS = 60  # of a slow job
 _ROW_CHARS = 500  # of a text in a row: rows with two such texts take 20 MB in all
@@ -354,45 +357,75 @@ def _beginning(text: str) -> str:
 
 
 class Progress:
-    """A bar that shows what is done, failed, spent and left."""
+    """What is done, failed, spent and left: a bar, or where nobody sees one a line now and then."""
 
-    def __init__(self, total: int | None, *, always: bool = False) -> None:
+    def __init__(
+        self, total: int | None, *, always: bool = False, interval_s: float = INTERVAL_S
+    ) -> None:
         """
         Args:
             total: How many jobs there are, or None where that is not known.
-            always: Show it also where stderr is neither a terminal nor a notebook.
+            always: Show the bar also where stderr is neither a terminal nor a notebook.
+            interval_s: Seconds between two lines.
         """
-        self._bar: tqdm[Any] | None = None
-        if _is_seen(always):
-            from tqdm.auto import tqdm
+        self._total = total
+        self._interval_s = interval_s
+        self._line_at = time.monotonic() + interval_s
+        self._has_lines = False
+        self._bar = _bar(total) if _shows_bar(always) else None
 
-            # Its own check of the terminal would hide it in notebooks, hence disable=False.
-            self._bar = tqdm(total=total, unit="job", dynamic_ncols=True, disable=False)
+    def wait_s(self) -> float | None:
+        """Seconds until the next line is due; None if it changes only with the numbers."""
+        return None if self._bar is not None else max(0.0, self._line_at - time.monotonic())
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there is something to show: the bar always, a line once its time has come."""
+        return not self.wait_s()
 
     def show(self, report: BatchReport) -> None:
-        """Bring the bar up to date."""
-        if self._bar is None:
-            return
-        parts = [f"{report.failed} failed"]
-        parts += [f"{report.cached} cached"] if report.cached else []
-        parts += [f"${report.total_cost:.4f}", f"{report.tokens.total:,} tokens"]
-        parts += [f"{report.rate_limits} rate limits"] if report.rate_limits else []
-        self._bar.set_postfix_str(", ".join(parts), refresh=False)
+        """Bring the bar up to date, or print a line."""
         finished = report.done + report.failed + report.cached
-        if finished > self._bar.n:
-            self._bar.update(finished - self._bar.n)
+        parts = [f"{report.failed:,} failed"]
+        parts += [f"{report.cached:,} cached"] if report.cached else []
+        parts += [f"${report.total_cost:.4f}", f"{report.tokens.total:,} tokens"]
+        parts += [f"{report.rate_limits:,} rate limits"] if report.rate_limits else []
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(parts), refresh=False)
+            if finished > self._bar.n:
+                self._bar.update(finished - self._bar.n)
+            return
+        if self._total is not None:
+            parts.append(f"{self._total - finished:,} of {self._total:,} left")
+        line = f"opencode-sync: {report.done:,} done, {', '.join(parts)}"
+        # No stderr, a closed one, or a pipe that nobody reads: not a reason to end the batch.
+        with suppress(AttributeError, ValueError, OSError):
+            print(line, file=sys.stderr, flush=True)
+        self._line_at = time.monotonic() + self._interval_s
+        self._has_lines = True
 
-    def close(self) -> None:
-        """Leave the bar as it is. Idempotent."""
+    def close(self, report: BatchReport) -> None:
+        """Show how it ended, unless it was too short for a line, and leave that as it is."""
+        if self._bar is not None or self._has_lines:
+            self.show(report)
         if self._bar is not None:
             self._bar.refresh()
             self._bar.close()
-            self._bar = None
 
 
-def _is_seen(always: bool) -> bool:
+def _bar(total: int | None) -> tqdm[Any]:
+    with warnings.catch_warnings():  # in a notebook without widgets, where it shows text instead
+        warnings.filterwarnings("ignore", "IProgress not found")
+        from tqdm.auto import tqdm
+
+    # Its own check of the terminal would hide it in notebooks, hence disable=False.
+    return tqdm(total=total, unit="job", dynamic_ncols=True, disable=False)
+
+
+def _shows_bar(always: bool) -> bool:
     stream = sys.stderr
-    if stream is None or always:  # a service, or a program without a console, has none
-        return stream is not None
+    if stream is None or getattr(stream, "closed", False):
+        return False  # a service, or a program without a console
     # A notebook's stream says that it is not a terminal, but shows a bar.
-    return stream.isatty() or type(stream).__module__.partition(".")[0] == "ipykernel"
+    is_notebook = type(stream).__module__.partition(".")[0] == "ipykernel"
+    return always or is_notebook or is_terminal(stream)

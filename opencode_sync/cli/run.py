@@ -18,7 +18,7 @@ from ..core import lifetime
 from ..core.errors import OpenCodeConfigError
 from ..core.events import to_json
 from ..core.result import RunResult
-from ..core.text import outcome, printable
+from ..core.text import is_terminal, outcome, printable
 from ..display.stream import live
 from .options import (
     DONE,
@@ -79,7 +79,7 @@ def _show(result: RunResult, options: argparse.Namespace) -> None:
         print(to_json(result.to_dict()))
     elif not options.stream and (text := _text(result, options.schema)):
         # As in live(): a terminal gets no escape sequences.
-        print(printable(text) if sys.stdout.isatty() else text)
+        print(printable(text) if is_terminal(sys.stdout) else text)
     sys.stdout.flush()
     if not options.stream:  # live() has shown them
         for message in result.warnings:

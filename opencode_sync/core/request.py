@@ -76,6 +76,7 @@ class BatchOptions(JobOptions, total=False):
     buffersize: int | None
     ordered: bool
     progress: bool | Literal["always"]
+    progress_interval_s: float
     checkpoint: StrPath | None
     retry_failed: bool
     executor: Executor | None
@@ -124,6 +125,7 @@ BATCH_DEFAULTS: BatchOptions = {
     "buffersize": None,
     "ordered": True,
     "progress": False,
+    "progress_interval_s": 30.0,
     "checkpoint": None,
     "retry_failed": True,
     "executor": None,

@@ -6,7 +6,7 @@
 
 Text of a model, a tool or a prompt may hold escape sequences, script tags, or the address of a
 picture that tells its server who looked. None of that has an effect in what these functions return.
-Knows strings and the fields of a result; nothing of screens.
+Knows strings and the fields of a result; of screens only whether one is a terminal.
 """
 
 from __future__ import annotations
@@ -43,6 +43,17 @@ _CODE = re.compile(r"(?<![\\`])(`+)(?!`)(.+?)(?<!`)\1(?!`)")
 _CODE_CHARS = 10_000  # of a line that is searched for code, which takes quadratic time
 _LIBRARIES = (os.path.dirname(os.path.dirname(__file__)), os.path.dirname(os.__file__))
 _PUNCTUATION = re.compile(r"[^\w\s]")
+
+
+def is_terminal(stream: object) -> bool:
+    """Whether *stream* is one; not if it is None, closed, or an object without ``isatty``.
+
+    Services, notebooks and test runners put such objects in the place of stdout and stderr.
+    """
+    try:
+        return bool(stream.isatty())  # type: ignore[attr-defined]
+    except (AttributeError, ValueError):
+        return False
 
 
 def strip_ansi(text: str) -> str:

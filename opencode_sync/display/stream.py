@@ -17,7 +17,7 @@ from ..core.events import Event
 from ..core.reading import mapping, part_of
 from ..core.result import RunResult, is_by_model
 from ..core.stream import RunStream
-from ..core.text import markdown, one_line, outcome, printable, verbatim
+from ..core.text import is_terminal, markdown, one_line, outcome, printable, verbatim
 
 LINE_WIDTH = 100
 UPDATE_S = 0.1  # between updates of a cell while text comes in deltas
@@ -66,8 +66,9 @@ def live(
         kind = type(stream).__name__
         raise OpenCodeConfigError(f"stream is {kind}: use what a runner's stream() returns")
     is_cell = file is None and notes is None and in_notebook()
-    # A service has no stdout.
-    shown_in = file or sys.stdout or io.StringIO()
+    shown_in = file or sys.stdout
+    if shown_in is None or getattr(shown_in, "closed", False):  # a service may have no stdout
+        shown_in = io.StringIO()
     screen: _Cell | _Terminal = _Cell() if is_cell else _Terminal(shown_in, notes)
     pieces = _Pieces()
     with stream:
@@ -155,18 +156,18 @@ class _Terminal:
         self._file = file
         self._notes = notes or file
         # A terminal would obey escape sequences; a file gets the text unchanged.
-        self._clean = printable if file.isatty() else str
+        self._clean = printable if is_terminal(file) else str
         self._is_begun = self._is_in_paragraph = False
 
     def show(self, kind: Kind, text: str) -> None:
         if kind == "line":
             self._end_paragraph()
             _write(self._notes, f"{text}\n")
-            self._notes.flush()
+            _flush(self._notes)
             return
         if kind == "pause":
             self._end_paragraph()
-            self._file.flush()
+            _flush(self._file)
             return
         if kind == "begin":
             self._end_paragraph()
@@ -176,11 +177,11 @@ class _Terminal:
         _write(self._file, self._clean(text))
         if kind == "end":
             self._end_paragraph()
-        self._file.flush()
+        _flush(self._file)
 
     def end(self, result: RunResult) -> None:
         self._end_paragraph()
-        self._file.flush()
+        _flush(self._file)
 
     def _end_paragraph(self) -> None:
         if self._is_in_paragraph:
@@ -194,6 +195,11 @@ def _write(file: TextIO, text: str) -> None:
     except UnicodeEncodeError as error:
         # A character that the encoding lacks must not end the run.
         file.write(text.encode(error.encoding, "replace").decode(error.encoding))
+
+
+def _flush(file: TextIO) -> None:
+    if hasattr(file, "flush"):  # programs put objects with write() alone in the place of stdout
+        file.flush()
 
 
 class _Cell:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import pickle
+import threading
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from typing import Any
 
 import pytest
 
 from opencode_sync.batch import tally
+from tests.batch.conftest import at_the_same_time
 from tests.scripted import STEP_COST, ScriptedRunner
 
 # --- the report ----------------------------------------------------------------------------------
@@ -92,6 +95,34 @@ class Screen(io.StringIO):
         return self._is_terminal
 
 
+class LogFile(Screen):
+    """A log, which can be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__(is_terminal=False)
+        self._has_grown = threading.Condition()
+
+    def write(self, text: str) -> int:
+        with self._has_grown:
+            self._has_grown.notify_all()
+            return super().write(text)
+
+    def wait_for(self, text: str) -> None:
+        with self._has_grown:
+            assert self._has_grown.wait_for(lambda: text in self.getvalue(), 20)
+
+
+def once_said(log_file: LogFile, text: str, act: Callable[[], object]) -> Callable[[], None]:
+    def wait_and_act() -> None:
+        log_file.wait_for(text)
+        act()
+
+    return wait_and_act
+
+
+OFTEN: Any = {"progress_interval_s": 0.01}
+
+
 def last_state(screen: Screen) -> str:
     return screen.getvalue().rstrip("\n").rpartition("\r")[2]
 
@@ -112,7 +143,7 @@ def test_without_a_length_it_counts(runner: ScriptedRunner) -> None:
     assert last_state(terminal).startswith("2job")
 
 
-def test_elsewhere_it_is_shown_only_if_asked_for(runner: ScriptedRunner) -> None:
+def test_elsewhere_a_bar_is_shown_only_if_asked_for(runner: ScriptedRunner) -> None:
     with redirect_stderr(Screen(is_terminal=False)) as log_file:
         list(runner.map(["a"], progress=True))
         silent = log_file.getvalue()
@@ -120,6 +151,32 @@ def test_elsewhere_it_is_shown_only_if_asked_for(runner: ScriptedRunner) -> None
 
     assert silent == ""
     assert "1/1" in last_state(log_file)
+
+
+def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(runner: ScriptedRunner) -> None:
+    with redirect_stderr(LogFile()) as log_file:
+        batch = runner.map(["a", "fail", "hold c"], progress=True, on_error="return", **OFTEN)
+        ends = [next(batch), next(batch)]
+        runner.wait_for(3)
+        with at_the_same_time(once_said(log_file, "1 of 3 left", runner.release)):
+            ends += batch
+
+    first, *_, last = log_file.getvalue().splitlines()
+    assert len(ends) == 3
+    assert first.startswith("opencode-sync: ")
+    assert last == "opencode-sync: 2 done, 1 failed, $0.0300, 30 tokens, 0 of 3 left"
+
+
+def test_a_batch_of_unknown_length_does_not_say_what_is_left(runner: ScriptedRunner) -> None:
+    with redirect_stderr(LogFile()) as log_file:
+        batch = runner.map(iter(["a", "hold b"]), progress=True, **OFTEN)
+        next(batch)
+        runner.wait_for(2)
+        with at_the_same_time(once_said(log_file, "1 done", runner.release)):
+            list(batch)
+
+    last = log_file.getvalue().splitlines()[-1]
+    assert last == "opencode-sync: 2 done, 0 failed, $0.0200, 20 tokens"
 
 
 def test_a_batch_that_is_left_leaves_the_bar_as_it_stands(runner: ScriptedRunner) -> None:
@@ -133,8 +190,32 @@ def test_a_batch_that_is_left_leaves_the_bar_as_it_stands(runner: ScriptedRunner
     assert terminal.getvalue().endswith("\n")
 
 
-def test_no_stderr_at_all_is_no_error(runner: ScriptedRunner) -> None:
-    with redirect_stderr(None):
-        results = list(runner.map(["a"], progress=True))
+class Logger:
+    """What a framework puts in the place of stderr: it can be written to, and no more."""
 
-    assert len(results) == 1
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+
+def closed_file() -> io.StringIO:
+    file = io.StringIO()
+    file.close()
+    return file
+
+
+@pytest.mark.parametrize("progress", [True, "always"])
+@pytest.mark.parametrize("stderr", [None, closed_file(), Logger()], ids=["none", "closed", "odd"])
+def test_a_stderr_that_is_not_a_file_is_not_an_error(
+    runner: ScriptedRunner, stderr: Any, progress: Any
+) -> None:
+    with redirect_stderr(stderr):
+        batch = runner.map(["a", "hold b"], progress=progress, **OFTEN)
+        ends = [next(batch)]
+        runner.wait_for(2)
+        runner.release()
+        ends += batch
+
+    assert len(ends) == 2

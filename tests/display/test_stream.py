@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -80,6 +80,34 @@ def shown(*events: dict[str, Any]) -> str:
     file = io.StringIO()
     live(stream(*events), file=file)
     return file.getvalue()
+
+
+def test_a_stdout_that_can_only_be_written_to_is_enough() -> None:
+    class Logger:
+        text = ""
+
+        def write(self, text: str) -> None:
+            self.text += text
+
+    logger = Logger()
+    with redirect_stdout(cast(Any, logger)):
+        live(stream(LS, text("Done.")))
+
+    assert logger.text == "[bash] ls\nDone.\n"
+
+
+def closed_file() -> io.StringIO:
+    file = io.StringIO()
+    file.close()
+    return file
+
+
+@pytest.mark.parametrize("stdout", [None, closed_file()], ids=["none", "closed"])
+def test_without_a_stdout_the_run_goes_on_unseen(stdout: Any) -> None:
+    with redirect_stdout(stdout):
+        result = live(stream(text("Done.")))
+
+    assert result.answer == "Done."
 
 
 # --- lines ---------------------------------------------------------------------------------------
