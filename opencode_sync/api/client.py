@@ -42,11 +42,10 @@ from ..process.data_dirs import (
 from ..process.run import ProcessRun
 from ..process.versions import check_program_version, warn_of_variant
 from ..process.watchdog import guard
-from .runner import NEEDS_SERVER, Runner
+from .runner import Runner
 
 if TYPE_CHECKING:
     from ..server.pool import Attached
-    from .session import Session
 
 
 class OpenCodeClient(Runner):
@@ -94,6 +93,8 @@ class OpenCodeClient(Runner):
         check_flag("isolate_db", isolate_db)
         check_flag("watchdog", watchdog)
         check_flag("any_version", any_version)
+        if data_dir is not None:
+            data_dir = checked_path("data_dir", data_dir, "a directory")
         self._settings: dict[str, Any] = {
             "binary": binary,
             "startup_concurrency": startup_concurrency,
@@ -107,12 +108,6 @@ class OpenCodeClient(Runner):
         }
         self._resolved: str | None = None
         self._gate = Gate(startup_concurrency)
-        self._startup_delay_s = startup_delay_s
-        self._isolate_db = isolate_db
-        self._shared_data = (
-            None if data_dir is None else checked_path("data_dir", data_dir, "a directory")
-        )
-        self._watchdog = watchdog
         # Servers that settings name. For each process: a forked child has connections of its own.
         self._attached: dict[int, Attached] = {}
         weakref.finalize(self, _disconnect, self._attached)
@@ -120,10 +115,9 @@ class OpenCodeClient(Runner):
 
     def _make_directories(self) -> None:
         self._owner_pid = os.getpid()
-        self._directories = DataDirectories(
-            self._shared_data if self._isolate_db else None,
-            watchdog=self._watchdog,
-        )
+        settings = self._settings
+        own = settings["data_dir"] if settings["isolate_db"] else None
+        self._directories = DataDirectories(own, watchdog=settings["watchdog"])
         weakref.finalize(self, _close_in, self._owner_pid, self._directories)
 
     def resolved_binary(self) -> str:
@@ -135,43 +129,6 @@ class OpenCodeClient(Runner):
         if self._resolved is None:
             self._resolved = resolve_binary(self._settings["binary"])
         return self._resolved
-
-    def session(
-        self,
-        workspace: StrPath = ".",
-        *,
-        session_id: str | None = None,
-        title: str | None = None,
-        run_cfg: RunConfig | None = None,
-        on_permission: object = None,
-        on_question: object = None,
-        timeout_s: float | None = None,
-        delete: bool = False,
-    ) -> Session:
-        """Return a conversation: prompts one after another, each of which knows those before.
-
-        Arguments are as for ``OpenCodeServer.session``. Those that need a server are refused: a
-        process per prompt asks nobody, and cannot look into a session.
-        """
-        from .session import Session
-
-        for name, value in (
-            ("on_permission", on_permission),
-            ("on_question", on_question),
-            ("delete", delete),
-        ):
-            if value:
-                raise OpenCodeConfigError(f"{name} {NEEDS_SERVER}")
-        self._check_open()
-        return Session(
-            self,
-            workspace,
-            session_id=session_id,
-            title=title,
-            run_cfg=run_cfg,
-            timeout_s=timeout_s,
-            may_ask=False,
-        )
 
     def close(self) -> None:
         super().close()
@@ -189,12 +146,13 @@ class OpenCodeClient(Runner):
     def __setstate__(self, settings: dict[str, Any]) -> None:
         self.__init__(**settings)  # type: ignore[misc]
 
-    def _check(self, cfg: RunConfig, *, may_ask: bool = False) -> None:
-        super()._check(cfg, may_ask=may_ask)
+    def _check(self, cfg: RunConfig, *, may_ask: bool = False) -> list[str]:
+        warnings = super()._check(cfg, may_ask=may_ask)
         if cfg.attach is not None:
             from ..server.protocol import check_server_wide
 
             check_server_wide(cfg, RunConfig())
+        return warnings
 
     def _counts_opening(self, request: Request) -> bool:
         return request.cfg.attach is not None
@@ -202,17 +160,17 @@ class OpenCodeClient(Runner):
     def _open(self, request: Request, scope: CancelScope, keep_raw: bool) -> Source:
         if request.cfg.attach is not None:
             return self._attach(request, scope)
-        binary = self.resolved_binary()
+        binary, settings = self.resolved_binary(), self._settings
         warnings = list(request.warnings)
-        if not self._settings["any_version"]:
+        if not settings["any_version"]:
             warnings += check_program_version(binary, scope.is_cancelled)
         if os.getpid() != self._owner_pid:  # forked: the directories are the parent's
-            self._gate = Gate(self._settings["startup_concurrency"])
+            self._gate = Gate(settings["startup_concurrency"])
             self._make_directories()
-        if self._watchdog:
+        if settings["watchdog"]:
             with lifetime.deferred():
                 guard()
-        isolated = self._isolate_db and "XDG_DATA_HOME" not in (request.cfg.extra_env or {})
+        isolated = settings["isolate_db"] and "XDG_DATA_HOME" not in (request.cfg.extra_env or {})
         if isolated:
             request = self._with_session(request)
         cfg = request.cfg
@@ -249,7 +207,7 @@ class OpenCodeClient(Runner):
                 )
                 undo.callback(run.close)  # a Ctrl-C's traceback would keep it alive
                 if not isolated and self._gate.is_limited:
-                    run.wait_started(self._startup_delay_s, scope.is_cancelled)
+                    run.wait_started(settings["startup_delay_s"], scope.is_cancelled)
             undo.pop_all()
         return run
 
@@ -278,11 +236,12 @@ class OpenCodeClient(Runner):
 
     def _shared_home(self, env: Mapping[str, str]) -> Path | None:
         """The one data directory of all runs; None for that of *env*."""
-        if self._isolate_db or self._shared_data is None:
+        shared: Path | None = self._settings["data_dir"]
+        if self._settings["isolate_db"] or shared is None:
             return None
-        with in_words(self._shared_data):
-            link_credentials(env, self._shared_data, is_ours=False)
-        return self._shared_data
+        with in_words(shared):
+            link_credentials(env, shared, is_ours=False)
+        return shared
 
 
 def _check_workspace(session_id: str, env: Mapping[str, str], workspace: Path) -> None:

@@ -1,8 +1,9 @@
 """The verbs of a client and a server, and the runs under way.
 
-    run(), stream() ---------------------------> begin() --> Request --> RunStream
-    submit() --> RunFuture, in a thread ------------^                      |
-    map() -----> BatchRun, which begins each job ---^        _open() of the subclass
+    run(), stream() ---------------------------> _begin() --> Request --> RunStream
+    submit() --> RunFuture, in a thread ------------^                       |
+    map() -----> BatchRun, which begins each job ---^         _open() of the subclass
+    session() -> Session, which begins each prompt -^
 
 A subclass says how one request becomes a source of events; everything else is the same for a
 process per run and for a server.
@@ -16,13 +17,12 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from ..core.config import Job, RunConfig, check_count, validate_config_for_run
-from ..core.denials import check_names
 from ..core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
 from ..core.lifetime import CancelScope, Pinned, UnderWay
 from ..core.request import (
@@ -30,6 +30,7 @@ from ..core.request import (
     NO_ANSWERS,
     Answers,
     BatchOptions,
+    OnError,
     Request,
     RunOptions,
     RunSettings,
@@ -50,8 +51,13 @@ from ..process.capacity import workers_for_processes
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ..batch.batch import BatchRun, OnError
+    from ..batch.batch import BatchRun
     from ..server.sessions import Sessions
+    from .permissions import OnPermission, OnQuestion
+    from .session import Session
+else:
+    # What they are, for typing.get_type_hints(): their modules are loaded when they are used.
+    BatchRun, Session, OnPermission, OnQuestion = Iterator, Pinned, Callable, Callable
 
 NEEDS_SERVER = (
     "needs a server: a process per turn asks nobody, and ends with its turn; use a session of "
@@ -68,7 +74,8 @@ class Runner(abc.ABC):
     Safe to share between threads. A context manager; :meth:`close` ends the runs under way.
     """
 
-    _keeps_sessions = False  # where they can be asked about
+    # Whether sessions can be asked about, and ask in turn.
+    _keeps_sessions = False
 
     def __init__(self, run_cfg: RunConfig | None = None, max_workers: int | None = None) -> None:
         self._run_cfg = checked_config(run_cfg, RunConfig())
@@ -127,7 +134,7 @@ class Runner(abc.ABC):
         """
         check_keywords(Runner.run, options)
         self._check_open()
-        with self.begin(prompt, workspace, RunSettings.of(options)) as stream:
+        with self._begin(prompt, workspace, RunSettings.of(options)) as stream:
             return stream.wait()
 
     @shows(StreamOptions)
@@ -146,7 +153,7 @@ class Runner(abc.ABC):
         """
         check_keywords(Runner.stream, options)
         self._check_open()
-        return self.begin(prompt, workspace, RunSettings.of(options))
+        return self._begin(prompt, workspace, RunSettings.of(options))
 
     @shows(RunOptions)
     def submit(
@@ -164,7 +171,7 @@ class Runner(abc.ABC):
         check_keywords(Runner.submit, options)
         self._check_open()
         settings = RunSettings.of(options)
-        begin = functools.partial(self.begin, prompt, absolute(workspace), settings)
+        begin = functools.partial(self._begin, prompt, absolute(workspace), settings)
         future = RunFuture()
         self._futures[id(future)] = future
         future.add_done_callback(self._forget_future)
@@ -272,6 +279,55 @@ class Runner(abc.ABC):
         weakref.finalize(batch, self._batches.pop, id(batch), None).atexit = False
         return batch
 
+    def session(
+        self,
+        workspace: StrPath = ".",
+        *,
+        session_id: str | None = None,
+        title: str | None = None,
+        run_cfg: RunConfig | None = None,
+        on_permission: OnPermission | None = None,
+        on_question: OnQuestion | None = None,
+        timeout_s: float | None = None,
+        delete: bool = False,
+    ) -> Session:
+        """Begin or resume a conversation: each prompt is sent with what was said before.
+
+        The settings may say ``"ask"`` for a permission here. What needs a server is refused by a
+        client: a process per prompt asks nobody, and cannot look into a session.
+
+        Args:
+            workspace: The directory that the session works in.
+            session_id: The session to resume; None for a new one.
+            title: The session's title; None for the beginning of its first prompt.
+            run_cfg: Settings of its turns, in place of this runner's own as a whole.
+            on_permission: Called with a PermissionRequest for each tool that needs permission, a
+                sub-agent's too, in the thread that waits for the turn. Returns ``"once"``,
+                ``"always"``, ``"reject"``, or ``("reject", message)``, where the model gets the
+                message and goes on. An exception rejects the request, ends the turn, and is raised
+                where the turn is waited for. Without it every request is rejected, and the tool
+                stands in ``denied_tools``. Needs a server.
+            on_question: Called with a QuestionRequest in the same way. Returns the chosen labels
+                for each question, or None to decline. Without it the model cannot ask. Needs a
+                server.
+            timeout_s: Seconds for each turn that has no limit of its own.
+            delete: Delete the session from the server at :meth:`.Session.close`.
+        """
+        from .session import Session
+
+        self._check_open()
+        return Session(
+            self,
+            workspace,
+            session_id=session_id,
+            title=title,
+            run_cfg=run_cfg,
+            on_permission=on_permission,
+            on_question=on_question,
+            timeout_s=timeout_s,
+            delete=delete,
+        )
+
     def close(self) -> None:
         """End the runs under way; their callers get OpenCodeCancelledError. Idempotent."""
         self._closed = True
@@ -303,7 +359,7 @@ class Runner(abc.ABC):
 
     # -- for a batch and a session -------------------------------------------------------------
 
-    def begin(
+    def _begin(
         self,
         prompt: str,
         workspace: StrPath,
@@ -320,7 +376,8 @@ class Runner(abc.ABC):
             on_begin: Gets the stream before anything is started.
             on_end: Called with it when it has ended, in any thread.
         """
-        cfg = self._checked(settings.run_cfg, may_ask=answers is not NO_ANSWERS)
+        cfg = self._config(settings.run_cfg)
+        warnings = self._check(cfg, may_ask=answers is not NO_ANSWERS)
         request = Request(
             prompt,
             directory(workspace),
@@ -328,11 +385,11 @@ class Runner(abc.ABC):
             settings.output,
             answers,
             secrets=Secrets(self._run_cfg, cfg),
-            warnings=check_names(cfg.build_opencode_config_dict(), self._mcp_servers()),
+            warnings=warnings,
         )
         return RunStream(self, request, settings, on_begin=on_begin, on_end=on_end)
 
-    def prepare(self, cfg: RunConfig) -> None:  # noqa: B027 - mostly nothing
+    def _prepare(self, cfg: RunConfig) -> None:  # noqa: B027 - mostly nothing
         """Start what a batch of runs with *cfg* needs, or raise what would fail all of them."""
 
     # -- for a stream --------------------------------------------------------------------------
@@ -364,16 +421,18 @@ class Runner(abc.ABC):
         """What answers questions about sessions; OpenCodeConfigError without a server."""
         raise OpenCodeConfigError(f"this {NEEDS_SERVER}")
 
-    def _check(self, cfg: RunConfig, *, may_ask: bool = False) -> None:
-        """Refuse settings that this kind of runner cannot follow."""
-        validate_config_for_run(cfg, may_ask=may_ask, mcp_servers=self._mcp_servers())
+    def _config(self, run_cfg: RunConfig | None) -> RunConfig:
+        """The settings of a run that is given *run_cfg*."""
+        return checked_config(run_cfg, self._run_cfg)
 
-    def _mcp_servers(self) -> Iterable[str]:
-        """Names of those that a run on a server has, since the server was started with them."""
-        return self._run_cfg.build_opencode_config_dict().get("mcp") or ()
+    def _check(self, cfg: RunConfig, *, may_ask: bool = False) -> list[str]:
+        """Refuse settings that this kind of runner cannot follow; returns warnings of others."""
+        # A run on a server has the MCP servers that it was started with.
+        servers = self._run_cfg.build_opencode_config_dict().get("mcp") or ()
+        return validate_config_for_run(cfg, may_ask=may_ask, mcp_servers=servers)
 
     def _checked(self, run_cfg: RunConfig | None, *, may_ask: bool = False) -> RunConfig:
-        cfg = checked_config(run_cfg, self._run_cfg)
+        cfg = self._config(run_cfg)
         self._check(cfg, may_ask=may_ask)
         return cfg
 

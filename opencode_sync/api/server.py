@@ -1,7 +1,6 @@
 """A warm server: the verbs of the client, without a process per run.
 
     run(), stream(), ... --> Request --> ServerPool.begin() --> Turn, a source of events
-    session() ----------> Session, whose sends are turns of one session
 
 Two kinds: a server of our own, started when it is needed, and one that somebody else started, which
 ``connect`` reaches. Runs whose settings say ``attach`` go to the server that they name.
@@ -32,8 +31,6 @@ from .runner import Runner
 
 if TYPE_CHECKING:
     from ..server.sessions import SessionInfo, Sessions
-    from .permissions import OnPermission, OnQuestion
-    from .session import Session
 
 # A server takes 0.4 GB, with 16 sessions at work 0.8, with 8 directories 1.3: one that takes more
 # than this does not free its memory.
@@ -176,53 +173,6 @@ class OpenCodeServer(Runner):
         self.__init__(**state["settings"])  # type: ignore[misc]
         self._attacher = state["attacher"]
 
-    def session(
-        self,
-        workspace: StrPath = ".",
-        *,
-        session_id: str | None = None,
-        title: str | None = None,
-        run_cfg: RunConfig | None = None,
-        on_permission: OnPermission | None = None,
-        on_question: OnQuestion | None = None,
-        timeout_s: float | None = None,
-        delete: bool = False,
-    ) -> Session:
-        """Begin or resume a conversation: each prompt is sent with what was said before.
-
-        The settings may say ``"ask"`` for a permission here.
-
-        Args:
-            workspace: The directory that the session works in.
-            session_id: The session to resume; None for a new one.
-            title: The session's title; None for the beginning of its first prompt.
-            run_cfg: Settings of its turns, in place of this server's own as a whole.
-            on_permission: Called with a PermissionRequest for each tool that needs permission, a
-                sub-agent's too, in the thread that waits for the turn. Returns ``"once"``,
-                ``"always"``, ``"reject"``, or ``("reject", message)``, where the model gets the
-                message and goes on. An exception rejects the request, ends the turn, and is raised
-                where the turn is waited for. Without it every request is rejected, and the tool
-                stands in ``denied_tools``.
-            on_question: Called with a QuestionRequest in the same way. Returns the chosen labels
-                for each question, or None to decline. Without it the model cannot ask.
-            timeout_s: Seconds for each turn that has no limit of its own.
-            delete: Delete the session from the server at :meth:`.Session.close`.
-        """
-        from .session import Session
-
-        self._check_open()
-        return Session(
-            self,
-            workspace,
-            session_id=session_id,
-            title=title,
-            run_cfg=run_cfg,
-            on_permission=on_permission,
-            on_question=on_question,
-            timeout_s=timeout_s,
-            delete=delete,
-        )
-
     def sessions(self, workspace: StrPath | None = None) -> list[SessionInfo]:
         """List the server's sessions, of one directory or of all; the last used first."""
         where = None if workspace is None else str(directory(workspace))
@@ -233,12 +183,13 @@ class OpenCodeServer(Runner):
     def _default_workers(self) -> int:
         return WORKERS
 
-    def _check(self, cfg: RunConfig, *, may_ask: bool = False) -> None:
-        super()._check(cfg, may_ask=may_ask)
+    def _check(self, cfg: RunConfig, *, may_ask: bool = False) -> list[str]:
+        warnings = super()._check(cfg, may_ask=may_ask)
         check_server_wide(cfg, self._run_cfg if self._is_launched(cfg) else RunConfig())
+        return warnings
 
-    def _checked(self, run_cfg: RunConfig | None, *, may_ask: bool = False) -> RunConfig:
-        cfg = super()._checked(run_cfg, may_ask=may_ask)
+    def _config(self, run_cfg: RunConfig | None) -> RunConfig:
+        cfg = super()._config(run_cfg)
         if not self._is_launched(cfg) or cfg.config_overrides is not None:
             return cfg
         # What the server's settings deny is denied to each of its sessions.
@@ -248,7 +199,7 @@ class OpenCodeServer(Runner):
         """Whether runs with *cfg* go to a server of our own."""
         return not cfg.attach and self._attacher is None
 
-    def prepare(self, cfg: RunConfig) -> None:
+    def _prepare(self, cfg: RunConfig) -> None:
         if not cfg.attach:
             self._server()
 

@@ -37,8 +37,9 @@ from ..core.request import (
 )
 from ..core.result import RunResult, TokenUsage
 from ..core.stream import RunStream
+from ..core.text import money
 from .permissions import OnPermission, OnQuestion, answers_of
-from .runner import Runner
+from .runner import NEEDS_SERVER, Runner
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,19 +72,22 @@ class Session(Pinned):
         on_question: OnQuestion | None = None,
         timeout_s: float | None = None,
         delete: bool = False,
-        may_ask: bool = True,
     ) -> None:
-        """For the arguments, see ``OpenCodeServer.session``.
-
-        Args:
-            may_ask: *runner* passes on what OpenCode asks.
-        """
+        """For the arguments, see ``session`` of a server."""
+        self._may_ask = runner._keeps_sessions
+        for name, value in (
+            ("on_permission", on_permission),
+            ("on_question", on_question),
+            ("delete", delete),
+        ):
+            if value and not self._may_ask:
+                raise OpenCodeConfigError(f"{name} {NEEDS_SERVER}")
         self._runner = runner
         self._workspace = absolute(workspace)
         directory(self._workspace)
-        self._on_permission, self._on_question, self._may_ask = on_permission, on_question, may_ask
-        self._answers = answers_of(on_permission, on_question) if may_ask else NO_ANSWERS
-        cfg = runner._checked(run_cfg, may_ask=may_ask)
+        self._on_permission, self._on_question = on_permission, on_question
+        self._answers = answers_of(on_permission, on_question) if self._may_ask else NO_ANSWERS
+        cfg = runner._checked(run_cfg, may_ask=self._may_ask)
         if title is not None:
             cfg = cfg.replace(title=title)
         if session_id is not None:
@@ -177,7 +181,7 @@ class Session(Pinned):
         with self._in_session() as session_id:
             # OpenCode gives it the original's title, with "(fork #1)" after it.
             cfg = self._cfg.replace(title=None, continue_session=False, session_id=session_id)
-            if self._runner._keeps_sessions or message_id is not None:
+            if self._may_ask or message_id is not None:
                 fork_id = self._kept().fork(session_id, self._directory(), message_id=message_id)
                 cfg = cfg.replace(session_id=fork_id, fork=False, share=None)
             else:
@@ -190,7 +194,6 @@ class Session(Pinned):
                 on_question=self._on_question,
                 timeout_s=self._timeout_s,
                 delete=self._deletes,
-                may_ask=self._may_ask,
             )
 
     def messages(self) -> list[dict[str, Any]]:
@@ -276,7 +279,7 @@ class Session(Pinned):
                 self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._is_closed else f"${self.total_cost:g} spent"
+        state = "closed" if self._is_closed else f"{money(self.total_cost)} spent"
         return f"<Session {self.session_id or 'not begun'} in {self._workspace!r}, {state}>"
 
     # -- one prompt at a time ------------------------------------------------------------------
@@ -323,7 +326,7 @@ class Session(Pinned):
         key = self._acquire()
         try:
             self._check_open()
-            return self._runner.begin(
+            return self._runner._begin(
                 prompt,
                 self._workspace,
                 dataclasses.replace(settings, run_cfg=self._next_cfg(settings.run_cfg)),

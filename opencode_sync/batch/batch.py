@@ -6,7 +6,7 @@
 
 The caller's thread is the only one that touches the input, the progress, and what is given out;
 everything between is the dispatch's. Knows nothing of OpenCode: a job becomes a stream by the
-runner's ``begin``.
+runner's ``_begin``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeE
 from ..core.lifetime import REASON, Pinned, UnderWay
 from ..core.limits import LIMITS_OF_A_JOB, Budget
 from ..core.records import jsonable, result_of
-from ..core.request import RunSettings, absolute
+from ..core.request import OnError, RunSettings, absolute
 from ..core.result import RunResult
 from .checkpoint import Checkpoint, Saved, job_fingerprint, settings_fingerprint
 from .dispatch import Dispatch, label
@@ -44,8 +44,6 @@ from .tally import BatchReport, Progress, Tally
 from .throttle import Throttle
 
 _log = logging.getLogger("opencode_sync")
-
-OnError = Literal["raise", "return"]
 
 _NOT_ITERATED = (
     "no job of this batch has run, since nobody asked for a result: iterate over what map() "
@@ -341,7 +339,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
             dispatch.offer(index, saved)
             return
         if not self._is_prepared and self._options.executor is None:
-            self._runner.prepare(self._options.settings.run_cfg or RunConfig())
+            self._runner._prepare(self._options.settings.run_cfg or RunConfig())
         self._is_prepared = True
         dispatch.put(task)
 

@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future
+from contextlib import suppress
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -31,7 +32,7 @@ from ..core.limits import NO_BUDGET, Budget, Spent, is_of_batch
 from ..core.records import Entry
 from ..core.result import RunResult
 from .checkpoint import Checkpoint, Saved
-from .job import End, JobRunner, Listener, Outcome, Task, Work, outcome_of
+from .job import End, JobRunner, Listener, Outcome, Task, Work, outcome_of, packed
 from .tally import Tally
 from .throttle import Throttle
 
@@ -156,7 +157,7 @@ class Dispatch(Listener):
             in_flight = list(self._in_flight)
             self._notify()
         for future in in_flight:
-            future.cancel()
+            _cancel(future)
         self._work.stop(reason)
         if self._thread.is_alive() and not self.is_this_thread:
             self._thread.join(STOP_S)
@@ -249,7 +250,7 @@ class Dispatch(Listener):
                 task = replace(task, settings=replace(task.settings, limits=limits))
             # Not under our lock: an executor calls back with its own lock held.
             try:
-                future = self._executor.submit(self._work, task)
+                future = self._executor.submit(self._work, packed(task, self._executor))
             except Exception as error:  # noqa: BLE001 - broken, shut down, or unable to pickle
                 with self._lock:
                     self._pending.appendleft(task)
@@ -260,7 +261,7 @@ class Dispatch(Listener):
                 is_late = self._stop_by is not None
             future.add_done_callback(self._on_done)
             if is_late:
-                future.cancel()
+                _cancel(future)
 
     # -- taking in their ends
 
@@ -425,6 +426,13 @@ def label(end: End, task: Task) -> None:
 def _is_to_save(outcome: Outcome) -> bool:
     """Whether it belongs in the checkpoint: it ended by itself, or has spent something."""
     return outcome.is_final or bool(Spent.on(outcome.result))
+
+
+def _cancel(future: Future[Outcome]) -> None:
+    # Parsl's futures raise NotImplementedError. A job that begins nevertheless finds that its
+    # batch is over.
+    with suppress(Exception):
+        future.cancel()
 
 
 def _refused_by_executor(error: Exception) -> OpenCodeError:

@@ -4,7 +4,7 @@
     in another process:    Work --pickled--> RemoteWork(task) --+       |
                                     a copy of the runner, one   |       |
                                     for each worker process     v       v
-                                            carry_out() --> runner.begin() --> RunStream
+                                            carry_out() --> runner._begin() --> RunStream
                                                  |
                                                  +--> Outcome: a result, or an error in its place
 
@@ -25,10 +25,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import BrokenExecutor, CancelledError, Future
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from ..core.config import RunConfig
 from ..core.errors import (
@@ -53,7 +53,7 @@ End = RunResult | OpenCodeError
 class JobRunner(Protocol):
     """What a batch uses of a runner, which is pickled for jobs in other processes."""
 
-    def begin(
+    def _begin(
         self,
         prompt: str,
         workspace: str,
@@ -62,7 +62,7 @@ class JobRunner(Protocol):
         on_begin: Callable[[RunStream], None],
     ) -> RunStream: ...
 
-    def prepare(self, cfg: RunConfig) -> None: ...
+    def _prepare(self, cfg: RunConfig) -> None: ...
 
     def close(self) -> None: ...
 
@@ -155,7 +155,7 @@ def carry_out(
     refusals, is_waiting, wait_s = 0, False, None
     end: End
     try:
-        with runner.begin(task.prompt, task.workspace, task.settings, on_begin=remember) as stream:
+        with runner._begin(task.prompt, task.workspace, task.settings, on_begin=remember) as stream:
             for event in stream:
                 if event.get("type") == "step_finish":
                     listener.spent()
@@ -217,6 +217,10 @@ class Work:
     Pickled, it becomes a RemoteWork, which :meth:`stop` reaches too.
     """
 
+    # Without a __dict__: Parsl wraps what it is to call with functools.wraps, which would put a
+    # copy of it, locks included, into the wrapper that is pickled.
+    __slots__ = ("_listener", "_remote", "_runner", "_stop_reason", "_streams")
+
     def __init__(self, runner: JobRunner, listener: Listener) -> None:
         self._runner = runner
         self._listener = listener
@@ -227,7 +231,9 @@ class Work:
     def __repr__(self) -> str:
         return "opencode job"  # Dask shows it as the name of its task
 
-    def __call__(self, task: Task) -> Outcome:
+    def __call__(self, task: Task | bytes) -> Outcome:
+        assert isinstance(task, Task)  # bytes are for other processes
+
         def on_begin(stream: RunStream) -> None:
             self._streams[task.index] = stream
             # stop() looks for streams after it has set the reason: one of the two sees the other.
@@ -284,10 +290,15 @@ class RemoteWork:
     runner: bytes
     liveness: Liveness
 
-    def __call__(self, task: Task) -> Outcome:
+    def __call__(self, task: Task | bytes) -> Outcome:
         is_over = self.liveness.watch()
         if is_over():
             return Outcome(OpenCodeCancelledError("the batch was closed before the run began"))
+        if isinstance(task, bytes):
+            try:
+                task = cast(Task, pickle.loads(task))
+            except Exception as error:  # noqa: BLE001 - a class of the user's may raise anything
+                return Outcome(_unknown_here(error), is_remote=True)
         done = threading.Event()
 
         def cancel_when_over(stream: RunStream) -> None:
@@ -309,6 +320,35 @@ class RemoteWork:
             done.set()
 
 
+def packed(task: Task, executor: Executor) -> Task | bytes:
+    """*task* as it is passed to *executor*.
+
+    A pool of processes breaks as a whole, and the standard library's does not say why, if a worker
+    cannot unpickle what it is sent, such as a class of a notebook. Bytes always arrive.
+    """
+    pools = [kind for kind in type(executor).__mro__ if kind.__name__ == "ProcessPoolExecutor"]
+    if not pools:
+        return task
+    return pickle.dumps(task) if pools[-1] is _standard_pool() else _dumps(task)
+
+
+def _standard_pool() -> type[Executor] | None:
+    return getattr(sys.modules.get("concurrent.futures.process"), "ProcessPoolExecutor", None)
+
+
+def _dumps(value: Any) -> bytes:
+    # Dask and loky send more than pickle can: what cloudpickle pickles by value.
+    dumps: Callable[[Any], bytes] = getattr(sys.modules.get("cloudpickle"), "dumps", pickle.dumps)
+    return dumps(value)
+
+
+def _unknown_here(error: Exception) -> OpenCodeConfigError:
+    return OpenCodeConfigError(
+        f"the job cannot be unpickled in its worker process: {type(error).__name__}: {error}; "
+        "define the classes that it uses in a module, or use threads"
+    )
+
+
 def _sendable(end: End) -> End:
     """*end*, or an error where its ``parsed`` value cannot be pickled.
 
@@ -316,10 +356,8 @@ def _sendable(end: End) -> End:
     """
     if not isinstance(end, RunResult) or end.parsed is None:
         return end
-    # Dask sends more than pickle can: what cloudpickle pickles by value.
-    dumps = getattr(sys.modules.get("cloudpickle"), "dumps", pickle.dumps)
     try:
-        pickle.loads(dumps(end.parsed))
+        pickle.loads(_dumps(end.parsed))
         return end
     except Exception as error:  # noqa: BLE001 - a class of the user's may raise anything
         message = (

@@ -248,12 +248,15 @@ _ACCEPTED: dict[str, tuple[tuple[type, ...], str]] = {
 
 def validate_config_for_run(
     cfg: RunConfig, *, may_ask: bool = False, mcp_servers: Iterable[str] = ()
-) -> None:
+) -> list[str]:
     """Check settings that OpenCode would ignore, misread or hang on.
 
     Args:
         may_ask: There is somebody to ask, as with a session.
         mcp_servers: Names of MCP servers that the run has beside those of *cfg*.
+
+    Returns:
+        A sentence for each name of a permission or tool that may have no effect.
 
     Raises:
         OpenCodeConfigError: Names the field, its value unless it may be secret, and what to use.
@@ -268,7 +271,7 @@ def validate_config_for_run(
                 raise OpenCodeConfigError(
                     f"{prefix}tools {name!r} is {shown(is_on)}: use True or False"
                 )
-    check_names(config, mcp_servers)
+    warnings = check_names(config, mcp_servers)
     check_servers(config.get("mcp"))
     for key, value in config.items():
         try:
@@ -278,6 +281,7 @@ def validate_config_for_run(
     _check_combinations(cfg)
     _check_words(cfg)
     _check_environment(cfg.extra_env or {})
+    return warnings
 
 
 def validate_permission_actions(permission: Any, *, may_ask: bool = False) -> None:
@@ -385,9 +389,12 @@ def check_number(
 
 def check_count(name: str, value: object, least: int) -> None:
     """Check for a whole number of *least* or more, or None."""
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    if value is not None and not is_count:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise OpenCodeConfigError(f"{name} is {shown(value)}: use {least} or more, or None")
+    if value > sys.maxsize:  # which the standard library cannot count with
+        raise OpenCodeConfigError(f"{name} is larger than {sys.maxsize}: use None for no limit")
 
 
 def check_flag(name: str, value: object) -> None:

@@ -17,9 +17,10 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, TypeVar, cast
+from typing import Any, Literal, Protocol, TypedDict, TypeVar, cast, get_type_hints
 
 from .config import NO_CURRENT_DIRECTORY, RunConfig, check_flag, unencodable
 from .errors import OpenCodeConfigError, OpenCodeError, OpenCodeOutputError
@@ -30,10 +31,8 @@ from .result import ErrorInfo, RunResult, is_cut_off
 from .schema import Fit, OutputSchema, SchemaMismatch, output_schema
 from .secrets import Secrets
 
-if TYPE_CHECKING:
-    from concurrent.futures import Executor
-
 StrPath = str | os.PathLike[str]
+OnError = Literal["raise", "return"]
 
 
 # --- the options of a prompt ---------------------------------------------------------------------
@@ -115,7 +114,9 @@ class RunSettings:
         return cls(limits=Limits(**limits), output=output_schema(options.get("schema")), **own)
 
 
-_LIMITS = [each.name for each in dataclasses.fields(Limits)]
+_LIMITS = [
+    each.name for each in dataclasses.fields(Limits) if each.name in JobOptions.__annotations__
+]
 _SETTINGS = ["run_cfg", "log_file", "keep_events", "keep_raw"]
 
 BATCH_DEFAULTS: BatchOptions = {
@@ -163,7 +164,7 @@ def shows(options: Any) -> Callable[[_Verb], _Verb]:
         verb.__signature__ = whole  # type: ignore[attr-defined]
         # For typing.get_type_hints(), which does not look at the signature.
         verb.__annotations__.pop("options")
-        verb.__annotations__.update((p.name, p.annotation) for p in keywords)
+        verb.__annotations__.update(get_type_hints(options))
         return verb
 
     return with_signature

@@ -23,7 +23,7 @@ from typing import Any
 from ..core.errors import OpenCodeConfigError, kind_of
 from ..core.reading import TokenUsage, mapping, number_of, part_of, saved_usage
 from ..core.records import dumped, lines_in, own_key
-from ..core.text import one_line, printable
+from ..core.text import money, one_line, printable
 
 Record = Mapping[str, Any]
 
@@ -217,7 +217,7 @@ def _sub_agent(used: Record) -> str:
     usage = saved_usage(used.get("token_usage"))
     tokens = sum(getattr(usage, f.name) for f in fields(usage)[1:])
     name = f"{_text(used, 'agent')[:100]} {_text(used, 'title')[:100]}".strip()
-    return f"{name} ({tokens:,} tokens, ${number_of(used.get('total_cost')):.4f})"
+    return f"{name} ({tokens:,} tokens, {money(number_of(used.get('total_cost')))})"
 
 
 def _tool(part: Record) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import copy
 import inspect
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -242,6 +243,51 @@ def test_an_event_loop_can_wait_for_a_future_and_cancel_it(runner: ScriptedRunne
 
     assert asyncio.run(answer()) == "HELLO"
     assert held.cancelled()
+
+
+INTERRUPTED = """
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from tests.scripted import ScriptedRunner
+
+class Telling(ScriptedRunner):
+    def _open(self, request, scope, keep_raw):
+        source = super()._open(request, scope, keep_raw)
+        print("begun", flush=True)
+        return source
+
+    def _ended(self):
+        print("ended", flush=True)
+
+async def answer():
+    return await asyncio.wrap_future(client.submit("hold"))
+
+client = Telling()
+"""
+IN_ASYNCIO = "asyncio.run(answer())"
+IN_A_POOL = """
+with ThreadPoolExecutor() as executor, client:
+    executor.submit(client.run, "hold").result()
+"""
+
+
+@pytest.mark.parametrize("code", [IN_ASYNCIO, IN_A_POOL], ids=["asyncio", "thread pool"])
+def test_a_ctrl_c_in_asyncio_and_beside_a_pool_ends_the_run_and_the_program(code: str) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED + code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert child.stdout is not None
+    with child:
+        assert child.stdout.readline() == "begun\n"
+
+        child.send_signal(signal.SIGINT)
+
+        assert child.wait(WITHIN_S) == -signal.SIGINT
+        assert child.stdout.readline() == "ended\n"
 
 
 # --- closing -------------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def test_it_says_what_it_is(chat: Session) -> None:
 
     assert before.startswith("<Session not begun in ")
     assert repr(chat).startswith("<Session ses_1 in ")
-    assert repr(chat).endswith("$0.01 spent>")
+    assert repr(chat).endswith("$0.0100 spent>")
 
 
 # --- what needs a beginning, or a server ---------------------------------------------------------

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -20,6 +21,7 @@ import pytest
 from opencode_sync import (
     Job,
     OpenCodeCancelledError,
+    OpenCodeConfigError,
     OpenCodeError,
     OpenCodeOutputError,
     OpenCodeProcessError,
@@ -69,13 +71,14 @@ def test_jobs_run_on_an_executor_of_the_users_own(
     assert executor.submit(int, "3").result(timeout=10) == 3  # those that held on have ended
 
 
+@pytest.mark.parametrize("way", ["fork", "spawn"])
 def test_a_pool_that_loses_a_worker_loses_no_finished_result(
-    runner: ScriptedRunner, tmp_path: Path
+    runner: ScriptedRunner, tmp_path: Path, way: str
 ) -> None:
     path = tmp_path / "batch.jsonl"
     given: list[object] = []
 
-    with processes(1, "spawn") as pool:
+    with processes(1, way) as pool:
         jobs = ["a", "b", "die", "c"]
         batch = runner.map(jobs, executor=pool, checkpoint=path, on_error="return")
         with pytest.raises(OpenCodeError, match=r"worker was lost|takes no more jobs"):
@@ -101,6 +104,95 @@ def test_a_task_that_is_pickled_only_after_the_stop_is_not_begun() -> None:
 
     assert not os.path.exists(remote.liveness.path)
     assert isinstance(remote(Task(0, "a", ".")).end, OpenCodeCancelledError)
+
+
+# Executors that leave something in their process, and what the death of a worker ends.
+OTHERS = {
+    "multiprocessing": "pool",  # by a fork server
+    "loky": "pool",
+    "distributed": "job",
+    "parsl": "job",
+    "mpi4py": "program",  # as MPI defines it
+}
+WITH_ANOTHER = """
+import sys
+from tests.scripted import ScriptedRunner
+
+def executor_of(package):
+    if package == "multiprocessing":
+        from concurrent.futures import ProcessPoolExecutor
+        from multiprocessing import get_context
+        return ProcessPoolExecutor(1, get_context("forkserver"))
+    if package == "loky":
+        from loky import ProcessPoolExecutor
+        return ProcessPoolExecutor(1)
+    if package == "distributed":
+        from distributed import Client
+        return Client(n_workers=1, threads_per_worker=1, dashboard_address=":0").get_executor()
+    if package == "parsl":
+        from parsl import Config, HighThroughputExecutor
+        from parsl.concurrent import ParslPoolExecutor
+        nodes = HighThroughputExecutor(address="127.0.0.1", max_workers_per_node=1)
+        return ParslPoolExecutor(Config(executors=[nodes]))
+    from mpi4py.futures import MPIPoolExecutor
+    return MPIPoolExecutor(1)
+
+def tell(*words):
+    print(*words, flush=True)
+
+if __name__ == "__main__":
+    executor, runner = executor_of(sys.argv[1]), ScriptedRunner()
+    options = dict(executor=executor, max_workers=1, on_error="return")
+    with runner.map(["a", "hold b", "c"], **options) as batch:
+        tell(next(batch).answer)
+    tell("cancelled")
+    batch = runner.map(["d", "e", "die", "f"], checkpoint="batch.jsonl", **options)
+    for end in batch:
+        tell(getattr(end, "answer", "lost"))
+    executor.shutdown()
+"""
+
+
+@pytest.mark.parametrize("package", OTHERS)
+def test_other_executors_cancel_a_batch_and_lose_no_finished_result_with_a_worker(
+    tmp_path: Path, package: str
+) -> None:
+    pytest.importorskip(package)
+    ends = OTHERS[package]
+    # Parsl and MPI look for programs of theirs on PATH.
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+
+    child = subprocess.run(
+        [sys.executable, "-c", WITH_ANOTHER, package],
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=100,
+    )
+
+    after = {"pool": ["lost"], "job": ["lost", "F"], "program": []}[ends]
+    assert child.stdout.split() == ["A", "cancelled", "D", "E", *after]
+    assert (child.returncode == 0) == (ends == "job")
+    saved = (tmp_path / "batch.jsonl").read_text().splitlines()
+    assert len(saved) == 2 + after.count("F")
+
+
+def test_a_class_that_a_worker_does_not_know_is_an_error_that_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "__main__", notebook := ModuleType("__main__"))
+    exec("from typing import TypedDict\nclass Dog(TypedDict):\n    legs: int", vars(notebook))
+
+    with processes(1, "spawn") as pool, Answering() as runner:
+        (error,) = runner.map(
+            [GOOD], schema=vars(notebook)["Dog"], executor=pool, on_error="return"
+        )
+        answer = pool.submit(abs, -3).result(timeout=30)
+
+    assert isinstance(error, OpenCodeConfigError)
+    assert "AttributeError: Can't get attribute 'Dog' on <module '__main__'" in str(error)
+    assert answer == 3  # the pool goes on
 
 
 SCRIPT = """

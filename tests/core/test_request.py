@@ -41,7 +41,11 @@ def test_a_verb_shows_each_of_its_options_with_the_default_that_it_has() -> None
 
 
 def test_a_verb_has_type_hints_for_each_parameter_that_it_shows() -> None:
-    for verb in (OpenCodeClient.run, OpenCodeClient.stream, OpenCodeClient.submit, Session.send):
+    verbs: list[Any] = [
+        *(OpenCodeClient.run, OpenCodeClient.stream, OpenCodeClient.submit, OpenCodeClient.map),
+        *(OpenCodeClient.session, Session.send, Session.stream),
+    ]
+    for verb in verbs:
         hints = get_type_hints(verb)
 
         assert hints.keys() == {*inspect.signature(verb).parameters, "return"} - {"self"}
