@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 import gc
-import logging
 import math
 import multiprocessing
 import os
@@ -27,12 +26,11 @@ from opencode_sync import (
     OpenCodeClient,
     OpenCodeConfigError,
     OpenCodeServer,
-    OpenCodeTimeoutError,
     RunConfig,
     RunStream,
 )
-from tests.endings import Tools, script
-from tests.faults import standin_client, write_standin
+from tests.endings import Tools
+from tests.faults import standin_client
 
 NO_BINARY = "/none/opencode"
 LONG_S = 30.0
@@ -107,11 +105,6 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name(
 
     assert str(raised.value).startswith(name)
     assert message in str(raised.value)
-
-
-@pytest.mark.parametrize("concurrency", [None, 0, 1, 8], ids=repr)
-def test_any_number_of_starts_may_be_allowed(concurrency: int | None) -> None:
-    OpenCodeClient(NO_BINARY, concurrency, 0).close()
 
 
 def test_the_binary_is_looked_for_once(tmp_path: Path) -> None:
@@ -434,73 +427,3 @@ def test_when_control_returns_the_tools_are_gone(
     end(stream)
 
     assert not tools.living()
-
-
-def test_tools_that_a_run_left_behind_are_stopped_and_logged(
-    client: OpenCodeClient, workspace: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, logger="opencode_sync")
-
-    client.run("leave_tools", workspace)
-
-    assert any("left processes running" in record.getMessage() for record in caplog.records)
-
-
-def test_after_a_timeout_the_tools_are_gone(
-    client: OpenCodeClient, workspace: Path, tools: Tools
-) -> None:
-    with pytest.raises(OpenCodeTimeoutError):
-        client.run("with_tools", workspace, timeout_s=1.0)
-
-    assert not tools.living()
-
-
-def test_without_a_holder_the_tools_are_gone(
-    client: OpenCodeClient, workspace: Path, tools: Tools
-) -> None:
-    stream = client.stream("with_tools", workspace)
-    tools.wait_until_started()
-
-    del stream
-
-    assert not tools.living()
-
-
-def test_after_ctrl_c_the_tools_are_gone_before_the_script_goes_on(
-    workspace: Path, tools: Tools, tmp_path: Path
-) -> None:
-    with script(write_standin(tmp_path), workspace, "with_tools") as started:
-        tools.wait_until_started()
-        started.wait_for_the_run()
-
-        started.process.send_signal(signal.SIGINT)
-
-        assert started.line() == b"interrupted\n"
-        assert not tools.living()
-        assert started.process.wait(LONG_S) == 130
-
-
-def test_after_the_interpreter_s_exit_the_tools_are_gone(
-    workspace: Path, tools: Tools, tmp_path: Path
-) -> None:
-    with script(write_standin(tmp_path), workspace, "with_tools") as started:
-        tools.wait_until_started()
-
-        started.exit()
-
-        assert started.process.wait(LONG_S) == 0
-        assert not tools.living()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
-def test_soon_after_a_script_was_killed_the_tools_are_gone(
-    workspace: Path, tools: Tools, tmp_path: Path, number: signal.Signals
-) -> None:
-    with script(write_standin(tmp_path), workspace, "with_tools") as started:
-        tools.wait_until_started()
-        started.wait_for_the_run()
-
-        started.process.send_signal(number)
-
-        assert started.process.wait(LONG_S) == -number
-        tools.wait_until_gone()

@@ -297,11 +297,6 @@ def test_a_whole_value_is_taken_though_the_answer_was_cut_behind_it(tmp_path: Pa
     assert again == first
 
 
-def test_a_cut_answer_without_a_schema_is_incomplete() -> None:
-    with pytest.raises(OpenCodeIncompleteError, match="cut off"):
-        Answering(CUT).run("Describe it")
-
-
 # --- validators of the user's own ----------------------------------------------------------------
 
 
@@ -384,18 +379,6 @@ def test_a_repair_is_cancelled_as_a_run_is() -> None:
 
 
 # --- batches -------------------------------------------------------------------------------------
-
-
-def test_a_batch_gives_values_and_errors_in_their_places() -> None:
-    prompts = [f'{{"legs": {number}}}' for number in range(5)] + [WORDS]
-
-    with Answering() as runner:
-        ends = list(runner.map(prompts, schema=Bird, max_repairs=0, on_error="return"))
-
-    assert [end.parsed for end in ends[:5] if isinstance(end, RunResult)] == [
-        Bird(number) for number in range(5)
-    ]
-    assert isinstance(ends[5], OpenCodeOutputError)
 
 
 def test_values_come_back_from_worker_processes() -> None:

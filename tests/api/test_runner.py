@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -187,17 +187,6 @@ def test_no_more_than_max_workers_run_at_a_time(runner: ScriptedRunner) -> None:
 
     assert (len(done), not_done) == (20, set())
     assert runner.most <= 2
-
-
-def test_as_completed_gives_them_as_they_end(runner: ScriptedRunner) -> None:
-    late, early = runner.submit("hold"), runner.submit("early")
-
-    ended = as_completed([late, early], timeout=WITHIN_S)
-
-    assert next(ended) is early
-    runner.wait_for(2)
-    runner.release()
-    assert next(ended) is late
 
 
 def test_cancel_ends_a_run_that_is_under_way(runner: ScriptedRunner) -> None:

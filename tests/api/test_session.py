@@ -321,30 +321,6 @@ def test_a_reply_that_is_none_rejects_and_is_an_error(server: OpenCodeServer) ->
     assert json.loads(chat.send("ask me").answer) == {"reply": "once"}
 
 
-@pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt])
-def test_what_a_callback_raises_ends_the_turn_and_comes_out(
-    server: OpenCodeServer, kind: type[BaseException]
-) -> None:
-    raised = kind()
-
-    def refuse(request: PermissionRequest) -> Any:
-        raise raised
-
-    chat = server.session(on_permission=refuse)
-    with pytest.raises(kind) as caught:
-        chat.send("ask me")
-
-    assert caught.value is raised
-    assert chat.send("say hello").answer == "hello"
-
-
-def test_without_a_callback_auto_decides(server: OpenCodeServer) -> None:
-    careful, trusting = server.session(), server.session(run_cfg=RunConfig(auto=True))
-
-    assert json.loads(careful.send("ask me").answer) == {"reply": "reject"}
-    assert json.loads(trusting.send("ask me").answer) == {"reply": "once"}
-
-
 # --- requests ------------------------------------------------------------------------------------
 
 BASH = {

@@ -19,7 +19,6 @@ from opencode_sync import (
     validate_config_for_run,
     validate_permission_actions,
 )
-from opencode_sync.core.config import merged
 
 
 def full_config() -> RunConfig:
@@ -163,21 +162,6 @@ def test_an_empty_mapping_is_a_setting_and_the_json_keeps_characters_as_they_are
     cfg = RunConfig(permission={}, config_overrides={"username": "Åsa 😀"})
 
     assert cfg.opencode_config_content_json() == '{"username": "Åsa 😀", "permission": {}}'
-
-
-def test_mappings_merge_and_everything_else_replaces() -> None:
-    under = {"kept": 1, "both": {"x": 1}, "list": [1], "word": {"x": 1}, "null": {"x": 1}, "one": 1}
-    over = {"new": 2, "both": {"y": 2}, "list": [2], "word": 2, "null": None, "one": {"x": 2}}
-
-    assert merged(under, over) == {
-        "kept": 1,
-        "new": 2,
-        "both": {"x": 1, "y": 2},
-        "list": [2],
-        "word": 2,
-        "null": None,
-        "one": {"x": 2},
-    }
 
 
 # --- permissions ---------------------------------------------------------------------------------

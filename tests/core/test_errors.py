@@ -130,12 +130,6 @@ def test_errors_that_differ_are_not_equal(other: object) -> None:
 # --- what they carry -----------------------------------------------------------------------------
 
 
-def test_every_error_has_the_result_so_far_and_a_place_for_its_job() -> None:
-    for error in every_error():
-        assert error.result == partial_result()
-        assert (error.prompt, error.index, error.key) == (None, None, None)
-
-
 @pytest.mark.parametrize(
     "error, base",
     [
@@ -151,19 +145,6 @@ def test_an_error_is_also_what_the_standard_library_calls_it(
 ) -> None:
     assert isinstance(error, base)
     assert str(error) == "x"
-
-
-def test_a_process_error_keeps_what_the_process_said() -> None:
-    error = OpenCodeProcessError(
-        2, "\x1b[91mred\x1b[0m", ({"type": "diagnostic"},), ("a", "b"), reason="\x1b[1mwhy\x1b[0m"
-    )
-
-    assert error.exit_code == 2
-    assert error.stderr == "\x1b[91mred\x1b[0m"
-    assert error.events == [{"type": "diagnostic"}]
-    assert error.raw_stdout_lines == ["a", "b"]
-    assert error.reason == "\x1b[1mwhy\x1b[0m"
-    assert error.result is None
 
 
 # --- what they say -------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import threading
 import time
 from collections.abc import Sequence
@@ -392,14 +391,3 @@ def test_the_error_names_the_budget_that_is_spent(budget: Budget, spent: Spent, 
     assert budget.is_spent(spent)
 
     assert str(budget.error(spent, Spent(), "it ended")).startswith(told)
-
-
-def test_an_error_pickles_with_its_result() -> None:
-    stream = stream_of(Script([text("so far"), RETRY], forever()), timeout_s=0.05)
-    with pytest.raises(OpenCodeTimeoutError) as caught:
-        stream.wait()
-
-    copy = pickle.loads(pickle.dumps(caught.value))
-
-    assert copy == caught.value
-    assert copy.result == stream.result

@@ -21,7 +21,6 @@ from opencode_sync import (
     OpenCodeProcessError,
     OpenCodeTimeoutError,
     RunConfig,
-    build_argv,
 )
 from opencode_sync.core.events import Event, parse_event_line
 from opencode_sync.core.result import ErrorInfo
@@ -60,12 +59,6 @@ def test_secrets_are_in_the_child_s_environment_and_not_on_its_command_line(
     assert "look_around" not in argv  # nor is the prompt
     assert f"PROVIDER_API_KEY={SECRET}" in environ
     assert f'"apiKey": "{SECRET}"' in environ
-
-
-def test_a_server_s_password_is_not_on_the_command_line() -> None:
-    argv = build_argv("opencode", None, RunConfig(attach="http://x", password=SECRET))
-
-    assert SECRET not in " ".join(argv)
 
 
 def test_nothing_that_is_printed_shows_secrets(client: OpenCodeClient, workspace: Path) -> None:
@@ -283,12 +276,6 @@ def test_an_error_stays_one_where_a_secret_is_called_like_it() -> None:
 
     assert cleaned["type"] == json.loads(line)["type"] == "error"
     assert "an error" not in f"{cleaned}{line}"
-
-
-def test_events_without_a_secret_are_given_as_they_are() -> None:
-    events: list[Event] = [{"type": "error", "error": {}}, {"type": "retry"}]
-
-    assert secrets_of(password=QUOTED).clean_events(events) is events
 
 
 def test_what_a_child_repeats_on_stderr_is_masked(client: OpenCodeClient, workspace: Path) -> None:
