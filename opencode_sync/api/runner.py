@@ -59,7 +59,7 @@ else:
     # What they are, for typing.get_type_hints(): their modules are loaded when they are used.
     BatchRun, Session, OnPermission, OnQuestion = Iterator, Pinned, Callable, Callable
 
-NEEDS_SERVER = (
+_NEEDS_SERVER = (
     "needs a server: a process per turn asks nobody, and ends with its turn; use a session of "
     "OpenCodeServer"
 )
@@ -316,6 +316,10 @@ class Runner(abc.ABC):
         from .session import Session
 
         self._check_open()
+        needs = {"on_permission": on_permission, "on_question": on_question, "delete": delete}
+        for name, value in needs.items():
+            if value and not self._keeps_sessions:
+                raise OpenCodeConfigError(f"{name} {_NEEDS_SERVER}")
         return Session(
             self,
             workspace,
@@ -419,7 +423,7 @@ class Runner(abc.ABC):
 
     def _kept_sessions(self, cfg: RunConfig) -> Sessions:
         """What answers questions about sessions; OpenCodeConfigError without a server."""
-        raise OpenCodeConfigError(f"this {NEEDS_SERVER}")
+        raise OpenCodeConfigError(f"this {_NEEDS_SERVER}")
 
     def _config(self, run_cfg: RunConfig | None) -> RunConfig:
         """The settings of a run that is given *run_cfg*."""

@@ -13,10 +13,10 @@ import dataclasses
 import functools
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.config import RunConfig, validate_config_for_run
 from ..core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
@@ -25,6 +25,7 @@ from ..core.limits import Limits
 from ..core.reading import number_of, usage_of
 from ..core.request import (
     NO_ANSWERS,
+    Answers,
     RunOptions,
     RunSettings,
     StreamOptions,
@@ -39,7 +40,6 @@ from ..core.result import RunResult, TokenUsage
 from ..core.stream import RunStream
 from ..core.text import money
 from .permissions import OnPermission, OnQuestion, answers_of
-from .runner import NEEDS_SERVER, Runner
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,6 +48,27 @@ if TYPE_CHECKING:
 
 SUMMARY_S = 600.0  # bound on a summary, where the session has no timeout_s
 _CLOSED = "the session was closed"
+
+
+class SessionRunner(Protocol):
+    """What a session uses of its client or server."""
+
+    _keeps_sessions: bool
+
+    def _checked(self, run_cfg: RunConfig | None, *, may_ask: bool) -> RunConfig: ...
+
+    def _kept_sessions(self, cfg: RunConfig) -> Sessions: ...
+
+    def _begin(
+        self,
+        prompt: str,
+        workspace: StrPath,
+        settings: RunSettings,
+        *,
+        answers: Answers,
+        on_begin: Callable[[RunStream], None],
+        on_end: Callable[[RunStream], None],
+    ) -> RunStream: ...
 
 
 class Session(Pinned):
@@ -62,7 +83,7 @@ class Session(Pinned):
 
     def __init__(
         self,
-        runner: Runner,
+        runner: SessionRunner,
         workspace: StrPath = ".",
         *,
         session_id: str | None = None,
@@ -74,15 +95,7 @@ class Session(Pinned):
         delete: bool = False,
     ) -> None:
         """For the arguments, see ``session`` of a server."""
-        self._may_ask = runner._keeps_sessions
-        for name, value in (
-            ("on_permission", on_permission),
-            ("on_question", on_question),
-            ("delete", delete),
-        ):
-            if value and not self._may_ask:
-                raise OpenCodeConfigError(f"{name} {NEEDS_SERVER}")
-        self._runner = runner
+        self._runner, self._may_ask = runner, runner._keeps_sessions
         self._workspace = absolute(workspace)
         directory(self._workspace)
         self._on_permission, self._on_question = on_permission, on_question
