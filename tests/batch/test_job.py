@@ -182,7 +182,10 @@ def test_a_class_that_a_worker_does_not_know_is_an_error_that_names_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "__main__", notebook := ModuleType("__main__"))
-    exec("from typing import TypedDict\nclass Dog(TypedDict):\n    legs: int", vars(notebook))
+    exec(
+        "from typing_extensions import TypedDict\nclass Dog(TypedDict):\n    legs: int",
+        vars(notebook),
+    )
 
     with processes(1, "spawn") as pool, Answering() as runner:
         (error,) = runner.map(
