@@ -246,6 +246,7 @@ class Runner(abc.ABC):
             progress: Show a bar where stderr is a terminal or a notebook. Elsewhere, as in the log
                 of a service or of a CI, print a line every *progress_interval_s* seconds while the
                 batch is iterated, and one at its end. ``"always"`` shows the bar there too.
+            progress_interval_s: Seconds between two such lines.
             checkpoint: A file of finished jobs, a line of JSON each, on disk before the result is
                 given. Jobs found in it are not run again: their results come from the file.
             retry_failed: Run those again that failed in the checkpoint; False gives their errors.
