@@ -384,7 +384,7 @@ def test_a_script_that_leaves_runs_behind_ends_all_the_same(script: str, status:
 def test_what_is_under_way_stays_in_its_process(
     runner: ScriptedRunner, under_way: str, copied: Callable[[object], object]
 ) -> None:
-    made = {
+    made: Any = {
         "stream": lambda: runner.stream("hello"),
         "map": lambda: runner.map(["hello"]),
         "submit": lambda: runner.submit("hello"),
@@ -394,7 +394,7 @@ def test_what_is_under_way_stays_in_its_process(
     with pytest.raises(OpenCodeConfigError, match=r"cannot leave its process: (pass|resume)"):
         copied(made)
     if under_way == "map":
-        made.close()  # type: ignore[attr-defined]  # or it warns that nobody iterates over it
+        made.close()  # or it warns that nobody iterates over it
 
 
 def test_a_result_that_is_pickled_in_mid_run_is_what_has_come(runner: ScriptedRunner) -> None:
@@ -432,12 +432,12 @@ BATCHES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "str as jobs": ("well", {}, "jobs is str: use an iterable of prompts"),
     "one Job as jobs": (Job("well"), {}, "jobs is Job: use an iterable of prompts"),
     "dict as jobs": ({"well": 1}, {}, "jobs is dict: use an iterable of prompts"),
-    "number as a job": ([7], {}, "job 0 is int: use a str or a Job"),
-    "number as a key": ([Job("well", key=7)], {}, "job 0 has a key of type int: use a str"),  # type: ignore[arg-type]
+    "number as a job": ([7], {}, "job is int: use a str or a Job"),
+    "number as a key": ([Job("well", key=7)], {}, "job has a key of type int: use a str"),  # type: ignore[arg-type]
     "dict as a job's settings": (
         [Job("well", run_cfg={})],  # type: ignore[arg-type]
         {},
-        "job 0 has a run_cfg of type dict: use a RunConfig",
+        "job has a run_cfg of type dict: use a RunConfig",
     ),
     "no buffer": (["well"], {"buffersize": 0}, "buffersize is 0: use 1 or more, or None"),
     "no workers": (["well"], {"max_workers": 0}, "max_workers is 0: use 1 or more, or None"),
