@@ -433,11 +433,11 @@ BATCHES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "one Job as jobs": (Job("well"), {}, "jobs is Job: use an iterable of prompts"),
     "dict as jobs": ({"well": 1}, {}, "jobs is dict: use an iterable of prompts"),
     "number as a job": ([7], {}, "job is int: use a str or a Job"),
-    "number as a key": ([Job("well", key=7)], {}, "job has a key of type int: use a str"),  # type: ignore[arg-type]
+    "number as a key": ([Job("well", key=7)], {}, "the job's key is of type int: use a str"),  # type: ignore[arg-type]
     "dict as a job's settings": (
         [Job("well", run_cfg={})],  # type: ignore[arg-type]
         {},
-        "job has a run_cfg of type dict: use a RunConfig",
+        "the job's run_cfg is of type dict: use a",
     ),
     "no buffer": (["well"], {"buffersize": 0}, "buffersize is 0: use 1 or more, or None"),
     "no workers": (["well"], {"max_workers": 0}, "max_workers is 0: use 1 or more, or None"),
