@@ -52,7 +52,8 @@ class Connection:
         label: Its host and port.
         password: The password that is sent, or None.
         lost: Why the server is gone, once that is known; requests that fail then say so.
-        is_silent: The last request that has ended got no response in time.
+        await_loss: Called when a request fails: returns when *lost* is known, if it will be soon.
+        is_silent: Whether the last request got no response in time.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Connection:
         self.label = parts.netloc.rpartition("@")[2]
         self.url = parts._replace(netloc=self.label).geturl().rstrip("/")
         self.lost: str | None = None
+        self.await_loss: Callable[[], object] = lambda: None
         self.is_silent = False
         username = username or unquote(parts.username or "") or USER
         password = password if password is not None else unquote(parts.password or "")
@@ -100,6 +102,7 @@ class Connection:
             base_url=self.url,
             auth=self._auth,
             transport=transport,
+            timeout=None,  # see _Call
             # The environment's proxy, and credentials in a .netrc, are not meant for us.
             trust_env=False,
         )
@@ -149,7 +152,6 @@ class Connection:
                 content=None if body is None else json.dumps(body).encode(),
                 headers=headers,
                 params={name: value for name, value in params.items() if value is not None},
-                timeout=_timeout(),
             ) as response,
         ):
             content = _read(response, max_bytes)
@@ -164,12 +166,19 @@ class Connection:
         """POST to *path*; see :meth:`request`."""
         return self.request("POST", path, body, **params)
 
+    def object(self, path: str, **params: Any) -> dict[str, Any]:
+        """GET *path*, whose response must be a JSON object; see :meth:`request`."""
+        response = self.get(path, **params)
+        if isinstance(response, dict):
+            return response
+        raise _unexpected(path, "an object", response)
+
     def objects(self, path: str, **params: Any) -> list[dict[str, Any]]:
         """GET *path*, whose response must be a list of JSON objects; see :meth:`request`."""
-        response = self.request("GET", path, **params)
+        response = self.get(path, **params)
         if isinstance(response, list) and all(isinstance(each, dict) for each in response):
             return response
-        raise _odd_response(f"GET {path}", "a list of objects", response)
+        raise _unexpected(path, "a list of objects", response)
 
     def in_background(
         self,
@@ -209,7 +218,9 @@ class Connection:
 
         with (
             self._calling("GET", path, math.inf, is_stream=True) as client,
-            client.sse(path, timeout=_timeout(silence_s), max_event_size=MAX_BYTES) as source,
+            client.sse(
+                path, timeout=httpx2.Timeout(None, read=silence_s), max_event_size=MAX_BYTES
+            ) as source,
         ):
             if source.response.status_code != 200:
                 _parsed_response(source.response, _read(source.response, MAX_BYTES))
@@ -263,6 +274,8 @@ class Connection:
         except (httpx2.HTTPError, httpx2.InvalidURL, RuntimeError) as error:
             if isinstance(error, httpx2.TimeoutException):
                 self.is_silent = True
+            elif not is_stream and not call.is_cut:
+                self.await_loss()
             words = str(error) or type(error).__name__
             reason = self.lost or f"the server at {self.url} does not answer: {words}"
             raise OpenCodeServerError(f"{reason} ({method} {path})") from error
@@ -359,12 +372,6 @@ class _Stream:
         return getattr(self._stream, name)
 
 
-def _timeout(read_s: float | None = None) -> httpx2.Timeout:
-    import httpx2
-
-    return httpx2.Timeout(None, read=read_s)
-
-
 # -- URLs and responses --------------------------------------------------------------------------
 
 
@@ -438,17 +445,9 @@ def _refusal(response: httpx2.Response, content: bytes) -> str:
     return content[:500].decode("utf-8", "replace").strip() or response.reason_phrase
 
 
-def checked_object(where: str, response: Any) -> dict[str, Any]:
-    """Return *response*, which must be a JSON object; else raise OpenCodeServerError."""
-    if isinstance(response, dict):
-        return response
-    raise _odd_response(where, "an object", response)
-
-
-def _odd_response(where: str, wanted: str, got: object) -> OpenCodeServerError:
-    """Return the error for a response of another shape than OpenCode's."""
+def _unexpected(path: str, wanted: str, got: object) -> OpenCodeServerError:
     kind = "null" if got is None else type(got).__name__
     return OpenCodeServerError(
-        f"the server answered {where} with {kind} where {wanted} was expected: "
+        f"the server answered GET {path} with {kind} where {wanted} was expected: "
         "is it OpenCode 1.17 or later?"
     )

@@ -39,7 +39,7 @@ JOIN_S = 2.0  # bound on waiting for the reader
 
 MAX_WAITING = 4 * MAX_BYTES  # characters of messages that a mailbox keeps
 
-# Types of messages that are ours; the server sends no such ones.
+# Types of messages that we make ourselves.
 REFUSED = "provider.refused"  # what preload.js saw of a provider's refusal
 ANSWER = "answer"  # the end of a request whose response comes only when all is done
 WAKE = "wake"  # says nothing: wakes who waits
@@ -57,15 +57,6 @@ GAP = Message("", "gap", {})
 """Messages may be missing here: ask for the state. The messages after it may repeat some of it."""
 
 
-class _Lost(NamedTuple):
-    reason: str
-
-
-class _Sized(NamedTuple):
-    message: Message
-    size: int
-
-
 class Mailbox:
     """The messages about one session and its sub-agents' sessions.
 
@@ -77,8 +68,9 @@ class Mailbox:
     """
 
     def __init__(self, routes: dict[str, Mailbox], session_id: str) -> None:
-        # Its put() is reentrant, so a finaliser can use it in any thread.
-        self._queue: lifetime.Queue[_Sized | _Lost] = lifetime.Queue()
+        # Its put() is reentrant, so that a finaliser can use it in any thread.
+        # Has messages with their sizes, and at the end why the server is gone.
+        self._queue: lifetime.Queue[tuple[Message, int] | str] = lifetime.Queue()
         # Written by the reader alone, and by the receiver alone: the difference is what waits.
         self._put_size = self._taken_size = 0
         self._is_full = False
@@ -114,13 +106,13 @@ class Mailbox:
         self.wait(timeout)
         item = self._queue.get_nowait()
         with suppress(queue.Empty):
-            while not isinstance(item, _Lost):
-                messages.append(item.message)
-                self._taken_size += item.size
+            while not isinstance(item, str):
+                messages.append(item[0])
+                self._taken_size += item[1]
                 item = self._queue.get_nowait()
             self._queue.put(item)  # for the next call, and all after it
             if not messages:
-                raise OpenCodeServerError(item.reason)
+                raise OpenCodeServerError(item)
         return messages
 
     def put(self, message: Message, size: int = 0) -> None:
@@ -134,16 +126,16 @@ class Mailbox:
         if size and self._put_size - self._taken_size + size > MAX_WAITING:
             if not self._is_full:
                 self._is_full = True
-                self._queue.put(_Sized(GAP, 0))
+                self._queue.put((GAP, 0))
             return
         if size:
             self._is_full = False
             self._put_size += size
-        self._queue.put(_Sized(message, size))
+        self._queue.put((message, size))
 
     def fail(self, reason: str) -> None:
         """Have :meth:`receive` raise, after the messages that have come; from any thread."""
-        self._queue.put(_Lost(reason))
+        self._queue.put(reason)
 
     def close(self) -> None:
         """Take no more messages. Idempotent, from any thread."""

@@ -161,7 +161,7 @@ class Launcher:
             raise
 
     def remember(self, session_id: str, workspace: str) -> None:
-        """Keep in a data directory that stays that there is this session."""
+        """Note the session in a data directory that is kept, for later runners."""
         if self._is_kept and self._lease is not None:
             self._lease.remember(session_id, workspace)
 
@@ -262,7 +262,7 @@ class ServerPool:
         try:
             turn = server.begin(request, scope)
         except OpenCodeServerError as error:
-            if error.status_code is not None or scope.is_over or not server.has_died():
+            if error.status_code is not None or scope.is_over or not server.is_gone:
                 raise
             # It had died before, and has taken nothing: the next one may.
             server = self.current(scope, for_turn=True)
@@ -273,14 +273,9 @@ class ServerPool:
             # Before it is sent: a Ctrl-C after that would leave a turn at work that nobody stops.
             self._starter.remember(turn.session_id, str(request.workspace))
             turn.send()
-        except BaseException as error:
+        except BaseException:
             turn.close()
-            # The prompt may be at work: it is not sent twice.
-            is_lost = isinstance(error, OpenCodeServerError) and error.status_code is None
-            if is_lost and not scope.is_over and server.has_died():
-                reason = server.connection.lost
-                raise OpenCodeServerError(reason or str(error)) from error
-            raise
+            raise  # the prompt may be at work: it is not sent twice
         return turn
 
     def give_up(self) -> None:

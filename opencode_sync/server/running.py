@@ -10,6 +10,7 @@ their order; nothing of when a server is started.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from contextlib import closing, suppress
@@ -40,7 +41,7 @@ from .turn import ABORT_S, Turn, add_no_space
 _log = logging.getLogger("opencode_sync")
 
 DISPOSE_S = 1.5  # bound on asking a server to stop what it runs; it takes 0.3 s
-EXIT_S = 1.0  # how long the exit of a server that does not respond may take to be seen
+EXIT_S = 1.0  # how long the exit of a server that has broken a connection may take to be seen
 
 # Our own server counts as dead if it leaves two such requests in a row unanswered. Two, so that it
 # is not blamed where all of us were suspended for a while, as a container can be.
@@ -105,6 +106,7 @@ class RunningServer:
         self._health: threading.Thread | None = None
         try:
             if process is not None:
+                self.connection.await_loss = functools.partial(process.wait_exited, EXIT_S)
                 process.feed = self.feed
                 if process.ending is not None:  # before it could tell the feed
                     raise OpenCodeServerError(process.ending)
@@ -134,10 +136,6 @@ class RunningServer:
         """Whether it has ended, so far as is known."""
         has_exited = self.process is not None and self.process.has_exited
         return has_exited or self.connection.lost is not None
-
-    def has_died(self) -> bool:
-        """Whether it has ended; waits for an exit that is just happening."""
-        return self.is_gone or (self.process is not None and self.process.wait_exited(EXIT_S))
 
     def retire(self) -> None:
         """Take no more turns, and close when the last one has ended."""

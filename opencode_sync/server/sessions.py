@@ -19,7 +19,7 @@ from urllib.parse import quote
 from ..core.errors import OpenCodeConfigError, OpenCodeServerError
 from ..core.lifetime import CancelScope
 from ..core.reading import OUTPUT_TOOL, denied_tool, mapping, number_of
-from .connection import FIRST_S, MAX_LIST_BYTES, REQUEST_S, Connection, checked_object
+from .connection import FIRST_S, MAX_LIST_BYTES, REQUEST_S, Connection
 
 MOST = 10_000  # sessions in a list; by default OpenCode gives 100
 
@@ -76,8 +76,7 @@ class Sessions:
         if session_id.startswith("ses"):
             path = path_of(session_id)
             try:
-                session = self._connection.get(path, **self._in(directory, FIRST_S))
-                return checked_object(f"GET {path}", session)
+                return self._connection.object(path, **self._in(directory, FIRST_S))
             except OpenCodeServerError as error:
                 if error.status_code != 404:
                     raise

@@ -36,7 +36,7 @@ from ..core.request import Request
 from ..core.result import RunResult
 from ..process import tree
 from ..process.stderr import no_space
-from .connection import REQUEST_S, Connection, checked_object
+from .connection import REQUEST_S, Connection
 from .feed import ANSWER, GAP, WAKE, Mailbox, Message
 from .protocol import Translator, parts_of
 from .sessions import is_prompt_with_format, path_of, stored_messages
@@ -359,9 +359,7 @@ class Turn:
         return self._scope.is_over or time.monotonic() >= self._wait_until
 
     def _is_busy(self) -> bool:
-        path = "/session/status"
-        status = self._connection.get(path, **self._settings())
-        return self.session_id in checked_object(f"GET {path}", status)
+        return self.session_id in self._connection.object("/session/status", **self._settings())
 
     def _has_begun(self) -> bool:
         if self._translator.has_begun or self._is_busy():

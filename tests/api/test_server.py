@@ -162,12 +162,22 @@ def test_after_its_death_the_next_run_starts_it_again_and_sessions_go_on(
         assert not library.exists()  # what the first one has unpacked
 
 
+def test_a_question_about_a_session_that_the_server_dies_of_says_so(
+    server: OpenCodeServer, workspace: Path
+) -> None:
+    with server.session(workspace, title="fatal") as chat:
+        chat.send("say one")
+
+        with pytest.raises(OpenCodeServerError, match="status 3; the next call starts a new one"):
+            chat.messages()
+
+
 def test_a_prompt_that_may_have_been_taken_is_not_sent_to_the_next_server(
     serve: Serve, workspace: Path, tmp_path: Path
 ) -> None:
     server = serve(data_dir=tmp_path / "kept")
 
-    with pytest.raises(OpenCodeServerError):
+    with pytest.raises(OpenCodeServerError, match="status 3; the next call starts a new one"):
         server.run("vanish", workspace)
 
     [noted] = (tmp_path / "kept").rglob("vanished")

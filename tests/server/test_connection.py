@@ -18,7 +18,7 @@ import pytest
 
 from opencode_sync.core.errors import OpenCodeConfigError, OpenCodeServerError
 from opencode_sync.core.lifetime import CancelScope
-from opencode_sync.server.connection import MAX_BYTES, Connection, checked_object
+from opencode_sync.server.connection import MAX_BYTES, Connection
 from tests.webserver import WITHIN_S, Answer, WebServer
 
 SECRET = "a-secret-word"
@@ -390,6 +390,6 @@ def test_a_response_of_another_shape_is_an_error_that_names_the_request(
     connection = connect(server.url)
 
     with pytest.raises(OpenCodeServerError, match="answered GET /session with"):
-        checked_object("GET /session", connection.get("/session"))
+        connection.object("/session")
     with pytest.raises(OpenCodeServerError, match="answered GET /session with"):
         connection.objects("/session")
