@@ -227,14 +227,6 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], psutil.Pro
         child.communicate()
 
 
-def test_a_tool_whose_run_crashed_is_a_leftover(
-    tool: Callable[[str], psutil.Process], crashed: int
-) -> None:
-    process = tool(f"{crashed}-abc.1")
-
-    assert Leftovers.find().processes == [process]
-
-
 @pytest.mark.parametrize("inner", ["", "/{crashed}-abc.1"], ids=["a run", "a run in a run"])
 def test_a_tool_whose_outer_run_is_alive_is_not_a_leftover(
     tool: Callable[[str], psutil.Process], crashed: int, inner: str

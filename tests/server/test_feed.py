@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -163,7 +162,7 @@ def test_a_stream_that_falls_silent_is_opened_again(
     assert GAP in mailbox.receive(WITHIN_S)
 
 
-def test_a_server_that_is_gone_fails_all_who_wait(
+def test_a_server_that_does_not_come_back_fails_all_who_wait(
     server: WebServer, stream: EventStream, feed: Feed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_sse, "REOPEN_S", 0.1)
@@ -176,35 +175,25 @@ def test_a_server_that_is_gone_fails_all_who_wait(
             mailbox.receive(WITHIN_S)
 
 
-def test_who_is_told_that_the_server_is_gone_tells_all(stream: EventStream, feed: Feed) -> None:
+def test_the_first_reason_of_a_loss_is_told_to_all_after_what_came_before(
+    stream: EventStream, feed: Feed
+) -> None:
     before = stream.mailbox("ses_a")
+    before.put(Message("ses_a", "last", {}))
 
     stream.lose("the server was ended by signal 9")
     stream.lose("a later reason")
 
+    assert kinds(before.receive(0)) == ["last"]
     for mailbox in (before, before, stream.mailbox("ses_b")):
         with pytest.raises(OpenCodeServerError, match=r"^the server was ended by signal 9$"):
-            mailbox.receive(WITHIN_S)
+            mailbox.receive(0)
 
 
-def test_messages_from_before_the_loss_are_still_given(stream: EventStream) -> None:
-    mailbox = stream.mailbox("ses_a")
-    mailbox.put(Message("ses_a", "last", {}))
+def test_opening_fails_with_the_server_s_refusal(server: WebServer, unopened: EventStream) -> None:
+    server.answers[_sse.PATH] = Answer(b"", status=503)
 
-    stream.lose("gone")
-
-    assert kinds(mailbox.receive(0)) == ["last"]
-    with pytest.raises(OpenCodeServerError, match="gone"):
-        mailbox.receive(0)
-
-
-@pytest.mark.parametrize("status", [401, 503])
-def test_opening_fails_with_the_server_s_refusal(
-    server: WebServer, unopened: EventStream, status: int
-) -> None:
-    server.answers[_sse.PATH] = Answer(b"", status=status)
-
-    with pytest.raises(OpenCodeServerError, match=f"refused GET {_sse.PATH}: {status}"):
+    with pytest.raises(OpenCodeServerError, match=f"refused GET {_sse.PATH}: 503"):
         unopened.open()
 
 
@@ -223,11 +212,9 @@ def test_a_refusal_while_opening_again_is_final(
 def test_closing_ends_the_reader_and_fails_who_waits(stream: EventStream, feed: Feed) -> None:
     mailbox = stream.mailbox("ses_a")
     before = threading.active_count()
-    started = time.monotonic()
 
     stream.close()
 
-    assert time.monotonic() - started < 5
     assert threading.active_count() == before - 1
     with pytest.raises(OpenCodeServerError, match="was closed"):
         mailbox.receive(0)
