@@ -191,13 +191,13 @@ def end_of(entry: Mapping[str, Any]) -> RunResult | OpenCodeError:
 def dumped(line: Mapping[str, Any]) -> bytes:
     """*line* as JSON that every parser reads: without NaN and lone surrogates."""
     try:
-        text = to_json(line, ensure_ascii=False, default=_plain)
+        text = to_json(line, ensure_ascii=False, default=plain)
     except RecursionError:  # nested deeper than JSON can be written
         return dumped({**line, "events": [], "tool_calls": [], "parsed": None})
     return text.encode("utf-8", "replace")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value of structured output that JSON has no type for, as one that it has."""
     if callable(dump := getattr(value, "model_dump", None)):
         return dump(mode="json")

@@ -12,7 +12,6 @@ as empty. A long text is cut, with a note on how much is missing.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -21,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import OpenCodeConfigError, kind_of
+from ..core.events import to_json
 from ..core.reading import TokenUsage, mapping, number_of, part_of, saved_usage
-from ..core.records import dumped, lines_in, own_key
+from ..core.records import lines_in, own_key, plain
 from ..core.text import money, one_line, printable
 
 Record = Mapping[str, Any]
@@ -253,8 +253,7 @@ def _pretty(value: Any) -> str:
     if value is None:
         return ""
     try:
-        plain = json.loads(dumped({"value": value}))["value"]
-        return json.dumps(plain, ensure_ascii=False, indent=2)
+        return to_json(value, ensure_ascii=False, indent=2, default=plain)
     except (ValueError, RecursionError):
         return repr(type(value))
 

@@ -133,17 +133,13 @@ def _template() -> Template:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"money": money, "span": span, "short": short, "words": _word}
+    environment.filters |= {"money": money, "span": span, "short": short}
     for name, file in (("style", "report.css"), ("script", "report.js")):
         text = (_ASSETS / file).read_text(encoding="utf-8")
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         environment.globals[name] = text
         environment.globals[f"{name}_hash"] = f"sha256-{digest}"
     return environment.from_string((_ASSETS / "report.html.j2").read_text(encoding="utf-8"))
-
-
-def _word(status: str) -> str:
-    return status.replace("_", " ")
 
 
 # --- what the template shows ---------------------------------------------------------------------

@@ -72,10 +72,11 @@ class Process:
         self._popen: subprocess.Popen[bytes] | None = None
         self._root: tree.Seen | None = None
         try:
-            with lifetime.deferred(), tempfile.TemporaryFile(buffering=0) as prompt:
+            with lifetime.deferred(), tempfile.TemporaryFile() as prompt:
                 self._outputs["stdout"] = stdout = Output()
                 self._outputs["stderr"] = stderr = Output()
-                _fill(prompt, stdin)
+                prompt.write(stdin)
+                prompt.seek(0)
                 self._popen = subprocess.Popen(
                     argv,
                     stdin=prompt,
@@ -120,10 +121,8 @@ class Process:
         """The exit status, negative for a signal; None while it runs."""
         if self._popen is None:
             return None
-        if self._popen.returncode is None and _has_exited(self.pid):
-            with lifetime.deferred():  # or it could leave Popen's own lock locked for ever
-                self._popen.poll()
-        return self._popen.returncode
+        with lifetime.deferred():  # or a Ctrl-C could leave Popen's own lock locked for ever
+            return self._popen.poll()
 
     def wait(self, timeout: float | None) -> None:
         """Return when there is something to receive. An interrupt here loses no output.
@@ -210,23 +209,6 @@ class Process:
                     os.waitpid(pid, os.WNOHANG)
 
 
-def _has_exited(pid: int) -> bool:
-    """Whether our child *pid* may have exited; leaves it to be reaped."""
-    if not hasattr(os, "waitid"):  # macOS before Python 3.13
-        return True
-    try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:  # reaped by somebody else
-        return True
-
-
-def _fill(file: IO[bytes], content: bytes) -> None:
-    view = memoryview(content)
-    while view:
-        view = view[file.write(view) :]
-    file.seek(0)
-
-
 def _read(
     channel: Channel,
     output: Output,
@@ -238,9 +220,7 @@ def _read(
     try:
         while output.is_wanted:
             # Asked before the read, so that what was written before the exit is read after it.
-            has_ended = popen.returncode is not None or (
-                _has_exited(popen.pid) and popen.poll() is not None
-            )
+            has_ended = popen.poll() is not None
             if block := output.read():
                 put.put((channel, block))
                 begun = time.monotonic()

@@ -49,12 +49,7 @@ UNPACKED = "opencode-sync-unpacked"  # in a data directory; preload.js knows the
 class DataDirectories:
     """A pool of data directories below one root, temporary or kept."""
 
-    def __init__(
-        self,
-        root: str | os.PathLike[str] | None,
-        *,
-        watchdog: bool = False,
-    ) -> None:
+    def __init__(self, root: str | os.PathLike[str] | None, *, watchdog: bool = False) -> None:
         """
         Args:
             root: A directory to keep, made where it is missing; None for a temporary one, made
@@ -96,36 +91,30 @@ class DataDirectories:
             OpenCodeCancelledError: If this was closed in the meantime.
             OpenCodeError: If there is no place for a directory.
         """
+        own = None if fork else session_id
         with in_words(self._kept), lifetime.deferred():
-            return self._lease(env, session_id, workspace, fork, holds_sessions)
-
-    def _lease(
-        self,
-        env: Mapping[str, str],
-        session_id: str | None,
-        workspace: str | None,
-        fork: bool,
-        holds_sessions: bool,
-    ) -> Lease:
-        with self._locked():
-            if self._is_closed:
-                raise OpenCodeCancelledError("the client was closed while the run was starting")
-            slot = self._free_slot() if session_id is None else self._slot_of(session_id, workspace)
-            is_first = slot not in self._users
-            self._users[slot] = self._users.get(slot, 0) + 1
-            own = None if fork else session_id
-            if own is not None:
-                self._busy.add(own)
-            lease = Lease(self, slot, self._root() / str(slot), own, holds_sessions=holds_sessions)
-        try:
-            if is_first:  # a run whose Python process was killed may have left something
-                _empty(lease.unpacked)
-            lease.unpacked.mkdir(mode=0o700, parents=True, exist_ok=True)
-            link_credentials(env, lease.path)
-        except BaseException:
-            lease.release()
-            raise
-        return lease
+            with self._locked():
+                if self._is_closed:
+                    raise OpenCodeCancelledError("the client was closed while the run was starting")
+                if session_id is None:
+                    slot = self._free_slot()
+                else:
+                    slot = self._slot_of(session_id, workspace)
+                is_first = slot not in self._users
+                self._users[slot] = self._users.get(slot, 0) + 1
+                if own is not None:
+                    self._busy.add(own)
+                path = self._root() / str(slot)
+                lease = Lease(self, slot, path, own, holds_sessions=holds_sessions)
+            try:
+                if is_first:  # a run whose Python process was killed may have left something
+                    _empty(lease.unpacked)
+                lease.unpacked.mkdir(mode=0o700, parents=True, exist_ok=True)
+                link_credentials(env, lease.path)
+            except BaseException:
+                lease.release()
+                raise
+            return lease
 
     def last_session(self, workspace: str) -> str | None:
         """The session last used in *workspace*, or None."""
@@ -153,7 +142,6 @@ class DataDirectories:
         with self._locked():
             self._is_closed = True
             root, self._temporary = self._temporary, None
-            self._sessions.clear()
         if root is not None:
             shutil.rmtree(root, ignore_errors=True)
             if self._watchdog and not root.exists():  # else the watchdog tries again later
@@ -338,10 +326,8 @@ class SessionIndex:
     def last_in(self, workspace: str) -> str | None:
         """The session last used in *workspace*, also by other processes; or None."""
         self._read()
-        found = (
-            each for each, home in reversed(self._homes.items()) if home.workspace == workspace
-        )
-        return next(found, None)
+        homes = reversed(self._homes.items())
+        return next((each for each, home in homes if home.workspace == workspace), None)
 
     def note(self, session_id: str, home: SessionHome) -> None:
         """Note *session_id* as the last one used, in memory."""
@@ -362,27 +348,15 @@ class SessionIndex:
         with open(fd, "wb", buffering=0) as index:
             index.write(json.dumps(entry).encode() + b"\n")
 
-    def clear(self) -> None:
-        """Forget what is in memory."""
-        self._homes.clear()
-
     def _read(self) -> None:
-        for session_id, home in self._entries():
-            self.note(session_id, home)
-
-    def _entries(self) -> Iterator[tuple[str, SessionHome]]:
-        if self._file is None:
+        if self._file is None or not self._file.exists():
             return
-        try:
-            lines = self._file.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return
-        for line in lines:
+        for line in self._file.read_bytes().split(b"\n"):
             # A line that a full disk cut short costs one session, not all of them.
             with suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
                 home = SessionHome(int(entry["slot"]), str(entry["workspace"]))
-                yield str(entry["session"]), home
+                self.note(str(entry["session"]), home)
 
 
 def check_directory(session_id: str, own: str | None, workspace: str | None) -> None:

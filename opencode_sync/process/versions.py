@@ -19,8 +19,8 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from ..core.errors import (
@@ -30,6 +30,7 @@ from ..core.errors import (
     OpenCodeError,
     OpenCodeProcessError,
 )
+from ..core.records import replacing
 from ..core.request import Request
 from .command import TESTED_VERSION, VERSION, managed_path, version_numbers
 from .data_dirs import temporary_prefix
@@ -46,6 +47,7 @@ SLICE_S = 0.05  # how soon a wait for an answer notices that the run was cancell
 _OF_THE_MACHINE = {
     errno.E2BIG, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETXTBSY
 }  # fmt: skip
+_HOMES = ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME")
 _CANCELLED = "the run was cancelled before it had started"
 
 _log = logging.getLogger("opencode_sync")
@@ -220,21 +222,29 @@ def _ask_variants(
 def _output_of(
     argv: Sequence[str],
     cwd: str | None,
-    env: Mapping[str, str],
+    env: Mapping[str, str] | None,
     timeout_s: float,
     cancelled: Callable[[], bool],
 ) -> tuple[int | None, str, str]:
     """Exit status, stdout and stderr of a command; no status if it was killed at the timeout.
+
+    Args:
+        env: None for ours with a temporary directory for all that OpenCode makes.
 
     Raises:
         OpenCodeCancelledError: If *cancelled* comes true before it ends.
         OpenCodeError: If no temporary file can be made.
         OSError: If it cannot be started.
     """
-    with ExitStack() as files:
+    with ExitStack() as stack:
         # Into files: what OpenCode writes to a pipe can be cut.
         try:
-            out, err = (files.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+            out, err = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+            if env is None:
+                scratch = tempfile.TemporaryDirectory(
+                    prefix=f"{temporary_prefix()}version-", ignore_cleanup_errors=True
+                )
+                env = {**os.environ, **dict.fromkeys(_HOMES, stack.enter_context(scratch))}
         except OSError as error:
             raise OpenCodeError(
                 f"no place for temporary files ({error.strerror}): set TMPDIR to one that can be "
@@ -272,10 +282,7 @@ def ask_version(
     # OpenCode does not start where the current directory has vanished.
     cwd = os.path.dirname(path) if os.path.isabs(path) else None
     try:
-        with _environment() as env:
-            status, out, err = _output_of(
-                [path, "--version"], cwd, env, VERSION_TIMEOUT_S, cancelled
-            )
+        status, out, err = _output_of([path, "--version"], cwd, None, VERSION_TIMEOUT_S, cancelled)
     except OSError as error:
         if is_of_the_machine(error):
             raise no_process(error) from error
@@ -304,20 +311,6 @@ def no_process(error: OSError) -> OpenCodeError:
             "config_overrides or the environment of this program smaller"
         )
     return OpenCodeError(f"opencode cannot be started: {error.strerror}")
-
-
-@contextmanager
-def _environment() -> Iterator[dict[str, str]]:
-    """Our environment with temporary directories, since OpenCode makes some even for this."""
-    with ExitStack() as stack:
-        names = ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME")
-        ours: dict[str, str] = {}
-        with suppress(OSError):  # no temporary directory: the run itself will tell
-            scratch = tempfile.TemporaryDirectory(
-                prefix=f"{temporary_prefix()}version-", ignore_cleanup_errors=True
-            )
-            ours = dict.fromkeys(names, stack.enter_context(scratch))
-        yield {**os.environ, **ours}
 
 
 # --- remembering ---------------------------------------------------------------------------------
@@ -349,7 +342,9 @@ def _asked(program: str, file: list[int], cancelled: Callable[[], bool]) -> str:
         raise OpenCodeBinaryNotFoundError(_does_not_run(program, fault))
     with suppress(OSError):  # a cache that cannot be written, or a program that has just gone
         if record is not None and _identity(program) == file:
-            _write(record, file, version)
+            record.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(record) as new:
+                new.write(json.dumps({"file": file, "version": version}).encode())
     return version
 
 
@@ -389,21 +384,6 @@ def _read(record: Path, file: list[int]) -> str:
         return str(kept["version"]) if kept["file"] == file else ""
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return ""
-
-
-def _write(record: Path, file: list[int], version: str) -> None:
-    """Write *record* as a whole, also where others write it at the same time.
-
-    Raises:
-        OSError: If the directory cannot be written.
-    """
-    record.parent.mkdir(parents=True, exist_ok=True)
-    new = record.with_name(f".{record.name}-{os.getpid()}")
-    try:
-        new.write_text(json.dumps({"file": file, "version": version}), encoding="utf-8")
-        os.replace(new, record)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _renew() -> None:
