@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from opencode_sync.process import tree, watchdog
 from tests import leaks
 from tests.leaks import Footprint, footprint, left_behind
 
@@ -81,12 +79,3 @@ def test_a_process_without_a_parent_is_ours_by_its_mark(
         orphan.kill()
 
     assert left.processes == ([orphan] if is_ours else [])
-
-
-def test_what_ends_soon_or_is_kept_until_the_end_is_not_left_behind(before: Footprint) -> None:
-    threading.Timer(0.1, print).start()
-    watchdog.guard()
-    tree.run_token()
-    multiprocessing.get_context("spawn").Lock()
-
-    assert not left_behind(before, leaks.SETTLE_S)

@@ -38,12 +38,6 @@ def test_the_cell_is_the_prompt(magic: Magic, names: dict[str, Any]) -> None:
     assert names["result"].prompt == "step(text='Hello.')"
 
 
-def test_what_comes_is_shown(magic: Magic, capsys: pytest.CaptureFixture[str]) -> None:
-    magic.opencode("", "step(text='Hello.')")
-
-    assert capsys.readouterr().out == "Hello.\n"
-
-
 def test_model_and_workspace_are_passed_on(
     magic: Magic, names: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -80,13 +74,6 @@ def test_a_failed_run_leaves_what_it_had_got(magic: Magic, names: dict[str, Any]
 def test_wrong_usage_is_one_line_on_stderr(magic: Magic, line: str) -> None:
     with pytest.raises(UsageError, match="see %%opencode"):
         magic.opencode(line, "x")
-
-
-def test_cells_share_their_runners(magic: Magic) -> None:
-    magic.opencode("", "step()")
-    magic.opencode("", "step()")
-
-    assert len(magic._runners) == 1
 
 
 def test_loading_registers_and_unloading_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,3 @@ def test_the_package_and_a_users_program_are_well_typed() -> None:
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
     assert done.returncode == 0, done.stdout
-
-
-def test_the_package_tells_type_checkers_that_it_is_typed() -> None:
-    assert (ROOT / "opencode_sync" / "py.typed").is_file()

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -326,12 +325,6 @@ def test_a_batch_of_nothing_is_a_page_too(path: Path) -> None:
     assert page.jobs == []
 
 
-def test_started_at_has_priority_over_the_first_event() -> None:
-    row = row_of(record(started_at=999_999.5), 0)
-
-    assert row.started_at == 999_999.5
-
-
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -439,17 +432,6 @@ def test_a_page_that_cannot_be_completed_leaves_the_old_one(path: Path) -> None:
 
     assert path.read_text() == "old"
     assert [entry.name for entry in path.parent.iterdir()] == ["report.html"]
-
-
-def test_a_full_disk_leaves_the_old_page(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path.write_text("old")
-    monkeypatch.setattr("os.fsync", Mock(side_effect=OSError(28, "No space left on device")))
-
-    with pytest.raises(OpenCodeConfigError, match="No space left on device"):
-        write_html([record()], path)
-
-    assert [entry.name for entry in path.parent.iterdir()] == ["report.html"]
-    assert path.read_text() == "old"
 
 
 def test_a_path_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:

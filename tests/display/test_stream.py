@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -289,13 +289,6 @@ def test_a_cell_is_not_updated_for_every_delta(
     live(stream(*deltas, text("abcdefgh")))
 
     assert [page.strip() for page in cell[:-1]] == ["a", "abcdefgh"]
-
-
-def test_a_cell_shows_what_came_before_an_error(cell: list[str]) -> None:
-    with suppress(OpenCodeError):
-        live(stream(delta("So "), delta("far"), error=OpenCodeError("no")))
-
-    assert cell[-1].startswith("So far\n")
 
 
 def test_a_terminal_of_ipython_has_no_cell(monkeypatch: pytest.MonkeyPatch) -> None:

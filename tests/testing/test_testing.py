@@ -208,13 +208,6 @@ def test_tool_calls_of_one_conversation_have_different_ids(connect: Connect) -> 
     assert len(set(ids)) == 6
 
 
-def test_arguments_as_text_are_sent_as_they_are(connect: Connect) -> None:
-    with ScriptedModel([ToolCall("bash", '{"command": ')]) as model:
-        answer = connect(model).ask()
-
-    assert answer.calls[0]["function"]["arguments"] == '{"command": '
-
-
 def test_usage_counts_the_cache_to_the_input_and_reasoning_to_the_output(connect: Connect) -> None:
     usage = TokenUsage(input=10, output=5, reasoning=3, cache_read=100)
     with ScriptedModel(Reply("x", usage=usage)) as model:
@@ -231,13 +224,6 @@ def test_usage_counts_the_cache_to_the_input_and_reasoning_to_the_output(connect
     }
 
 
-def test_the_finish_reason_can_be_chosen(connect: Connect) -> None:
-    with ScriptedModel(Reply("x", finish_reason="length")) as model:
-        answer = connect(model).ask()
-
-    assert answer.finish_reason == "length"
-
-
 @streaming
 def test_a_failure_has_its_status_message_and_headers(connect: Connect, stream: bool) -> None:
     with ScriptedModel(Reply.failure(429, "slow down", retry_after_s=0.2)) as model:
@@ -245,18 +231,6 @@ def test_a_failure_has_its_status_message_and_headers(connect: Connect, stream: 
 
     assert (answer.status, answer.error) == (429, "slow down")
     assert (answer.headers["Retry-After"], answer.headers["Retry-After-Ms"]) == ("1", "200")
-
-
-def test_a_connection_serves_on_after_a_failure(connect: Connect) -> None:
-    with ScriptedModel([Reply.failure(503, "busy"), "ok"]) as model:
-        client = connect(model)
-        client.ask()
-        socket_before = client.connection.sock
-
-        answer = client.ask()
-
-        assert answer.text == "ok"
-        assert client.connection.sock is socket_before
 
 
 def test_an_answer_of_8_mb_is_streamed_whole_in_many_chunks(connect: Connect) -> None:
