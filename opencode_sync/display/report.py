@@ -180,7 +180,7 @@ def _page(rows: Sequence[Row], title: str) -> dict[str, Any]:
         "statuses": [(status, statuses[status]) for status in STATUSES if statuses[status]],
         "kinds": _kinds(rows),
         "timeline": timeline_of(bars, clock.total_s) if bars else None,
-        "breaks": clock.breaks,
+        "breaks": clock.breaks if clock.total_s > 0 else [],
         "total_s": clock.total_s,
         "times": time_ticks(clock.total_s),
         "charts": _charts(bars, clock.total_s),

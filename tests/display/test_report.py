@@ -300,6 +300,12 @@ def test_a_batch_without_times_has_a_table_and_no_timeline(path: Path) -> None:
     assert "timeline" not in [attributes.get("id") for attributes in page.all("svg")]
 
 
+def test_jobs_that_took_no_time_hours_apart_make_a_page(path: Path) -> None:
+    page = page_of(path, [record(n, duration_s=0.0) for n in (0, 10_000)])
+
+    assert [job["n"] for job in page.jobs] == [0, 10_000]
+
+
 def test_the_page_counts_cut_and_empty_answers(runner: ScriptedRunner, path: Path) -> None:
     checkpoint = path.with_name("jobs.jsonl")
     list(runner.map(["a", "b", "mute"], checkpoint=checkpoint, max_workers=1))
