@@ -33,6 +33,7 @@ from .core.result import (
     RunResult,
     SubAgent,
     TokenUsage,
+    Tried,
     aggregate_run_result,
     run_result_fuzzy_text,
 )
@@ -85,6 +86,7 @@ __all__ = [
     "SessionInfo",
     "SubAgent",
     "TokenUsage",
+    "Tried",
     "__version__",
     "aggregate_run_result",
     "allow_all",

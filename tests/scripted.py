@@ -165,5 +165,8 @@ class _Source:
     def may_repeat(self, result: RunResult) -> bool:
         return False
 
+    def take_back(self) -> str | None:
+        return None
+
     def close(self) -> None:
         self._on_close()

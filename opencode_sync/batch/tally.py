@@ -71,7 +71,7 @@ class BatchReport:
         empty: How many of the jobs done gave no answer and called no tool.
         cached: Jobs whose result or error came from the checkpoint.
         retried: Jobs that were started again: after a start-up failure, a refusal for too many
-            requests, or a failure that the checkpoint has.
+            requests, with another model, or after a failure that the checkpoint has.
         not_run: Jobs that were drawn and not run to an end: the budget was spent, or the batch was
             left.
         running: Jobs under way.
@@ -314,7 +314,7 @@ class Tally:
 # What a row has of a result as it is.
 _PLAIN = (
     *("index", "key", "status", "total_cost", "duration_s", "started_at", "turns", "attempts"),
-    *("session_id", "workspace", "finish_reason", "exit_code"),
+    *("session_id", "workspace", "finish_reason", "exit_code", "model"),
 )
 
 
@@ -342,6 +342,7 @@ def row_of(end: RunResult | OpenCodeError) -> Row:
         "denied_tools": list(result.denied_tools[:_ROW_ITEMS]),
         "warnings": [_beginning(warning) for warning in result.warnings[:_ROW_ITEMS]],
         "sub_agents": [asdict(each) for each in result.sub_agents[:_ROW_ITEMS]],
+        "tried": [asdict(each) for each in result.tried],
         "left_out": "a batch without a checkpoint keeps only the beginnings of its texts",
     }
 

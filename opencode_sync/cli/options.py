@@ -27,6 +27,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-w", "--workspace", metavar="DIR", default=".", help="where to work (default: here)")
     add("-m", "--model", metavar="P/M", help="provider/model")
+    add("--fallback-model", metavar="P/M", dest="fallback_models", action="append", default=[],
+        help="ask this one when the model is out; may be given again")  # fmt: skip
     add("--agent", metavar="NAME", help="name of the agent")
     add("--config", metavar="FILE", help="OpenCode configuration (JSON), merged over your own")
     add("--permission", metavar="JSON", help="""such as '{"edit": "deny"}', or allow""")
@@ -52,6 +54,7 @@ def run_config(options: argparse.Namespace) -> RunConfig:
     return RunConfig(
         agent=options.agent,
         model=options.model,
+        fallback_models=tuple(options.fallback_models),
         files=tuple(map(_attachment, getattr(options, "files", ()))),
         config_overrides=options.config and json_object("--config", options.config),
         permission=options.permission and _permission(options.permission),

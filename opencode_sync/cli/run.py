@@ -84,6 +84,8 @@ def _show(result: RunResult, options: argparse.Namespace) -> None:
     if not options.stream:  # live() has shown them
         for message in result.warnings:
             tell(f"warning: {message}")
+        for each in result.tried:
+            tell(f"did not answer: {each}")
     session = f", session {result.session_id}" if result.session_id else ""
     print(printable(f"{outcome(result)}{session}"), file=sys.stderr)
 

@@ -41,6 +41,11 @@ class RunConfig:
             A command that names an agent runs with that agent.
         model: ``"provider/model"``. With no model configured anywhere, the prompt goes to the
             vendor's free models.
+        fallback_models: Models to ask, in this order, when *model* is out: the provider answers
+            401, 402, 403 or 404, or does not know the model; it asks for a pause of more than 30 s;
+            or it has refused a request twice, or broken the connection twice. The run then starts
+            anew with the next one, unless a tool has run. All attempts count for the limits and the
+            totals; the result's ``model`` says who answered, and ``tried`` who did not and why.
         files: Paths of files to attach to the prompt; relative to the workspace.
         title: Title of the session; None for the beginning of its prompt.
         command: Name of an OpenCode command; the prompt becomes its arguments. They reach the model
@@ -130,6 +135,7 @@ class RunConfig:
     inherit_project_config: bool = True
     keep_background: bool = False
     lean: bool = False
+    fallback_models: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # Copies, so that a caller who changes his mapping later does not change a frozen value.
@@ -140,9 +146,9 @@ class RunConfig:
                 raise OpenCodeConfigError(
                     f"{name} is nested too deeply: does it contain itself?"
                 ) from None
-        for name in ("files", "instructions"):
+        for name in ("fallback_models", "files", "instructions"):
             value = () if (given := getattr(self, name)) is None else given
-            # A lone path is one file; iterated, it would be one file per character.
+            # A lone path is one file, a lone name one model; iterated, it would be one a character.
             single = isinstance(value, (str, os.PathLike)) or not isinstance(value, Iterable)
             object.__setattr__(self, name, (value,) if single else tuple(value))
 
@@ -334,6 +340,8 @@ def _check_combinations(cfg: RunConfig) -> None:
         raise OpenCodeConfigError("fork=True has no session: set session_id or continue_session")
     if cfg.session_id and cfg.continue_session:
         raise OpenCodeConfigError("session_id and continue_session exclude each other: set one")
+    if cfg.fallback_models and cfg.model is None:
+        raise OpenCodeConfigError("fallback_models is set without model: name the first one there")
     for name in ("password", "username", "remote_dir"):
         if getattr(cfg, name) is not None and cfg.attach is None:
             raise OpenCodeConfigError(f"{name} is set without attach: it belongs to a server's URL")
@@ -348,8 +356,14 @@ def _check_words(cfg: RunConfig) -> None:
         if is_blank or "\0" in text:
             what = "" if field.name in SECRET_FIELDS else f" {_without_login(repr(text))}"
             raise OpenCodeConfigError(f"{field.name}{what} is blank or holds a NUL character")
-    if cfg.model is not None and not all(part.strip() for part in cfg.model.partition("/")):
-        raise OpenCodeConfigError(f"model {cfg.model!r} names no provider: use 'provider/model'")
+    models = [("model", cfg.model)] if cfg.model is not None else []
+    models += [("fallback_models", model) for model in cfg.fallback_models]
+    for name, model in models:
+        if not all(part.strip() for part in model.partition("/")):
+            raise OpenCodeConfigError(f"{name} {model!r} names no provider: use 'provider/model'")
+    names = [model for _, model in models]
+    if (twice := next((each for each in names if names.count(each) > 1), None)) is not None:
+        raise OpenCodeConfigError(f"fallback_models: {twice!r} is there twice: name it once")
     if cfg.log_level is not None and cfg.log_level not in LOG_LEVELS:
         raise OpenCodeConfigError(
             f"log_level {cfg.log_level!r}: use one of {', '.join(LOG_LEVELS)}"

@@ -158,6 +158,20 @@ class RetryEvent(_Stamped, total=False):
     retry_after_s: float  # if the provider asks for a pause
 
 
+class FallbackEvent(_Stamped, total=False):
+    """A model is out; the events of the attempt with the next one follow.
+
+    What came before belongs to attempts that were abandoned.
+    """
+
+    type: Literal["fallback"]
+    model: str
+    next_model: str | None  # None: there is none left, and the run ends with this error
+    error: ErrorBody
+    retry_after_s: float  # if the provider asks for a pause
+    was_asked: bool  # False: a job of a batch passes it over, since it was out for another
+
+
 class WarningEvent(_Stamped, total=False):
     """Something did not take effect as it was asked for; the run goes on."""
 
@@ -242,6 +256,7 @@ Event = Union[  # noqa: UP007 - evaluated at run time, where Python 3.10's Typed
     TextDeltaEvent,
     ReasoningDeltaEvent,
     RetryEvent,
+    FallbackEvent,
     WarningEvent,
     SubAgentEvent,
     CompactionEvent,

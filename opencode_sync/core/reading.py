@@ -78,6 +78,28 @@ class ErrorInfo:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A model that did not answer, so that the next one of ``fallback_models`` was asked.
+
+    Attributes:
+        model: ``"provider/model"``.
+        error: What the provider or OpenCode said.
+        total_cost: US dollars that the run had spent on it.
+        retry_after_s: Seconds that the provider asked to wait; None where it did not say.
+        was_asked: False if this job of a batch passed it over, since it was out for another job.
+    """
+
+    model: str
+    error: ErrorInfo
+    total_cost: float = 0.0
+    retry_after_s: float | None = None
+    was_asked: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.model} ({'' if self.was_asked else 'passed over: '}{self.error})"
+
+
+@dataclass(frozen=True)
 class SubAgent:
     """What one sub-agent used in a run; the run's totals include it.
 
@@ -96,6 +118,36 @@ class SubAgent:
     parent_id: str = ""
     token_usage: TokenUsage = TokenUsage()
     total_cost: float = 0.0
+
+
+def tried_in(event: Mapping[str, Any], total_cost: float = 0.0) -> Tried:
+    """What a ``fallback`` event tells of the model that is out."""
+    wait_s = event.get("retry_after_s")
+    return Tried(
+        model=str(event.get("model")),
+        error=error_info(event.get("error")),
+        total_cost=total_cost,
+        retry_after_s=None if wait_s is None else number_of(wait_s),
+        was_asked=event.get("was_asked") is not False,
+    )
+
+
+def saved_tried(data: Any) -> Tried:
+    """The model that was written as a dict, such as in ``RunResult.to_dict()``."""
+    data = mapping(data)
+    error = mapping(data.get("error"))
+    status, wait_s = error.get("status_code"), data.get("retry_after_s")
+    return Tried(
+        model=str(data.get("model")),
+        error=ErrorInfo(
+            str(error.get("name")),
+            str(error.get("message")),
+            status if isinstance(status, int) else None,
+        ),
+        total_cost=number_of(data.get("total_cost")),
+        retry_after_s=None if wait_s is None else number_of(wait_s),
+        was_asked=data.get("was_asked") is not False,
+    )
 
 
 # --- parts ---------------------------------------------------------------------------------------

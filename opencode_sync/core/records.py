@@ -268,7 +268,7 @@ def results_to_records(results: Iterable[RunResult | OpenCodeError]) -> list[dic
     """One flat row for each result, or each error in a result's place.
 
     All rows have the same keys: those of RunResult that are plain values, ``error`` as one str or
-    None, ``tools``, ``denied_tools`` and ``warnings`` as one str each, and the tokens as
+    None, ``tools``, ``denied_tools``, ``warnings`` and ``tried`` as one str each, and the tokens as
     ``tokens_input`` and so on.
     """
     return [_record(result) for result in results]
@@ -303,6 +303,8 @@ def _record(end: RunResult | OpenCodeError) -> dict[str, Any]:
         "error": reason,
         "prompt": result.prompt,
         "answer": result.answer,
+        "model": result.model,
+        "tried": "; ".join(map(str, result.tried)),
         "tools": ", ".join(tools_used(result)),
         "denied_tools": ", ".join(result.denied_tools),
         "warnings": "; ".join(result.warnings),

@@ -26,7 +26,7 @@ from .config import NO_CURRENT_DIRECTORY, RunConfig, check_flag, unencodable
 from .errors import OpenCodeConfigError, OpenCodeError, OpenCodeOutputError
 from .events import Event
 from .limits import Limits
-from .reading import OUTPUT_TOOL, mapping, part_of
+from .reading import OUTPUT_TOOL, Tried, mapping, part_of
 from .result import ErrorInfo, RunResult, is_cut_off
 from .schema import Fit, OutputSchema, SchemaMismatch, output_schema
 from .secrets import Secrets
@@ -91,6 +91,7 @@ class RunSettings:
     Attributes:
         run_cfg: None for the runner's own.
         output: What the answer has to look like.
+        passed_over: Models that are out for other jobs of the batch, and so not asked.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -99,6 +100,7 @@ class RunSettings:
     log_file: StrPath | None = None
     keep_events: bool = True
     keep_raw: bool = True
+    passed_over: Sequence[Tried] = ()
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> RunSettings:
@@ -374,6 +376,12 @@ class Source(Protocol):
 
     def may_repeat(self, result: RunResult) -> bool:
         """Whether the attempt failed before it did anything, for a reason that may pass."""
+
+    def take_back(self) -> str | None:
+        """Take the prompt out of its session after the end, and return the session's id.
+
+        None where that is not possible: then the prompt is sent as it was before.
+        """
 
     def close(self) -> None:
         """Give back files and directories; after the end."""

@@ -5,6 +5,7 @@
                             tool_calls, denied_tools    tool_use, tool_call, tool_result, tool
                             turns, token_usage, total_cost, finish_reason    step_start, step_finish
                             error, warnings, sub_agents                      events of these names
+                            tried, model                                     fallback
 
 Folding never raises, whatever an event holds: a missing or odd value counts as nothing. An event of
 another session is a sub-agent's: what it spent and its tool calls count, its words do not. Knows
@@ -23,6 +24,7 @@ from .reading import (
     ErrorInfo,
     SubAgent,
     TokenUsage,
+    Tried,
     denied_tool,
     ended_well,
     error_info,
@@ -31,9 +33,11 @@ from .reading import (
     message_id_of,
     number_of,
     part_of,
+    saved_tried,
     saved_usage,
     strings_in,
     text_of,
+    tried_in,
     usage_of,
 )
 from .text import result_markdown
@@ -45,6 +49,7 @@ __all__ = [
     "Stopped",
     "SubAgent",
     "TokenUsage",
+    "Tried",
     "aggregate_run_result",
     "run_result_fuzzy_text",
 ]
@@ -97,6 +102,12 @@ class RunResult:
         finish_reason: Of the last step: ``"stop"``, ``"length"``, ``"tool-calls"``, ...; None
             while a step is under way.
         truncated: The output ended in the middle of a line.
+        model: ``"provider/model"`` that answered, or was asked last; None where the settings name
+            none and OpenCode does not tell.
+        tried: The models of ``fallback_models`` that did not answer, in order, and why; the last
+            one too where none answered. Their events are in *events*, before a ``fallback`` event
+            for each, and their costs in the totals; their texts are left out of *final_text*, and
+            their raw lines of *raw_stdout_lines*.
         prompt, workspace, index, key, metadata: What was asked; the last three in a batch.
         attempts: How many processes were started for it.
         started_at: When the first process started, a Unix time in seconds; None before that.
@@ -134,6 +145,8 @@ class RunResult:
     duration_s: float = 0.0
     parsed: Any = None
     metadata: Any = None
+    model: str | None = None
+    tried: list[Tried] = field(default_factory=list)
 
     @property
     def answer(self) -> str:
@@ -188,6 +201,8 @@ class RunResult:
                 self._fold_step_finish(event)
             case "error":
                 self.error = self.error or error_info(event.get("error"))
+            case "fallback":
+                self._fold_fallback(event)
             case "warning":
                 self._fold_warning(event)
             case "sub_agent":
@@ -244,6 +259,13 @@ class RunResult:
         self.total_cost += cost
         return usage, cost
 
+    def _fold_fallback(self, event: Mapping[str, Any]) -> None:
+        before = sum(each.total_cost for each in self.tried)
+        self.tried.append(tried_in(event, self.total_cost - before))
+        if isinstance(next_model := event.get("next_model"), str):
+            self.model, self.session_id, self.error = next_model, None, None
+            self._texts, self.finish_reason = _Texts(), None
+
     def _fold_warning(self, event: Mapping[str, Any]) -> None:
         message = event.get("message")
         if isinstance(message, str) and message and message not in self.warnings:
@@ -280,6 +302,7 @@ class RunResult:
             data[name] = list(data[name])
         data["token_usage"] = asdict(self.token_usage)
         data["sub_agents"] = [asdict(each) for each in self.sub_agents]
+        data["tried"] = [asdict(each) for each in self.tried]
         data["error"] = None if self.error is None else asdict(self.error)
         return {"status": self.status, **data, "answer": self.answer}
 
@@ -297,6 +320,7 @@ class RunResult:
                 )
                 for each in data.get("sub_agents") or ()
             ],
+            "tried": [saved_tried(each) for each in data.get("tried") or ()],
             "error": ErrorInfo(**_known(ErrorInfo, error)) if error else None,
         }
         texts = _Texts.saved(text, data.get("answer", text) or "")
@@ -314,6 +338,8 @@ class RunResult:
             "error": self.error and str(self.error),
             "denied_tools": self.denied_tools,
             "warnings": self.warnings,
+            "model": self.tried and self.model,
+            "tried": [str(each) for each in self.tried],
             "turns": self.turns,
             "total_cost": self.total_cost,
             "session_id": self.session_id,

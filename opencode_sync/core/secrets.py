@@ -24,7 +24,7 @@ from .reading import mapping
 
 _MASK = "***"
 # Types of events that neither the model nor a tool made.
-_DIAGNOSTICS = ("error", "retry", "warning", "diagnostic")
+_DIAGNOSTICS = ("error", "retry", "fallback", "warning", "diagnostic")
 _LONG = 8  # characters; a shorter value is masked only where its name says that it is a secret
 _SHORTEST = 4  # and one that is shorter still would be found in words that say something else
 

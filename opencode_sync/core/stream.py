@@ -6,6 +6,7 @@
     start an attempt --> Source --receive()--> events --> result, log file, caller
       ^   ^                +--settle()--> error, or an answer
       |   +-- another attempt, where the failed one did nothing yet
+      |   +-- the next model, where this one is out (Fallback)
       +------ a repair round, where the answer does not fit its schema (SchemaReview)
 
 The caller's thread is the only one that waits here. A stream ends in one of three ways: all events
@@ -17,6 +18,7 @@ matter.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import queue
@@ -37,9 +39,11 @@ from .errors import (
     OpenCodeServerError,
     OpenCodeTimeoutError,
 )
-from .events import Event, EventLog, WarningEvent, error_event
+from .events import ErrorBody, ErrorEvent, Event, EventLog, WarningEvent, error_event
+from .fallback import Fallback
 from .lifetime import REASON, CancelScope, Flag, Pinned, UnderWay
 from .limits import Meter
+from .reading import error_info
 from .request import Request, RunSettings, SchemaReview, Source
 from .result import RunResult, Stopped, is_cut_off
 from .secrets import Secrets
@@ -103,6 +107,7 @@ class RunStream(Pinned, Iterator[Event]):
         self._review = SchemaReview(request, settings.limits.max_repairs)
         self._secrets = request.secrets or Secrets()
         self._tripwire = Tripwire(request.cfg)
+        self._fallback = Fallback(request.cfg, settings.passed_over)
         self._log_file = None if settings.log_file is None else EventLog(settings.log_file)
         self._on_end = on_end
 
@@ -130,6 +135,9 @@ class RunStream(Pinned, Iterator[Event]):
                 runner._stream_begins(self)
                 if on_begin is not None:
                     on_begin(self)
+                if passed_over := self._fallback.pass_over():
+                    self._take(passed_over)
+                    self._ask(self._fallback.model)
                 self._start_attempt()
             except BaseException as error:
                 self._stop(self._status_of(error), None)
@@ -251,6 +259,7 @@ class RunStream(Pinned, Iterator[Event]):
         """Wait for events, and do what they or their absence call for."""
         source, meter = self._source, self._meter
         assert source is not None
+        refusal: ErrorBody | None = None
         try:
             events = source.receive(meter.patience())
         except queue.Empty:
@@ -259,6 +268,8 @@ class RunStream(Pinned, Iterator[Event]):
             if events is None:
                 self._end_attempt(source)
                 return
+            # A source that has ended by itself may have had its answer since.
+            events, refusal = self._fallback.read(events, may_leave=not source.is_over)
             self._take(events)
         if (broken := self._tripwire.broken(events)) is not None:
             self._take([error_event(broken)])
@@ -270,6 +281,8 @@ class RunStream(Pinned, Iterator[Event]):
         # A source that has ended by itself was in time, however late we are to read it.
         elif (timeout := meter.timeout()) is not None and not source.is_over:
             self._stop("timed_out", timeout)
+        elif refusal is not None:
+            self._abandon(source, refusal)
 
     def _take(self, events: Sequence[Event]) -> None:
         """Keep *events* in the result, for the caller and in the log file."""
@@ -289,6 +302,7 @@ class RunStream(Pinned, Iterator[Event]):
 
     def _start_attempt(self) -> None:
         result, meter, request = self._result, self._meter, self._request
+        result.model = request.cfg.model
         self._tries += 1
         if not request.is_repair:
             result.attempts += 1
@@ -342,6 +356,8 @@ class RunStream(Pinned, Iterator[Event]):
                 delay_s,
             )
             self._start_another(source, delay_s)
+        elif error is not None and (reason := self._fallback.blame(result.error, error)):
+            self._fall_back(source, reason, error)
         else:
             self._end(None, error)
 
@@ -364,6 +380,7 @@ class RunStream(Pinned, Iterator[Event]):
             self._end(None, None)
             return
         self._request, self._tries = repair, 0
+        self._ask(self._fallback.model)
         self._earlier_stderr = self._result.stderr
         self._earlier_lines = self._result.raw_stdout_lines
         self._result._begin_turn()
@@ -371,6 +388,38 @@ class RunStream(Pinned, Iterator[Event]):
             self._end("over_budget", overspent)
         else:
             self._start_another(source)
+
+    def _abandon(self, source: Source, refusal: ErrorBody) -> None:
+        """End an attempt whose model OpenCode would ask again, in vain or for long."""
+        source.stop()
+        self._drain(source)
+        self._settle(source)
+        if not self._fallback.has_next:
+            self._take([ErrorEvent(type="error", error=refusal)])
+        reason = str(error_info(refusal))
+        self._fall_back(source, refusal, OpenCodeProcessError(None, reason=reason))
+
+    def _fall_back(self, source: Source, reason: ErrorBody, error: OpenCodeError) -> None:
+        """Start anew with the next model, or end the run with *error* where none is left."""
+        has_next, result = self._fallback.has_next, self._result
+        self._take(self._fallback.leave(reason))
+        if not has_next:
+            self._end(None, error)
+        elif (overspent := self._meter.overspent(result)) is not None:
+            self._end("over_budget", overspent)
+        else:
+            _log.warning("%s is out; %s is asked", result.tried[-1].model, self._fallback.model)
+            result.exit_code = None
+            self._tries = 0
+            self._ask(self._fallback.model, source.take_back())
+            self._start_another(source)
+
+    def _ask(self, model: str | None, session_id: str | None = None) -> None:
+        """Have the next attempt ask *model*, in the session that the prompt was taken out of."""
+        cfg = self._request.cfg.replace(model=model)
+        if session_id is not None:
+            cfg = cfg.replace(session_id=session_id, continue_session=False, fork=False)
+        self._request = dataclasses.replace(self._request, cfg=cfg)
 
     def _start_another(self, source: Source, delay_s: float = 0.0) -> None:
         """Start the next attempt, in the place of *source*."""
@@ -429,7 +478,7 @@ class RunStream(Pinned, Iterator[Event]):
             while (left_s := deadline - time.monotonic()) > 0:
                 if (events := source.receive(left_s)) is None:
                     return
-                self._take(events)
+                self._take(self._fallback.read(events)[0])
 
     def _settle(self, source: Source) -> OpenCodeError | None:
         """Complete the result after the end of *source*, and return what went wrong."""

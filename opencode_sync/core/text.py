@@ -95,7 +95,8 @@ def count(number: int, noun: str) -> str:
 
 def outcome(result: RunResult) -> str:
     """``"ok, 2 steps, bash, edit x2, 360 tokens, $0.0009, 4.1 s"``."""
-    words = [result.status, count(result.turns, "step"), *tools_used(result)]
+    words = [result.status, *([f"by {result.model}"] if result.tried else [])]
+    words += [count(result.turns, "step"), *tools_used(result)]
     words += [count(result.token_usage.total, "token"), money(result.total_cost)]
     return one_line(", ".join([*words, f"{result.duration_s:.1f} s"]), 200)
 
@@ -181,6 +182,7 @@ def result_markdown(result: RunResult) -> str:
         notes.append(one_line(str(result.error), 500))
     if result.denied_tools:
         notes.append(f"denied: {', '.join(result.denied_tools)}")
+    notes += [f"did not answer: {one_line(str(each), 500)}" for each in result.tried]
     notes += [f"warning: {one_line(message, 500)}" for message in result.warnings]
     return "\n\n".join([markdown(text), *(f"*{verbatim(note)}*" for note in notes)])
 

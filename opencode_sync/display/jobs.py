@@ -21,7 +21,7 @@ from typing import Any
 
 from ..core.errors import OpenCodeConfigError, kind_of
 from ..core.events import to_json
-from ..core.reading import TokenUsage, mapping, number_of, part_of, saved_usage
+from ..core.reading import TokenUsage, mapping, number_of, part_of, saved_tried, saved_usage
 from ..core.records import lines_in, own_key, plain
 from ..core.text import money, one_line, printable
 
@@ -203,6 +203,10 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     facts = {
         "Workspace": record.get("workspace"),
         "Session": record.get("session_id"),
+        "Model": record.get("model"),
+        "Did not answer": "; ".join(
+            str(saved_tried(each)) for each in _mappings(record, "tried")[:_MAX_ITEMS]
+        ),
         "Steps": record.get("turns"),
         "Attempts": record.get("attempts"),
         "Finish": record.get("finish_reason"),

@@ -14,7 +14,7 @@ from typing import Any, Literal, TextIO
 
 from ..core.errors import OpenCodeConfigError
 from ..core.events import Event
-from ..core.reading import mapping, part_of
+from ..core.reading import mapping, part_of, tried_in
 from ..core.result import RunResult, is_by_model
 from ..core.stream import RunStream
 from ..core.text import is_terminal, markdown, one_line, outcome, printable, verbatim
@@ -57,7 +57,7 @@ def live(
 
     Args:
         file: Where the model's text goes, laid out as in ``result.final_text``; None for stdout.
-        notes: Where a line for each tool, retry and warning goes; None for *file*.
+        notes: Where a line for each tool, retry, fallback and warning goes; None for *file*.
 
     Raises:
         OpenCodeError: As iterating over *stream* does, after everything is shown.
@@ -121,6 +121,11 @@ class _Pieces:
         elif kind == "retry":
             self._open_part = None
             yield "line", f"[retry] {one_line(str(event.get('message')), LINE_WIDTH - 8)}"
+        elif kind == "fallback":
+            self._open_part = None
+            next_model = event.get("next_model")
+            line = f"{tried_in(event)}{f': {next_model} is asked' if next_model else ''}"
+            yield "line", f"[fallback] {one_line(line, LINE_WIDTH - 11)}"
         elif kind == "warning":
             self._open_part = None
             yield "line", f"[warning] {printable(' '.join(str(event.get('message')).split()))}"

@@ -219,6 +219,10 @@ class ProcessRun:
         has_lost = any(words in said for words in _STARTUP_FAILURES)
         return bool(result.exit_code) and not self._n_lines and has_lost
 
+    def take_back(self) -> str | None:
+        """Return None: there is no command for it."""
+        return None
+
     def close(self) -> None:
         """Give back files and data directory; it is stopped if it still runs."""
         try:

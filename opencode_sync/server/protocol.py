@@ -244,7 +244,7 @@ class Translator:
         self._since = since
         self._began_at = since
         self._with_reasoning = with_reasoning
-        self._ours: set[str] = set()  # messages of the turn
+        self._ours: dict[str, None] = {}  # messages of the turn, in order
         self._summaries: set[str] = set()  # those that sum it up for OpenCode itself
         self._open: set[str] = set()  # answers that are not complete
         self._has_answer = self._is_idle = self._is_answered = False
@@ -264,6 +264,11 @@ class Translator:
         is_done = self.has_begun and self._is_idle and not self._open
         is_refused = self._refusal is not None and bool(self._errors)
         return self._has_ended or is_refused or (is_done and (self._has_answer or self._is_stopped))
+
+    @property
+    def messages(self) -> list[str]:
+        """Ids of the turn's messages, the prompt's too, in order."""
+        return list(self._ours)
 
     @property
     def is_doubtful(self) -> bool:
@@ -339,7 +344,7 @@ class Translator:
         if session_id != self._session_id or _created(info) <= self._since:
             return []
         message_id = str(info.get("id"))
-        self._ours.add(message_id)
+        self._ours[message_id] = None
         if info.get("role") == "user":
             if not self.has_begun:
                 self.has_begun, self._began_at = True, _created(info)

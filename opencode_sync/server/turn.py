@@ -242,6 +242,8 @@ class Turn:
         self._take_format_away()
         result.session_id = self.session_id
         result._json = self._translator.structured
+        if self._translator.model is not None:
+            result.model = "/".join(self._translator.model)
         if self._loss is not None:
             self._loss.result = result
             return self._loss
@@ -262,6 +264,23 @@ class Turn:
     def may_repeat(self, result: RunResult) -> bool:
         """Never: what keeps a prompt from being taken is raised before there is a turn."""
         return False
+
+    def take_back(self) -> str | None:
+        """Delete the prompt and what came of it; see :meth:`.request.Source.take_back`."""
+        if self._loss is not None:
+            return None
+        path = self._path("message")
+        try:
+            for message_id in reversed(self._translator.messages):
+                self._connection.request(
+                    "DELETE",
+                    f"{path}/{quote(message_id, safe='')}",
+                    directory=self._directory,
+                    timeout_s=ABORT_S,
+                )
+        except OpenCodeServerError:  # the model will see the prompt twice
+            return None
+        return self.session_id
 
     def close(self) -> None:
         self._mailbox.close()

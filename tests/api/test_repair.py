@@ -115,6 +115,9 @@ class _Source:
     def may_repeat(self, result: RunResult) -> bool:
         return self._answer == "lock"
 
+    def take_back(self) -> str | None:
+        return None
+
     def close(self) -> None:
         pass
 

@@ -85,6 +85,9 @@ class Script:
     def may_repeat(self, result: RunResult) -> bool:
         return self.repeats
 
+    def take_back(self) -> str | None:
+        return None
+
     def close(self) -> None:
         self.closes += 1
 
@@ -94,9 +97,11 @@ class Scripts(Runner):
 
     def __init__(self, *sources: Any) -> None:
         super().__init__()
+        self.requests: list[Request] = []
         self._sources = iter(sources)
 
     def _open(self, request: Request, scope: CancelScope, keep_raw: bool) -> Script:
+        self.requests.append(request)
         source = next(self._sources)
         return source(scope) if callable(source) else source  # type: ignore[no-any-return]
 

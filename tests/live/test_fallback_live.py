@@ -1,0 +1,132 @@
+"""Models that are out, and the next one that answers: on both runners, between turns, in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opencode_sync import OpenCodeProcessError, OpenCodeServer, RunConfig
+from opencode_sync.api.runner import Runner
+from opencode_sync.testing import Answer, Reply, ScriptedModel
+from tests.live.warm import WITHIN_S, Script, config, conversation, shell
+
+pytestmark = [pytest.mark.timeout(240)]
+
+HOUR_S = 3600.0
+FIRST, SECOND = "scripted/scripted", "other/backup"
+
+
+@pytest.fixture(scope="module")
+def backup() -> Iterator[ScriptedModel]:
+    with ScriptedModel(lambda request: f"backup {request.prompt}", model="backup") as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def cfg(model: ScriptedModel, backup: ScriptedModel) -> RunConfig:
+    """With two providers: the module's script, and one that always answers."""
+    provider = {
+        "npm": "@ai-sdk/openai-compatible",
+        "options": {
+            "baseURL": backup.base_url,
+            "apiKey": "none",
+            "headers": {"Connection": "close"},
+        },
+        "models": {"backup": {"cost": {"input": 1, "output": 10}, "tool_call": True}},
+    }
+    both = config(model)
+    overrides: dict[str, Any] = dict(both.config_overrides or {})
+    overrides["provider"] = {**overrides["provider"], "other": provider}
+    return both.replace(config_overrides=overrides, fallback_models=(SECOND,))
+
+
+@pytest.mark.parametrize(
+    ("reply", "error"),
+    [
+        (Reply.failure(429, "slow down", retry_after_s=HOUR_S), "APIError 429: slow down"),
+        (Reply.failure(401, "bad key"), "APIError 401: bad key"),
+        (Reply.cut("Half an"), "APIError: "),
+    ],
+    ids=["429", "401", "cut"],
+)
+def test_a_run_whose_model_is_out_is_answered_by_the_next_one(
+    runner: Runner, workspace: Path, script: Script, reply: Answer, error: str
+) -> None:
+    script.to("Refused", reply)
+
+    result = runner.run("Refused", workspace, timeout_s=WITHIN_S)
+
+    assert (result.status, result.answer, result.model) == ("ok", "backup Refused", SECOND)
+    assert [each.model for each in result.tried] == [FIRST]
+    assert str(result.tried[0].error).startswith(error)
+    assert result.final_text == "backup Refused"
+    assert (result.attempts, result.turns) == (2, 1)
+    assert [event["type"] for event in result.events].count("fallback") == 1
+
+
+def test_a_model_that_nobody_knows_is_out(runner: Runner, workspace: Path, cfg: RunConfig) -> None:
+    unknown = cfg.replace(model="scripted/nope")
+
+    result = runner.run("Unknown", workspace, run_cfg=unknown, timeout_s=WITHIN_S)
+
+    assert (result.answer, result.model) == ("backup Unknown", SECOND)
+    assert "Model not found: scripted/nope" in str(result.tried[0])
+
+
+def test_where_all_are_out_the_error_of_the_last_is_raised(
+    runner: Runner, workspace: Path, script: Script, cfg: RunConfig
+) -> None:
+    script.to("All", Reply.failure(429, "slow down", retry_after_s=HOUR_S))
+    both = cfg.replace(model="scripted/nope", fallback_models=(FIRST,))
+
+    with pytest.raises(OpenCodeProcessError, match="APIError 429: slow down") as caught:
+        runner.run("All", workspace, run_cfg=both, timeout_s=WITHIN_S)
+
+    assert caught.value.result is not None
+    assert [each.model for each in caught.value.result.tried] == ["scripted/nope", FIRST]
+
+
+def test_a_run_that_has_used_a_tool_stays_with_its_model(
+    runner: Runner, workspace: Path, script: Script
+) -> None:
+    script.to("Act", shell("echo done >> file.txt"), Reply.failure(401, "bad key"))
+
+    with pytest.raises(OpenCodeProcessError, match="bad key") as caught:
+        runner.run("Act", workspace, timeout_s=WITHIN_S)
+
+    assert caught.value.result is not None
+    assert caught.value.result.tried == []
+    assert (workspace / "file.txt").read_text() == "done\n"
+
+
+def test_a_turn_that_falls_back_goes_on_with_the_conversation(
+    runner: Runner, workspace: Path, script: Script, backup: ScriptedModel
+) -> None:
+    script.to("Second", Reply.failure(429, "slow down", retry_after_s=HOUR_S))
+
+    with runner.session(workspace, timeout_s=WITHIN_S) as chat:
+        first = chat.send("First")
+        second = chat.send("Second")
+        third = chat.send("Third")
+
+    assert [each.model for each in (first, second, third)] == [FIRST, SECOND, FIRST]
+    assert first.session_id == second.session_id == third.session_id
+    said = conversation(backup.requests[-1])
+    assert said[:2] == ["First", "re First"]
+    # A process per turn cannot take the prompt back that the first model was asked.
+    assert said[2:] in (["Second"], ["Second", "Second"])
+    assert len(said) == 3 or not isinstance(runner, OpenCodeServer)
+
+
+def test_a_value_with_a_schema_comes_from_the_next_model(
+    runner: Runner, workspace: Path, script: Script, backup: ScriptedModel
+) -> None:
+    script.to("Shape", Reply.failure(402, "no credits"))
+    backup._answer = lambda request: '{"n": 3}'
+
+    result = runner.run("Shape", workspace, schema={"type": "object"}, timeout_s=WITHIN_S)
+
+    assert (result.parsed, result.model) == ({"n": 3}, SECOND)
