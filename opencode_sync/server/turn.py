@@ -269,13 +269,12 @@ class Turn:
         """Delete the prompt and what came of it; see :meth:`.request.Source.take_back`."""
         if self._loss is not None:
             return None
-        path = self._path("message")
         try:
             for message_id in reversed(self._translator.messages):
                 self._connection.request(
                     "DELETE",
-                    f"{path}/{quote(message_id, safe='')}",
-                    directory=self._directory,
+                    self._path(f"message/{message_id}"),
+                    directory=self.directory,
                     timeout_s=ABORT_S,
                 )
         except OpenCodeServerError:  # the model will see the prompt twice

@@ -1,4 +1,4 @@
-"""Models that are out, and the next one that answers: on both runners, between turns, in a batch."""
+"""A model that is out, and the next one that answers: both runners, sessions, a batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from opencode_sync import OpenCodeProcessError, OpenCodeServer, RunConfig
+from opencode_sync import OpenCodeClient, OpenCodeProcessError, OpenCodeServer, RunConfig
 from opencode_sync.api.runner import Runner
 from opencode_sync.testing import Answer, Reply, ScriptedModel
 from tests.live.warm import WITHIN_S, Script, config, conversation, shell
@@ -44,7 +44,7 @@ def cfg(model: ScriptedModel, backup: ScriptedModel) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    ("reply", "error"),
+    "reply, error",
     [
         (Reply.failure(429, "slow down", retry_after_s=HOUR_S), "APIError 429: slow down"),
         (Reply.failure(401, "bad key"), "APIError 401: bad key"),
@@ -103,7 +103,7 @@ def test_a_run_that_has_used_a_tool_stays_with_its_model(
 
 
 def test_a_turn_that_falls_back_goes_on_with_the_conversation(
-    runner: Runner, workspace: Path, script: Script, backup: ScriptedModel
+    runner: OpenCodeClient | OpenCodeServer, workspace: Path, script: Script, backup: ScriptedModel
 ) -> None:
     script.to("Second", Reply.failure(429, "slow down", retry_after_s=HOUR_S))
 
