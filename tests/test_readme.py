@@ -64,7 +64,12 @@ def environment(
     """In which the user's OpenCode is set up with a model."""
     used = DataDirectories(tmp_path_factory.mktemp("used")).empty_config()
     with ScriptedModel(answer) as model:
-        cfg = model.run_config()
+        provider = {
+            "npm": "@ai-sdk/openai-compatible",
+            "options": {"baseURL": model.base_url, "apiKey": "none"},
+            "models": {"gpt-5.2": {"tool_call": True}},
+        }
+        cfg = model.run_config(config_overrides={"provider": {"openai": provider}})
         # A home that OpenCode was at work in before: into an empty one it would install by npm.
         env = without_user_config(build_env(cfg), cfg, used)
         yield env | {"OPENCODE_BINARY": opencode_binary, "PYTHONWARNINGS": "error"}
