@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # loaded when first asked for, see __getattr__
     from .api.server import OpenCodeServer
     from .api.session import Session
     from .batch.batch import BatchRun
+    from .batch.table import read_jobs
     from .batch.tally import BatchReport
     from .core.records import results_to_frame, results_to_records
     from .display.report import checkpoint_to_html, results_to_html
@@ -97,6 +98,7 @@ __all__ = [
     "checkpoint_to_html",
     "iter_parse_lines",
     "parse_event_line",
+    "read_jobs",
     "resolve_binary",
     "results_to_frame",
     "results_to_html",
@@ -119,6 +121,7 @@ _LOADED_LATER = {
     "allow_reads": "api.permissions",
     "ask_in_terminal": "api.permissions",
     "checkpoint_to_html": "display.report",
+    "read_jobs": "batch.table",
     "results_to_frame": "core.records",
     "results_to_html": "display.report",
     "results_to_records": "core.records",

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from ..core import lifetime
 from ..core.config import (
     RunConfig,
-    check_count,
     check_flag,
-    check_number,
     check_program,
+    checked_count,
+    checked_number,
     checked_path,
 )
 from ..core.errors import OpenCodeConfigError
@@ -88,8 +88,8 @@ class OpenCodeClient(Runner):
         """
         super().__init__(run_cfg, max_workers)
         check_program("binary", binary)
-        check_count("startup_concurrency", startup_concurrency, 0)
-        check_number("startup_delay_s", startup_delay_s)
+        startup_concurrency = checked_count("startup_concurrency", startup_concurrency, 0)
+        startup_delay_s = checked_number("startup_delay_s", startup_delay_s)
         check_flag("isolate_db", isolate_db)
         check_flag("watchdog", watchdog)
         check_flag("any_version", any_version)
@@ -102,7 +102,7 @@ class OpenCodeClient(Runner):
             "isolate_db": isolate_db,
             "data_dir": data_dir,
             "run_cfg": run_cfg,
-            "max_workers": max_workers,
+            "max_workers": self._max_workers,
             "watchdog": watchdog,
             "any_version": any_version,
         }

@@ -22,7 +22,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from ..core.config import Job, RunConfig, check_count, validate_config_for_run
+from ..core.config import Job, RunConfig, checked_count, validate_config_for_run
 from ..core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
 from ..core.lifetime import CancelScope, Pinned, UnderWay
 from ..core.request import (
@@ -79,8 +79,7 @@ class Runner(abc.ABC):
 
     def __init__(self, run_cfg: RunConfig | None = None, max_workers: int | None = None) -> None:
         self._run_cfg = checked_config(run_cfg, RunConfig())
-        check_count("max_workers", max_workers, 1)
-        self._max_workers = max_workers
+        self._max_workers: int | None = checked_count("max_workers", max_workers, 1)
         # Plain dicts, whose single operations are atomic: see UnderWay.
         # By the process that began them: a forked child does not own its parent's.
         self._streams: dict[tuple[int, int], weakref.ref[RunStream]] = {}

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..core.config import (
     RunConfig,
-    check_count,
     check_flag,
-    check_number,
     check_program,
+    checked_count,
+    checked_number,
     checked_path,
 )
 from ..core.lifetime import CancelScope
@@ -83,8 +83,8 @@ class OpenCodeServer(Runner):
         """
         super().__init__(run_cfg, max_workers)
         check_program("binary", binary)
-        check_number("startup_timeout_s", startup_timeout_s, positive=True)
-        check_count("max_memory_mb", max_memory_mb, 1)
+        startup_timeout_s = checked_number("startup_timeout_s", startup_timeout_s, positive=True)
+        max_memory_mb = checked_count("max_memory_mb", max_memory_mb, 1)
         check_flag("watchdog", watchdog)
         check_flag("any_version", any_version)
         if data_dir is not None:
@@ -93,7 +93,7 @@ class OpenCodeServer(Runner):
             "binary": binary,
             "run_cfg": run_cfg,
             "data_dir": data_dir,
-            "max_workers": max_workers,
+            "max_workers": self._max_workers,
             "startup_timeout_s": startup_timeout_s,
             "max_memory_mb": max_memory_mb,
             "watchdog": watchdog,

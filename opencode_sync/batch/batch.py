@@ -26,9 +26,9 @@ from typing import Any, Generic, Literal, TypeVar, cast
 from ..core.config import (
     Job,
     RunConfig,
-    check_count,
     check_flag,
-    check_number,
+    checked_count,
+    checked_number,
     checked_path,
 )
 from ..core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
@@ -40,6 +40,7 @@ from ..core.result import RunResult
 from .checkpoint import Checkpoint, Saved, job_fingerprint, settings_fingerprint
 from .dispatch import Dispatch, label
 from .job import End, JobRunner, Task
+from .table import is_frame, read_jobs
 from .tally import BatchReport, Progress, Tally
 from .throttle import Throttle
 
@@ -90,20 +91,24 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in ("max_workers", "buffersize"):
-            check_count(name, getattr(self, name), 1)
+            self._set(name, checked_count(name, getattr(self, name), 1))
         for name in ("ordered", "retry_failed", "adaptive"):
             check_flag(name, getattr(self, name))
-        check_number("progress_interval_s", self.progress_interval_s, positive=True)
-        check_number("max_total_cost", self.max_total_cost, optional=True)
-        check_count("max_total_tokens", self.max_total_tokens, 0)
+        interval = checked_number("progress_interval_s", self.progress_interval_s, positive=True)
+        self._set("progress_interval_s", interval)
+        cost = checked_number("max_total_cost", self.max_total_cost, optional=True)
+        self._set("max_total_cost", cost)
+        self._set("max_total_tokens", checked_count("max_total_tokens", self.max_total_tokens, 0))
         if self.checkpoint is not None:
-            path = checked_path("checkpoint", self.checkpoint)
-            object.__setattr__(self, "checkpoint", path)
+            self._set("checkpoint", checked_path("checkpoint", self.checkpoint))
         _check_choice("on_error", self.on_error, "raise", "return")
         _check_choice("progress", self.progress, False, True, "always")
         if self.executor is not None and not isinstance(self.executor, Executor):
             kind = type(self.executor).__name__
             raise OpenCodeConfigError(f"executor is {kind}: use a concurrent.futures.Executor")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
 
 def _settings_of(job: object, default: RunSettings) -> RunSettings:
@@ -114,6 +119,8 @@ def _settings_of(job: object, default: RunSettings) -> RunSettings:
     """
     if not isinstance(job, Job):
         raise OpenCodeConfigError(f"the job is {type(job).__name__}: use a str or a Job")
+    if job.prompt is None:
+        raise OpenCodeConfigError("the job has no prompt: was a cell empty that it is made from?")
     for name, kind in (("prompt", str), ("run_cfg", RunConfig), ("key", str)):
         value = getattr(job, name)
         if not isinstance(value, kind) and (value is not None or name == "prompt"):
@@ -187,6 +194,8 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
 
     def __init__(self, runner: JobRunner, jobs: Iterable[str | Job], options: Options) -> None:
         self._is_ended = True  # nothing to close, should one of the next lines raise
+        if is_frame(jobs):
+            jobs = read_jobs(jobs, run_cfg=options.settings.run_cfg)
         if isinstance(jobs, (str, bytes, Job, Mapping)) or not isinstance(jobs, Iterable):
             raise OpenCodeConfigError(f"jobs is {type(jobs).__name__}: use an iterable of prompts")
         self._runner = runner

@@ -183,7 +183,7 @@ _COMMANDS = (
     _Command(
         "map",
         "FILE|-",
-        "run many prompts: a file's lines, JSON lines, or CSV",
+        "run many prompts: a file's lines, or a table",
         "map prompts.txt --output results.jsonl --server",
         map.add_options,
         map.run,

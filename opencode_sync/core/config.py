@@ -2,7 +2,7 @@
 
     RunConfig, Job               values; what is None is left to OpenCode, or to the batch
     validate_config_for_run()    refuses what OpenCode would ignore, misread or hang on
-    check_...(), checked_path()  arguments of clients, servers, batches and requests
+    check_...(), checked_...()   arguments of clients, servers, batches and requests
 
 Each check raises OpenCodeConfigError, which names the setting, its value unless it may be secret,
 and what to use. Knows nothing of flags, variables and processes: see ``process.command``.
@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import Field, dataclass, fields, replace
+from numbers import Number
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -386,29 +387,37 @@ def _check_environment(env: Mapping[str, str]) -> None:
 NO_CURRENT_DIRECTORY = "the current directory has vanished: use an absolute path"
 
 
-def check_number(
-    name: str, value: object, *, optional: bool = False, positive: bool = False
-) -> None:
-    """Check for a finite number: above 0 if *positive*, else 0 or more; or None if *optional*."""
+def plain_number(value: Any) -> Any:
+    """A number of numpy's as one of Python's; anything else as it is."""
+    is_foreign = isinstance(value, Number) and callable(getattr(value, "item", None))
+    return value.item() if is_foreign else value
+
+
+def checked_number(name: str, value: Any, *, optional: bool = False, positive: bool = False) -> Any:
+    """*value*, a finite number: above 0 if *positive*, else 0 or more; or None if *optional*."""
+    value = plain_number(value)
     if value is None and optional:
-        return
+        return None
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     # Not math.isfinite, which raises for an int of hundreds of digits.
-    is_in_range = is_number and 0 <= value <= sys.float_info.max  # type: ignore[operator]
+    is_in_range = is_number and 0 <= value <= sys.float_info.max
     if not is_in_range or (positive and value == 0):
         bound = "above 0" if positive else "of 0 or more"
         none = ", or None for no limit" if optional else ""
         raise OpenCodeConfigError(f"{name} is {shown(value)}: use a number {bound}{none}")
+    return value
 
 
-def check_count(name: str, value: object, least: int) -> None:
-    """Check for a whole number of *least* or more, or None."""
+def checked_count(name: str, value: Any, least: int) -> Any:
+    """*value*, a whole number of *least* or more, or None."""
+    value = plain_number(value)
     if value is None:
-        return
+        return None
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise OpenCodeConfigError(f"{name} is {shown(value)}: use {least} or more, or None")
     if value > sys.maxsize:  # which the standard library cannot count with
         raise OpenCodeConfigError(f"{name} is larger than {sys.maxsize}: use None for no limit")
+    return value
 
 
 def check_flag(name: str, value: object) -> None:

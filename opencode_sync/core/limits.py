@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .config import check_count, check_number, shown
+from .config import checked_count, checked_number, shown
 from .errors import (
     OpenCodeBudgetError,
     OpenCodeConfigError,
@@ -65,16 +65,19 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("timeout_s", "idle_timeout_s"):
-            check_number(name, getattr(self, name), optional=True, positive=True)
-        check_number("max_cost", self.max_cost, optional=True)
+            self._set(name, checked_number(name, getattr(self, name), optional=True, positive=True))
+        self._set("max_cost", checked_number("max_cost", self.max_cost, optional=True))
         for name in ("max_steps", "max_tokens"):
-            check_count(name, getattr(self, name), 1)
-        check_number("retry_delay_s", self.retry_delay_s)
+            self._set(name, checked_count(name, getattr(self, name), 1))
+        self._set("retry_delay_s", checked_number("retry_delay_s", self.retry_delay_s))
         for name in ("max_retries", "max_repairs"):
-            value = getattr(self, name)
-            check_number(name, value)
+            value = checked_number(name, getattr(self, name))
             if not isinstance(value, int):
                 raise OpenCodeConfigError(f"{name} is {shown(value)}: use a whole number")
+            self._set(name, value)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
 
 class Meter:

@@ -133,6 +133,17 @@ def test_a_job_has_its_own_workspace_settings_timeout_and_key(
     assert isinstance(late, OpenCodeTimeoutError)
 
 
+def test_a_workspace_may_begin_with_the_home(
+    runner: ScriptedRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "repo").mkdir()
+
+    ends = list(runner.map(["a", Job("b", Path("~")), Job("c", "~/repo")], Path("~/repo")))
+
+    assert [Path(end.workspace).name for end in ends] == ["repo", tmp_path.name, "repo"]
+
+
 def test_small_results_are_to_be_had(runner: ScriptedRunner) -> None:
     (result,) = runner.map(["a"], keep_events=False)
 

@@ -5,6 +5,7 @@ In the place of opencode stands a program that does what the prompt says, see st
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import logging
@@ -62,7 +63,7 @@ def test_help_fits_a_screen_and_shows_an_example(shell: Shell, words: list[str])
 
     lines = out.splitlines()
     assert status == 0
-    assert len(lines) <= 30
+    assert len(lines) <= (60 if words == ["map"] else 30)  # it explains its input too
     assert max(map(len, lines)) <= 80
     assert f"opencode-sync {' '.join(words)}" in lines[-1]
 
@@ -278,12 +279,48 @@ def test_a_map_writes_a_line_for_each_job_and_reports_on_stderr(map_file: MapFil
     assert err.startswith("2 done, 0 failed\n$0.0200, 240 tokens (200 in, 40 out)\n")
 
 
+def test_a_table_comes_back_with_the_answers_beside_its_own_columns(
+    map_file: MapFile, tmp_path: Path
+) -> None:
+    rows = "id;status;prompt\r\n7;\"old; \nnew\";\"step(text='one')\"\r\n8;x;\r\n9;;fail('no')\r\n"
+
+    status, _, err = map_file(f"\ufeff{rows}", "--csv", "answers.csv", name="in.csv")
+
+    assert status == 1
+    assert "in.csv: metadata, not settings: id, status\n" in err
+    assert "job 1 (line 4): the job has no prompt" in err
+    text = (tmp_path / "answers.csv").read_text()
+    assert text.startswith("\ufeffid;status;prompt;result_status;answer;error;total_cost;")
+    with open(tmp_path / "answers.csv", encoding="utf-8-sig", newline="") as file:
+        one, empty, failed = csv.DictReader(file, delimiter=";")
+    assert (one["id"], one["status"], one["answer"]) == ("7", "old; \nnew", "one")
+    assert (one["result_status"], one["error"], one["total_cost"]) == ("ok", "", "0.01")
+    assert (empty["id"], empty["answer"], empty["result_status"]) == ("8", "", "error")
+    assert failed["error"].startswith("OpenCodeProcessError: ")
+    assert len(saved()) == 2  # the job without a prompt has not begun
+
+
+def test_a_template_makes_prompts_and_the_table_has_them(map_file: MapFile, tmp_path: Path) -> None:
+    template = ("--prompt", "step(text='{word}')", "--key-column", "n")
+    lines = '{"n": 1, "word": "a"}\n{"n": 2, "word": "b"}\n'
+
+    for _ in range(2):
+        status, _, err = map_file(lines, *template, "--csv", "answers.csv", name="in.jsonl")
+
+    assert status == 0
+    assert "2 from the checkpoint" in err
+    assert [line["key"] for line in saved()] == ["1", "2"]
+    answers = list(csv.DictReader(io.StringIO((tmp_path / "answers.csv").read_text())))
+    assert [each["prompt"] for each in answers] == ["step(text='a')", "step(text='b')"]
+    assert [(each["word"], each["answer"]) for each in answers] == [("a", "a"), ("b", "b")]
+
+
 def test_a_map_continues_after_a_failure_and_exits_with_1(map_file: MapFile) -> None:
     status, _, err = map_file("fail('bad key')\nstep(text='two')\n")
 
     assert status == 1
     assert err.startswith("1 done, 1 failed\n")
-    assert "failed:\n  job 0: opencode exited with status 1: APIError 401: bad key\n" in err
+    assert "failed:\n  job 0 (line 1): opencode exited with status 1: APIError 401: bad key" in err
     assert err.endswith("1 job failed: to run them again, add --retry-failed\n")
 
 
@@ -475,11 +512,18 @@ def test_a_run_that_ended_at_a_refused_tool_exits_with_1(shell: Shell) -> None:
         (["run", "x", "--permission", "{"], "--permission"),
         (["run", "x", "--timeout", "-1"], "timeout_s"),
         (["map", "none.txt", "--output", "out.jsonl"], "none.txt: No such file"),
-        (["map", "bad.jsonl", "--output", "out.jsonl"], "bad.jsonl, line 2: not valid JSON"),
+        (
+            ["map", "bad.jsonl", "--output", "out.jsonl"],
+            "bad.jsonl, line 2, column 10: not",
+        ),
         (["map", "good.txt", "--output", "no/out.jsonl"], "no/out.jsonl"),
         (["map", "good.txt", "--output", "bad.json"], "line 1 is damaged"),
         (["map", "good.txt", "-o", "bad.json", "--report", "./bad.json"], "is OUT too"),
         (["map", "good.txt", "-o", "out.jsonl", "--report", "good.txt"], "is FILE too"),
+        (["map", "good.txt", "-o", "good.txt"], "good.txt is FILE too"),
+        (["map", "good.txt", "-o", "out.jsonl", "--csv", "out.jsonl"], "is OUT too"),
+        (["map", "good.txt", "-o", "out.jsonl", "--csv", "no/a.csv"], "--csv no/a.csv: No such"),
+        (["map", "empty.txt", "-o", "out.jsonl"], "empty.txt holds no prompts"),
         (["install", "--version", "latest"], "latest"),
     ],
 )
@@ -490,6 +534,7 @@ def test_refused_input_exits_with_2_and_one_line(
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"prompt"}\n')
     (tmp_path / "good.txt").write_text("x\n")
+    (tmp_path / "empty.txt").write_text("\n")
 
     status, out, err = shell(*words)
 

@@ -92,6 +92,23 @@ def test_the_deadline_is_one_instant_for_all_that_wait() -> None:
     assert meter.deadline() == first
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+
+    limits = Limits(
+        timeout_s=numpy.float32(1.5),
+        max_cost=numpy.float64(2),
+        max_steps=numpy.int64(3),
+        max_retries=numpy.int8(1),
+    )
+
+    values = (limits.timeout_s, limits.max_cost, limits.max_steps, limits.max_retries)
+    assert values == (1.5, 2.0, 3, 1)
+    assert [type(value) for value in values] == [float, float, int, int]
+    with pytest.raises(OpenCodeConfigError, match="max_steps is "):
+        Limits(max_steps=numpy.float64(1.5))
+
+
 def test_a_limit_beyond_all_clocks_is_none() -> None:
     for seconds in (1e300, 10**10):
         for name in ("timeout_s", "idle_timeout_s"):
