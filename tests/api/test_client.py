@@ -6,7 +6,6 @@ import concurrent.futures
 import copy
 import gc
 import math
-import multiprocessing
 import os
 import pickle
 import signal
@@ -355,27 +354,6 @@ def test_closing_the_client_in_a_forked_child_ends_what_the_child_has_begun(
 
         assert status == 0
         assert not ours.wait_ended(0)
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_client_works_in_multiprocessing(
-    client: OpenCodeClient, workspace: Path, method: str
-) -> None:
-    client.run("well", workspace)
-
-    with multiprocessing.get_context(method).Pool(2) as pool:
-        results = [pool.apply_async(_run, (client, workspace, str(n))) for n in range(4)]
-        answers = [result.get(60) for result in results]
-        pool.close()
-        pool.join()
-
-    assert answers == ["0", "1", "2", "3"]
-
-
-def _run(client: OpenCodeClient, workspace: Path, words: str) -> str:
-    with client:
-        return client.run(f"echo {words}", workspace).answer
 
 
 # --- each way to end -----------------------------------------------------------------------------

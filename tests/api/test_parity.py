@@ -10,23 +10,17 @@ import pytest
 
 import opencode_sync
 from opencode_sync import (
-    OpenCodeBinaryNotFoundError,
     OpenCodeClient,
-    OpenCodeError,
     OpenCodeProcessError,
-    OpenCodeTimeoutError,
     RunConfig,
     RunResult,
     TokenUsage,
-    aggregate_run_result,
     build_argv,
     build_env,
-    iter_parse_lines,
     parse_event_line,
     resolve_binary,
     run_result_fuzzy_text,
     validate_config_for_run,
-    validate_permission_actions,
 )
 
 RUN = {"prompt": ..., "workspace": ".", "run_cfg": None, "timeout_s": None, "log_file": None}
@@ -101,51 +95,3 @@ def test_fields_have_the_wrappers_order_and_defaults() -> None:
     assert (result.final_text, result.exit_code, result.stderr) == ("text", 0, "stderr")
     assert (result.raw_stdout_lines, result.token_usage) == (["line"], usage)
     assert (result.total_cost, result.turns) == (0.5, 2)
-
-
-def test_errors_are_caught_as_before() -> None:
-    for error in (OpenCodeBinaryNotFoundError, OpenCodeProcessError, OpenCodeTimeoutError):
-        assert issubclass(error, OpenCodeError)
-    assert issubclass(OpenCodeBinaryNotFoundError, FileNotFoundError)
-    assert issubclass(OpenCodeTimeoutError, TimeoutError)
-    with pytest.raises(ValueError, match=r"'edit\.\*\.py'"):
-        validate_permission_actions({"edit": {"*.py": "ask"}})
-
-
-def test_a_log_is_read_and_summed_up() -> None:
-    lines = [
-        '{"type": "step_start", "sessionID": "ses_1"}',
-        '{"type": "text", "part": {"text": "Hello"}}',
-        "",
-        "no json",
-        "[1]",
-        '{"type": "tool_use", "part": {"tool": "bash"}}',
-        '{"type": "step_finish", "part": {"reason": "stop", "cost": 0.5, "tokens": {"total": 7}}}',
-    ]
-
-    result = aggregate_run_result(
-        events=list(iter_parse_lines(lines)), raw_stdout_lines=lines, exit_code=0, stderr=""
-    )
-
-    kinds = [event.get("kind") for event in result.events if event["type"] == "diagnostic"]
-    assert kinds == ["empty_line", "json_decode_error", "non_object_json"]
-    assert result.final_text == run_result_fuzzy_text(result) == "Hello"
-    assert [call["type"] for call in result.tool_calls] == ["tool_use"]
-    assert (result.turns, result.total_cost, result.token_usage.total) == (1, 0.5, 7)
-    assert result.raw_stdout_lines == lines
-
-
-def test_settings_become_arguments_and_environment() -> None:
-    cfg = RunConfig(model="a/b", thinking=True, permission={"bash": "deny"}, extra_env={"X": "1"})
-
-    validate_config_for_run(cfg)
-
-    assert build_argv("oc", "hi", cfg)[1:] == [
-        *("run", "--format", "json", "-m", "a/b", "--thinking", "--", "hi")
-    ]
-    assert build_env(cfg, {"PATH": "/bin"}) == {
-        "PATH": "/bin",
-        "X": "1",
-        "OPENCODE_CONFIG_CONTENT": cfg.opencode_config_content_json(),
-        "OPENCODE_DISABLE_AUTOUPDATE": "1",
-    }

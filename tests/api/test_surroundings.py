@@ -361,15 +361,3 @@ def test_a_signal_s_handler_may_run_a_prompt_in_the_midst_of_another(
         signal.signal(signal.SIGALRM, before)
 
     assert answers == ["inner"]
-
-
-def test_a_finaliser_may_run_a_prompt(client: OpenCodeClient) -> None:
-    answers = []
-
-    class Last:
-        def __del__(self) -> None:
-            answers.append(client.run("echo last").answer)
-
-    Last()
-
-    assert answers == ["last"]

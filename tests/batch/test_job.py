@@ -164,11 +164,12 @@ def test_other_executors_cancel_a_batch_and_lose_no_finished_result_with_a_worke
 
     child = subprocess.run(
         [sys.executable, "-c", WITH_ANOTHER, package],
-        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         text=True,
         timeout=100,
+        start_new_session=True,  # MPI's end of a program is that of its process group
     )
 
     after = {"pool": ["lost"], "job": ["lost", "F"], "program": []}[ends]

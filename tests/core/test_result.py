@@ -87,12 +87,6 @@ def test_deltas_are_joined_as_they_are() -> None:
     assert result.final_text == "Hello\n\nwhole\n\na b"
 
 
-def test_the_answer_is_the_text_of_the_last_step() -> None:
-    result = result_of(delta("before"), STEP, delta("after"))
-
-    assert (result.final_text, result.answer) == ("before\n\nafter", "after")
-
-
 @pytest.mark.parametrize(
     "event",
     [
@@ -440,23 +434,6 @@ def test_a_dict_of_another_version_is_read_as_far_as_it_goes() -> None:
     assert result.token_usage == TokenUsage(input=3)
     assert result.error == ErrorInfo("X", "m")
     assert (result.events, result.sub_agents) == ([], [])
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda result: result.append_event(text("more")),
-        lambda result: result.mark_stopped("cancelled"),
-        lambda result: setattr(result, "key", "other"),
-    ],
-    ids=["event", "status", "field"],
-)
-def test_results_that_differ_are_not_equal(change: Callable[[RunResult], None]) -> None:
-    result = two_steps()
-
-    change(result)
-
-    assert result != two_steps()
 
 
 def test_the_repr_tells_the_outcome_and_shortens_the_text() -> None:
