@@ -416,7 +416,7 @@ def checked_count(name: str, value: Any, least: int) -> Any:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise OpenCodeConfigError(f"{name} is {shown(value)}: use {least} or more, or None")
     if value > sys.maxsize:  # which the standard library cannot count with
-        raise OpenCodeConfigError(f"{name} is larger than {sys.maxsize}: use None for no limit")
+        raise OpenCodeConfigError(f"{name} is larger than {sys.maxsize}: use a smaller number")
     return value
 
 

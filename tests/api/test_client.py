@@ -73,7 +73,7 @@ SETTINGS: list[tuple[type[OpenCodeClient | OpenCodeServer], dict[str, Any], str]
     (OpenCodeClient, {"max_workers": 0}, f"is 0: {COUNT}"),
     (OpenCodeClient, {"max_workers": True}, f"is True: {COUNT}"),
     (OpenCodeClient, {"max_workers": "4"}, f"is '4': {COUNT}"),
-    (OpenCodeClient, {"max_workers": 10**400}, f"is larger than {sys.maxsize}: use None"),
+    (OpenCodeClient, {"max_workers": 10**400}, f"is larger than {sys.maxsize}: use a smaller"),
     (OpenCodeClient, {"data_dir": ""}, f"is '': {PATH}"),
     (OpenCodeClient, {"data_dir": 5}, f"is 5: {PATH}"),
     (OpenCodeClient, {"data_dir": b"kept"}, f"is b'kept': {PATH}"),
