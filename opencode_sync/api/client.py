@@ -45,7 +45,7 @@ from ..process.watchdog import guard
 from .runner import Runner
 
 if TYPE_CHECKING:
-    from ..server.pool import Attached
+    from ..server.pool import Pools
 
 
 class OpenCodeClient(Runner):
@@ -108,9 +108,10 @@ class OpenCodeClient(Runner):
         }
         self._resolved: str | None = None
         self._gate = Gate(startup_concurrency)
-        # Servers that settings name. For each process: a forked child has connections of its own.
-        self._attached: dict[int, Attached] = {}
-        weakref.finalize(self, _disconnect, self._attached)
+        self._server_pools: list[
+            Pools
+        ] = []  # of servers that settings name: from the first such run on
+        weakref.finalize(self, _disconnect, self._server_pools)
         self._make_directories()
 
     def _make_directories(self) -> None:
@@ -132,7 +133,7 @@ class OpenCodeClient(Runner):
 
     def close(self) -> None:
         super().close()
-        _disconnect(self._attached)
+        _disconnect(self._server_pools)
         _close_in(self._owner_pid, self._directories)
 
     def __repr__(self) -> str:
@@ -213,14 +214,12 @@ class OpenCodeClient(Runner):
 
     def _attach(self, request: Request, scope: CancelScope) -> Source:
         # Over HTTP: the binary's own --attach loses events, 18 runs of 18.
-        if (attached := self._attached.get(os.getpid())) is None:
-            from ..server.pool import Attached  # takes as long to load as all the rest
+        from ..server.pool import Pools  # takes as long to load as all the rest
 
-            # One operation, so that two threads get the same.
-            attached = self._attached.setdefault(
-                os.getpid(), Attached(any_version=self._settings["any_version"])
-            )
-        return attached.of(request.cfg).begin(request, scope)
+        if not self._server_pools:
+            self._server_pools.append(Pools(any_version=self._settings["any_version"]))
+        # The first, so that two threads use the same.
+        return self._server_pools[0].attached(request.cfg).begin(request, scope)
 
     def _with_session(self, request: Request) -> Request:
         """*request* with the id of the session that ``continue_session`` means."""
@@ -255,6 +254,6 @@ def _close_in(pid: int, directories: DataDirectories) -> None:
         directories.close()
 
 
-def _disconnect(attached: dict[int, Attached]) -> None:
-    if (ours := attached.get(os.getpid())) is not None:
-        ours.close()
+def _disconnect(pools: list[Pools]) -> None:
+    for each in pools:
+        each.close()

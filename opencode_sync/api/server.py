@@ -8,9 +8,9 @@ Two kinds: a server of our own, started when it is needed, and one that somebody
 
 from __future__ import annotations
 
-import os
+import functools
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ..core.config import (
     RunConfig,
@@ -23,7 +23,7 @@ from ..core.config import (
 from ..core.lifetime import CancelScope
 from ..core.request import Request, StrPath, directory
 from ..process.command import DEFAULT_BINARY
-from ..server.pool import Attached, Attacher, Launcher, ServerPool
+from ..server.pool import Attacher, Launcher, Pools, ServerPool
 from ..server.protocol import check_server_wide
 from ..server.running import RunningServer
 from ..server.turn import Turn
@@ -100,8 +100,17 @@ class OpenCodeServer(Runner):
             "any_version": any_version,
         }
         self._attacher: Attacher | None = None  # of a server that runs elsewhere
-        self._by_pid: dict[int, _Servers] = {}
-        weakref.finalize(self, _close_servers, self._by_pid)
+        launcher = functools.partial(
+            Launcher,
+            binary,
+            self._run_cfg,
+            data_dir=data_dir,
+            timeout_s=startup_timeout_s,
+            watchdog=watchdog,
+            any_version=any_version,
+        )
+        self._server_pools = Pools(launcher, max_memory_mb=max_memory_mb, any_version=any_version)
+        weakref.finalize(self, self._server_pools.close)
 
     @classmethod
     def connect(
@@ -158,7 +167,7 @@ class OpenCodeServer(Runner):
     def close(self) -> None:
         self._servers.give_up()  # runs that wait for a start would not end before it does
         super().close()
-        _close_servers(self._by_pid)
+        self._server_pools.close()
 
     def __repr__(self) -> str:
         where = self._servers.url or "not started"
@@ -218,44 +227,8 @@ class OpenCodeServer(Runner):
         return self._servers.current()
 
     def _servers_for(self, cfg: RunConfig) -> ServerPool:
-        return self._ours().attached.of(cfg) if cfg.attach else self._servers
+        return self._server_pools.attached(cfg) if cfg.attach else self._servers
 
     @property
     def _servers(self) -> ServerPool:
-        return self._ours().own
-
-    def _ours(self) -> _Servers:
-        """Return this process's servers: those that a forked child finds are the parent's."""
-        pid = os.getpid()
-        if (servers := self._by_pid.get(pid)) is None:
-            # One operation, so that two threads get the same.
-            attached = Attached(any_version=self._settings["any_version"])
-            servers = self._by_pid.setdefault(pid, _Servers(self._make_pool(), attached))
-        return servers
-
-    def _make_pool(self) -> ServerPool:
-        if self._attacher is not None:
-            return ServerPool(self._attacher)
-        settings = self._settings
-        launcher = Launcher(
-            settings["binary"],
-            self._run_cfg,
-            data_dir=settings["data_dir"],
-            timeout_s=settings["startup_timeout_s"],
-            watchdog=settings["watchdog"],
-            any_version=settings["any_version"],
-        )
-        return ServerPool(launcher, settings["max_memory_mb"])
-
-
-class _Servers(NamedTuple):
-    """One process's servers: the runner's own, and those that ``RunConfig(attach=...)`` names."""
-
-    own: ServerPool
-    attached: Attached
-
-
-def _close_servers(by_pid: dict[int, _Servers]) -> None:
-    if (servers := by_pid.get(os.getpid())) is not None:
-        servers.own.close()
-        servers.attached.close()
+        return self._server_pools.get(self._attacher)

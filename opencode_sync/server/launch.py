@@ -48,6 +48,7 @@ class ServerProcess:
     """A started server, listening on loopback.
 
     Attributes:
+        binary: The program.
         pid: Its process id.
         token: Marks it and all that it starts.
         env: What it was started with.
@@ -76,6 +77,7 @@ class ServerProcess:
             OpenCodeServerError: If it ends, or does not listen within *timeout_s* seconds; with
                 what it has printed.
         """
+        self.binary = binary
         self.token = tree.run_token()
         self.password = secrets.token_urlsafe(32)
         self.env = env
@@ -88,7 +90,7 @@ class ServerProcess:
         self._is_stopping = False
         self._output, childs_end = socket.socketpair()
         try:
-            self._popen = self._start(binary, directory, childs_end)
+            self._popen = self._start(directory, childs_end)
         except BaseException:
             self._output.close()
             tree.stop(self.token)
@@ -109,13 +111,11 @@ class ServerProcess:
             self.stop(at_once=scope.is_over)
             raise
 
-    def _start(
-        self, binary: str, directory: Path, output: socket.socket
-    ) -> subprocess.Popen[bytes]:
+    def _start(self, directory: Path, output: socket.socket) -> subprocess.Popen[bytes]:
         try:
             return subprocess.Popen(
                 # Port 0 is 4096, or a free one where that is taken.
-                [binary, "serve", "--hostname", "127.0.0.1", "--port", "0"],
+                [self.binary, "serve", "--hostname", "127.0.0.1", "--port", "0"],
                 stdin=subprocess.DEVNULL,
                 # A socket and not a pipe, so that we can stop reading while others hold it open.
                 stdout=output.fileno(),
@@ -132,7 +132,7 @@ class ServerProcess:
             )
         except OSError as error:
             raise OpenCodeBinaryNotFoundError(
-                f"{binary!r} cannot be run: {error.strerror}"
+                f"{self.binary!r} cannot be run: {error.strerror}"
             ) from error
 
     def _check_password(self) -> None:

@@ -38,6 +38,7 @@ from ..process.command import build_env, check_plugin, resolve_binary, server_en
 from ..process.data_dirs import DataDirectories, Lease
 from ..process.versions import check_program_version
 from ..process.watchdog import guard
+from .connection import Connection
 from .launch import ServerProcess
 from .running import RunningServer
 from .turn import Turn
@@ -69,9 +70,7 @@ class Attacher:
         opening = CancelScope(time.monotonic() + OPEN_S)
         with scope.waking(opening.cancel):
             return RunningServer(
-                self.url,
-                username=self.username,
-                password=self.password,
+                Connection(self.url, username=self.username, password=self.password),
                 any_version=self.any_version,
                 at_work=at_work,
                 scope=opening,
@@ -148,10 +147,8 @@ class Launcher:
         try:
             with scope.waking(opening.cancel):
                 return RunningServer(
-                    process.url,
-                    password=process.password,
-                    process=process,
-                    name=binary,
+                    Connection(process.url, password=process.password),
+                    process,
                     any_version=self._any_version,
                     at_work=at_work,
                     scope=opening,
@@ -352,23 +349,49 @@ class _Start:
             self._end.set_result(None)
 
 
-class Attached:
-    """The servers that ``RunConfig(attach=...)`` names, one pool for each. Thread-safe."""
+class Pools:
+    """The pools of one runner: one of its own servers, and one for each server elsewhere.
 
-    def __init__(self, *, any_version: bool = False) -> None:
+    A forked child has servers and connections of its own. Thread-safe.
+    """
+
+    def __init__(
+        self,
+        launcher: Callable[[], Launcher] | None = None,
+        *,
+        max_memory_mb: int | None = None,
+        any_version: bool = False,
+    ) -> None:
+        """
+        Args:
+            launcher: Makes what starts our own servers.
+            any_version: For the servers that ``RunConfig(attach=...)`` names.
+        """
+        self._launcher = launcher
+        self._max_memory_mb = max_memory_mb
         self._any_version = any_version
-        self._pools: dict[Attacher, ServerPool] = {}
+        self._pools: dict[tuple[int, Attacher | None], ServerPool] = {}  # by process
 
-    def of(self, cfg: RunConfig) -> ServerPool:
-        """Return the pool of the server that *cfg* names."""
-        assert cfg.attach is not None
-        attacher = Attacher(cfg.attach, cfg.username, cfg.password, self._any_version)
-        if (pool := self._pools.get(attacher)) is None:
+    def get(self, attacher: Attacher | None) -> ServerPool:
+        """Return the pool of the server that *attacher* reaches; None for our own servers."""
+        key = os.getpid(), attacher
+        if (pool := self._pools.get(key)) is None:
+            if attacher is None:
+                assert self._launcher is not None
+                pool = ServerPool(self._launcher(), self._max_memory_mb)
+            else:
+                pool = ServerPool(attacher)
             # One operation, so that two threads get the same.
-            pool = self._pools.setdefault(attacher, ServerPool(attacher))
+            pool = self._pools.setdefault(key, pool)
         return pool
 
+    def attached(self, cfg: RunConfig) -> ServerPool:
+        """Return the pool of the server that *cfg* names."""
+        assert cfg.attach is not None
+        return self.get(Attacher(cfg.attach, cfg.username, cfg.password, self._any_version))
+
     def close(self) -> None:
-        """Disconnect from all of them. Idempotent."""
-        while self._pools:
-            self._pools.popitem()[1].close()
+        """Close this process's pools, which start nothing afterwards. Idempotent."""
+        for (pid, _), pool in self._pools.copy().items():
+            if pid == os.getpid():
+                pool.close()

@@ -68,36 +68,33 @@ class RunningServer:
 
     def __init__(
         self,
-        url: str,
-        *,
-        username: str | None = None,
-        password: str | None = None,
+        connection: Connection,
         process: ServerProcess | None = None,
-        name: str | None = None,
+        *,
         any_version: bool = False,
-        at_work: dict[str, CancelScope] | None = None,
-        scope: CancelScope | None = None,
+        at_work: dict[str, CancelScope],
+        scope: CancelScope,
     ) -> None:
         """Check the version, and open the event stream.
 
         Args:
-            process: Stays the caller's where this raises.
-            name: The server's name in a message; None for its URL.
+            connection: Closed with this, or if this raises.
+            process: Left to the caller if this raises.
             any_version: Accept every version.
             at_work: The sessions with a turn under way, on all servers with the same sessions.
             scope: Ends the waiting.
 
         Raises:
-            OpenCodeConfigError: If *url* is not an HTTP URL, or the version is not known.
+            OpenCodeConfigError: If the version is not known.
             OpenCodeServerError: If the server refuses or does not respond.
         """
-        self.connection = Connection(url, username=username, password=password)
-        self.feed = EventStream(self.connection)
-        self.sessions = Sessions(self.connection)
+        self.connection = connection
+        self.feed = EventStream(connection)
+        self.sessions = Sessions(connection)
         self.process = process
         self.turns: set[CancelScope] = set()
         self.env = None if process is None else process.env
-        self._at_work = {} if at_work is None else at_work
+        self._at_work = at_work
         self._is_retired = self._has_used_tools = self._keeps_background = False
         self._always: dict[str, list[tuple[str, str]]] = {}  # by directory
         self._without_mcp: set[str] = set()  # directories whose configuration has no MCP server
@@ -112,11 +109,8 @@ class RunningServer:
                     raise OpenCodeServerError(process.ending)
             health = self.connection.get("/global/health", scope=scope)
             self.version = str(mapping(health).get("version"))
-            self.warnings = (
-                []
-                if any_version
-                else check_server_version(name or self.connection.url, self.version)
-            )
+            name = connection.url if process is None else process.binary
+            self.warnings = [] if any_version else check_server_version(name, self.version)
             self.feed.open(scope)
             if process is not None:
                 self._health = threading.Thread(

@@ -15,6 +15,7 @@ from opencode_sync.core.events import Event
 from opencode_sync.core.lifetime import CancelScope
 from opencode_sync.core.request import Request
 from opencode_sync.server import turn as _turn
+from opencode_sync.server.connection import Connection
 from opencode_sync.server.protocol import Translator
 from opencode_sync.server.running import RunningServer
 from opencode_sync.server.turn import Turn
@@ -57,7 +58,7 @@ def server() -> Iterator[WebServer]:
 
 @pytest.fixture
 def running(server: WebServer) -> Iterator[RunningServer]:
-    running = RunningServer(server.url)
+    running = RunningServer(Connection(server.url), at_work={}, scope=CancelScope())
     yield running
     running.close()
 
