@@ -20,6 +20,7 @@ import pytest
 
 from opencode_sync.process import child, tree
 from opencode_sync.process.child import LineSplitter, Process
+from tests.process import is_alive
 
 Start = Callable[..., Process]
 
@@ -48,12 +49,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
     for process in processes:
         process.stop()
         process.close()
-
-
-def is_alive(pid: int) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def read_all(process: Process) -> dict[str, bytes]:

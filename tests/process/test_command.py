@@ -37,26 +37,11 @@ from opencode_sync.process.command import (
     with_title,
     without_user_config,
 )
+from tests.process import executable
 
 SOON_S = 100.0
 
 # --- the program ---------------------------------------------------------------------------------
-
-Program = Callable[[str | Path], Path]
-
-
-@pytest.fixture
-def program() -> Program:
-    """Makes a file that can be run."""
-
-    def program(path: str | Path) -> Path:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("#!/bin/sh\n")
-        path.chmod(0o755)
-        return path
-
-    return program
 
 
 @pytest.fixture(autouse=True)
@@ -72,39 +57,35 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
-def test_a_program_on_path_wins_over_a_file_of_its_name_here(
-    machine: Path, program: Program
-) -> None:
-    program("opencode")
-    found = program(machine / "bin" / "opencode")
+def test_a_program_on_path_wins_over_a_file_of_its_name_here(machine: Path) -> None:
+    executable(Path("opencode"))
+    found = executable(machine / "bin" / "opencode")
 
     assert resolve_binary() == str(found)
 
 
 @pytest.mark.parametrize("name", ["~/cwd/tools/oc", Path("tools/oc")], ids=["home", "relative"])
-def test_the_path_of_a_file_is_made_absolute(
-    machine: Path, program: Program, name: str | Path
-) -> None:
-    found = program(machine / "cwd" / "tools" / "oc")
+def test_the_path_of_a_file_is_made_absolute(machine: Path, name: str | Path) -> None:
+    found = executable(machine / "cwd" / "tools" / "oc")
 
     assert resolve_binary(name) == str(found)
 
 
-def test_the_managed_copy_is_found_last(machine: Path, program: Program) -> None:
-    managed = program(managed_path("1.18.33"))
+def test_the_managed_copy_is_found_last(machine: Path) -> None:
+    managed = executable(managed_path("1.18.33"))
 
     without_path = resolve_binary()
-    on_path = program(machine / "bin" / "opencode")
+    on_path = executable(machine / "bin" / "opencode")
 
     assert without_path == str(managed)
     assert resolve_binary() == str(on_path)
 
 
 def test_opencode_binary_comes_first_unless_a_program_is_asked_for(
-    machine: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+    machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program(machine / "bin" / "opencode")
-    chosen, wanted = program(machine / "other" / "oc"), program(machine / "cwd" / "mine")
+    executable(machine / "bin" / "opencode")
+    chosen, wanted = executable(machine / "other" / "oc"), executable(machine / "cwd" / "mine")
 
     monkeypatch.setenv("OPENCODE_BINARY", "~/other/oc")
 
@@ -137,9 +118,9 @@ def test_what_cannot_be_run_is_named_with_the_way_to_get_one(name: str, what: st
 
 
 def test_a_wrong_opencode_binary_is_named_though_there_is_another_one(
-    machine: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+    machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program(machine / "bin" / "opencode")
+    executable(machine / "bin" / "opencode")
     monkeypatch.setenv("OPENCODE_BINARY", "/none/oc")
 
     with pytest.raises(OpenCodeBinaryNotFoundError, match="no file '/none/oc', which OPENCODE_BIN"):

@@ -20,6 +20,7 @@ from opencode_sync.process import install as install_module
 from opencode_sync.process.command import TESTED_VERSION, managed_binary, managed_path, managed_root
 from opencode_sync.process.install import install
 from opencode_sync.process.versions import binary_version
+from tests.process import executable
 
 WITHIN_S = 30
 PLAIN = "opencode-linux-x64"
@@ -54,13 +55,6 @@ class Npm:
 
     def has(self, package: str, command: str) -> None:
         executable(self.packages / package / "bin" / managed_path("0.0.0").name, command)
-
-
-def executable(path: Path, command: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{command}\n")
-    path.chmod(0o755)
-    return path
 
 
 def answer(version: str) -> str:

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from opencode_sync.process import tree
+from tests.process import is_alive
 
 BOUND_S = 5.0
 ROOT = Path(__file__).parents[2]
@@ -45,13 +46,6 @@ class Tool:
         """Of these, and of the sessions that they began."""
         told = {self.process.pid, *self.pids}
         return [pid for pid in psutil.pids() if {pid, session_of(pid)} & told and is_alive(pid)]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def session_of(pid: int) -> int:
@@ -188,11 +182,6 @@ def test_a_zombie_is_not_found(tool: Callable[..., Tool], token: str) -> None:
         ),
         pytest.param(
             "trap '' TERM; sh -c 'echo $$; sleep 908; sleep 908'", 1, id="deaf to SIGTERM"
-        ),
-        pytest.param(
-            """env -i setsid sh -c 'trap "" TERM; echo $$; sleep 926; sleep 926' & wait""",
-            1,
-            id="all of these",
         ),
         pytest.param("sleep 909 & kill -STOP $!; echo $!; kill -STOP $$", 1, id="suspended"),
         pytest.param(
@@ -364,15 +353,6 @@ def test_an_outer_run_takes_its_inner_runs_along(tool: Callable[..., Tool], toke
     assert inner.living() == []
 
 
-def test_an_inner_run_is_stopped_alone(tool: Callable[..., Tool], token: str) -> None:
-    outer = tool("echo $$; exec sleep 917", 1)
-    tool("echo $$; exec sleep 918", 1, mark=f"{token}/7-ab.1")
-
-    tree.stop("7-ab.1")
-
-    assert [process.pid for process in tree.find(token)] == [outer.process.pid]
-
-
 def test_a_run_can_be_spared(tool: Callable[..., Tool]) -> None:
     spared = tool("echo $$; exec sleep 919", 1, mark="7-ab.1")
     stopped = tool("echo $$; exec sleep 920", 1, mark="7-ab.2")
@@ -381,42 +361,6 @@ def test_a_run_can_be_spared(tool: Callable[..., Tool]) -> None:
 
     assert spared.living()
     assert not stopped.living()
-
-
-def test_how_many_were_found_is_told(tool: Callable[..., Tool], token: str) -> None:
-    tool("sleep 928 & echo $!; wait", 1)
-
-    first, second = tree.stop(token), tree.stop(token)
-
-    assert (first.asked, second.asked) == (2, 0)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ages are known on Linux")
-def test_what_is_older_than_the_root_is_not_looked_into(
-    tool: Callable[..., Tool], token: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looked_into: list[int] = []
-    marker_of = tree._marker_of
-    monkeypatch.setattr(tree, "_marker_of", lambda pid: looked_into.append(pid) or marker_of(pid))
-    child = tool("(setsid sleep 929 & echo $!); sleep 930", 1)
-
-    tree.stop(token, root=root_of(child))
-
-    assert child.living() == []
-    assert os.getppid() not in looked_into
-
-
-def test_after_a_look_that_may_have_missed_something_another_is_taken(
-    token: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looks: list[list[int]] = []
-    pids = tree._pids
-    monkeypatch.setattr(tree, "_pids", lambda: looks.append(pids()) or looks[-1])
-    monkeypatch.setattr(tree, "_look_at", lambda pid: None)  # each has gone since it was listed
-
-    tree.stop(token)
-
-    assert len(looks) == tree.QUIET_LOOKS
 
 
 @pytest.mark.parametrize("is_root", [True, False])

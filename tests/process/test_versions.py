@@ -32,15 +32,10 @@ from opencode_sync.process.versions import (
     warn_of_variant,
 )
 from tests import faults, serving
+from tests.process import executable
 
 WITHIN_S = 30
 KNOWN = "(1.17 up to, not including, 2)"
-
-
-def executable(path: Path, command: str) -> Path:
-    path.write_text(f"#!/bin/sh\n{command}\n")
-    path.chmod(0o755)
-    return path
 
 
 # --- what a version says -------------------------------------------------------------------------

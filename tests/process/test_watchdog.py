@@ -22,6 +22,7 @@ import pytest
 
 from opencode_sync.process import tree
 from opencode_sync.process import watchdog as _watchdog
+from tests.process import is_alive
 
 BOUND_S = 5.0
 ROOT = Path(__file__).parents[2]
@@ -133,13 +134,6 @@ def directory(tmp_path: Path) -> Path:
     (path / "below").mkdir(parents=True)
     (path / "below" / "file").touch()
     return path
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def becomes_true(condition: Callable[[], bool]) -> bool:
