@@ -38,6 +38,7 @@ BACKLOG = 32  # blocks in the queue; a reader that is so far ahead leaves the re
 # these bounds. Most of a run is spent waiting for a model, which takes 0.5 % of a core per run.
 FIRST_PAUSE_S = 0.001
 LONGEST_PAUSE_S = {"stdout": 0.008, "stderr": 0.02}
+LOOK_S = 0.01  # how soon a wait for the start notices its end
 REAP_S = 2.0  # bound on waiting for a child that has been killed
 JOIN_S = 2.0  # bound on waiting for a reader that has been told to end
 
@@ -157,10 +158,9 @@ class Process:
 
     def wait_started(self, timeout: float, cancelled: Callable[[], bool] = lambda: False) -> None:
         """Return at the first output or the end, when cancelled, or after *timeout* seconds."""
-        begun = time.monotonic()
-        while self.returncode is None and self._queue.empty() and not cancelled():
-            if not _pause(begun, timeout):
-                return
+        deadline = time.monotonic() + timeout
+        while self._queue.empty() and not cancelled() and time.monotonic() < deadline:
+            time.sleep(LOOK_S)
 
     def stop(self) -> bool:
         """End the child and all that it started: ask, wait a short grace, kill; then reap.
@@ -170,9 +170,9 @@ class Process:
         """
         assert self._popen is not None
         stopped = tree.stop(self._token, root=self._root)
-        begun = time.monotonic()
-        while self.returncode is None and _pause(begun, REAP_S):
-            pass
+        deadline = time.monotonic() + REAP_S
+        while self.returncode is None and time.monotonic() < deadline:
+            time.sleep(FIRST_PAUSE_S)
         return bool(stopped.asked)
 
     def close(self) -> None:
@@ -229,23 +229,12 @@ def _read(
             elif has_ended:
                 break
             else:
-                _pause(begun, None, longest_s)
+                waited_s = time.monotonic() - begun
+                time.sleep(min(max(FIRST_PAUSE_S, waited_s / 20), longest_s))
     except BaseException as error:  # noqa: BLE001 - raised where the caller waits
         if output.is_wanted:
             put.put(error)
     put.put((channel, b""))
-
-
-def _pause(begun: float, timeout: float | None, longest_s: float = 0.02) -> bool:
-    """Sleep a little, as part of a wait that began at *begun*; False once *timeout* has passed."""
-    waited_s = time.monotonic() - begun
-    pause_s = min(max(FIRST_PAUSE_S, waited_s / 20), longest_s)
-    if timeout is not None:
-        if waited_s >= timeout:
-            return False
-        pause_s = min(pause_s, timeout - waited_s)
-    time.sleep(pause_s)
-    return True
 
 
 class Output:
