@@ -11,6 +11,8 @@
 "turned ..."   ends with an APIError 429, with nothing done
 "broken ..."   raises what no run should raise
 "die ..."      ends its whole process
+
+A model of the provider "out" refuses with a 429, and wants to be left alone for an hour.
 """
 
 from __future__ import annotations
@@ -76,7 +78,8 @@ class ScriptedRunner(Runner):
             self.begun.append(request)
             self._running += 1
             self.most = max(self.most, self._running)
-            source = _Source(request.prompt, self._ended)
+            is_out = str(request.cfg.model).startswith("out/")
+            source = _Source(request.prompt, self._ended, is_out=is_out)
             if request.prompt.startswith(("hold", "work")):
                 self._holding.append(source)
             self._changed.notify_all()
@@ -92,7 +95,7 @@ class _Source:
     is_over = False
     session_id = None
 
-    def __init__(self, prompt: str, on_close: Callable[[], None]) -> None:
+    def __init__(self, prompt: str, on_close: Callable[[], None], *, is_out: bool = False) -> None:
         self.started_at = time.monotonic()
         self.label = f"run of {prompt!r}"
         self._prompt = prompt
@@ -104,8 +107,11 @@ class _Source:
             raise ZeroDivisionError("broken script")
         start: Any = {"type": "step_start", "sessionID": "ses_1"}
         self._say(start)
+        refusal: Any = {"type": "retry", "statusCode": 429, "message": "slow down"}
+        if is_out:
+            self._say({**refusal, "retry_after_s": 3600.0})
+            return
         if prompt.startswith("refused"):
-            refusal: Any = {"type": "retry", "statusCode": 429, "message": "slow down"}
             self._say(refusal)
         n_steps = (
             int(prompt.split()[1]) if prompt.startswith("spend") else prompt.startswith("work")

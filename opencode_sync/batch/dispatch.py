@@ -26,15 +26,17 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
+from ..core.config import RunConfig
 from ..core.errors import OpenCodeCancelledError, OpenCodeError
 from ..core.lifetime import Flag
 from ..core.limits import NO_BUDGET, Budget, Spent, is_of_batch
+from ..core.reading import Tried
 from ..core.records import Entry
 from ..core.result import RunResult
 from .checkpoint import Checkpoint, Saved
 from .job import End, JobRunner, Listener, Outcome, Task, Work, outcome_of, packed
 from .tally import Tally
-from .throttle import Throttle
+from .throttle import Outages, Throttle, is_rate_limit
 
 STOP_S = 8.0  # bound on waiting for jobs that were told to stop; stopping one takes 5 s at most
 TRIES = 4  # of a job that is refused for too many requests before it has done anything
@@ -61,6 +63,7 @@ class Dispatch(Listener):
         self._waiter: Flag | None = None  # wakes the consumer in take()
         self._work = Work(runner, self)
         self._throttle = throttle
+        self._outages = Outages()
         self._tally = tally
         self._checkpoint = checkpoint
         self._budget = budget
@@ -174,6 +177,11 @@ class Dispatch(Listener):
         with self._lock:
             self._throttle.recovered(index)
 
+    def left(self, task: Task, tried: Tried) -> None:
+        with self._lock:
+            self._outages.left(task.settings.run_cfg or RunConfig(), tried)
+            self._throttle.refusals += is_rate_limit(tried.error.status_code, tried.error.message)
+
     def spent(self) -> None:
         if self._budget:
             with self._lock:
@@ -244,6 +252,9 @@ class Dispatch(Listener):
                 if self._stop_by is not None or not self._may_start() or self._throttle.pause_s():
                     return
                 task = self._pending.popleft()
+                if (cfg := task.settings.run_cfg) is not None and cfg.fallback_models:
+                    out = self._outages.passed_over(task.index, cfg)
+                    task = replace(task, settings=replace(task.settings, passed_over=out))
             if self._budget:
                 left: dict[str, Any] = self._budget.left(self._spent_by_now())
                 limits = replace(task.settings.limits, **left)
@@ -276,6 +287,10 @@ class Dispatch(Listener):
             outcome = self._as_over_budget(outcome, spent)
             with self._lock:
                 self._throttle.recovered(task.index)
+                if outcome.is_remote and outcome.result is not None:
+                    for tried in filter(attrgetter("was_asked"), outcome.result.tried):
+                        self.left(task, tried)
+                self._outages.ended(task.index, outcome.result)
                 # A job in this process has reported each refusal as it came.
                 for _ in range(outcome.refusals if outcome.is_remote else 0):
                     n_in_flight = len(self._in_flight)

@@ -37,8 +37,9 @@ from ..core.errors import (
     OpenCodeError,
     OpenCodeOutputError,
 )
+from ..core.fallback import LONG_WAIT_S
 from ..core.limits import Spent
-from ..core.reading import ended_well, mapping
+from ..core.reading import Tried, ended_well, mapping, tried_in
 from ..core.request import RunSettings
 from ..core.result import ErrorInfo, RunResult
 from ..core.stream import RunStream, cancel_together
@@ -121,6 +122,8 @@ class Outcome:
             return False
         result = self.end.result
         is_untouched = not result.tool_calls and not result.turns
+        if result.tried and (result.tried[-1].retry_after_s or 0.0) > LONG_WAIT_S:
+            return False
         info = result.error
         return is_untouched and info is not None and is_rate_limit(info.status_code, info.message)
 
@@ -136,6 +139,9 @@ class Listener:
 
     def spent(self) -> None:
         """A job has ended a step, which may have cost something."""
+
+    def left(self, task: Task, tried: Tried) -> None:
+        """The run of *task* has left a model, which is out."""
 
 
 def carry_out(
@@ -159,6 +165,8 @@ def carry_out(
             for event in stream:
                 if event.get("type") == "step_finish":
                     listener.spent()
+                elif event.get("type") == "fallback" and (tried := tried_in(event)).was_asked:
+                    listener.left(task, tried)
                 if _is_refusal(event):
                     refusals, is_waiting, wait_s = refusals + 1, True, retry_after_s(event)
                     listener.refused(task.index, wait_s)

@@ -4,6 +4,8 @@
     recovered(job) --> that job no longer waits
     succeeded()    --> up again: fast to half of what was too many, slowly around it
 
+    left(model)    --> Outages --> passed_over(job): models that other jobs have found to be out
+
 Additive increase with a slow start, as TCP has it. Knows numbers and the words of providers, and of
 jobs only their index. Not thread-safe: its owner holds a lock.
 """
@@ -16,9 +18,13 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ParamSpec
 
-from ..core.reading import asked_to_wait_s, mapping
+from ..core.config import RunConfig
+from ..core.events import to_json
+from ..core.reading import Tried, asked_to_wait_s, mapping
+from ..core.result import RunResult
 
 _P = ParamSpec("_P")
 _log = logging.getLogger("opencode_sync")
@@ -42,6 +48,63 @@ def never_raises(note: Callable[_P, None]) -> Callable[_P, None]:
             _log.exception("the numbers of the batch are not right any more")
 
     return noted
+
+
+OUT_S = 60.0  # how long a model is passed over where its provider does not say
+
+
+class Outages:
+    """Which models the jobs of a batch pass over, since they were out for another job.
+
+    Once the time that the provider named has passed, one job asks such a model; the others pass it
+    over until that job has ended.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._found: dict[tuple[int, str], _Outage] = {}  # by account and model
+
+    def passed_over(self, job: int, cfg: RunConfig) -> tuple[Tried, ...]:
+        """The models of *cfg* that *job*, which begins now, is not to ask."""
+        if not self._found:
+            return ()
+        passed: list[Tried] = []
+        account, is_first = _account_of(cfg), True
+        for model in (str(cfg.model), *cfg.fallback_models)[:-1]:  # the last is always asked
+            outage = self._found.get((account, model))
+            if outage is not None and (outage.asked_by is not None or self._clock() < outage.until):
+                passed.append(outage.tried)
+            elif is_first:
+                is_first = False
+                if outage is not None:
+                    outage.asked_by = job
+        return tuple(passed)
+
+    def left(self, cfg: RunConfig, tried: Tried) -> None:
+        """Note that a job with *cfg* has left a model that it had asked."""
+        wait_s = OUT_S if tried.retry_after_s is None else tried.retry_after_s
+        outage = _Outage(tried, self._clock() + wait_s)
+        self._found[_account_of(cfg), tried.model] = outage
+
+    def ended(self, job: int, result: RunResult | None) -> None:
+        """Note that *job* has ended: a model that it has asked again may be back."""
+        for key, outage in list(self._found.items()):
+            if outage.asked_by == job:
+                outage.asked_by = None
+                if result is not None and result.turns and result.model == key[1]:
+                    del self._found[key]
+
+
+@dataclass
+class _Outage:
+    tried: Tried
+    until: float
+    asked_by: int | None = None  # the job that finds out whether it is over
+
+
+def _account_of(cfg: RunConfig) -> int:
+    """Equal for settings with the same keys: a model may be out for one account alone."""
+    return hash(to_json([cfg.attach, cfg.extra_env, cfg.config_overrides], default=str))
 
 
 class Throttle:

@@ -9,7 +9,8 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from opencode_sync import (
     OpenCodeBudgetError,
     OpenCodeError,
     OpenCodeProcessError,
+    RunConfig,
     RunResult,
+    results_to_records,
 )
 from opencode_sync.batch import dispatch
 from opencode_sync.batch.checkpoint import Checkpoint
@@ -373,3 +376,65 @@ def test_a_refusal_brings_down_how_many_run_unless_that_is_switched_off(
     assert lowest()[0] == 1
     assert lowest()[1] < 4
     assert lowest(adaptive=False) == (1, 4)
+
+
+# --- models that are out -------------------------------------------------------------------------
+
+FALLBACK = RunConfig(model="out/one", fallback_models=("in/two",))
+
+
+@pytest.mark.parametrize("is_remote", [False, True], ids=["threads", "processes"])
+def test_a_model_that_is_out_for_one_job_is_passed_over_by_those_that_begin_later(
+    runner: ScriptedRunner, is_remote: bool
+) -> None:
+    with ExitStack() as end:
+        executor: Executor = ThreadPoolExecutor(1)
+        if is_remote:
+            executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        end.enter_context(executor)
+        batch = runner.map(["a", "b", "c"], executor=executor, max_workers=1, run_cfg=FALLBACK)
+        results = list(batch)
+
+    assert [result.answer for result in results] == ["A", "B", "C"]
+    assert {result.model for result in results} == {"in/two"}
+    tried = [(each.model, each.was_asked) for result in results for each in result.tried]
+    assert tried == [("out/one", True), ("out/one", False), ("out/one", False)]
+    assert [result.attempts for result in results] == [2, 1, 1]
+    assert batch.report.rate_limits == 1
+
+
+def test_a_model_that_is_out_neither_pauses_nor_slows_a_batch_that_has_another(
+    runner: ScriptedRunner,
+) -> None:
+    batch = runner.map([str(n) for n in range(8)], max_workers=2, run_cfg=FALLBACK)
+
+    with batch:
+        next(batch)
+        assert batch._throttle.pause_s() == 0.0
+
+        assert len(list(batch)) == 7
+    assert batch.report.lowest_workers == 2
+
+
+def test_where_all_models_are_out_for_long_a_job_fails_at_once(runner: ScriptedRunner) -> None:
+    cfg = FALLBACK.replace(fallback_models=("out/two",))
+
+    ends = list(runner.map(["a", "b"], max_workers=1, run_cfg=cfg, on_error="return"))
+
+    for end in ends:
+        assert isinstance(end, OpenCodeProcessError)
+        assert end.result is not None
+        assert [each.model for each in end.result.tried] == ["out/one", "out/two"]
+    assert [request.cfg.model for request in runner.begun] == ["out/one", "out/two", "out/two"]
+
+
+def test_a_checkpoint_keeps_who_answered_and_who_did_not(
+    runner: ScriptedRunner, path: Path
+) -> None:
+    [result] = runner.map(["a"], run_cfg=FALLBACK, checkpoint=path)
+
+    [again] = runner.map(["a"], run_cfg=FALLBACK, checkpoint=path)
+
+    assert len(runner.begun) == 2
+    assert (again.model, again.tried) == ("in/two", result.tried)
+    assert results_to_records([again])[0]["tried"] == "out/one (APIError 429: slow down)"

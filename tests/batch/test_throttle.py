@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from opencode_sync.batch.throttle import MAX_PAUSE_S, Throttle, is_rate_limit, retry_after_s
+from opencode_sync import ErrorInfo, RunConfig, RunResult, Tried
+from opencode_sync.batch.throttle import (
+    MAX_PAUSE_S,
+    OUT_S,
+    Outages,
+    Throttle,
+    is_rate_limit,
+    retry_after_s,
+)
 
 
 class Clock:
@@ -155,3 +163,104 @@ def test_the_headers_of_the_refusal_that_a_run_ended_with_are_read_too() -> None
     event = {"type": "error", "error": {"data": {"statusCode": 429, "responseHeaders": headers}}}
 
     assert retry_after_s(event) == 1.5
+
+
+# --- models that are out -------------------------------------------------------------------------
+
+CFG = RunConfig(model="a/one", fallback_models=("b/two", "c/three"))
+
+
+def out(model: str, retry_after_s: float | None = None) -> Tried:
+    return Tried(model, ErrorInfo("APIError", "no", 429), retry_after_s=retry_after_s)
+
+
+def answered(model: str) -> RunResult:
+    return RunResult(model=model, turns=1)
+
+
+def passed_over(outages: Outages, job: int, cfg: RunConfig = CFG) -> list[str]:
+    return [each.model for each in outages.passed_over(job, cfg)]
+
+
+def test_a_model_that_is_out_is_passed_over_until_it_wants_to_be_asked_again(clock: Clock) -> None:
+    outages = Outages(clock)
+    outages.left(CFG, out("a/one", 3600))
+
+    assert passed_over(outages, 1) == ["a/one"]
+    clock.now += 3599
+    assert passed_over(outages, 2) == ["a/one"]
+    clock.now += 1
+    assert passed_over(outages, 3) == []
+
+
+def test_it_is_then_asked_by_one_job_until_that_has_ended(clock: Clock) -> None:
+    outages = Outages(clock)
+    outages.left(CFG, out("a/one", 10))
+    clock.now += 10
+
+    assert [passed_over(outages, job) for job in (1, 2, 3)] == [[], ["a/one"], ["a/one"]]
+
+    outages.ended(2, answered("b/two"))
+    assert passed_over(outages, 4) == ["a/one"]
+    outages.ended(1, answered("a/one"))
+    assert [passed_over(outages, job) for job in (5, 6)] == [[], []]
+
+
+def test_one_that_is_still_out_is_passed_over_again(clock: Clock) -> None:
+    outages = Outages(clock)
+    outages.left(CFG, out("a/one", 10))
+    clock.now += 10
+    passed_over(outages, 1)
+
+    outages.left(CFG, out("a/one", 20))
+    outages.ended(1, answered("b/two"))
+    clock.now += 19
+
+    assert passed_over(outages, 2) == ["a/one"]
+
+
+def test_a_job_that_ends_before_the_model_has_answered_leaves_it_to_the_next(clock: Clock) -> None:
+    outages = Outages(clock)
+    outages.left(CFG, out("a/one", 10))
+    clock.now += 10
+    passed_over(outages, 1)
+
+    outages.ended(1, None)
+
+    assert [passed_over(outages, job) for job in (2, 3)] == [[], ["a/one"]]
+
+
+def test_without_a_time_of_the_provider_it_is_passed_over_for_a_minute(clock: Clock) -> None:
+    outages = Outages(clock)
+    outages.left(CFG, out("a/one"))
+
+    clock.now += OUT_S - 1
+    assert passed_over(outages, 1) == ["a/one"]
+    clock.now += 1
+    assert passed_over(outages, 2) == []
+
+
+def test_a_later_model_is_asked_again_only_where_those_before_it_are_out(clock: Clock) -> None:
+    outages = Outages(clock)
+    outages.left(CFG, out("b/two", 10))
+    clock.now += 10
+
+    assert [passed_over(outages, job) for job in (1, 2)] == [[], []]
+    outages.left(CFG, out("a/one", 10))
+    assert [passed_over(outages, job) for job in (3, 4)] == [["a/one"], ["a/one", "b/two"]]
+
+
+def test_the_last_model_is_never_passed_over(clock: Clock) -> None:
+    outages = Outages(clock)
+    for model in ("a/one", "b/two", "c/three"):
+        outages.left(CFG, out(model, 3600))
+
+    assert passed_over(outages, 1) == ["a/one", "b/two"]
+
+
+def test_a_model_that_is_out_for_one_key_may_answer_another(clock: Clock) -> None:
+    outages = Outages(clock)
+    outages.left(CFG.replace(extra_env={"KEY": "first"}), out("a/one", 3600))
+
+    assert passed_over(outages, 1, CFG.replace(extra_env={"KEY": "second"})) == []
+    assert passed_over(outages, 2, CFG.replace(extra_env={"KEY": "first"})) == ["a/one"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from opencode_sync import OpenCodeClient, OpenCodeProcessError, OpenCodeServer, RunConfig
 from opencode_sync.api.runner import Runner
-from opencode_sync.testing import Answer, Reply, ScriptedModel
+from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel
 from tests.live.warm import WITHIN_S, Script, config, conversation, shell
 
 pytestmark = [pytest.mark.timeout(240)]
@@ -21,7 +22,10 @@ FIRST, SECOND = "scripted/scripted", "other/backup"
 
 @pytest.fixture(scope="module")
 def backup() -> Iterator[ScriptedModel]:
-    with ScriptedModel(lambda request: f"backup {request.prompt}", model="backup") as model:
+    def answer(request: ChatRequest) -> Answer:
+        return '{"n": 3}' if "Shape" in request.prompt else f"backup {request.prompt}"
+
+    with ScriptedModel(answer, model="backup") as model:
         yield model
 
 
@@ -122,11 +126,45 @@ def test_a_turn_that_falls_back_goes_on_with_the_conversation(
 
 
 def test_a_value_with_a_schema_comes_from_the_next_model(
-    runner: Runner, workspace: Path, script: Script, backup: ScriptedModel
+    runner: Runner, workspace: Path, script: Script
 ) -> None:
     script.to("Shape", Reply.failure(402, "no credits"))
-    backup._answer = lambda request: '{"n": 3}'
 
     result = runner.run("Shape", workspace, schema={"type": "object"}, timeout_s=WITHIN_S)
 
     assert (result.parsed, result.model) == ({"n": 3}, SECOND)
+
+
+def test_a_batch_goes_on_when_its_first_model_drops_out_in_the_middle(
+    server: OpenCodeServer, workspace: Path, script: Script
+) -> None:
+    n_answered, lock = 0, threading.Lock()
+
+    def drop_out(request: ChatRequest) -> Answer:
+        nonlocal n_answered
+        with lock:
+            n_answered += 1
+            is_out = n_answered > 20
+        if is_out:
+            return Reply.failure(429, "slow down", retry_after_s=HOUR_S)
+        return f"re {request.prompt}"
+
+    script.answers.clear()
+    prompts = [f"Number {n}" for n in range(40)]
+    script.answers.update(dict.fromkeys(prompts, drop_out))
+
+    with server.map(prompts, workspace, max_workers=4, timeout_s=WITHIN_S) as batch:
+        results = list(batch)
+
+    by_first = [result for result in results if result.model == FIRST]
+    others = [result for result in results if result.model == SECOND]
+    assert [result.status for result in results] == ["ok"] * 40
+    assert (len(by_first), len(others)) == (20, 20)
+    assert all(result.answer == f"re {result.prompt}" for result in by_first)
+    assert all(result.answer == f"backup {result.prompt}" for result in others)
+    # Those that were at work when it dropped out have asked it, and none that began later.
+    n_refused = sum(each.was_asked for result in others for each in result.tried)
+    assert n_answered == 20 + n_refused
+    assert n_refused <= 4
+    assert all([each.model for each in result.tried] == [FIRST] for result in others)
+    assert batch.report.total_cost == pytest.approx(sum(result.total_cost for result in results))
