@@ -28,6 +28,7 @@ from .core.errors import (
     OpenCodeTimeoutError,
 )
 from .core.events import Event, iter_parse_lines, parse_event_line
+from .core.limits import Retry
 from .core.result import (
     ErrorInfo,
     RunResult,
@@ -79,6 +80,7 @@ __all__ = [
     "OpenCodeTimeoutError",
     "PermissionRequest",
     "QuestionRequest",
+    "Retry",
     "RunConfig",
     "RunFuture",
     "RunResult",

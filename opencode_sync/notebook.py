@@ -19,7 +19,8 @@ from .api.client import OpenCodeClient
 from .api.runner import Runner
 from .api.server import OpenCodeServer
 from .core.config import RunConfig
-from .core.errors import OpenCodeConfigError
+from .core.errors import OpenCodeConfigError, OpenCodeError
+from .core.result import RunResult
 from .display.stream import live
 
 _VARIABLE = re.compile(r"\{\{([^\W\d]\w*)\}\}|\{([^\W\d]\w*)\}")
@@ -58,22 +59,28 @@ class Magic:
         --workspace W  where to work (default: the notebook's directory)
         --model M      provider/model
         --server       use a warm server, which the first such cell starts
-        --into NAME    put the result into a variable, even if the run fails or is stopped
+        --into NAME    put the result into a variable, a partial one if the run fails or is
+                       stopped, or None if none was begun
         --fill         put the value of each {variable} into the prompt; write {{name}} for {name}
         """
-        options = _options(line)
-        names = self._shell.user_ns
-        prompt = cell.removesuffix("\n")
-        if options.fill:
-            prompt = filled(prompt, names)
-        stream = self._runner(OpenCodeServer if options.server else OpenCodeClient).stream(
-            prompt, options.workspace, run_cfg=RunConfig(model=options.model)
-        )
+        into = _into(line)
+        result: RunResult | None = None
         try:
+            options = _options(line)
+            prompt = cell.removesuffix("\n")
+            if options.fill:
+                prompt = filled(prompt, self._shell.user_ns)
+            stream = self._runner(OpenCodeServer if options.server else OpenCodeClient).stream(
+                prompt, options.workspace, run_cfg=RunConfig(model=options.model)
+            )
+            result = stream.result
             live(stream)
+        except OpenCodeError as error:
+            result = result or error.result
+            raise
         finally:
-            if options.into:
-                names[options.into] = stream.result
+            if into is not None:  # in every ending: an older value would be taken for this run's
+                self._shell.user_ns[into] = result
 
     def close(self) -> None:
         """Stop the current runs, and the server. Idempotent."""
@@ -124,17 +131,33 @@ def _options(line: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def _into(line: str) -> str | None:
+    """The variable that *line* names, whatever may be wrong with its other words."""
+    try:
+        words = shlex.split(line)
+    except ValueError:
+        words = line.split()
+    named, _ = _into_parser().parse_known_args(words)
+    return str(named.into) if named.into else None
+
+
 def _variable(text: str) -> str:
     if not text.isidentifier() or iskeyword(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a variable name")
     return text
 
 
-def _parser() -> argparse.ArgumentParser:
+def _into_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="%%opencode", add_help=False, allow_abbrev=False)
+    parser.add_argument("--into", type=_variable)
+    return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parents = [_into_parser()]
+    parser = _Parser(prog="%%opencode", add_help=False, allow_abbrev=False, parents=parents)
     parser.add_argument("-w", "--workspace", default=".")
     parser.add_argument("-m", "--model")
     parser.add_argument("--server", action="store_true")
-    parser.add_argument("--into", type=_variable)
     parser.add_argument("--fill", action="store_true")
     return parser

@@ -3,6 +3,7 @@
 "hello"        answers "HELLO", for 0.01 dollars and 10 tokens
 "mute ..."     answers nothing
 "fail ..."     ends with an APIError 401, after a step that was paid for
+"flaky N ..."  ends N times with an APIError 503, after a step that was paid for, then answers
 "hold ..."     says a word, then nothing until release() or the end of its run
 "work ..."     takes a step with a tool, for the same, and then holds
 "spend N ..."  takes N such steps, and answers
@@ -79,7 +80,9 @@ class ScriptedRunner(Runner):
             self._running += 1
             self.most = max(self.most, self._running)
             is_out = str(request.cfg.model).startswith("out/")
-            source = _Source(request.prompt, self._ended, is_out=is_out)
+            n = [each.prompt for each in self.begun].count(request.prompt)
+            is_down = request.prompt.startswith("flaky") and n <= int(request.prompt.split()[1])
+            source = _Source(request.prompt, self._ended, is_out=is_out, is_down=is_down)
             if request.prompt.startswith(("hold", "work")):
                 self._holding.append(source)
             self._changed.notify_all()
@@ -95,11 +98,19 @@ class _Source:
     is_over = False
     session_id = None
 
-    def __init__(self, prompt: str, on_close: Callable[[], None], *, is_out: bool = False) -> None:
+    def __init__(
+        self,
+        prompt: str,
+        on_close: Callable[[], None],
+        *,
+        is_out: bool = False,
+        is_down: bool = False,
+    ) -> None:
         self.started_at = time.monotonic()
         self.label = f"run of {prompt!r}"
         self._prompt = prompt
         self._on_close = on_close
+        self._is_down = is_down
         self._blocks: queue.SimpleQueue[list[Event] | None] = queue.SimpleQueue()
         if prompt.startswith("die"):
             os._exit(1)
@@ -138,6 +149,8 @@ class _Source:
         self._finish_step("stop")
         if self._prompt.startswith("fail"):
             self._fail(401, "bad key")
+        if self._is_down:
+            self._fail(503, "down")
         self._blocks.put(None)
 
     def _fail(self, status: int, message: str) -> None:

@@ -70,6 +70,36 @@ def test_a_failed_run_leaves_what_it_had_got(magic: Magic, names: dict[str, Any]
     assert names["result"].final_text == "So far."
 
 
+@pytest.mark.parametrize(
+    "line, cell, error",
+    [
+        ("--into result --bogus", "step()", UsageError),
+        ('--into result -w "x', "step()", UsageError),
+        ("--workspace none --into result", "step()", OpenCodeConfigError),
+        ("--into result", " ", OpenCodeConfigError),
+        ("--into result --fill", "{missing}", OpenCodeConfigError),
+        ("--into result -m nobody", "step()", OpenCodeConfigError),
+    ],
+)
+def test_where_no_run_has_begun_no_older_result_is_kept(
+    magic: Magic, names: dict[str, Any], line: str, cell: str, error: type[Exception]
+) -> None:
+    names["result"] = "of an earlier cell"
+
+    with pytest.raises(error):
+        magic.opencode(line, cell)
+
+    assert names["result"] is None
+
+
+def test_a_cell_may_use_the_result_that_it_replaces(magic: Magic, names: dict[str, Any]) -> None:
+    names["result"] = "Old."
+
+    magic.opencode("--into result --fill", "step(text='{result}')")
+
+    assert names["result"].answer == "Old."
+
+
 @pytest.mark.parametrize("line", ["--into 1x", "--into for", "--bogus", "--mod p/m", '-w "x'])
 def test_wrong_usage_is_one_line_on_stderr(magic: Magic, line: str) -> None:
     with pytest.raises(UsageError, match="see %%opencode"):

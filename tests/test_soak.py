@@ -64,8 +64,8 @@ def one_run(
         "timeout_s": dice.uniform(0.05, 0.5),
         "idle_timeout_s": dice.choice([None, 0.1]),
         "max_cost": dice.choice([None, 0.15]),
-        "max_retries": 1,
-        "retry_delay_s": 0.01,
+        "startup_retries": 1,
+        "startup_retry_delay_s": 0.01,
     }
     try:
         outcomes.add(way(runner.stream(dice.choice(prompts), workspace, **limits), dice))

@@ -110,8 +110,10 @@ class Runner(abc.ABC):
                 them and is not done is stopped; the model is not told beforehand.
             max_tokens: Tokens of all kinds: input, output, reasoning, and what the cache read and
                 wrote. Checked like *max_cost*, and binds even where prices are unknown.
-            max_retries: Further attempts after a start-up failure that is safe to repeat.
-            retry_delay_s: Seconds between attempts.
+            startup_retries: Further attempts where OpenCode fails to start, before it has asked
+                the model. What fails later is not repeated: see *retries* of :meth:`map`.
+            startup_retry_delay_s: Seconds between these attempts.
+            max_retries, retry_delay_s: Former names of these two.
             schema: What the answer has to look like; it is validated and given as ``parsed``. A
                 pydantic model class, a dataclass, a ``TypedDict`` or another type, or a JSON
                 Schema as a mapping. The value is the last fenced block of the answer, else the
@@ -248,7 +250,11 @@ class Runner(abc.ABC):
             progress_interval_s: Seconds between two such lines.
             checkpoint: A file of finished jobs, a line of JSON each, on disk before the result is
                 given. Jobs found in it are not run again: their results come from the file.
-            retry_failed: Run those again that failed in the checkpoint; False gives their errors.
+            retries: How often a job that has failed is tried again in this batch, or a
+                :class:`Retry` that also says after which errors, and how many seconds later. Each
+                try costs; its result is the last one's.
+            retry_failed: Run those again that an earlier batch has left in *checkpoint* as failed;
+                False gives their errors.
             executor: Where to run: a ``concurrent.futures`` executor of threads or processes, or
                 a Dask cluster's ``Client.get_executor()``. It is not shut down.
             adaptive: Run fewer jobs at a time while the provider answers "too many requests".

@@ -33,7 +33,7 @@ from ..core.config import (
 )
 from ..core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
 from ..core.lifetime import REASON, Pinned, UnderWay
-from ..core.limits import LIMITS_OF_A_JOB, Budget
+from ..core.limits import LIMITS_OF_A_JOB, Budget, Retry
 from ..core.records import jsonable, result_of
 from ..core.request import OnError, RunSettings, absolute
 from ..core.result import RunResult
@@ -74,6 +74,7 @@ class Options:
     progress: bool | Literal["always"]
     progress_interval_s: float
     checkpoint: str | os.PathLike[str] | None
+    retries: int | Retry
     retry_failed: bool
     executor: Executor | None
     adaptive: bool
@@ -81,6 +82,11 @@ class Options:
     def workers(self) -> int:
         """How many jobs at a time."""
         return self.max_workers or _workers_of(self.executor) or self.default_workers()
+
+    @property
+    def retry(self) -> Retry:
+        """How failed jobs are tried again."""
+        return self.retries if isinstance(self.retries, Retry) else Retry(self.retries)
 
     @property
     def cost_limit(self) -> str | None:
@@ -94,6 +100,7 @@ class Options:
             self._set(name, checked_count(name, getattr(self, name), 1))
         for name in ("ordered", "retry_failed", "adaptive"):
             check_flag(name, getattr(self, name))
+        _ = self.retry  # raises for what makes no sense
         interval = checked_number("progress_interval_s", self.progress_interval_s, positive=True)
         self._set("progress_interval_s", interval)
         cost = checked_number("max_total_cost", self.max_total_cost, optional=True)
@@ -409,6 +416,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
             checkpoint=self._checkpoint,
             budget=Budget(options.max_total_cost, options.max_total_tokens),
             stop_at_failure=options.on_error == "raise",
+            retry=options.retry,
         )
         executor = options.executor
         if executor is None:

@@ -16,6 +16,7 @@ input.
 from __future__ import annotations
 
 import bisect
+import heapq
 import threading
 import time
 from collections import deque
@@ -29,7 +30,7 @@ from typing import Any
 from ..core.config import RunConfig
 from ..core.errors import OpenCodeCancelledError, OpenCodeError
 from ..core.lifetime import Flag
-from ..core.limits import NO_BUDGET, Budget, Spent, is_of_batch
+from ..core.limits import LONGEST_WAIT_S, NO_BUDGET, Budget, Retry, Spent, is_of_batch
 from ..core.reading import Tried
 from ..core.records import Entry
 from ..core.result import RunResult
@@ -40,6 +41,7 @@ from .throttle import Outages, Throttle, is_rate_limit
 
 STOP_S = 8.0  # bound on waiting for jobs that were told to stop; stopping one takes 5 s at most
 TRIES = 4  # of a job that is refused for too many requests before it has done anything
+NO_RETRY = Retry(0)
 REPEAT_S = 2.0  # before the second try; doubled for each further one
 
 
@@ -55,6 +57,7 @@ class Dispatch(Listener):
         checkpoint: Checkpoint | None = None,
         budget: Budget = NO_BUDGET,
         stop_at_failure: bool = True,
+        retry: Retry = NO_RETRY,
     ) -> None:
         # Entered as it is, and not through the condition, whose __enter__ is Python: a Ctrl-C could
         # come between its taking of the lock and the block, and the lock would stay locked.
@@ -69,6 +72,9 @@ class Dispatch(Listener):
         self._budget = budget
         self._earlier = Spent() if checkpoint is None else checkpoint.spent
         self._stop_at_failure = stop_at_failure
+        self._retry = retry
+        self._resting: list[tuple[float, int, Task]] = []  # a heap: when, index, what to try again
+        self._failures: dict[int, tuple[Task, Outcome]] = {}  # of those, also while pending again
         # A job goes through these from left to right.
         self._pending: deque[Task] = deque()
         self._in_flight: dict[Future[Outcome], Task] = {}
@@ -155,6 +161,7 @@ class Dispatch(Listener):
             self._fatal = self._fatal or OpenCodeCancelledError(reason)
             if self._stop_by is None:
                 self._stop_by = time.monotonic() + STOP_S
+                self._end_retries()
                 self._tally.count("not_run", len(self._pending))
                 self._pending.clear()
             in_flight = list(self._in_flight)
@@ -218,15 +225,16 @@ class Dispatch(Listener):
         """Wait until there is something to do; False once nothing more will be."""
         with self._lock:
             while not (self._completed or self._has_spent):
-                timeout = None
+                timeout = self._wake_resting()
                 if self._stop_by is not None:
                     timeout = self._stop_by - time.monotonic()
                     if not self._in_flight or timeout <= 0:
                         return False
                 elif self._may_start():
-                    timeout = self._throttle.pause_s()
-                    if not timeout:
+                    pause_s = self._throttle.pause_s()
+                    if not pause_s:
                         return True
+                    timeout = min(timeout, pause_s)
                 self._changed.wait(timeout)
             self._has_spent = False
             return True
@@ -269,6 +277,7 @@ class Dispatch(Listener):
                 return
             with self._lock:
                 self._in_flight[future] = task
+                self._failures.pop(task.index, None)
                 is_late = self._stop_by is not None
             future.add_done_callback(self._on_done)
             if is_late:
@@ -304,10 +313,12 @@ class Dispatch(Listener):
         with self._lock:
             for future, task, outcome in ended:
                 del self._in_flight[future]
-                if is_saved:
-                    self._finish(task, outcome)
-                else:
+                if not is_saved:
                     self._tally.spend(outcome.result)
+                elif self._is_to_retry(task, outcome):
+                    self._rest(task, outcome)
+                else:
+                    self._finish(task, outcome)
             self._notify()
 
     def _is_to_repeat(self, task: Task, outcome: Outcome) -> bool:
@@ -322,6 +333,41 @@ class Dispatch(Listener):
             again = replace(task, tries=task.tries + 1)
             bisect.insort(self._pending, again, key=attrgetter("index"))
             self._throttle.pause(REPEAT_S * 2 ** (task.tries - 1))
+
+    def _is_to_retry(self, task: Task, outcome: Outcome) -> bool:
+        may_run = self._stop_by is None and self._fatal is None
+        if not may_run or task.failures >= self._retry.count:
+            return False
+        if not isinstance(outcome.end, OpenCodeError) or not self._retry.applies_to(outcome.end):
+            return False
+        return not self._budget.is_spent(self._spent_by_now() + Spent.on(outcome.result))
+
+    def _rest(self, task: Task, outcome: Outcome) -> None:
+        """Try *task* again later; its failure is on disk, and stands if that does not happen."""
+        self._tally.spend(outcome.result, outcome.busy_s)
+        self._tally.count("retried")
+        self._failures[task.index] = task, outcome
+        again = replace(task, failures=task.failures + 1, tries=1)
+        at = time.monotonic() + self._retry.delay_s
+        heapq.heappush(self._resting, (at, task.index, again))
+
+    def _wake_resting(self) -> float:
+        """Move what has rested to the pending jobs; return for how long the next one rests."""
+        while self._resting:
+            left_s = self._resting[0][0] - time.monotonic()
+            if left_s > 0:
+                return min(left_s, LONGEST_WAIT_S)
+            *_, again = heapq.heappop(self._resting)
+            bisect.insort(self._pending, again, key=attrgetter("index"))
+        return LONGEST_WAIT_S
+
+    def _end_retries(self) -> None:
+        """Let the failures of the jobs stand that wait to be tried again; with the lock."""
+        failures, self._failures = self._failures, {}
+        self._resting.clear()
+        self._pending = deque(task for task in self._pending if task.index not in failures)
+        for task, outcome in failures.values():
+            self._finish(task, outcome, is_spent=True)
 
     def _save(self, ended: Sequence[tuple[Task, Outcome]]) -> bool:
         """Put on disk what belongs there; False where that went wrong, which ends the batch."""
@@ -340,7 +386,7 @@ class Dispatch(Listener):
             return False
         return True
 
-    def _finish(self, task: Task, outcome: Outcome) -> None:
+    def _finish(self, task: Task, outcome: Outcome, *, is_spent: bool = False) -> None:
         """Count a job whose end is on disk, and let it be taken; with the lock."""
         end = outcome.end
         if self._stop_by is not None and isinstance(end, OpenCodeCancelledError):
@@ -353,7 +399,7 @@ class Dispatch(Listener):
         if isinstance(end, OpenCodeError) and is_of_batch(end):
             self._tally.cut_short(end, is_saved=is_saved)
             return
-        self._tally.finish(end, outcome.busy_s, is_saved=is_saved)
+        self._tally.finish(end, outcome.busy_s, is_saved=is_saved, is_spent=is_spent)
         if isinstance(end, RunResult):
             self._throttle.succeeded()
         if outcome.result is not None and outcome.result.attempts > 1:
@@ -370,6 +416,7 @@ class Dispatch(Listener):
         """Start nothing more, and have the consumer get *error* after what is in flight."""
         with self._lock:
             self._fatal = self._fatal or error
+            self._end_retries()
             self._notify()
 
     # -- the budget of the batch
@@ -389,6 +436,7 @@ class Dispatch(Listener):
         return not self._budget.is_spent(spent)
 
     def _refuse_pending(self, spent: Spent) -> None:
+        self._end_retries()
         for task in self._pending:
             error = self._budget.error(spent, self._earlier, "the job was not run")
             label(error, task)

@@ -81,6 +81,7 @@ class Task:
     saved_as: str = ""  # its key in the checkpoint, which needs one for each job
     fingerprint: str = ""
     tries: int = 1
+    failures: int = 0  # so far, after which it was tried again
 
 
 @dataclass

@@ -71,7 +71,8 @@ class BatchReport:
         empty: How many of the jobs done gave no answer and called no tool.
         cached: Jobs whose result or error came from the checkpoint.
         retried: Jobs that were started again: after a start-up failure, a refusal for too many
-            requests, with another model, or after a failure that the checkpoint has.
+            requests, with another model, or after a failure that *retries* allows or that the
+            checkpoint has.
         not_run: Jobs that were drawn and not run to an end: the budget was spent, or the batch was
             left.
         running: Jobs under way.
@@ -228,10 +229,11 @@ class Tally:
             self._counts[what] += n
 
     @never_raises
-    def spend(self, result: RunResult | None) -> None:
-        """Add what a run spent that is not counted as done or failed."""
+    def spend(self, result: RunResult | None, busy_s: float = 0.0) -> None:
+        """Add what a run spent that is not counted as done or failed, and the seconds it took."""
         with self._lock:
             self._spend(result)
+            self._busy_s += busy_s
 
     @never_raises
     def cut_short(self, end: OpenCodeError, *, is_saved: bool) -> None:
@@ -244,9 +246,18 @@ class Tally:
 
     @never_raises
     def finish(
-        self, end: RunResult | OpenCodeError, busy_s: float = 0.0, *, is_saved: bool = False
+        self,
+        end: RunResult | OpenCodeError,
+        busy_s: float = 0.0,
+        *,
+        is_saved: bool = False,
+        is_spent: bool = False,
     ) -> None:
-        """Count a job that has ended after *busy_s* seconds."""
+        """Count a job that has ended after *busy_s* seconds.
+
+        Args:
+            is_spent: What it spent was added before, by :meth:`spend`.
+        """
         with self._lock:
             if isinstance(end, OpenCodeError):
                 self._counts["failed"] += 1
@@ -254,12 +265,12 @@ class Tally:
                 kind = kind_of(type(end).__name__, info and info.name, info and info.status_code)
                 is_known = kind in self._errors or len(self._errors) < _MAX_KINDS
                 self._errors[kind if is_known else "others"] += 1
-                self._spend(end.result)
             else:
                 self._counts["done"] += 1
                 self._counts["empty"] += not end.tool_calls and not end.answer.strip()
-                self._spend(end)
-            self._busy_s += busy_s
+            if not is_spent:
+                self._spend(end.result if isinstance(end, OpenCodeError) else end)
+                self._busy_s += busy_s
             beginning = " ".join((end.prompt or "")[: 2 * _PROMPT_CHARS].split())[:_PROMPT_CHARS]
             index = end.index or 0
             job = SlowJob(busy_s, index, end.key, beginning)

@@ -18,9 +18,13 @@ from typing import Any
 
 from .config import checked_count, checked_number, shown
 from .errors import (
+    OpenCodeBinaryNotFoundError,
     OpenCodeBudgetError,
+    OpenCodeCancelledError,
     OpenCodeConfigError,
+    OpenCodeError,
     OpenCodeIncompleteError,
+    OpenCodePermissionError,
     OpenCodeTimeoutError,
 )
 from .events import Event
@@ -42,6 +46,14 @@ VOID_STEPS = 5
 _ROUNDING = 1e-12  # dollars: less than a token costs anywhere
 # After these OpenCode does not ask again. A sub-agent that is called often may end so every time.
 _LAST_REASONS = ("stop", "length", "content-filter")
+# Errors that another try would only meet again; and statuses of a provider that are not such.
+_LASTING = (
+    OpenCodeBinaryNotFoundError,
+    OpenCodeBudgetError,
+    OpenCodeConfigError,
+    OpenCodePermissionError,
+)
+_MAY_PASS = (408, 409, 425, 429)  # timeout, conflict, too early, too many requests
 
 
 @dataclass(frozen=True)
@@ -57,8 +69,8 @@ class Limits:
     max_cost: float | None = None
     max_steps: int | None = None
     max_tokens: int | None = None
-    max_retries: int = 2
-    retry_delay_s: float = 1.0
+    startup_retries: int = 2
+    startup_retry_delay_s: float = 1.0
     max_repairs: int = 1
     max_total_cost: float | None = None
     max_total_tokens: int | None = None
@@ -69,15 +81,61 @@ class Limits:
         self._set("max_cost", checked_number("max_cost", self.max_cost, optional=True))
         for name in ("max_steps", "max_tokens"):
             self._set(name, checked_count(name, getattr(self, name), 1))
-        self._set("retry_delay_s", checked_number("retry_delay_s", self.retry_delay_s))
-        for name in ("max_retries", "max_repairs"):
-            value = checked_number(name, getattr(self, name))
-            if not isinstance(value, int):
-                raise OpenCodeConfigError(f"{name} is {shown(value)}: use a whole number")
-            self._set(name, value)
+        delay_s = checked_number("startup_retry_delay_s", self.startup_retry_delay_s)
+        self._set("startup_retry_delay_s", delay_s)
+        for name in ("startup_retries", "max_repairs"):
+            self._set(name, _checked_tries(name, getattr(self, name)))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+
+def _checked_tries(name: str, value: object) -> int:
+    number = checked_number(name, value)
+    if not isinstance(number, int):
+        raise OpenCodeConfigError(f"{name} is {shown(value)}: use a whole number")
+    return number
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How a failed job of a batch is tried again: from its beginning, in its workspace as it is.
+
+    Attributes:
+        count: Further tries of a job, at most.
+        delay_s: Seconds before each of them; other jobs go on in the meantime.
+        on: The class of the errors after which a job is tried again, or a tuple of classes. None
+            for all errors that may pass by themselves, which leaves out: refused settings, a
+            missing program, an exceeded limit of cost, steps or tokens, a denied tool that has
+            run, and a provider's status from 400 to 499, except for 408, 409, 425 and 429.
+
+    A job that was cancelled, or stopped since the batch's budget is spent, is not tried again.
+
+    Raises:
+        OpenCodeConfigError: A value makes no sense.
+    """
+
+    count: int = 1
+    delay_s: float = 5.0
+    on: type[OpenCodeError] | tuple[type[OpenCodeError], ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "count", _checked_tries("retries", self.count))
+        object.__setattr__(self, "delay_s", checked_number("delay_s", self.delay_s))
+        kinds = self.on if isinstance(self.on, tuple) else (self.on or OpenCodeError,)
+        if not all(isinstance(kind, type) and issubclass(kind, OpenCodeError) for kind in kinds):
+            raise OpenCodeConfigError(f"on is {shown(self.on)}: use classes of OpenCodeError")
+
+    def applies_to(self, error: OpenCodeError) -> bool:
+        """Whether a job that ended with *error* is to be tried again."""
+        if isinstance(error, OpenCodeCancelledError) or is_of_batch(error):
+            return False
+        if self.on is not None:
+            return isinstance(error, self.on)
+        info = error.result and error.result.error
+        status = (info and info.status_code) or 0
+        is_refusal = 400 <= status < 500 and status not in _MAY_PASS
+        return not isinstance(error, _LASTING) and not is_refusal
 
 
 class Meter:

@@ -16,6 +16,7 @@ import dataclasses
 import inspect
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from typing import Any, Literal, Protocol, TypedDict, TypeVar, cast, get_type_hi
 from .config import NO_CURRENT_DIRECTORY, RunConfig, check_flag, unencodable
 from .errors import OpenCodeConfigError, OpenCodeError, OpenCodeOutputError
 from .events import Event
-from .limits import Limits
+from .limits import Limits, Retry
 from .reading import OUTPUT_TOOL, Tried, mapping, part_of
 from .result import ErrorInfo, RunResult, is_cut_off
 from .schema import Fit, OutputSchema, SchemaMismatch, output_schema
@@ -47,10 +48,12 @@ class JobOptions(TypedDict, total=False):
     max_cost: float | None
     max_steps: int | None
     max_tokens: int | None
-    max_retries: int
-    retry_delay_s: float
+    startup_retries: int
+    startup_retry_delay_s: float
     schema: Any
     max_repairs: int
+    max_retries: int  # these two are former names, see RENAMED
+    retry_delay_s: float
 
 
 class RunOptions(JobOptions, total=False):
@@ -77,6 +80,7 @@ class BatchOptions(JobOptions, total=False):
     progress: bool | Literal["always"]
     progress_interval_s: float
     checkpoint: StrPath | None
+    retries: int | Retry
     retry_failed: bool
     executor: Executor | None
     adaptive: bool
@@ -130,15 +134,19 @@ BATCH_DEFAULTS: BatchOptions = {
     "progress": False,
     "progress_interval_s": 30.0,
     "checkpoint": None,
+    "retries": 0,
     "retry_failed": True,
     "executor": None,
     "adaptive": True,
 }
+RENAMED = {"max_retries": "startup_retries", "retry_delay_s": "startup_retry_delay_s"}
+
 _DEFAULTS: dict[str, Any] = {
     **{each.name: each.default for each in dataclasses.fields(Limits)},
     **{each.name: each.default for each in dataclasses.fields(RunSettings)},
     "schema": None,
     **BATCH_DEFAULTS,
+    **{old: getattr(Limits, new) for old, new in RENAMED.items()},
 }
 
 _Verb = TypeVar("_Verb", bound=Callable[..., Any])
@@ -173,8 +181,17 @@ def shows(options: Any) -> Callable[[_Verb], _Verb]:
 
 
 def check_keywords(verb: Callable[..., Any], options: Mapping[str, object]) -> None:
-    """Raise the TypeError of Python for those of *options* that *verb* does not show."""
+    """Raise the TypeError of Python for those of *options* that *verb* does not show.
+
+    Former names are replaced by the present ones, with a warning for who called the verb.
+    """
     names = inspect.signature(verb).parameters
+    for old, new in RENAMED.items():
+        if old not in options or old not in names:
+            continue
+        warnings.warn(f"{old} is called {new} now", DeprecationWarning, stacklevel=3)
+        own = cast(dict[str, Any], options)
+        own.setdefault(new, own.pop(old))
     for unknown in options.keys() - names:
         from difflib import get_close_matches
 

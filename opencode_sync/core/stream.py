@@ -346,8 +346,8 @@ class RunStream(Pinned, Iterator[Event]):
             self._end("cancelled", self._cancelled_error())
         elif self._has_answer(error):
             self._end_round(source)
-        elif self._tries <= limits.max_retries and source.may_repeat(result):
-            delay_s = min(limits.retry_delay_s, self._meter.left(), threading.TIMEOUT_MAX)
+        elif self._tries <= limits.startup_retries and source.may_repeat(result):
+            delay_s = min(limits.startup_retry_delay_s, self._meter.left(), threading.TIMEOUT_MAX)
             # Without the error's text, which is the child's.
             _log.warning(
                 "%s failed to start (exit status %s), once more in %.1f s",

@@ -259,7 +259,7 @@ def test_what_never_fits_is_an_error_after_as_many_repairs(
 def test_a_repair_whose_start_failed_is_tried_again_and_counts_no_attempt() -> None:
     runner = Answering(BAD, "lock", GOOD)
 
-    result = runner.run("Describe it", schema=Bird, retry_delay_s=0)
+    result = runner.run("Describe it", schema=Bird, startup_retry_delay_s=0)
 
     assert result.parsed == Bird(2)
     assert runner.prompts[1] == runner.prompts[2]

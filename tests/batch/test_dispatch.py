@@ -22,6 +22,8 @@ from opencode_sync import (
     OpenCodeBudgetError,
     OpenCodeError,
     OpenCodeProcessError,
+    OpenCodeTimeoutError,
+    Retry,
     RunConfig,
     RunResult,
     results_to_records,
@@ -438,3 +440,97 @@ def test_a_checkpoint_keeps_who_answered_and_who_did_not(
     assert len(runner.begun) == 2
     assert (again.model, again.tried) == ("in/two", result.tried)
     assert results_to_records([again])[0]["tried"] == "out/one (APIError 429: slow down)"
+
+
+# --- retries of failed jobs ----------------------------------------------------------------------
+
+AT_ONCE = Retry(2, delay_s=0)
+
+
+def test_a_failed_job_is_tried_again_and_each_try_is_paid(runner: ScriptedRunner) -> None:
+    batch = runner.map(["flaky 2 a", "b"], retries=AT_ONCE)
+
+    answers = [result.answer for result in batch]
+
+    assert answers == ["FLAKY 2 A", "B"]
+    assert sorted(runner.prompts) == ["b"] + ["flaky 2 a"] * 3
+    assert (batch.report.done, batch.report.failed, batch.report.retried) == (2, 0, 2)
+    assert batch.report.total_cost == pytest.approx(4 * STEP_COST)
+
+
+def test_after_the_last_try_the_failure_stands(runner: ScriptedRunner) -> None:
+    batch = runner.map(["flaky 9 a"], retries=AT_ONCE, on_error="return")
+
+    (error,) = batch
+
+    assert isinstance(error, OpenCodeProcessError)
+    assert len(runner.begun) == 3
+    assert (batch.report.failed, batch.report.retried) == (1, 2)
+    assert batch.report.total_cost == pytest.approx(3 * STEP_COST)
+
+
+def test_what_cannot_pass_is_tried_again_only_where_it_is_named(runner: ScriptedRunner) -> None:
+    def begun(retry: Retry) -> int:
+        before = len(runner.begun)
+        list(runner.map(["fail", ""], retries=retry, on_error="return"))
+        return len(runner.begun) - before
+
+    assert begun(AT_ONCE) == 1
+    assert begun(Retry(2, delay_s=0, on=OpenCodeTimeoutError)) == 1
+    assert begun(Retry(2, delay_s=0, on=(OpenCodeTimeoutError, OpenCodeProcessError))) == 3
+
+
+def test_others_go_on_while_a_job_rests_and_its_failure_stands_where_the_batch_ends(
+    runner: ScriptedRunner,
+) -> None:
+    retry = Retry(1, delay_s=600)
+
+    with runner.map(["flaky 1 a", "b", "c"], retries=retry, ordered=False) as batch:
+        answers = {next(batch).answer, next(batch).answer}
+        while not batch.report.retried:
+            runner.wait_for(3)
+
+    assert answers == {"B", "C"}
+    assert (batch.report.done, batch.report.failed, batch.report.not_run) == (2, 1, 0)
+    assert batch.report.total_cost == pytest.approx(3 * STEP_COST)
+
+
+def test_a_batch_whose_budget_is_spent_tries_nothing_again(runner: ScriptedRunner) -> None:
+    batch = runner.map(
+        ["flaky 1 a"], retries=Retry(1, delay_s=600), max_total_cost=STEP_COST, on_error="return"
+    )
+
+    (error,) = batch
+
+    assert isinstance(error, OpenCodeProcessError)
+
+
+def test_a_checkpoint_has_one_line_for_all_tries_with_what_they_cost(
+    runner: ScriptedRunner, tmp_path: Path
+) -> None:
+    path = tmp_path / "done.jsonl"
+
+    list(runner.map(["flaky 2 a"], retries=AT_ONCE, checkpoint=path))
+
+    (line,) = map(json.loads, path.read_text().splitlines())
+    assert (line["failure"], line["answer"]) == (None, "FLAKY 2 A")
+    assert line["cost_before"] == pytest.approx(2 * STEP_COST)
+
+
+def test_a_job_that_rests_when_the_batch_ends_is_in_the_checkpoint_as_failed(
+    runner: ScriptedRunner, tmp_path: Path
+) -> None:
+    path = tmp_path / "done.jsonl"
+    resting: Any = {"retries": Retry(1, delay_s=600), "checkpoint": path, "on_error": "return"}
+    with runner.map(["flaky 1 a", "b"], ordered=False, **resting) as batch:
+        next(batch)
+        while not batch.report.retried:
+            runner.wait_for(2)
+
+    (kept, _) = runner.map(
+        ["flaky 1 a", "b"], checkpoint=path, retry_failed=False, on_error="return"
+    )
+    (again, _) = runner.map(["flaky 1 a", "b"], checkpoint=path)
+
+    assert isinstance(kept, OpenCodeProcessError)
+    assert again.answer == "FLAKY 1 A"

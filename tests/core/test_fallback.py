@@ -53,7 +53,7 @@ def retry(status: int | None = None, wait_s: float | None = None) -> dict[str, A
 def started(
     *sources: Any, cfg: RunConfig = CFG, passed_over: Sequence[Tried] = (), **options: Any
 ) -> RunStream:
-    settings = RunSettings.of({"run_cfg": cfg, "retry_delay_s": 0, **options})
+    settings = RunSettings.of({"run_cfg": cfg, "startup_retry_delay_s": 0, **options})
     return Scripts(*sources)._begin("Go", "/", replace(settings, passed_over=passed_over))
 
 

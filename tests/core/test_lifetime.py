@@ -196,7 +196,9 @@ def interrupt_runs(directory: Path) -> None:
             try:
                 try:
                     signal.setitimer(signal.ITIMER_REAL, dice.uniform(0.0002, 0.05))
-                    client.run(dice.choice(prompts), workspace, timeout_s=0.1, retry_delay_s=0)
+                    client.run(
+                        dice.choice(prompts), workspace, timeout_s=0.1, startup_retry_delay_s=0
+                    )
                 finally:  # where it may come too
                     signal.setitimer(signal.ITIMER_REAL, 0)
             except (KeyboardInterrupt, OpenCodeTimeoutError) as error:

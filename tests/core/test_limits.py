@@ -91,10 +91,10 @@ def test_numbers_of_numpy_are_numbers() -> None:
         timeout_s=numpy.float32(1.5),
         max_cost=numpy.float64(2),
         max_steps=numpy.int64(3),
-        max_retries=numpy.int8(1),
+        startup_retries=numpy.int8(1),
     )
 
-    values = (limits.timeout_s, limits.max_cost, limits.max_steps, limits.max_retries)
+    values = (limits.timeout_s, limits.max_cost, limits.max_steps, limits.startup_retries)
     assert values == (1.5, 2.0, 3, 1)
     assert [type(value) for value in values] == [float, float, int, int]
     with pytest.raises(OpenCodeConfigError, match="max_steps is "):
@@ -371,9 +371,9 @@ def test_a_run_that_is_done_is_not_taken_away_for_its_price() -> None:
         {"max_steps": 0},
         {"max_steps": 1.5},
         {"max_tokens": True},
-        {"max_retries": 1.5},
-        {"max_retries": None},
-        {"retry_delay_s": -1},
+        {"startup_retries": 1.5},
+        {"startup_retries": None},
+        {"startup_retry_delay_s": -1},
     ],
     ids=lambda limits: str(limits)[:24],
 )

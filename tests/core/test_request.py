@@ -14,6 +14,7 @@ from opencode_sync.api.session import Session
 from opencode_sync.batch.batch import Options
 from opencode_sync.core.request import (
     BATCH_DEFAULTS,
+    RENAMED,
     BatchOptions,
     Request,
     RunSettings,
@@ -22,6 +23,7 @@ from opencode_sync.core.request import (
     directory,
     shows,
 )
+from tests.scripted import ScriptedRunner
 
 # --- options -------------------------------------------------------------------------------------
 
@@ -71,19 +73,19 @@ def test_each_option_of_a_batch_has_a_default_and_a_place() -> None:
 
     assert own < {each.name for each in dataclasses.fields(Options)}
     assert BatchOptions.__annotations__.keys() - own - shared == {
-        *("run_cfg", "schema", "keep_events", "keep_raw"),
+        *("run_cfg", "schema", "keep_events", "keep_raw", *RENAMED),
     }
 
 
 def test_each_option_of_a_run_arrives_in_its_settings(tmp_path: Path) -> None:
     limits = {"timeout_s": 1, "idle_timeout_s": 2, "max_cost": 3, "max_steps": 4, "max_tokens": 5}
-    tries = {"max_retries": 6, "retry_delay_s": 7, "max_repairs": 8}
+    tries = {"startup_retries": 6, "startup_retry_delay_s": 7, "max_repairs": 8}
     others = {"log_file": tmp_path, "run_cfg": RunConfig(), "keep_events": False, "keep_raw": False}
     options = {**limits, **tries, **others}
 
     settings = RunSettings.of({**options, "schema": dict})
 
-    assert {*options, "schema"} == StreamOptions.__annotations__.keys()
+    assert {*options, "schema", *RENAMED} == StreamOptions.__annotations__.keys()
     assert {name: getattr(settings.limits, name) for name in limits | tries} == limits | tries
     assert {name: getattr(settings, name) for name in others} == others
     assert settings.output is not None
@@ -100,6 +102,20 @@ def test_an_unknown_keyword_is_pythons_own_error_with_the_likely_name() -> None:
     assert str(caught.value).endswith(
         "verb() got an unexpected keyword argument 'timeout'. Did you mean 'timeout_s'?"
     )
+
+
+def test_a_former_name_does_what_it_did_and_warns_at_the_call() -> None:
+    runner = ScriptedRunner()
+    with pytest.warns(
+        DeprecationWarning, match="max_retries is called startup_retries now"
+    ) as told:
+        runner.run("a", max_retries=0)
+    is_renamed = pytest.warns(DeprecationWarning, match="retry_delay_s is called")
+    with is_renamed, pytest.raises(OpenCodeConfigError) as refused:
+        runner.map(["a"], retry_delay_s=-1)
+
+    assert told[0].filename == __file__
+    assert str(refused.value).startswith("startup_retry_delay_s is -1")
 
 
 # --- refusals ------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_neither_an_error_nor_a_log_shows_secrets(
     with pytest.raises(OpenCodeTimeoutError) as slow:
         client.run("with_tools", workspace, timeout_s=0.5, log_file=tmp_path / "log")
     with pytest.raises(OpenCodeProcessError) as failed:
-        client.run("fail 1 database is locked", workspace, retry_delay_s=0)
+        client.run("fail 1 database is locked", workspace, startup_retry_delay_s=0)
     os.unlink(client.resolved_binary())
     with pytest.raises(OpenCodeError) as missing:
         client.run("well", workspace)

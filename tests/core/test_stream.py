@@ -109,7 +109,7 @@ def failing(**options: Any) -> Script:
 
 
 def test_a_failed_start_is_repeated() -> None:
-    stream = stream_of(failing(), failing(), Script([step()]), retry_delay_s=0)
+    stream = stream_of(failing(), failing(), Script([step()]), startup_retry_delay_s=0)
 
     assert stream.wait().attempts == 3
 
@@ -118,7 +118,7 @@ def test_what_a_failed_attempt_has_cost_counts() -> None:
     first = failing()
     first.parts = [[step("stop", 0.5)]]
 
-    stream = stream_of(first, Script([step("stop", 0.25)]), retry_delay_s=0)
+    stream = stream_of(first, Script([step("stop", 0.25)]), startup_retry_delay_s=0)
 
     assert stream.wait().total_cost == 0.75
 
@@ -127,32 +127,32 @@ def test_what_must_not_be_repeated_is_not() -> None:
     source = Script(error=OpenCodeProcessError(1))
 
     with pytest.raises(OpenCodeProcessError):
-        stream_of(source, Script([step()]), retry_delay_s=0).wait()
+        stream_of(source, Script([step()]), startup_retry_delay_s=0).wait()
 
 
 def test_attempts_are_counted_out() -> None:
     with pytest.raises(OpenCodeProcessError) as caught:
-        stream_of(*(failing() for _ in range(9)), max_retries=3, retry_delay_s=0).wait()
+        stream_of(*(failing() for _ in range(9)), startup_retries=3, startup_retry_delay_s=0).wait()
 
     assert caught.value.result is not None
     assert caught.value.result.attempts == 4
 
 
 def test_the_wait_for_the_next_attempt_ends_with_the_deadline() -> None:
-    stream = stream_of(failing(), Script([step()]), timeout_s=0.1, retry_delay_s=600)
+    stream = stream_of(failing(), Script([step()]), timeout_s=0.1, startup_retry_delay_s=600)
 
     with pytest.raises(OpenCodeTimeoutError):
         stream.wait()
 
 
 def test_the_wait_for_the_next_attempt_is_not_idleness() -> None:
-    stream = stream_of(failing(), Script([step()]), idle_timeout_s=0.05, retry_delay_s=0.15)
+    stream = stream_of(failing(), Script([step()]), idle_timeout_s=0.05, startup_retry_delay_s=0.15)
 
     assert stream.wait().status == "ok"
 
 
 def test_the_wait_for_the_next_attempt_ends_at_once_on_cancel() -> None:
-    stream = stream_of(failing(), Script([step()]), retry_delay_s=600)
+    stream = stream_of(failing(), Script([step()]), startup_retry_delay_s=600)
     threading.Timer(0.1, stream.cancel).start()
 
     with pytest.raises(OpenCodeCancelledError) as caught:
@@ -165,7 +165,7 @@ def test_an_attempt_that_cannot_be_opened_ends_the_run_with_its_result() -> None
     def vanished(scope: CancelScope) -> Script:
         raise OpenCodeConfigError("the workspace has vanished")
 
-    stream = stream_of(failing(), vanished, retry_delay_s=0)
+    stream = stream_of(failing(), vanished, startup_retry_delay_s=0)
 
     with pytest.raises(OpenCodeConfigError, match="vanished") as caught:
         stream.wait()
@@ -408,7 +408,9 @@ def test_what_a_stopped_source_had_still_written_is_taken() -> None:
 
 def test_the_log_has_a_line_for_each_attempt_and_each_event(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
-    stream = stream_of(failing(), Script([text("a")], [step()]), retry_delay_s=0, log_file=log)
+    stream = stream_of(
+        failing(), Script([text("a")], [step()]), startup_retry_delay_s=0, log_file=log
+    )
 
     stream.wait()
 
@@ -470,7 +472,7 @@ def test_each_start_retry_and_end_is_logged_without_the_words_of_the_child(
 ) -> None:
     caplog.set_level(logging.INFO, logger="opencode_sync")
 
-    stream_of(failing(), Script([text("pineapple")], [step()]), retry_delay_s=0).wait()
+    stream_of(failing(), Script([text("pineapple")], [step()]), startup_retry_delay_s=0).wait()
 
     assert told(caplog) == [
         "INFO run 1 (pid 2) started, attempt 1",

@@ -198,7 +198,7 @@ def test_an_end_by_a_signal_is_named(client: OpenCodeClient, workspace: Path, nu
 def test_a_start_up_that_crashes_twice_succeeds_at_the_third_attempt(
     client: OpenCodeClient, workspace: Path
 ) -> None:
-    result = client.run("locked 2", workspace, retry_delay_s=0.01)
+    result = client.run("locked 2", workspace, startup_retry_delay_s=0.01)
 
     assert result.status == "ok"
     assert result.attempts == 3
@@ -212,7 +212,9 @@ def test_a_crash_after_the_first_event_is_not_repeated(
     keeping = {"keep_events": is_kept, "keep_raw": is_kept}
 
     with (
-        client.stream("locked_after_an_event", workspace, retry_delay_s=0.01, **keeping) as stream,
+        client.stream(
+            "locked_after_an_event", workspace, startup_retry_delay_s=0.01, **keeping
+        ) as stream,
         pytest.raises(OpenCodeProcessError, match="database is locked"),
     ):
         stream.wait()

@@ -99,7 +99,7 @@ def test_a_database_that_another_writer_holds_is_waited_for(
         log.addHandler(release)
 
         try:
-            result = client.run("second", workspace, retry_delay_s=0)
+            result = client.run("second", workspace, startup_retry_delay_s=0)
         finally:
             log.removeHandler(release)
             writer.close()
