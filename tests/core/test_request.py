@@ -39,7 +39,8 @@ def test_a_verb_shows_each_of_its_options_with_the_default_that_it_has() -> None
     assert parameters["timeout_s"].kind is inspect.Parameter.KEYWORD_ONLY
     assert parameters["timeout_s"].annotation == "float | None"
     for name in parameters.keys() - {"prompt", "schema"}:
-        assert parameters[name].default == getattr(made, name, getattr(limits, name, None))
+        now = RENAMED.get(name, name)
+        assert parameters[name].default == getattr(made, now, getattr(limits, now, None))
 
 
 def test_a_verb_has_type_hints_for_each_parameter_that_it_shows() -> None:
