@@ -15,20 +15,31 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..api.client import OpenCodeClient
 from ..api.runner import Runner
 from ..batch.batch import BatchRun
 from ..batch.table import FORMATS, STDIN, Roles, Table, jobs_of, read_table
-from ..core.config import Job, RunConfig
-from ..core.errors import OpenCodeBudgetError, OpenCodeConfigError, OpenCodeError
+from ..core.config import Job, RunConfig, checked_count
+from ..core.errors import (
+    OpenCodeBudgetError,
+    OpenCodeConfigError,
+    OpenCodeError,
+    OpenCodeIncompleteError,
+    OpenCodeOutputError,
+    OpenCodeProcessError,
+    OpenCodeServerError,
+    OpenCodeTimeoutError,
+)
+from ..core.limits import Retry
 from ..core.records import replacing, results_to_records
 from ..core.result import RunResult
 from ..core.text import count, one_line, printable
@@ -39,17 +50,29 @@ from .options import (
     INTERRUPTED,
     add_file_option,
     add_run_options,
+    json_object,
+    limits,
     needs_permission,
     run_config,
     tell,
 )
 
-_BUDGET_OPTIONS = {"max_total_cost": "--max-cost", "max_total_tokens": "--max-tokens"}
+_BUDGET_OPTIONS = {"max_total_cost": "--max-total-cost", "max_total_tokens": "--max-total-tokens"}
 _SHOWN_FAILURES = 5
 _LINE_CHARS = 160
 
 # What the CSV has of each job, beside the columns of the input.
 _RESULT_COLUMNS = ("status", "answer", "error", "total_cost", "tokens_total", "duration_s")
+
+_PROGRESS: dict[str, bool | Literal["always"]] = {"auto": True, "always": "always", "never": False}
+_ERRORS: dict[str, type[OpenCodeError]] = {
+    "process": OpenCodeProcessError,
+    "incomplete": OpenCodeIncompleteError,
+    "timeout": OpenCodeTimeoutError,
+    "output": OpenCodeOutputError,
+    "server": OpenCodeServerError,
+    "budget": OpenCodeBudgetError,
+}
 
 End = RunResult | OpenCodeError
 
@@ -84,17 +107,36 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--key-column", metavar="NAME", help="the column of the jobs' keys")
     add("--format", metavar="F", choices=FORMATS, help=f"of FILE: {', '.join(FORMATS)}")
     add("--csv", metavar="OUT.csv", help="write FILE's columns and the answers as a table")
+    add("--limit", metavar="N", type=int, help="run only the first N jobs, to try ten first")
     add_run_options(parser)
     add_file_option(parser)
+    add("--max-cost", metavar="USD", type=float, help="stop a job that has cost more")
+    add("--max-tokens", metavar="N", type=int, help="stop a job that has used more")
+    add("--schema", metavar="FILE", help="JSON Schema that each answer has to fit")
     add("--server", action="store_true", help="on one warm server, some 20 times faster")
     add("--workers", metavar="N", type=int, help="how many at a time (default: see doctor)")
-    add("--max-cost", metavar="USD", type=float, help="stop when all together have cost this")
-    add("--max-tokens", metavar="N", type=int, help="stop when all together have used this many")
+    add(
+        "--max-total-cost", metavar="USD", type=_total(float),
+        help="stop when all jobs together have cost this",
+    )  # fmt: skip
+    add("--max-total-tokens", metavar="N", type=_total(int), help="the same, in tokens")
     add(
         "--on-error", metavar="HOW", choices=("return", "raise"), default="return",
         help="return: go on (the default); raise: stop at the first",
     )  # fmt: skip
-    add("--retry-failed", action="store_true", help="run the jobs again that failed in OUT")
+    add("--retries", metavar="N", type=int, default=0, help="try a failed job again, N times")
+    add("--retry-delay", metavar="S", type=float, default=Retry.delay_s, help="seconds before that")
+    add("--retry-on", metavar="E,E", type=_errors, help=f"only after: {', '.join(_ERRORS)}")
+    add(
+        "--no-retry-failed", dest="retry_failed", action="store_false",
+        help="do not run the jobs again that failed in OUT",
+    )  # fmt: skip
+    # The default by now.
+    add("--retry-failed", action="store_true", default=True, help=argparse.SUPPRESS)
+    add(
+        "--progress", metavar="WHEN", choices=_PROGRESS, default="auto",
+        help="auto: a bar, or a line now and then in a log; always: a bar; never",
+    )  # fmt: skip
     add("--report", metavar="F.html", help="write a page for looking through the results")
 
 
@@ -106,6 +148,7 @@ def run(options: argparse.Namespace) -> int:
         OpenCodeError: The first failure, with ``--on-error raise``.
     """
     cfg = run_config(options)
+    limit = checked_count("--limit", options.limit, 1)
     roles = Roles(options.template, options.prompt_column, options.key_column)
     table = read_table(options.source, roles, options.format)
     jobs = jobs_of(table, roles, cfg)
@@ -124,18 +167,17 @@ def run(options: argparse.Namespace) -> int:
         if options.report:
             _write_page(options)
         batch = runner.map(
-            jobs,
+            jobs[:limit],
             options.workspace,
-            timeout_s=options.timeout,
-            idle_timeout_s=options.idle_timeout,
-            max_steps=options.max_steps,
-            max_total_cost=options.max_cost,
-            max_total_tokens=options.max_tokens,
+            **limits(options),
+            **_totals(options),
+            schema=options.schema and json_object("--schema", options.schema),
             max_workers=options.workers,
             ordered=False,
             on_error=options.on_error,
-            progress=True,
+            progress=_PROGRESS[options.progress],
             checkpoint=options.output,
+            retries=Retry(options.retries, options.retry_delay, options.retry_on),
             retry_failed=options.retry_failed,
             keep_raw=False,
         )
@@ -162,6 +204,42 @@ def run(options: argparse.Namespace) -> int:
     if failure is not None:
         raise failure
     return summary.status
+
+
+def _total(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def total(text: str) -> float:
+        return math.inf if text == "none" else kind(text)
+
+    total.__name__ = kind.__name__  # for argparse's message
+    return total
+
+
+def _totals(options: argparse.Namespace) -> dict[str, Any]:
+    """The limits of all jobs together, as arguments of ``map``.
+
+    The limits of a job once were limits of all jobs together. Alone they still are that too, until
+    who means each job has said so: or the same command might cost a thousand times as much.
+    """
+    totals = {}
+    for name in ("max_cost", "max_tokens"):
+        of_all = name.replace("max_", "max_total_")
+        own, total = getattr(options, name), getattr(options, of_all)
+        if own is not None and total is None:
+            option, other = (f"--{each.replace('_', '-')}" for each in (name, of_all))
+            tell(
+                f"warning: {option} is a limit of each job now; it still is one of all together, "
+                f"too, unless {other} is given, if only as 'none'"
+            )
+            total = own
+        totals[of_all] = None if total == math.inf else total
+    return totals
+
+
+def _errors(text: str) -> tuple[type[OpenCodeError], ...]:
+    try:
+        return tuple(_ERRORS[name.strip()] for name in text.split(","))
+    except KeyError as error:
+        raise argparse.ArgumentTypeError(f"{error} is not one of {', '.join(_ERRORS)}") from None
 
 
 def _runner(cfg: RunConfig, *, on_server: bool) -> Runner:
@@ -243,6 +321,7 @@ class _Summary:
         """Print the report, the failures, and how to continue."""
         report, output = self._batch.report, self._options.output
         done = report.done + report.failed + report.cached
+        same = "command and input" if self._options.source == STDIN else "command"
         print(printable(str(report)), file=sys.stderr)
         if self._first:
             more = self._failed - len(self._first)
@@ -252,11 +331,13 @@ class _Summary:
         if self._refused:
             tell(f"{count(self._refused, 'job')} ended when a tool was refused: see --permission")
         if self._failed:
-            tell(f"{count(self._failed, 'job')} failed: to run them again, add --retry-failed")
+            again = "runs them" if self._options.retry_failed else "without --no-retry-failed does"
+            tell(f"{count(self._failed, 'job')} failed: the same {same} {again} again")
         so_far = f"{done:,} of {count(len(self._rows), 'job')} are in {output}"
-        same = "command and input" if self._options.source == STDIN else "command"
         if self._spent:
             tell(f"{self._spent} is spent: {so_far}; the same {same} with more runs the rest")
+        if self._options.limit is not None and self._options.limit < len(self._rows):
+            tell(f"--limit: {so_far}; the same {same} without it runs the rest")
         if self.is_interrupted:
             tell(f"interrupted: {so_far}; the same {same} runs the rest")
 

@@ -81,6 +81,8 @@ def test_the_version_is_the_packages(shell: Shell) -> None:
         pytest.param(["run", "--mod", "p/m", "a"], id="abbreviated option"),
         pytest.param(["map", "a.txt"], id="no output"),
         pytest.param(["map", "a.txt", "-o", "b", "--on-error", "x"], id="no such choice"),
+        pytest.param(["map", "a.txt", "-o", "b", "--retry-on", "x"], id="no such error"),
+        pytest.param(["map", "a.txt", "-o", "b", "--max-total-cost", "x"], id="no such number"),
     ],
 )
 def test_wrong_usage_is_one_line_on_stderr(shell: Shell, words: list[str]) -> None:
@@ -321,19 +323,80 @@ def test_a_map_continues_after_a_failure_and_exits_with_1(map_file: MapFile) -> 
     assert status == 1
     assert err.startswith("1 done, 1 failed\n")
     assert "failed:\n  job 0 (line 1): opencode exited with status 1: APIError 401: bad key" in err
-    assert err.endswith("1 job failed: to run them again, add --retry-failed\n")
+    assert err.endswith("1 job failed: the same command runs them again\n")
 
 
-def test_what_failed_is_run_again_only_when_asked_for(map_file: MapFile, tmp_path: Path) -> None:
+def test_what_failed_is_run_again_unless_told_otherwise(map_file: MapFile, tmp_path: Path) -> None:
     fails_once = (
         f"p = {str(tmp_path / 'was-here')!r}; "
         "step(text='now') if os.path.exists(p) else (open(p, 'w').close(), fail('not yet'))"
     )
 
-    statuses = [map_file(fails_once, *options)[0] for options in ((), (), ("--retry-failed",))]
+    statuses = [map_file(fails_once, *options)[0] for options in ((), ("--no-retry-failed",), ())]
 
     assert statuses == [1, 1, 0]
     assert [line["answer"] for line in saved()] == ["now"]
+
+
+def test_a_map_tries_failed_jobs_again_after_the_errors_that_are_named(
+    map_file: MapFile, tmp_path: Path
+) -> None:
+    count = f"open({str(tmp_path / 'runs')!r}, 'a').write('x'); fail('not yet')"
+
+    status, _, err = map_file(
+        count, "--retries", "2", "--retry-delay", "0", "--retry-on", "timeout,process"
+    )
+
+    assert status == 1
+    assert (tmp_path / "runs").read_text() == "xxx"
+    assert err.startswith("0 done, 1 failed, 2 retried\n")
+
+
+def test_a_map_may_run_the_first_jobs_alone_and_the_rest_later(map_file: MapFile) -> None:
+    lines = "step(text='one')\nstep(text='two')\nstep(text='three')\n"
+
+    status, _, err = map_file(lines, "--limit", "2")
+    again = map_file(lines)[0]
+
+    assert (status, again) == (0, 0)
+    assert "2 of 3 jobs are in out.jsonl; the same command without it runs the rest" in err
+    assert len(saved()) == 3
+
+
+def test_a_map_has_answers_of_a_schema(map_file: MapFile, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "object", "required": ["n"]}')
+
+    status, _, _ = map_file("step(text='{\"n\": 7}')", "--schema", "schema.json")
+
+    assert status == 0
+    assert [line["parsed"] for line in saved()] == [{"n": 7}]
+
+
+@pytest.mark.parametrize(
+    "options, statuses, warned",
+    [
+        (("--max-cost", "4"), ["ok", "ok"], True),
+        (("--max-cost", "4", "--max-total-cost", "none"), ["ok", "ok", "ok"], False),
+        (("--max-cost", "1", "--max-total-cost", "none"), ["over_budget"] * 3, False),
+    ],
+    ids=["as before", "each job", "each job, less"],
+)
+def test_the_limit_of_a_job_alone_binds_all_jobs_with_a_warning(
+    map_file: MapFile, options: tuple[str, ...], statuses: list[str], warned: bool
+) -> None:
+    goes_on = "step(cost=2.0, reason='tool-calls'); time.sleep(60)\n"
+    line = goes_on if "1" in options else "step(cost=2.0)\n"
+
+    _, _, err = map_file(line * 3, *options, "--workers", "1")
+
+    assert [line["status"] for line in saved()] == statuses
+    assert ("warning: --max-cost is a limit of each job now" in err) == warned
+
+
+def test_a_bar_is_shown_where_it_is_asked_for(map_file: MapFile) -> None:
+    shown = [map_file(HELLO, "--progress", when)[2] for when in ("always", "never", "auto")]
+
+    assert ["1/1" in err for err in shown] == [True, False, False]
 
 
 def test_a_map_may_stop_at_the_first_failure(map_file: MapFile) -> None:
@@ -367,14 +430,16 @@ def test_a_map_over_its_budget_starts_nothing_more_and_says_how_to_go_on(
 ) -> None:
     lines = "".join(f"step(text='{n}', cost=3)\n" for n in range(5))
 
-    status, _, err = map_file(lines, "--max-cost", "4", "--workers", "1")
+    status, _, err = map_file(lines, "--max-total-cost", "4", "--workers", "1")
 
     assert status == 1
     assert len(saved()) == 2
-    assert "--max-cost is spent: 2 of 5 jobs are in out.jsonl; the same command with more" in err
-    assert map_file(lines, "--max-cost", "4", "--workers", "1")[0] == 1
+    assert (
+        "--max-total-cost is spent: 2 of 5 jobs are in out.jsonl; the same command with more" in err
+    )
+    assert map_file(lines, "--max-total-cost", "4", "--workers", "1")[0] == 1
     assert len(saved()) == 2
-    assert map_file(lines, "--max-cost", "40", "--workers", "1")[0] == 0
+    assert map_file(lines, "--max-total-cost", "40", "--workers", "1")[0] == 0
     assert len(saved()) == 5
 
 
