@@ -366,7 +366,9 @@ def test_a_map_may_run_the_first_jobs_alone_and_the_rest_later(map_file: MapFile
 def test_a_map_has_answers_of_a_schema(map_file: MapFile, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text('{"type": "object", "required": ["n"]}')
 
-    status, _, _ = map_file("step(text='{\"n\": 7}')", "--schema", "schema.json")
+    line = json.dumps({"prompt": "step(text='{\"n\": 7}')\n# end\n"})
+
+    status, _, _ = map_file(line, "--schema", "schema.json", name="in.jsonl")
 
     assert status == 0
     assert [line["parsed"] for line in saved()] == [{"n": 7}]
