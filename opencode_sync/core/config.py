@@ -14,7 +14,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import Field, dataclass, fields, replace
 from numbers import Number
 from pathlib import Path
@@ -23,7 +23,6 @@ from typing import Any
 
 from .denials import check_names, places
 from .errors import OpenCodeConfigError
-from .mcp import check_servers
 from .reading import mapping
 
 # Fields that may hold passwords, tokens or keys: a repr shows "..." for them, and for the login in
@@ -279,7 +278,7 @@ def validate_config_for_run(
                     f"{prefix}tools {name!r} is {shown(is_on)}: use True or False"
                 )
     warnings = check_names(config, mcp_servers)
-    check_servers(config.get("mcp"))
+    _check_servers(config.get("mcp"))
     for key, value in config.items():
         try:
             json.dumps({key: value}, allow_nan=False, ensure_ascii=False).encode()
@@ -380,6 +379,130 @@ def _check_environment(env: Mapping[str, str]) -> None:
             raise OpenCodeConfigError(
                 f"extra_env[{safe!r}]: use a name without '=', and no NUL bytes"
             )
+
+
+# --- MCP servers: OpenCode 1.18.33 drops keys that it does not know -----------------------------
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(text, str) for pair in value.items() for text in pair
+    )
+
+
+def _is_command(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(map(_is_text, value))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_oauth(value: object) -> bool:
+    return value is False or isinstance(value, Mapping)
+
+
+# Key -> a check of its value, and words for a right one. A wrong one may be secret: never shown.
+_Key = tuple[Callable[[object], bool], str]
+_MCP_KEYS_OF_BOTH: dict[str, _Key] = {
+    "type": (_is_text, "'local' or 'remote'"),
+    "enabled": (_is_flag, "True or False"),
+    "timeout": (_is_count, "a whole number of milliseconds above 0"),
+}
+_MCP_KEYS: dict[str, dict[str, _Key]] = {
+    "local": _MCP_KEYS_OF_BOTH
+    | {
+        "command": (_is_command, "a list of strings, the program and its arguments"),
+        "environment": (_is_texts, "a mapping of names to strings"),
+        "cwd": (_is_text, "the path of a directory"),
+    },
+    "remote": _MCP_KEYS_OF_BOTH
+    | {
+        "url": (_is_text, "a URL"),
+        "headers": (_is_texts, "a mapping of names to strings"),
+        "oauth": (_is_oauth, "a mapping, or False"),
+    },
+}
+_MCP_OAUTH: dict[str, _Key] = {
+    **dict.fromkeys(("clientId", "clientSecret", "scope", "redirectUri"), (_is_text, "a string")),
+    "callbackPort": (_is_count, "a port"),
+}
+_MCP_NEEDED = {"local": "command", "remote": "url"}
+# What other programs call it.
+_MCP_MEANT = {
+    "env": "environment",
+    "args": "command",
+    "disabled": "enabled",
+    "stdio": "local",
+    "http": "remote",
+    "sse": "remote",
+}
+
+
+def _check_servers(servers: Any) -> None:
+    # An entry of "enabled" alone switches a server on or off.
+    if servers is None:
+        return
+    if not isinstance(servers, Mapping):
+        raise OpenCodeConfigError(f"mcp is of type {type(servers).__name__}: use a mapping")
+    for name, entry in servers.items():
+        where = f"mcp {name!r}"
+        if not isinstance(entry, Mapping):
+            raise OpenCodeConfigError(
+                f"{where} is of type {type(entry).__name__}: use a mapping with 'type' and "
+                "'command' or 'url'"
+            )
+        if list(entry) == ["enabled"]:
+            _check_server_keys(where, entry, _MCP_KEYS_OF_BOTH)
+            continue
+        kind = entry.get("type")
+        if kind not in _MCP_KEYS:
+            raise OpenCodeConfigError(f"{where} {_wrong_server_type(entry)}")
+        _check_server_keys(where, entry, _MCP_KEYS[kind])
+        if _MCP_NEEDED[kind] not in entry:
+            raise OpenCodeConfigError(
+                f"{where} is {kind!r} and has no {_MCP_NEEDED[kind]!r}: add it"
+            )
+        if isinstance(oauth := entry.get("oauth"), Mapping):
+            _check_server_keys(f"{where}, oauth", oauth, _MCP_OAUTH)
+
+
+def _wrong_server_type(entry: Mapping[str, Any]) -> str:
+    kind = entry.get("type")
+    likely = _MCP_MEANT.get(str(kind)) or ("remote" if "url" in entry else "local")
+    if kind is None:
+        return f"has no 'type': use {likely!r}"
+    return f"has a type that OpenCode does not know: use {likely!r}"
+
+
+def _check_server_keys(where: str, entry: Mapping[str, Any], keys: Mapping[str, _Key]) -> None:
+    for key, value in entry.items():
+        if key not in keys:
+            raise OpenCodeConfigError(
+                f"{where}: {key!r} is unknown to OpenCode: use {_instead_of(key, keys)}"
+            )
+        is_right, words = keys[key]
+        if not is_right(value):
+            kind = type(value).__name__
+            raise OpenCodeConfigError(f"{where}: {key!r} is an unusable {kind}: use {words}")
+
+
+def _instead_of(key: object, keys: Mapping[str, _Key]) -> str:
+    from difflib import get_close_matches
+
+    meant = _MCP_MEANT.get(str(key))
+    near = [meant] if meant in keys else get_close_matches(str(key), keys, n=1)
+    if near:
+        return f"{near[0]!r}, {keys[str(near[0])][1]}"
+    return ", ".join(map(repr, keys))
 
 
 # --- arguments -----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
     denied_tool  void_call  ...       tool calls
     error_info --> ErrorInfo          errors; asked_to_wait_s for a provider's refusal
     usage_of --> TokenUsage           tokens; number_of for dollars
+    unavailable, warnings_of          MCP servers that do not work
 
 Nothing here raises, whatever an event holds: a missing or odd value counts as nothing. What is said
 of OpenCode was seen with 1.18.33.
@@ -367,3 +368,22 @@ def saved_usage(usage: Any) -> TokenUsage:
 
 def _count(value: Any) -> int:
     return int(number_of(value))
+
+
+# --- MCP servers that do not work ----------------------------------------------------------------
+
+
+def unavailable(name: str, status: str, error: str = "") -> str:
+    """A sentence on a server whose tools the model did not get, or lost."""
+    why = ": ".join(filter(None, (status.replace("_", " "), error)))
+    advice = f"; run 'opencode mcp auth {name}'" if status == "needs_auth" else ""
+    return f"The model was without the tools of the MCP server {name!r} ({why}{advice})."
+
+
+def warnings_of(statuses: Any) -> list[str]:
+    """One sentence for each server of ``GET /mcp`` that is switched on and does not work."""
+    return [
+        unavailable(str(name), str(state.get("status")), str(state.get("error") or ""))
+        for name, state in mapping(statuses).items()
+        if isinstance(state, Mapping) and state.get("status") not in ("connected", "disabled")
+    ]

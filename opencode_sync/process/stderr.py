@@ -23,8 +23,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from ..core.events import Event, RetryEvent, warning_events
-from ..core.mcp import unavailable
-from ..core.reading import asked_to_wait_s
+from ..core.reading import asked_to_wait_s, unavailable
 from ..core.text import strip_ansi
 
 PRELOAD_PREFIX = "opencode-sync: "

@@ -18,8 +18,7 @@ from typing import Any
 
 from ..core.errors import OpenCodeConfigError, OpenCodeServerError
 from ..core.lifetime import CancelScope, Flag
-from ..core.mcp import warnings_of
-from ..core.reading import mapping
+from ..core.reading import mapping, warnings_of
 from ..core.request import Request
 from ..process import tree
 from ..process.command import sealed

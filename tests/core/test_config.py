@@ -297,3 +297,75 @@ def test_a_refusal_shows_no_secret(changes: dict[str, Any]) -> None:
         validate_config_for_run(RunConfig(**changes))
 
     assert "secret" not in str(raised.value)
+
+
+# --- MCP servers ---------------------------------------------------------------------------------
+
+LOCAL = {"type": "local", "command": ["docs", "--stdio"]}
+REMOTE = {"type": "remote", "url": "https://mcp.example"}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        LOCAL,
+        LOCAL | {"environment": {"A": "b"}, "cwd": "/", "enabled": True, "timeout": 5000},
+        LOCAL | {"command": ("docs",)},
+        REMOTE,
+        REMOTE | {"headers": {"A": "b"}, "oauth": False, "enabled": False, "timeout": 1},
+        REMOTE | {"oauth": {"clientId": "a", "scope": "b", "callbackPort": 1}},
+        {"enabled": False},
+    ],
+    ids=["local", "all of local", "a tuple", "remote", "all of remote", "oauth", "a switch"],
+)
+def test_what_opencode_takes_passes(entry: Mapping[str, Any]) -> None:
+    validate_config_for_run(RunConfig(mcp={"docs": entry}))
+
+
+REFUSED_SERVERS: list[tuple[Any, str]] = [
+    ("docs", "mcp 'f' is of type str: use a mapping with 'type' and 'command' or 'url'"),
+    ({}, "mcp 'f' has no 'type': use 'local'"),
+    ({"url": "https://mcp.example"}, "mcp 'f' has no 'type': use 'remote'"),
+    ({"type": "stdio", "command": ["x"]}, "a type that OpenCode does not know: use 'local'"),
+    ({"type": "sse", "url": "https://x"}, "a type that OpenCode does not know: use 'remote'"),
+    ({"type": "local"}, "mcp 'f' is 'local' and has no 'command': add it"),
+    ({"type": "remote"}, "mcp 'f' is 'remote' and has no 'url': add it"),
+    (LOCAL | {"env": {"A": "b"}}, "'env' is unknown to OpenCode: use 'environment', a mapping"),
+    (LOCAL | {"args": ["a"]}, "'args' is unknown to OpenCode: use 'command', a list of strings"),
+    (LOCAL | {"enviroment": {}}, "'enviroment' is unknown to OpenCode: use 'environment'"),
+    (LOCAL | {"headers": {}}, "use 'type', 'enabled', 'timeout', 'command', 'environment'"),
+    (LOCAL | {"command": "docs --stdio"}, "'command' is an unusable str: use a list of strings"),
+    (LOCAL | {"command": []}, "'command' is an unusable list"),
+    (LOCAL | {"command": ["docs", 1]}, "'command' is an unusable list"),
+    (LOCAL | {"environment": {"A": 1}}, "'environment' is an unusable dict: use a mapping of"),
+    (LOCAL | {"enabled": "no"}, "'enabled' is an unusable str: use True or False"),
+    (LOCAL | {"timeout": 0}, "'timeout' is an unusable int: use a whole number of milliseconds"),
+    (LOCAL | {"timeout": True}, "'timeout' is an unusable bool"),
+    (REMOTE | {"oauth": True}, "'oauth' is an unusable bool: use a mapping, or False"),
+    (REMOTE | {"oauth": {"client_id": "a"}}, "'client_id' is unknown to OpenCode: use 'clientId"),
+    ({"enabled": "no"}, "'enabled' is an unusable str"),
+]
+
+
+@pytest.mark.parametrize("entry, words", REFUSED_SERVERS)
+def test_what_opencode_would_drop_or_refuse_is_refused(entry: Any, words: str) -> None:
+    with pytest.raises(OpenCodeConfigError) as caught:
+        validate_config_for_run(RunConfig(mcp={"f": entry}))
+
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [{"mcp": {"f": {}}}, {"config_overrides": {"mcp": {"f": {}}}}])
+def test_servers_are_checked_wherever_they_are_set(settings: dict[str, Any]) -> None:
+    with pytest.raises(OpenCodeConfigError, match="mcp 'f' has no 'type'"):
+        validate_config_for_run(RunConfig(**settings))
+
+
+def test_no_value_is_told_since_it_may_be_secret() -> None:
+    entry = REMOTE | {"headers": {"Authorization": 12345678}}
+
+    with pytest.raises(OpenCodeConfigError) as caught:
+        validate_config_for_run(RunConfig(mcp={"f": entry}))
+
+    assert "'headers' is an unusable dict" in str(caught.value)
+    assert "12345678" not in str(caught.value)

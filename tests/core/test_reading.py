@@ -19,6 +19,7 @@ from opencode_sync.core.reading import (
     strings_in,
     text_of,
     usage_of,
+    warnings_of,
 )
 
 # --- texts ---------------------------------------------------------------------------------------
@@ -207,3 +208,28 @@ def test_a_date_is_so_many_seconds_away() -> None:
 
     assert wait_s is not None
     assert 3500 < wait_s <= 3600
+
+
+# --- MCP servers ---------------------------------------------------------------------------------
+
+
+def test_each_server_that_is_wanted_and_does_not_work_is_told() -> None:
+    states = {
+        "works": {"status": "connected"},
+        "off": {"status": "disabled"},
+        "broken": {"status": "failed", "error": "Connection closed"},
+        "locked": {"status": "needs_auth"},
+        "odd": None,
+    }
+
+    broken, locked = warnings_of(states)
+
+    assert broken == (
+        "The model was without the tools of the MCP server 'broken' (failed: Connection closed)."
+    )
+    assert locked.endswith("'locked' (needs auth; run 'opencode mcp auth locked').")
+
+
+@pytest.mark.parametrize("answer", [None, "no", {}])
+def test_an_answer_of_another_shape_tells_nothing(answer: Any) -> None:
+    assert warnings_of(answer) == []
