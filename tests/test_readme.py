@@ -82,6 +82,7 @@ def repo(tmp_path: Path) -> Path:
     (tmp_path / "main.py").write_text("print('hello')\n")
     (tmp_path / "prompt.txt").write_text("Explain this repo")
     (tmp_path / "prompts.txt").write_text("".join(f"Say the number {n}.\n" for n in (1, 2, 3)))
+    (tmp_path / "bugs.csv").write_text("id;file;error\n7;main.py;E1\n8;main.py;E2\n")
     (tmp_path / "finding.json").write_text(json.dumps({"type": "object"}))
     return tmp_path
 

@@ -7,8 +7,8 @@
     Parquet --> pandas --> frame ----+
                                      +--> Table --> Job(prompt, key, settings, metadata), ...
 
-An error says where a file cannot be read, and which columns there are. What is wrong with a single
-job is left to the batch, in which it is an error in that job's place.
+An error says where a file cannot be read, and which columns there are. What is wrong with one job
+is left to the batch, in which it is an error in its place.
 """
 
 from __future__ import annotations
@@ -36,17 +36,8 @@ STDIN = "-"
 
 Format = Literal["lines", "csv", "tsv", "jsonl", "json", "parquet"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-_BY_SUFFIX: dict[str, Format] = {
-    ".txt": "lines",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".tab": "tsv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-}
+_OTHER_SUFFIXES = {".txt": "lines", ".tab": "tsv", ".ndjson": "jsonl", ".pq": "parquet"}
+_BY_SUFFIX: dict[str, Any] = {**{f".{name}": name for name in FORMATS}, **_OTHER_SUFFIXES}
 
 # Fields of RunConfig that may differ within a batch, also on one server.
 SETTINGS = ("model", "agent", "variant", "title", "command", "files", "permission", "thinking")
@@ -258,6 +249,8 @@ def _job(
 
 def _number(value: Any, *, is_whole: bool) -> Any:
     """The number in a cell; anything else is left as it is, and refused by the batch."""
+    if isinstance(value, bool):
+        return value
     try:
         number = float(value)
         return int(number) if is_whole and number.is_integer() else number
@@ -296,18 +289,14 @@ def read_table(source: Any, roles: Roles, format: Format | None = None) -> Table
     path = os.fspath(source)
     name = "stdin" if path == STDIN else path
     try:
-        return _table_in(_bytes_in(path), name, roles, format, Path(path).suffix.lower())
-    except OSError as error:
-        raise OpenCodeConfigError(f"{name}: {error.strerror or error}") from None
+        data = sys.stdin.buffer.read() if path == STDIN else Path(path).expanduser().read_bytes()
+    except (OSError, ValueError, RuntimeError) as error:  # also a NUL in the path, or ~nobody
+        reason = getattr(error, "strerror", None) or error
+        raise OpenCodeConfigError(f"{name}: {reason}") from None
+    try:
+        return _table_in(data, name, roles, format, Path(path).suffix.lower())
     except _Misread as error:
         raise OpenCodeConfigError(f"{name}, {error}") from None
-
-
-def _bytes_in(path: str) -> bytes:
-    if path == STDIN:
-        return sys.stdin.buffer.read()
-    with open(os.path.expanduser(path), "rb") as file:
-        return file.read()
 
 
 def _table_in(data: bytes, name: str, roles: Roles, format: Format | None, suffix: str) -> Table:
@@ -317,20 +306,17 @@ def _table_in(data: bytes, name: str, roles: Roles, format: Format | None, suffi
     text, has_mark = _decoded(data)
     if format is None and said in (None, "lines"):
         said = _guessed(text, roles, is_lines=said == "lines")
-    format = said
-    if format in ("csv", "tsv"):
-        return _csv_table(text, name, roles, "\t" if format == "tsv" else None, has_mark)
-    rows = list(_READERS[format](text))
+    if said in ("csv", "tsv"):
+        return _csv_table(text, name, roles, "\t" if said == "tsv" else None, has_mark)
+    rows = list(_READERS[said](text))
     columns = list(dict.fromkeys(column for row in rows for column in row.cells))
-    return Table(name, str(format), columns, rows)
+    return Table(name, str(said), columns, rows)
 
 
 def _decoded(data: bytes) -> tuple[str, bool]:
     """The text, and whether it began with a byte order mark."""
-    for magic, what in ((b"PK\x03\x04", "a spreadsheet or another ZIP file: save it as CSV"),
-                        (b"\x1f\x8b", "compressed: unpack it first")):  # fmt: skip
-        if data.startswith(magic):
-            raise _Misread(f"line 1: this is {what}")
+    if data.startswith((b"PK\x03\x04", b"\x1f\x8b")):
+        raise _Misread("line 1: this is a spreadsheet, or compressed: save it as text, such as CSV")
     is_wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")  # Excel's "Unicode text"
     try:
         return data.decode("utf-16" if is_wide else "utf-8-sig"), is_wide or data[:1] == b"\xef"

@@ -413,7 +413,7 @@ def test_named_columns_say_that_it_is_a_table(read: Read) -> None:
         ("a.csv", 'prompt\nx\n"y\n', "a.csv, line 3: not valid CSV: unexpected end of data"),
         ("a.tsv", 'id\tprompt\n1\t"x\ny\n', "a.tsv, line 2: not valid CSV"),
         ("a.xlsx", b"PK\x03\x04...", "a.xlsx, line 1: this is a spreadsheet"),
-        ("a.csv.gz", b"\x1f\x8b...", "a.csv.gz, line 1: this is compressed"),
+        ("a.csv.gz", b"\x1f\x8b...", "a.csv.gz, line 1: this is a spreadsheet, or compressed"),
         ("-", '{"prompt": "x"}\n{', "stdin, line 2, column 2: not valid JSON"),
     ],
 )
@@ -450,9 +450,13 @@ def test_a_source_of_another_type_is_refused(source: Any) -> None:
         read_jobs(source)
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OpenCodeConfigError, match=r"none\.txt: No such file"):
-        read_jobs(tmp_path / "none.txt")
+@pytest.mark.parametrize(
+    "name, told",
+    [("none.txt", "No such file"), ("a\0b", "null byte"), ("~nobody-of-that-name/a", "home")],
+)
+def test_a_file_that_cannot_be_read_is_named(name: str, told: str) -> None:
+    with pytest.raises(OpenCodeConfigError, match=told):
+        read_jobs(name)
 
 
 def test_parquet_without_pandas_says_what_to_install(

@@ -112,6 +112,27 @@ def test_a_nightly_batch_does_nothing_a_second_time(run: Run, model: ScriptedMod
     ]
 
 
+def test_a_table_gets_answers_and_costs_nothing_a_second_time(
+    run: Run, model: ScriptedModel, repo: Path
+) -> None:
+    asked = len(model.requests)
+    rows = 'id;file;error\r\n7;"a;b.py";"KeyError:\n1"\r\n8;c.py;\r\n9;d.py;E3\r\n'
+    (repo / "bugs.csv").write_text(rows, encoding="utf-8-sig", newline="")
+
+    tables = []
+    for _ in range(2):
+        run(example("table.py"), PYTHONWARNINGS="error")
+        with open(repo / "answers.csv", newline="") as file:
+            tables.append(list(csv.reader(file)))
+
+    requests = [request.prompt for request in model.requests[asked:]]
+    assert sorted(requests) == ["Explain a;b.py: KeyError:\n1", "Explain d.py: E3"]
+    assert tables[0] == tables[1]
+    assert tables[0][1] == ["7", "a;b.py", "KeyError:\n1", "Rain in places.", ""]
+    assert tables[0][2][:4] == ["8", "c.py", "", ""]
+    assert tables[0][3] == ["9", "d.py", "E3", "Rain in places.", ""]
+
+
 def test_agents_pass_on_what_they_found(run: Run) -> None:
     output = run(example("ten_cities.py"), "by", "train", PYTHONWARNINGS="error")
 
