@@ -98,9 +98,9 @@ OnQuestion = Callable[[QuestionRequest], QuestionReply]
 
 
 def answers_of(on_permission: OnPermission | None, on_question: OnQuestion | None) -> Answers:
-    """Return the functions as a request takes them, from the body of a request to that of a reply.
+    """Return the callbacks as functions from the body of a request to that of its reply.
 
-    They raise OpenCodeConfigError for a return value that is not a reply.
+    They raise OpenCodeConfigError if a callback returns something else than a reply.
     """
     for name, call in (("on_permission", on_permission), ("on_question", on_question)):
         if call is not None and not callable(call):
@@ -122,7 +122,7 @@ def answers_of(on_permission: OnPermission | None, on_question: OnQuestion | Non
 
 
 def permission_request(body: Mapping[str, Any]) -> PermissionRequest:
-    """Read a request of the server; whatever it lacks is empty."""
+    """Read a request of the server; missing fields are empty."""
     return PermissionRequest(
         permission=str(body.get("permission")),
         patterns=tuple(map(str, body.get("patterns") or ())),
@@ -134,7 +134,7 @@ def permission_request(body: Mapping[str, Any]) -> PermissionRequest:
 
 
 def question_request(body: Mapping[str, Any]) -> QuestionRequest:
-    """Read a request of the server; whatever it lacks is empty."""
+    """Read a request of the server; missing fields are empty."""
     questions = tuple(_question(each) for each in body.get("questions") or ())
     return QuestionRequest(questions, str(body.get("sessionID")), str(body.get("id")))
 

@@ -5,7 +5,7 @@
 
 Ctrl-C stops the current turn; at the prompt, Ctrl-C or Ctrl-D ends the conversation. Sessions are
 kept and can be continued by their ids. If stdin is not a terminal, its lines are the prompts, and
-nobody is asked for permission.
+requests for permission are rejected.
 """
 
 from __future__ import annotations

@@ -92,16 +92,11 @@ def find_program(say: Say) -> str:
         return str(install(report=say))
     if os.environ.get("OPENCODE_BINARY"):
         check_program_version(program)
-    elif fault := fault_of(version) or _age_of(version):
-        say(f"{program}: {fault}")
+    elif (fault := fault_of(version)) or is_older(version, TESTED_VERSION):
+        say(f"{program}: {fault or f'version {version} is older than {TESTED_VERSION}'}")
         return str(install(report=say))
     say(f"opencode {version}: {program}")
     return program
-
-
-def _age_of(version: str) -> str:
-    is_old = is_older(version, TESTED_VERSION)
-    return f"version {version} is older than {TESTED_VERSION}" if is_old else ""
 
 
 def _answer(request: ChatRequest, workspace: Path) -> Answer:

@@ -61,8 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:  # noqa: BLE001 - the last place that can report it
             if options.debug:
                 traceback.print_exc()
+            elif isinstance(error, OpenCodeError):
+                tell(str(error))
             else:
-                tell(_in_words(error))
+                tell(f"{type(error).__name__}: {error} (--debug shows where)")
             return _status(error)
 
 
@@ -72,12 +74,6 @@ def _status(error: Exception) -> int:
     if isinstance(error, OpenCodeTimeoutError):
         return TIMED_OUT
     return INTERRUPTED if isinstance(error, OpenCodeCancelledError) else FAILED
-
-
-def _in_words(error: Exception) -> str:
-    if isinstance(error, OpenCodeError):
-        return str(error)
-    return f"{type(error).__name__}: {error} (--debug shows where)"
 
 
 class _PrintableFormatter(logging.Formatter):

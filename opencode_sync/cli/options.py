@@ -33,7 +33,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--config", metavar="FILE", help="OpenCode configuration (JSON), merged over your own")
     add("--permission", metavar="JSON", help="""such as '{"edit": "deny"}', or allow""")
     add("--timeout", metavar="S", type=float, help="seconds for a run")
-    add("--idle-timeout", metavar="S", type=float, help="seconds without a sign of life")
+    add("--idle-timeout", metavar="S", type=float, help="seconds without an event or a log line")
     add("--max-steps", metavar="N", type=int, help="stop a run that takes more steps")
 
 

@@ -3,7 +3,7 @@
     options --> RunConfig --client.stream()--> stdout: the text, the stream or the JSON
                                                stderr: warnings, tools, the outcome
 
-The run uses the user's own OpenCode database, so that his sessions can be continued.
+The run uses the user's own OpenCode database, so that opencode itself can go on with its session.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def run(options: argparse.Namespace) -> int:
     """Run the prompt, and return the exit status. Raises the run's error."""
     prompt = _read_stdin() if options.prompt == "-" else options.prompt
     cfg = run_config(options).replace(session_id=options.session)
-    # The user's own database keeps the session for his opencode and the next run. This is the
-    # only run here, so starts need no limit.
+    # The user's own database keeps the session for opencode itself and for the next run. This is
+    # the only run here, so starts need no limit.
     with OpenCodeClient(isolate_db=False, startup_concurrency=None) as client, ExitStack() as end:
         # Once the run has started, its outcome is printed, even if Ctrl-C comes at once.
         with lifetime.deferred():

@@ -158,7 +158,7 @@ class EventStream:
         self._is_reading = False
         self._reader: threading.Thread | None = None
 
-    def open(self, scope: lifetime.CancelScope | None = None) -> None:
+    def open(self, scope: lifetime.CancelScope) -> None:
         """Start reading; no message is missed after the return. Call it once.
 
         Args:
@@ -171,9 +171,8 @@ class EventStream:
             target=self._guarded, name=f"opencode-{self._connection.label}-events", daemon=True
         )
         self._reader.start()
-        scope = lifetime.CancelScope() if scope is None else scope
         if not scope.wait(self._opened, CONNECT_S + SILENCE_S):
-            self.lose(f"the server at {self._connection.url} opens no event stream")
+            self.lose(f"the server at {self._connection.url} did not open an event stream")
         if self._connection.lost is not None:
             raise OpenCodeServerError(self._connection.lost)
 

@@ -244,7 +244,7 @@ class ServerPool:
             self._servers = there | {server}
             self._current, self._starting = server, None
 
-    def begin(self, request: Request, scope: CancelScope | None = None) -> Turn:
+    def begin(self, request: Request, scope: CancelScope) -> Turn:
         """Send *request* to the server in use.
 
         Args:
@@ -254,7 +254,6 @@ class ServerPool:
             OpenCodeError: As :meth:`current` and :meth:`RunningServer.begin` do.
             OpenCodeCancelledError: If *scope* was cancelled.
         """
-        scope = CancelScope() if scope is None else scope
         server = self.current(scope, for_turn=True)
         try:
             turn = server.begin(request, scope)

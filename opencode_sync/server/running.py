@@ -302,15 +302,12 @@ class RunningServer:
                 used_s, cpu_s = process.cpu_s() - cpu_s, process.cpu_s()
                 is_busy = used_s > 0.02 * ANSWER_S
                 if n_silent >= (BUSY_S / ANSWER_S if is_busy else 2):
-                    self._end_dead(process, n_silent * ANSWER_S)
+                    silence = f"did not answer for {n_silent * ANSWER_S:g} s, and was stopped"
+                    reason = f"the server (pid {process.pid}) {silence}; {NEXT}"
+                    _log.warning("%s", reason)
+                    self.feed.lose(reason)
+                    process.stop(at_once=True)
                     return
-
-    def _end_dead(self, process: ServerProcess, silent_s: float) -> None:
-        silence = f"did not answer for {silent_s:g} s, and was stopped"
-        reason = f"the server (pid {process.pid}) {silence}; {NEXT}"
-        _log.warning("%s", reason)
-        self.feed.lose(reason)
-        process.stop(at_once=True)
 
 
 def _answers(connection: Connection, scope: CancelScope) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from opencode_sync.core.errors import OpenCodeServerError
+from opencode_sync.core.lifetime import CancelScope
 from opencode_sync.server import feed as _sse
 from opencode_sync.server.connection import Connection
 from opencode_sync.server.feed import GAP, EventStream, Mailbox, Message
@@ -37,7 +38,7 @@ def unopened(connection: Connection) -> Iterator[EventStream]:
 
 @pytest.fixture
 def stream(unopened: EventStream) -> EventStream:
-    unopened.open()
+    unopened.open(CancelScope())
     return unopened
 
 
@@ -153,7 +154,7 @@ def test_a_stream_that_falls_silent_is_opened_again(
     server: WebServer, unopened: EventStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_sse, "SILENCE_S", 0.1)
-    unopened.open()
+    unopened.open(CancelScope())
     server.next_feed()
     mailbox = unopened.mailbox("ses_a")
 
@@ -194,7 +195,7 @@ def test_opening_fails_with_the_server_s_refusal(server: WebServer, unopened: Ev
     server.answers[_sse.PATH] = Answer(b"", status=503)
 
     with pytest.raises(OpenCodeServerError, match=f"refused GET {_sse.PATH}: 503"):
-        unopened.open()
+        unopened.open(CancelScope())
 
 
 def test_a_refusal_while_opening_again_is_final(
