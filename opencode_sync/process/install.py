@@ -18,7 +18,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -94,10 +94,23 @@ def _answers(program: Path, version: str) -> bool:
 @contextmanager
 def _alone(root: Path, report: Callable[[str], None]) -> Iterator[None]:
     """Hold *root*'s lock inside the block; say what to do if it cannot be written."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(root / ".lock")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / ".lock", report):
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            report(f"another install is at work in {root}: waiting for it")
+            held = lock.acquire(timeout=NPM_TIMEOUT_S)
+        with held:
             yield
+    except Timeout:
+        raise OpenCodeBinaryNotFoundError(
+            f"another install has held {lock.lock_file} for {NPM_TIMEOUT_S:g} s: end it, and run "
+            "'opencode-sync install' again"
+        ) from None
     except OpenCodeError:
         raise
     except OSError as error:
@@ -107,23 +120,6 @@ def _alone(root: Path, report: Callable[[str], None]) -> Iterator[None]:
             f"cannot write to {root}: {error.strerror}: fix that, or set XDG_DATA_HOME to a "
             "directory that can be written"
         ) from error
-
-
-def _locked(path: Path, report: Callable[[str], None]) -> AbstractContextManager[object]:
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path)
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        report(f"another install is at work in {path.parent}: waiting for it")
-    try:
-        return lock.acquire(timeout=NPM_TIMEOUT_S)
-    except Timeout:
-        raise OpenCodeBinaryNotFoundError(
-            f"another install has held {path} for {NPM_TIMEOUT_S:g} s: end it, and run "
-            "'opencode-sync install' again"
-        ) from None
 
 
 def _install(version: str, target: Path, report: Callable[[str], None]) -> None:
