@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypedDict, TypeVar, cast, get_type_hints
 
-from .config import NO_CURRENT_DIRECTORY, RunConfig, check_flag, unencodable
+from .config import NO_CURRENT_DIRECTORY, RunConfig, check_flag, checked_path
 from .errors import OpenCodeConfigError, OpenCodeError, OpenCodeOutputError
 from .events import Event
 from .limits import Limits, Retry
@@ -325,17 +325,13 @@ def directory(workspace: StrPath) -> Path:
     Raises:
         OpenCodeConfigError: If there is no such directory.
     """
-    if not isinstance(workspace, (str, os.PathLike)) or not os.fspath(workspace):
-        raise OpenCodeConfigError(f"workspace is {workspace!r}: use the path of a directory")
-    text, whole = os.fspath(workspace), absolute(workspace)
+    path = checked_path("workspace", workspace, "a directory")
     try:
-        path = Path(whole).resolve()
+        path = path.resolve()
         is_there, is_directory = path.exists(), path.is_dir()
-    except UnicodeEncodeError as error:
-        raise OpenCodeConfigError(f"workspace {text!r}: {unencodable(error)}") from None
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OpenCodeConfigError(f"workspace {text[:200]!r}: {reason}") from None
+        raise OpenCodeConfigError(f"workspace {os.fspath(workspace)[:200]!r}: {reason}") from None
     if not is_directory:
         what = "is not a directory" if is_there else "does not exist"
         raise OpenCodeConfigError(f"workspace {str(path)!r} {what}")

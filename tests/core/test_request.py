@@ -135,7 +135,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "file as workspace": ({"workspace": __file__}, f"workspace {__file__!r} is not a directory"),
     "empty workspace": ({"workspace": ""}, "workspace is '': use the path of a directory"),
     "number as workspace": ({"workspace": 3}, "workspace is 3: use the path of a directory"),
-    "NUL in the workspace": ({"workspace": "a\0b"}, "workspace 'a\\x00b'"),
+    "NUL in the workspace": ({"workspace": "a\0b"}, "workspace is 'a\\x00b': use the path of"),
     "long workspace": ({"workspace": "x" * 5000}, f"workspace '{'x' * 200}': File name too long"),
     "home of nobody": ({"workspace": "~nobody-of-that-name"}, "workspace '"),
     "no file": ({"files": ("none.txt",)}, "no file 'none.txt' (relative to /)"),
