@@ -255,6 +255,11 @@ class Runner(abc.ABC):
                 try costs; its result is the last one's.
             retry_failed: Run those again that an earlier batch has left in *checkpoint* as failed;
                 False gives their errors.
+            on_mismatch: What to do with a job whose prompt, workspace, content of *files*, schema,
+                model, agent, permissions, tools or another setting that changes what is asked is
+                not that of the checkpoint: ``"raise"`` an OpenCodeConfigError in its place, which
+                says what differs; ``"rerun"`` the job; or ``"keep"`` what the checkpoint has. A job
+                without a key whose prompt, workspace or files have changed is another job.
             executor: Where to run: a ``concurrent.futures`` executor of threads or processes, or
                 a Dask cluster's ``Client.get_executor()``. It is not shut down.
             adaptive: Run fewer jobs at a time while the provider answers "too many requests".

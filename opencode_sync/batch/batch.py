@@ -35,10 +35,11 @@ from ..core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeE
 from ..core.lifetime import REASON, Pinned, UnderWay
 from ..core.limits import LIMITS_OF_A_JOB, Budget, Retry
 from ..core.records import jsonable, result_of
-from ..core.request import OnError, RunSettings, absolute
+from ..core.request import OnError, OnMismatch, RunSettings, absolute
 from ..core.result import RunResult
-from .checkpoint import Checkpoint, Saved, job_fingerprint, settings_fingerprint
+from .checkpoint import Checkpoint
 from .dispatch import Dispatch, label
+from .fingerprint import Identities
 from .job import End, JobRunner, Task
 from .table import is_frame, read_jobs
 from .tally import BatchReport, Progress, Tally
@@ -76,6 +77,7 @@ class Options:
     checkpoint: str | os.PathLike[str] | None
     retries: int | Retry
     retry_failed: bool
+    on_mismatch: OnMismatch
     executor: Executor | None
     adaptive: bool
 
@@ -109,6 +111,7 @@ class Options:
         if self.checkpoint is not None:
             self._set("checkpoint", checked_path("checkpoint", self.checkpoint))
         _check_choice("on_error", self.on_error, "raise", "return")
+        _check_choice("on_mismatch", self.on_mismatch, "raise", "rerun", "keep")
         _check_choice("progress", self.progress, False, True, "always")
         if self.executor is not None and not isinstance(self.executor, Executor):
             kind = type(self.executor).__name__
@@ -183,11 +186,6 @@ def _workers_of(executor: Executor | None) -> int | None:
     return None
 
 
-def _fingerprint_of(settings: RunSettings) -> str:
-    schema = None if settings.output is None else settings.output.json_schema
-    return settings_fingerprint(settings.run_cfg or RunConfig(), schema)
-
-
 T = TypeVar("T", bound=RunResult | OpenCodeError, covariant=True)
 
 
@@ -219,10 +217,10 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         self._checkpoint: Checkpoint | None = None
         self._own_executor: ThreadPoolExecutor | None = None
         self._progress: Progress | None = None
-        self._fingerprint = ""  # of the settings of the batch
+        self._identities: Identities | None = None  # of its jobs, in the checkpoint
+        self._held: list[Task] = []  # not put yet, as nothing of the checkpoint has matched
         self._is_prepared = False  # the runner, for the first job that is not in the checkpoint
         self._drawn = self._given = 0
-        self._found: dict[int, Task] = {}  # in the checkpoint, and not given yet
         self._has_input = True
         self._input_error: Exception | None = None
         self._error: OpenCodeError | None = None  # of cancel(), for who iterates
@@ -303,14 +301,12 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         place = self._given if self._options.ordered else None
         try:
             wait_s = (lambda: None) if self._progress is None else self._progress.wait_s
-            index, end = dispatch.take(place, self._show_progress, wait_s)
+            _, end = dispatch.take(place, self._show_progress, wait_s)
         except OpenCodeCancelledError:
             if self._is_ended and self._error is None:  # closed in another thread
                 raise StopIteration from None
             self._error = None
             raise
-        if isinstance(end, Saved):
-            end = self._load(index, end)
         self._given += 1
         self._show_progress()
         if isinstance(end, OpenCodeError) and self._options.on_error == "raise":
@@ -325,72 +321,76 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         while self._has_input and self._drawn - self._given < self._buffersize:
             is_ready = dispatch.has_finished(place)
             try:
-                job = next(self._jobs)
+                self._add(dispatch, self._drawn, next(self._jobs))
             except StopIteration:
                 self._has_input = False
-                return
             except Exception as error:  # noqa: BLE001 - raised after the results of what was drawn
                 self._has_input, self._input_error = False, error
-                return
-            self._add(dispatch, self._drawn, job)
-            self._drawn += 1
-            if is_ready:
-                return
+            else:
+                self._drawn += 1
+                if is_ready:
+                    break
+        if self._held and self._checkpoint is not None:
+            self._checkpoint.warn_unmatched(self._drawn)
+            self._put_held(dispatch)
 
     def _add(self, dispatch: Dispatch, index: int, job: str | Job) -> None:
-        """Have *job* run, unless it is invalid or the checkpoint has it."""
+        """Have *job* run, unless it is invalid or the checkpoint has it.
+
+        Raises:
+            OpenCodeError: The checkpoint cannot be read any more.
+        """
         if isinstance(job, str):
             job = Job(job)
         try:
             task = self._task(index, job)
             saved = self._saved(task)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it ends this job and no other
+        except Exception as error:
+            if isinstance(error, OpenCodeError) and not isinstance(error, OpenCodeConfigError):
+                raise
             fault = _fault(index, job, error)
             dispatch.offer(index, fault)
             self._tally.finish(fault)
             return
-        if saved is not None:
+        if saved is None:
+            self._held.append(task)
+        else:
+            before = result_of(saved).metadata
+            if task.metadata is None and before is not None:  # what the job says now counts
+                task = replace(task, metadata=before)
+            label(saved, task)
             self._tally.count("cached")
-            self._found[index] = task
             dispatch.offer(index, saved)
-            return
-        if not self._is_prepared and self._options.executor is None:
-            self._runner._prepare(self._options.settings.run_cfg or RunConfig())
-        self._is_prepared = True
-        dispatch.put(task)
+        if self._checkpoint is None or self._checkpoint.has_matched:
+            self._put_held(dispatch)
+
+    def _put_held(self, dispatch: Dispatch) -> None:
+        held, self._held = self._held, []
+        for task in held:
+            if not self._is_prepared and self._options.executor is None:
+                self._runner._prepare(self._options.settings.run_cfg or RunConfig())
+            self._is_prepared = True
+            dispatch.put(task)
 
     def _task(self, index: int, job: Job) -> Task:
         """*job* with everything decided, or an error for what is wrong with it."""
         settings = _settings_of(job, self._options.settings)
         workspace = absolute(self._options.workspace if job.workspace is None else job.workspace)
-        saved_as = fingerprint = ""
-        if self._checkpoint is not None:
-            has_own = job.run_cfg is not None
-            common = _fingerprint_of(settings) if has_own else self._fingerprint
-            fingerprint = job_fingerprint(job.prompt, workspace, common)
-            saved_as = self._checkpoint.take_key(job.key, fingerprint)
+        identity, saved_as = None, ""
+        if self._checkpoint is not None and self._identities is not None:
+            identity = self._identities.of(job.prompt, workspace, settings)
+            saved_as = self._checkpoint.take_key(job.key, identity)
         metadata = _metadata_of(job)
-        return Task(
-            index, job.prompt, workspace, settings, job.key, metadata, saved_as, fingerprint
-        )
+        return Task(index, job.prompt, workspace, settings, job.key, metadata, saved_as, identity)
 
-    def _saved(self, task: Task) -> Saved | None:
+    def _saved(self, task: Task) -> End | None:
         """What the checkpoint has of *task*, or None if it is to be run."""
-        if self._checkpoint is None:
+        if self._checkpoint is None or task.identity is None:
             return None
         failures = not self._options.retry_failed
-        saved = self._checkpoint.find(task.saved_as, task.fingerprint, failures=failures)
-        if saved is None:
+        end = self._checkpoint.find(task.saved_as, task.identity, failures=failures)
+        if end is None:
             self._tally.count("retried", int(self._checkpoint.has_failed(task.saved_as)))
-        return saved
-
-    def _load(self, index: int, saved: Saved) -> End:
-        assert self._checkpoint is not None
-        end = self._checkpoint.load(saved)
-        task = self._found.pop(index)
-        if task.metadata is None:  # what the job says now counts, else what it said then
-            task = replace(task, metadata=result_of(end).metadata)
-        label(end, task)
         return end
 
     # -- beginning and end -----------------------------------------------------------------------
@@ -398,10 +398,11 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
     def _begin(self) -> Dispatch:
         """Open the checkpoint, show the progress, and start the dispatch."""
         options = self._options
-        self._fingerprint = _fingerprint_of(options.settings)
         if options.checkpoint is not None:
-            output = options.settings.output
-            self._checkpoint = Checkpoint(options.checkpoint, self._fingerprint, output)
+            settings = options.settings
+            self._checkpoint = Checkpoint(options.checkpoint, settings.output, options.on_mismatch)
+            with_earlier = self._checkpoint.is_of_earlier_version
+            self._identities = Identities(settings, options.workspace, with_earlier=with_earlier)
         if options.progress:
             self._progress = Progress(
                 self._n_jobs,

@@ -1,16 +1,13 @@
 """Finished jobs on disk, one line of JSON each, found again by key.
 
     write(entries) --> lines at the end of the file, synced       (a line: see core.records)
-    find(key) -------> Saved --load()--> the result or error as it was
+    take_key(job) ---> its key in the file --find()--> the result or error as it was
 
 In memory are only the keys and where their lines begin. A line is complete and synced, or it is cut
-off by the next batch that opens the file. One batch writes: it locks ``PATH.lock``, which stays
-behind, and the file itself, which may have other names.
+off by the next batch that opens the file; one that is damaged otherwise is skipped. One batch
+writes: it locks ``PATH.lock``, which stays behind, and the file itself, which may have other names.
 
-A job is found again if its fingerprint is the same: a hash of the prompt, the workspace and the
-settings. Passwords, values of variables and whatever a configuration's key calls a secret are left
-out before anything is hashed, so a fingerprint reveals none of them, and a new API key does not
-make a new job.
+A job with a key is found by it, any other one by its fingerprint: see batch.fingerprint.
 """
 
 from __future__ import annotations
@@ -18,19 +15,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import logging
+import math
 import os
-import re
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
-from ..core.config import RunConfig
 from ..core.errors import OpenCodeConfigError, OpenCodeError
 from ..core.limits import Spent
 from ..core.records import (
@@ -43,12 +38,13 @@ from ..core.records import (
     lines_in,
     parsed,
     replacing,
-    result_of,
     spent_in,
 )
+from ..core.request import OnMismatch
 from ..core.result import RunResult
 from ..core.schema import OutputSchema, SchemaMismatch
-from ..core.secrets import VALUES_ARE_SECRET, is_secret, setting_name
+from ..core.text import count
+from .fingerprint import Identity
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -61,18 +57,11 @@ _NOT_SYNCED = {
     *(errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF),
     *(errno.EACCES, errno.EPERM),
 }
-_DIGITS = 32  # 128 bits: no two of any number of jobs are alike by chance
-_USER_IN_URL = re.compile(r"://[^/@\s]*@")
-
-
-class Saved(NamedTuple):
-    """A finished job in the file: where its line begins, and what the index has of it."""
-
-    offset: int
-    is_failure: bool
-    fingerprint: str
-    spent: Spent = Spent()  # on all tries at it
-    is_unfinished: bool = False
+# An entry of the index: where the line begins, times 8, and these. One int for each of a million
+# jobs takes a fifth of what an object would.
+_FAILED, _UNFINISHED, _TAKEN = 1, 2, 4
+_READ_BYTES = 8192  # at once; most lines are shorter
+_MOST_NAMED = 5  # damaged lines in a warning
 
 
 class Checkpoint:
@@ -81,27 +70,31 @@ class Checkpoint:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        settings: str,
         output: OutputSchema | None = None,
+        on_mismatch: OnMismatch = "raise",
     ) -> None:
         """Open *path*, or make it.
 
         Args:
-            settings: Fingerprint of the settings that all jobs have in common.
             output: Schema that the values in the file are validated with when they are loaded.
+            on_mismatch: What to do with a job that the file has with another prompt, workspace or
+                other settings.
 
         Raises:
-            OpenCodeConfigError: It is in use, damaged, not a checkpoint, or was written with other
-                settings.
+            OpenCodeConfigError: It is in use, or not a checkpoint.
         """
         # Links are resolved, so that two names of one file have one lock.
         self._path = Path(os.path.realpath(os.path.expanduser(path)))
         self._named = os.path.abspath(os.path.expanduser(path))
-        self._settings = settings
         self._output = output
-        self._index: dict[str, Saved] = {}
-        self._taken: dict[str, int] = {}  # how many jobs of this batch have each key
+        self._on_mismatch = on_mismatch
+        self._index: dict[str, int] = {}
+        self._taken: set[str] = set()  # keys of jobs of this batch that are not in the index
+        self._repeats: dict[str, int] = {}  # how many jobs of this batch have a fingerprint
         self._superseded = 0  # lines whose key has a later line
+        self._damaged: set[int] = set()  # offsets of lines
+        self._settings: list[Any] = []  # those of the batches that wrote the file
+        self.spent = Spent()  # by earlier batches
         # Held by close() too, after which the descriptor's number may be another file's.
         self._writing = threading.Lock()
         try:
@@ -116,79 +109,107 @@ class Checkpoint:
                 self._check_in_place()
                 self._sync_directory()  # or a power cut could lose the new file's name
                 self._size = self._scan()
+                # Whether a job of this batch is in the file, as far as there is one in it.
+                self.has_matched = not self._index
                 undo.pop_all()
         except OSError as error:
             raise self._refusal(error.strerror or str(error)) from error
-        # By earlier batches.
-        self.spent = sum((saved.spent for saved in self._index.values()), Spent())
         self._is_open = True
 
-    def take_key(self, key: str | None, fingerprint: str) -> str:
-        """The key of this batch's next job: its own, or one made of its *fingerprint*.
+    @property
+    def is_of_earlier_version(self) -> bool:
+        """Whether it has lines that an earlier version wrote."""
+        return any(isinstance(settings, str) for settings in self._settings)
+
+    def take_key(self, key: str | None, identity: Identity) -> str:
+        """Return the key in the file of this batch's next job: its own, or one made for it.
 
         Raises:
             OpenCodeConfigError: If *key* was taken before, or cannot be written.
         """
-        wanted = fingerprint if key is None else key
-        taken = self._taken[wanted] = self._taken.get(wanted, 0) + 1
         if key is None:
-            return wanted if taken == 1 else f"{wanted}#{taken}"  # the same prompt once more
-        if taken > 1:
+            key = self._key_of(identity)
+        elif key in self._taken or self._index.get(key, 0) & _TAKEN:
             raise OpenCodeConfigError(f"two jobs have the key {key!r}: a checkpoint needs one each")
-        try:
-            key.encode()
-        except UnicodeEncodeError:
-            raise OpenCodeConfigError(f"the key {key!r} cannot be encoded as UTF-8") from None
+        else:
+            try:
+                key.encode()
+            except UnicodeEncodeError:
+                raise OpenCodeConfigError(f"the key {key!r} cannot be encoded as UTF-8") from None
+        if key in self._index:
+            self._index[key] |= _TAKEN
+        else:
+            self._taken.add(key)
         return key
 
-    def find(self, key: str, fingerprint: str, *, failures: bool = True) -> Saved | None:
-        """The finished job *key*, or None if it is to be run, such as after it was stopped.
+    def _key_of(self, identity: Identity) -> str:
+        """The key of a job without one: where it is in the file, else its fingerprint."""
+        own = identity.fingerprint
+        n = self._repeats[own] = self._repeats.get(own, 0) + 1  # the same prompt once more
+        known = [own, *map(identity.under, identity.earlier)]
+        if self._on_mismatch != "rerun":
+            # With other settings of the batch; earlier versions did not write a job's own ones.
+            others = (each for each in self._settings if isinstance(each, dict) or not identity.own)
+            known += map(identity.under, others)
+        keys = [each if n == 1 else f"{each}#{n}" for each in known]
+        return next((each for each in keys if each in self._index), keys[0])
+
+    def find(
+        self, key: str, identity: Identity, *, failures: bool = True
+    ) -> RunResult | OpenCodeError | None:
+        """The end of the job *key*, or None if it is to be run, such as after it was stopped.
 
         Args:
             failures: Find failed jobs too.
 
         Raises:
-            OpenCodeConfigError: The file has *key* with another prompt, workspace or settings.
+            OpenCodeConfigError: The file has *key* with another prompt, workspace or settings; or
+                with a value that no longer fits the schema.
+            OpenCodeError: The file cannot be read any more.
         """
-        saved = self._index.get(key)
-        if saved is None or saved.is_unfinished or (saved.is_failure and not failures):
+        place = self._index.get(key)
+        if place is None:
             return None
-        if saved.fingerprint != fingerprint:
-            raise OpenCodeConfigError(
-                f"checkpoint {str(self._path)!r} has the job {key!r} with another prompt, "
-                "workspace or other settings: use another file, or another key"
-            )
-        return saved
-
-    def has_failed(self, key: str) -> bool:
-        """Whether the file has *key* with a failure."""
-        saved = self._index.get(key)
-        return saved is not None and saved.is_failure
-
-    def load(self, saved: Saved) -> RunResult | OpenCodeError:
-        """Read a finished job's result or error from the file.
-
-        Raises:
-            OpenCodeConfigError: The line is damaged, or its value no longer fits the schema.
-        """
+        self.has_matched = True
+        if place & _UNFINISHED or (place & _FAILED and not failures):
+            return None
+        entry = self._entry(place)
+        if entry is None or (entry["failure"] is not None and not failures):
+            return None
+        same = [identity.fingerprint, *map(identity.under, identity.earlier)]
+        if entry["fingerprint"] not in same:
+            differences = identity.differences(entry)
+            if differences and self._on_mismatch == "rerun":
+                return None
+            if differences and self._on_mismatch == "raise":
+                raise self._mismatch(" and another ".join(differences))
         try:
-            with self._reading() as file:
-                file.seek(saved.offset)
-                line = file.readline()
-        except OSError as error:
-            raise self._refusal(error.strerror or str(error)) from error
-        try:
-            if (entry := parsed(line)) is None:
-                raise ValueError("not a line of a checkpoint")
             end = end_of(entry)
         except (TypeError, ValueError, AttributeError, KeyError) as error:  # edited by hand
-            raise self._refusal(f"the line at byte {saved.offset} is damaged: {error}") from None
+            self._tell_damaged(place, error)
+            return None
         if self._output is not None and isinstance(end, RunResult):
             try:
                 end._json, end.parsed = end.parsed, self._output.validate(end.parsed)
             except SchemaMismatch as mismatch:
-                raise self._refusal(f"a value in it does not fit the schema: {mismatch}") from None
+                if self._on_mismatch == "rerun":
+                    return None
+                raise self._mismatch(f"schema, which its value does not fit: {mismatch}") from None
         return end
+
+    def warn_unmatched(self, n_jobs: int) -> None:
+        """Warn that none of the first *n_jobs* of this batch is in the file, unless it is empty."""
+        self.has_matched = True  # once is enough
+        if self._index:
+            _log.warning(
+                "checkpoint %s has %s, and not one of the first %s of this batch, which run: is "
+                "it the file of other prompts, workspaces or settings?",
+                *(self._path, count(len(self._index), "job"), count(n_jobs, "job")),
+            )
+
+    def has_failed(self, key: str) -> bool:
+        """Whether the file has *key* with a failure."""
+        return bool(self._index.get(key, 0) & _FAILED)
 
     def write(self, entries: Sequence[Entry]) -> None:
         """Append *entries*; returns when they are on the disk.
@@ -198,7 +219,7 @@ class Checkpoint:
                 none of them is in the file.
         """
         entries = [self._with_earlier_tries(entry) for entry in entries]
-        lines = [line_of(entry, self._settings) for entry in entries]
+        lines = [line_of(entry) for entry in entries]
         with self._writing:
             try:
                 self._append(b"".join(lines))
@@ -209,15 +230,8 @@ class Checkpoint:
                     "again"
                 ) from error
             for entry, line in zip(entries, lines, strict=True):
-                failure = entry.end if isinstance(entry.end, OpenCodeError) else None
-                saved = Saved(
-                    self._size,
-                    failure is not None,
-                    entry.fingerprint,
-                    entry.before + Spent.on(result_of(entry.end)),
-                    failure is not None and is_unfinished(failure_of(failure)),
-                )
-                self._note(entry.key, saved)
+                failure = failure_of(entry.end) if isinstance(entry.end, OpenCodeError) else None
+                self._note(entry.key, self._size, failure is not None, is_unfinished(failure))
                 self._size += len(line)
 
     def close(self) -> None:
@@ -262,24 +276,32 @@ class Checkpoint:
     def _scan(self) -> int:
         """Index all lines, and repair the last one; returns the file's size."""
         last: Line | None = None
+        settings: set[bytes] = set()
+        n_tokens = 0
+        damaged: list[int] = []
+        costs = array("d")  # summed exactly, since those of superseded lines are taken off again
         try:
             for last in lines_in(self._lines()):
-                entry = last.entry
-                if entry["settings"] != self._settings:
-                    raise ValueError(
-                        f"line {last.number} was written with other settings: use another file"
-                    )
-                failure, spent = entry["failure"], spent_in(entry)
-                saved = Saved(
-                    last.offset,
-                    failure is not None,
-                    entry["fingerprint"],
-                    spent,
-                    is_unfinished(failure),
-                )
-                self._note(entry["key"], saved)
+                head = last.head
+                if head is None:
+                    if last.data.strip():
+                        damaged.append(last.number)
+                        self._damaged.add(last.offset)
+                    continue
+                settings.add(head.settings)
+                before = self._spent_on(head.key)
+                costs.extend((head.spent.cost, -before.cost))
+                n_tokens += head.spent.tokens - before.tokens
+                self._note(head.key, last.offset, head.is_failure, head.is_unfinished)
         except ValueError as error:
             raise self._refusal(str(error)) from None
+        self.spent = Spent(math.fsum(costs), n_tokens)
+        self._settings = [json.loads(each) for each in settings]
+        if damaged:
+            named = ", ".join(map(str, damaged[:_MOST_NAMED]))
+            more = len(damaged) - _MOST_NAMED
+            which = f"line{'s' * (len(damaged) > 1)} {named}" + f" and {more:,} more" * (more > 0)
+            _log.warning("checkpoint %s: %s", self._path, f"{which}: damaged, and skipped")
         size = 0 if last is None else last.offset + len(last.data)
         if size < os.fstat(self._descriptor).st_size:
             _log.warning("checkpoint %s: the last line was cut off, and is removed", self._path)
@@ -290,9 +312,14 @@ class Checkpoint:
             size += 1
         return size
 
+    def _spent_on(self, key: str) -> Spent:
+        """What all tries at the job *key* have spent."""
+        place = self._index.get(key)
+        entry = None if place is None else self._entry(place)
+        return Spent() if entry is None else spent_in(entry)
+
     def _with_earlier_tries(self, entry: Entry) -> Entry:
-        before = self._index.get(entry.key)
-        return entry if before is None else entry._replace(before=before.spent)
+        return entry._replace(before=self._spent_on(entry.key))
 
     def _lines(self) -> Iterator[bytes]:
         with self._reading() as file:
@@ -318,19 +345,45 @@ class Checkpoint:
                 os.ftruncate(self._descriptor, self._size)
             raise
 
-    def _note(self, key: str, saved: Saved) -> None:
-        self._superseded += key in self._index
-        self._index[key] = saved
+    def _note(self, key: str, offset: int, is_failure: bool, is_unfinished: bool) -> None:
+        known = self._index.get(key)
+        self._superseded += known is not None
+        is_taken = key in self._taken if known is None else known & _TAKEN
+        self._taken.discard(key)
+        flags = _FAILED * is_failure | _UNFINISHED * is_unfinished | _TAKEN * bool(is_taken)
+        self._index[key] = offset * 8 | flags
+
+    def _entry(self, place: int) -> dict[str, Any] | None:
+        """Read the line of an entry of the index; None, and a warning, if it is damaged."""
+        try:
+            # Of the file that was opened, whatever has its name by now.
+            line = _line_at(self._descriptor, place // 8)
+        except OSError as error:
+            raise OpenCodeError(f"checkpoint {str(self._path)!r}: {error.strerror}") from error
+        if (entry := parsed(line)) is None:
+            self._tell_damaged(place)
+        return entry
+
+    def _tell_damaged(self, place: int, error: Exception | None = None) -> None:
+        why = "" if error is None else f" ({error})"
+        with self._reading() as file:
+            number = 1 + file.read(place // 8).count(b"\n")
+        _log.warning(
+            "checkpoint %s: line %d is damaged%s: its job is run again", self._path, number, why
+        )
 
     def _drop_superseded(self) -> None:
-        """Keep only the last line of each key: a failure goes when a later run has succeeded."""
+        """Keep only the last line of each key: a failure goes when a later run has succeeded.
+
+        Damaged lines stay too: somebody may be able to repair them.
+        """
         if os.stat(self._path).st_nlink > 1:  # its other names would keep the old file
             return
-        current = {saved.offset for saved in self._index.values()}
+        kept = {place // 8 for place in self._index.values()} | self._damaged
         offset = 0
         with replacing(self._path, 0o600) as file:
             for line in self._lines():
-                if offset in current:
+                if offset in kept:
                     file.write(line)
                 offset += len(line)
             shutil.copymode(self._path, file.name)
@@ -353,8 +406,26 @@ class Checkpoint:
             "one, or name another file"
         )
 
+    def _mismatch(self, what: str) -> OpenCodeConfigError:
+        return self._refusal(
+            f"it has this job with another {what}: on_mismatch 'rerun' runs it again, 'keep' takes "
+            "what the file has; or use another file, or another key"
+        )
+
     def _refusal(self, why: str) -> OpenCodeConfigError:
         return OpenCodeConfigError(f"checkpoint {str(self._path)!r}: {why}")
+
+
+def _line_at(descriptor: int, offset: int) -> bytes:
+    """The line of a file that begins at *offset*."""
+    pieces: list[bytes] = []
+    while piece := os.pread(descriptor, _READ_BYTES, offset):
+        end = piece.find(b"\n") + 1
+        pieces.append(piece[:end] if end else piece)
+        if end:
+            break
+        offset += len(piece)
+    return b"".join(pieces)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
@@ -383,44 +454,3 @@ def _unlock_and_close(descriptor: int) -> None:
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
-
-
-# --- fingerprints ---------------------------------------------------------------------------------
-
-
-def settings_fingerprint(cfg: RunConfig, schema: Mapping[str, Any] | None = None) -> str:
-    """Hash the settings *cfg*, without secrets, and the *schema* of the answers."""
-    settings = {
-        field.name: value
-        for field in fields(cfg)
-        if field.name != "password" and (value := getattr(cfg, field.name)) != field.default
-    }
-    if isinstance(environment := settings.get("extra_env"), Mapping):
-        settings["extra_env"] = sorted(environment)
-    plain = _without_secrets(settings)
-    return _hashed(plain if schema is None else [plain, schema])
-
-
-def job_fingerprint(prompt: str, workspace: str, settings: str) -> str:
-    """Hash a job, given the fingerprint of its *settings*."""
-    return _hashed([prompt, workspace, settings])
-
-
-def _without_secrets(value: Any, name: str = "") -> Any:
-    """*value* of the setting *name*, with None in the place of secrets below it."""
-    if isinstance(value, Mapping):
-        plain: dict[str, Any] = {}
-        for key, each in value.items():
-            below = setting_name(name, key)
-            is_left_out = name in VALUES_ARE_SECRET or is_secret(below, each)
-            plain[str(key)] = None if is_left_out else _without_secrets(each, below)
-        return plain
-    if isinstance(value, (list, tuple)):
-        return [_without_secrets(each) for each in value]
-    return _USER_IN_URL.sub("://", value) if isinstance(value, str) else value
-
-
-def _hashed(value: Any) -> str:
-    # ASCII, so that lone surrogates pass.
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]

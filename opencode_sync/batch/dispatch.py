@@ -34,7 +34,7 @@ from ..core.limits import LONGEST_WAIT_S, NO_BUDGET, Budget, Retry, Spent, is_of
 from ..core.reading import Tried
 from ..core.records import Entry
 from ..core.result import RunResult
-from .checkpoint import Checkpoint, Saved
+from .checkpoint import Checkpoint
 from .job import End, JobRunner, Listener, Outcome, Task, Work, outcome_of, packed
 from .tally import Tally
 from .throttle import Outages, Throttle, is_rate_limit
@@ -79,7 +79,7 @@ class Dispatch(Listener):
         self._pending: deque[Task] = deque()
         self._in_flight: dict[Future[Outcome], Task] = {}
         self._completed: deque[Future[Outcome]] = deque()  # in flight too, until they are saved
-        self._finished: dict[int, End | Saved] = {}  # by index, in the order of their ends
+        self._finished: dict[int, End] = {}  # by index, in the order of their ends
         self._failed_at: int | None = None  # the lowest index of a failure
         self._has_spent = False  # a step has ended since the budget was last looked at
         self._is_cut_short = False  # what was under way was stopped, since the budget is spent
@@ -103,12 +103,11 @@ class Dispatch(Listener):
             self._pending.append(task)
             self._notify()
 
-    def offer(self, index: int, end: End | Saved) -> None:
+    def offer(self, index: int, end: End) -> None:
         """Let the consumer take *end* as that of job *index*."""
-        is_failure = end.is_failure if isinstance(end, Saved) else isinstance(end, OpenCodeError)
         with self._lock:
             self._finished[index] = end
-            if is_failure:
+            if isinstance(end, OpenCodeError):
                 self._failed_at = min(index, index if self._failed_at is None else self._failed_at)
 
     def has_finished(self, index: int | None) -> bool:
@@ -120,7 +119,7 @@ class Dispatch(Listener):
         index: int | None,
         on_change: Callable[[], None],
         wait_s: Callable[[], float | None] = lambda: None,
-    ) -> tuple[int, End | Saved]:
+    ) -> tuple[int, End]:
         """Wait for job *index*, or any job for None, and take its index and its end.
 
         Args:
@@ -374,9 +373,9 @@ class Dispatch(Listener):
         if self._checkpoint is None:
             return True
         entries = [
-            Entry(task.saved_as, task.fingerprint, outcome.end)
+            Entry(task.saved_as, task.identity.fingerprint, outcome.end, task.identity.facts)
             for task, outcome in ended
-            if _is_to_save(outcome)
+            if task.identity is not None and _is_to_save(outcome)
         ]
         try:
             if entries:

@@ -44,6 +44,7 @@ from ..core.request import RunSettings
 from ..core.result import ErrorInfo, RunResult
 from ..core.stream import RunStream, cancel_together
 from ..process.data_dirs import temporary_prefix
+from .fingerprint import Identity
 from .throttle import is_rate_limit, retry_after_s
 
 POLL_S = 0.2  # how soon a worker process notices that its batch is closed
@@ -79,7 +80,7 @@ class Task:
     key: str | None = None
     metadata: Any = None
     saved_as: str = ""  # its key in the checkpoint, which needs one for each job
-    fingerprint: str = ""
+    identity: Identity | None = None  # where there is a checkpoint
     tries: int = 1
     failures: int = 0  # so far, after which it was tried again
 

@@ -361,9 +361,13 @@ def usage_of(tokens: Any) -> TokenUsage:
     return TokenUsage(*map(_count, (*counts, cache.get("read"), cache.get("write"))))
 
 
+_COUNTS = [f.name for f in fields(TokenUsage)]
+
+
 def saved_usage(usage: Any) -> TokenUsage:
     """The usage that was written as a dict, such as in ``RunResult.to_dict()``."""
-    return TokenUsage(**{f.name: _count(mapping(usage).get(f.name)) for f in fields(TokenUsage)})
+    usage = mapping(usage)
+    return TokenUsage(*[_count(usage.get(name)) for name in _COUNTS])
 
 
 def _count(value: Any) -> int:

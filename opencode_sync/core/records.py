@@ -1,13 +1,15 @@
 """Results, and errors in their places, as lines of a checkpoint, and as rows of a table.
 
-    Entry --line_of()--> a line --lines_in()--> its object --end_of()--> an equal result or error
+    Entry --line_of()--> a line --parsed()--> its object --end_of()--> an equal result or error
+    a file --lines_in()--> lines, and the Head of each
     results --results_to_records()--> flat rows --> results_to_frame()
 
-    {"key": ..., "fingerprint": ..., "settings": ..., "failure": null, <RunResult.to_dict()>}
-    {"key": ..., "fingerprint": ..., "settings": ..., "failure": {"type", "message", ...}, ...}
+    {"key": ..., "fingerprint": ..., "spent": ..., "failure": null, <RunResult.to_dict()>}
+    {"key": ..., "fingerprint": ..., "spent": ..., "failure": {"type", "message", ...}, ...}
 
-All lines have the same keys, so that ``pandas.read_json(path, lines=True)`` reads them. Knows what
-a line holds; the file is the checkpoint's matter.
+All lines have the same keys, so that ``pandas.read_json(path, lines=True)`` reads them. Each event
+is in a line once: ``tool_calls`` and ``raw_stdout_lines`` have its number instead. Knows what a
+line holds; the file is the checkpoint's matter.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
@@ -30,6 +33,12 @@ from .result import RunResult
 from .text import tools_used
 
 _BEGINNING = b'{"key": "'  # of each line
+# The beginning of a result's line, as line_of() writes it: the rest is read when it is asked for.
+_HEAD = re.compile(
+    rb'\{"key": "([^"\\]*)", "fingerprint": "\w+", '
+    rb'"spent": \{"cost": ([\d.e-]+), "tokens": (\d+)\}, '
+    rb'"settings": (\{.*?\}), "own": .*?, "failure": null, '
+)
 # Attributes of an error that are in the same line as the result's.
 _OF_RESULT = (
     *("result", "events", "raw_stdout_lines", "stderr"),
@@ -38,30 +47,69 @@ _OF_RESULT = (
 
 
 class Entry(NamedTuple):
-    """One finished job."""
+    """One finished job.
+
+    Attributes:
+        facts: What it asked, to compare with another job of the same key: its ``settings`` and
+            ``own`` ones, and a hash of its ``files``.
+        before: Spent on earlier tries at the job, whose lines are superseded.
+    """
 
     key: str
     fingerprint: str
     end: RunResult | OpenCodeError
-    before: Spent = Spent()  # on earlier tries at the job, whose lines are superseded
+    facts: Mapping[str, Any]
+    before: Spent = Spent()
 
 
-def line_of(entry: Entry, settings: str) -> bytes:
-    """*entry* as a line with its newline.
-
-    Args:
-        settings: Fingerprint of what all jobs of the batch have in common.
-    """
+def line_of(entry: Entry) -> bytes:
+    """*entry* as a line with its newline."""
+    result = result_of(entry.end)
+    spent = entry.before + Spent.on(result)
     line = {
         "key": entry.key,
         "fingerprint": entry.fingerprint,
-        "settings": settings,
+        "spent": {"cost": spent.cost, "tokens": spent.tokens},
+        "settings": entry.facts["settings"],
+        "own": entry.facts["own"],
+        "files": entry.facts["files"],
         **{name: value for name, value in record_of(entry.end).items() if name != "key"},
-        "parsed": result_of(entry.end)._json,
+        "parsed": result._json,
         "cost_before": entry.before.cost,
         "tokens_before": entry.before.tokens,
     }
-    return dumped(line) + b"\n"
+    return dumped(_with_numbers(line)) + b"\n"
+
+
+def _with_numbers(line: dict[str, Any]) -> dict[str, Any]:
+    """*line* with the number of an event in the place of the event, or of its raw line."""
+    events = line["events"]
+    numbers = {id(event): number for number, event in enumerate(events)}
+    calls = [numbers.get(id(call), call) for call in line["tool_calls"]]
+    raw: list[Any] = line["raw_stdout_lines"]
+    if raw:
+        try:
+            texts = {_raw(event): number for number, event in enumerate(events)}
+        except RecursionError:  # nested deeper than JSON can be written
+            return line
+        raw = [texts.get(text, text) for text in raw]
+    return {**line, "tool_calls": calls, "raw_stdout_lines": raw}
+
+
+def _without_numbers(line: dict[str, Any]) -> dict[str, Any]:
+    """Undo :func:`_with_numbers`, also where there is nothing to undo."""
+    events: Any = line.get("events")
+    calls, raw = line.get("tool_calls"), line.get("raw_stdout_lines")
+    if calls:
+        line["tool_calls"] = [events[c] if isinstance(c, int) else c for c in calls]
+    if raw:
+        line["raw_stdout_lines"] = [_raw(events[r]) if isinstance(r, int) else r for r in raw]
+    return line
+
+
+def _raw(event: Any) -> str:
+    """*event* as OpenCode prints it."""
+    return to_json(event, ensure_ascii=False, separators=(",", ":"), default=plain)
 
 
 def record_of(end: RunResult | OpenCodeError) -> dict[str, Any]:
@@ -80,13 +128,28 @@ def result_of(end: RunResult | OpenCodeError) -> RunResult:
     )
 
 
+class Head(NamedTuple):
+    """What an index needs of a line.
+
+    Attributes:
+        spent: On all tries at the job.
+        settings: Those of the batch as JSON; a str where an earlier version wrote the line.
+    """
+
+    key: str
+    spent: Spent
+    settings: bytes
+    is_failure: bool = False
+    is_unfinished: bool = False
+
+
 class Line(NamedTuple):
-    """A line of a checkpoint: where it is, and the object that it holds."""
+    """A line of a checkpoint; *head* is None if it is blank or damaged."""
 
     number: int
     offset: int
     data: bytes
-    entry: dict[str, Any]
+    head: Head | None
 
 
 def lines_in(file: Iterable[bytes]) -> Iterator[Line]:
@@ -95,30 +158,53 @@ def lines_in(file: Iterable[bytes]) -> Iterator[Line]:
     Ends before a last line that was cut off, or is being written.
 
     Raises:
-        ValueError: A line is damaged, or the file is not a checkpoint.
+        ValueError: The file is not a checkpoint; at the end, if none of its lines is one of a
+            checkpoint's.
     """
-    offset = 0
+    offset = n_ours = n_damaged = 0
     for number, data in enumerate(file, 1):
-        entry = parsed(data)
-        if entry is None and not data.endswith(b"\n") and _may_be_torn(data):
-            return
-        if entry is None:
-            raise ValueError(f"line {number} is damaged, or not a line of a checkpoint")
-        yield Line(number, offset, data, entry)
+        head = head_of(data)
+        if head is not None:
+            n_ours += 1
+        elif not data.endswith(b"\n") and _may_be_torn(data):
+            break
+        elif data.strip():
+            n_damaged += 1
+        yield Line(number, offset, data, head)
         offset += len(data)
+    if n_damaged and not n_ours:
+        raise ValueError("not a checkpoint: none of its lines is a whole line of one")
+
+
+def head_of(line: bytes) -> Head | None:
+    """The head of *line*, or None if that is not a line of a checkpoint."""
+    found = _HEAD.match(line)
+    if found is not None and line.rstrip().endswith(b"}"):
+        key, cost, tokens, settings = found.groups()
+        return Head(key.decode("utf-8", "replace"), Spent(float(cost), int(tokens)), settings)
+    entry = parsed(line)
+    if entry is None:
+        return None
+    failure = entry["failure"]
+    settings = json.dumps(entry["settings"]).encode()
+    is_failure = failure is not None
+    return Head(entry["key"], spent_in(entry), settings, is_failure, is_unfinished(failure))
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:
     """The line's object, or None if it is not a line of a checkpoint."""
     try:
         entry = json.loads(line)
-    except (ValueError, RecursionError):
+        is_ours = (
+            isinstance(entry, dict)
+            and isinstance(entry.get("key"), str)
+            and isinstance(entry.get("fingerprint"), str)
+            and isinstance(entry.get("settings"), (dict, str))
+            and isinstance(entry["failure"], (dict, type(None)))
+        )
+        return _judged(_without_numbers(entry)) if is_ours else None
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
-    if not isinstance(entry, dict) or "failure" not in entry:
-        return None
-    is_ours = all(isinstance(entry.get(name), str) for name in ("key", "fingerprint", "settings"))
-    is_ours = is_ours and isinstance(entry["failure"], (dict, type(None)))
-    return _judged(entry) if is_ours else None
 
 
 def _judged(entry: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +279,9 @@ def dumped(line: Mapping[str, Any]) -> bytes:
     try:
         text = to_json(line, ensure_ascii=False, default=plain)
     except RecursionError:  # nested deeper than JSON can be written
-        return dumped({**line, "events": [], "tool_calls": [], "parsed": None})
+        raw = [text for text in line.get("raw_stdout_lines", ()) if isinstance(text, str)]
+        less = {"events": [], "tool_calls": [], "raw_stdout_lines": raw, "parsed": None}
+        return dumped({**line, **less})
     return text.encode("utf-8", "replace")
 
 

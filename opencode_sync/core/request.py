@@ -34,6 +34,7 @@ from .secrets import Secrets
 
 StrPath = str | os.PathLike[str]
 OnError = Literal["raise", "return"]
+OnMismatch = Literal["raise", "rerun", "keep"]
 
 
 # --- the options of a prompt ---------------------------------------------------------------------
@@ -82,6 +83,7 @@ class BatchOptions(JobOptions, total=False):
     checkpoint: StrPath | None
     retries: int | Retry
     retry_failed: bool
+    on_mismatch: OnMismatch
     executor: Executor | None
     adaptive: bool
     keep_events: bool
@@ -136,6 +138,7 @@ BATCH_DEFAULTS: BatchOptions = {
     "checkpoint": None,
     "retries": 0,
     "retry_failed": True,
+    "on_mismatch": "raise",
     "executor": None,
     "adaptive": True,
 }

@@ -297,7 +297,7 @@ class RunResult:
 
         ``parsed`` is unchanged: whether JSON can hold it depends on the schema.
         """
-        data = {name: getattr(self, name) for name in _public_fields(RunResult)}
+        data = {name: getattr(self, name) for name in _FIELDS[RunResult]}
         for name in _LISTS:
             data[name] = list(data[name])
         data["token_usage"] = asdict(self.token_usage)
@@ -447,12 +447,15 @@ class _Texts:
 _LISTS = ("events", "tool_calls", "raw_stdout_lines", "denied_tools", "warnings")
 
 
-def _public_fields(cls: type[RunResult | TokenUsage | ErrorInfo | SubAgent]) -> list[str]:
-    return [f.name for f in fields(cls) if not f.name.startswith("_")]
+# Found once, since a checkpoint may hold a million results.
+_FIELDS = {
+    cls: [each.name for each in fields(cls) if not each.name.startswith("_")]
+    for cls in (RunResult, ErrorInfo, SubAgent)
+}
 
 
-def _known(cls: type[RunResult | TokenUsage | ErrorInfo | SubAgent], data: Any) -> dict[str, Any]:
-    return {name: data[name] for name in _public_fields(cls) if name in data}
+def _known(cls: type[RunResult | ErrorInfo | SubAgent], data: Any) -> dict[str, Any]:
+    return {name: data[name] for name in _FIELDS[cls] if name in data}
 
 
 def aggregate_run_result(

@@ -15,14 +15,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import OpenCodeConfigError, kind_of
 from ..core.events import to_json
 from ..core.reading import TokenUsage, mapping, number_of, part_of, saved_tried, saved_usage
-from ..core.records import lines_in, own_key, plain
+from ..core.records import lines_in, own_key, parsed, plain
 from ..core.text import money, one_line, printable
 
 Record = Mapping[str, Any]
@@ -31,16 +30,19 @@ Record = Mapping[str, Any]
 def records_in(checkpoint: str | os.PathLike[str]) -> Iterator[Record]:
     """Read the jobs in a checkpoint's file, the last line of each key; also while it is written.
 
+    Damaged lines are left out.
+
     Raises:
         OpenCodeConfigError: The file cannot be read, or is not a checkpoint.
     """
     path = Path(checkpoint).expanduser()
     try:
         with open(path, "rb") as file:
-            last = {line.entry["key"]: line.offset for line in lines_in(file)}
+            last = {line.head.key: line.offset for line in lines_in(file) if line.head is not None}
             for offset in sorted(last.values()):
                 file.seek(offset)
-                yield from (line.entry for line in islice(lines_in(file), 1))
+                if (entry := parsed(file.readline())) is not None:
+                    yield entry
     except OSError as error:
         raise OpenCodeConfigError(f"{str(path)!r}: {error.strerror or error}") from error
     except ValueError as error:

@@ -217,7 +217,7 @@ def test_a_fault_of_a_job_stands_in_its_place_and_the_others_run(
         (Job("a", key=nan), "the job's key is of type float: use a str"),
         (Job("a", key="\ud800"), "cannot be encoded as UTF-8"),
         (Job("twice", key="first"), "two jobs have the key 'first'"),
-        (Job("edited", key="kept"), "has the job 'kept' with another prompt"),
+        (Job("edited", key="kept"), "it has this job with another prompt"),
         (Job("a", "/missing"), "does not exist"),
         (Job("a", nan), "workspace is nan: use the path of a directory"),
         (Job("a", timeout_s=nan), "timeout_s is nan"),

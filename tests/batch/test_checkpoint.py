@@ -24,10 +24,10 @@ from opencode_sync import (
     OpenCodeIncompleteError,
     OpenCodeProcessError,
     OpenCodeTimeoutError,
-    RunConfig,
     RunResult,
 )
 from opencode_sync.batch.checkpoint import Checkpoint
+from opencode_sync.batch.fingerprint import Identity
 from opencode_sync.core import records
 from opencode_sync.core.records import Entry
 from tests.scripted import ScriptedRunner
@@ -162,14 +162,18 @@ def test_what_was_ended_from_outside_is_not_in_the_file(runner: ScriptedRunner, 
 def test_an_error_comes_back_equal(path: Path, error: OpenCodeError) -> None:
     if not isinstance(error, OpenCodeConfigError):
         error.result = RunResult(attempts=1, prompt="p", key="k", index=3, stderr="red")
-    checkpoint = Checkpoint(path, "s")
+    checkpoint = Checkpoint(path)
+    asked = Identity("p", "/", ".", None, {}, {}, "f")
 
-    checkpoint.write([Entry("k", "f", error)])
-    saved = checkpoint.find("k", "f")
+    checkpoint.write([Entry("k", "f", error, asked.facts)])
 
-    assert saved is not None
-    assert checkpoint.load(saved) == error
+    assert checkpoint.find("k", asked) == error
     checkpoint.close()
+
+
+def test_two_jobs_with_one_key_are_refused(runner: ScriptedRunner, path: Path) -> None:
+    with pytest.raises(OpenCodeConfigError, match="two jobs have the key 'k'"):
+        list(runner.map([Job("a", key="k"), Job("b", key="k")], checkpoint=path))
 
 
 # --- the file ------------------------------------------------------------------------------------
@@ -187,9 +191,10 @@ def test_all_lines_are_of_one_shape(runner: ScriptedRunner, path: Path) -> None:
 
 def test_what_json_does_not_know_is_written_all_the_same(path: Path) -> None:
     events: list[Any] = [{"type": "x", "n": float("nan"), "half": "\ud800", "path": ROOT}]
-    checkpoint = Checkpoint(path, "s")
+    checkpoint = Checkpoint(path)
+    facts = {"settings": {}, "own": {}, "files": None}
 
-    checkpoint.write([Entry("k", "f", RunResult(events=events))])
+    checkpoint.write([Entry("k", "f", RunResult(events=events), facts)])
     checkpoint.close()
 
     (line,) = lines_of(path)
@@ -234,37 +239,82 @@ def test_a_last_line_without_its_newline_counts(runner: ScriptedRunner, path: Pa
 
 
 @pytest.mark.parametrize(
-    "damage", [b'{"key": "x", \n', b"\0\0\0\n", b'{"key": 3}\n', b"[]\n"], ids=repr
+    "damage",
+    [b'{"key": "x", \n', b"\0\0\0\n", b'{"key": 3}\n', b"[]\n", b"\xff\n", b"end"],
+    ids=repr,
 )
-def test_other_damage_is_an_error_that_names_the_line(
-    runner: ScriptedRunner, path: Path, damage: bytes
+def test_a_damaged_line_is_skipped_and_named(
+    runner: ScriptedRunner, path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    list(runner.map(["a", "b"], checkpoint=path))
-    first, second = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(first + damage + second)
+    list(runner.map(["a", "b", Job("fail", key="k")], checkpoint=path, on_error="return"))
+    lines = path.read_bytes().splitlines(keepends=True)
+    place = 3 if damage == b"end" else 1
+    path.write_bytes(b"".join([*lines[:place], damage, *lines[place:]]))
 
-    with pytest.raises(OpenCodeConfigError, match=r"batch.jsonl.*line 2 is damaged"):
-        next(runner.map(["a"], checkpoint=path))
+    again = list(runner.map(["a", "b", Job("better", key="k"), "c"], checkpoint=path))
 
-    assert path.read_bytes() == first + damage + second
+    assert [result.answer for result in again] == ["A", "B", "BETTER", "C"]
+    assert runner.prompts.count("a") == runner.prompts.count("b") == 1
+    assert f"{path}: line {place + 1}: damaged, and skipped" in caplog.text
+    # A hand may repair it, so it is not dropped with the failure that was run again.
+    assert damage.rstrip(b"\n") in path.read_bytes().splitlines()
+    assert path.read_bytes().count(b"\n") == 5
 
 
-def test_a_line_that_was_edited_by_hand_is_told(runner: ScriptedRunner, path: Path) -> None:
+def test_many_damaged_lines_are_one_warning(
+    runner: ScriptedRunner, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     list(runner.map(["a"], checkpoint=path))
-    (line,) = lines_of(path)
-    path.write_text(json.dumps(line | {"token_usage": 3, "events": 3}) + "\n")
+    path.write_bytes(path.read_bytes() + b"x\n" * 1_234)
 
-    with pytest.raises(OpenCodeConfigError, match="the line at byte 0 is damaged"):
-        list(runner.map(["a"], checkpoint=path))
+    list(runner.map(["a"], checkpoint=path))
+
+    assert [record.message for record in caplog.records] == [
+        f"checkpoint {path}: lines 2, 3, 4, 5, 6 and 1,229 more: damaged, and skipped"
+    ]
 
 
-@pytest.mark.parametrize("text", ["a line of prose", '{"prompt": "a"}'], ids=repr)
+@pytest.mark.parametrize("damage", ["cut", "edited"])
+def test_a_job_whose_line_turns_out_to_be_damaged_is_run_again(
+    runner: ScriptedRunner, path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    list(runner.map(["a", "b"], checkpoint=path, max_workers=1))
+    first, second = path.read_text().splitlines(keepends=True)
+    if damage == "cut":
+        second = second.replace('"step_finish"', '"step_')
+    else:
+        second = json.dumps(json.loads(second) | {"token_usage": 3, "events": 3}) + "\n"
+    path.write_text(first + second)
+
+    again = list(runner.map(["a", "b"], checkpoint=path))
+
+    assert [result.answer for result in again] == ["A", "B"]
+    assert sorted(runner.prompts) == ["a", "b", "b"]
+    assert f"{path}: line 2 is damaged" in caplog.text
+    assert [line["prompt"] for line in lines_of(path)] == ["a", "b"]
+
+
+def test_what_an_editor_does_to_a_file_is_no_damage(
+    runner: ScriptedRunner, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = list(runner.map(["a", "b"], checkpoint=path, max_workers=1))
+    one, two = lines_of(path)
+    compact = json.dumps(two, separators=(",", ":"))
+    path.write_bytes(f"\ufeff{json.dumps(one)}\r\n\r\n{compact}\r\n\r\n".encode())
+
+    again = list(runner.map(["a", "b"], checkpoint=path))
+
+    assert again == first
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("text", ["a line of prose", '{"prompt": "a"}', "a,b\n1,2\n"], ids=repr)
 def test_a_file_that_is_no_checkpoint_is_left_alone(
     runner: ScriptedRunner, path: Path, text: str
 ) -> None:
     path.write_text(text)
 
-    with pytest.raises(OpenCodeConfigError, match="line 1 is damaged, or not a line"):
+    with pytest.raises(OpenCodeConfigError, match="not a checkpoint: none of its lines"):
         next(runner.map(["a"], checkpoint=path))
 
     assert path.read_text() == text
@@ -389,18 +439,17 @@ def test_a_file_that_is_removed_or_replaced_ends_the_batch(
 def test_a_file_that_was_replaced_is_not_taken_for_the_own_one(
     runner: ScriptedRunner, path: Path
 ) -> None:
-    list(runner.map(["a", "b"], checkpoint=path))
+    jobs = ["a", "b", "c"]
+    first = list(runner.map(jobs, checkpoint=path))
     stranger = "a file of somebody else\n"
 
-    with (
-        runner.map(["a", "b"], checkpoint=path) as batch,
-        pytest.raises(OpenCodeConfigError, match="removed or replaced"),
-    ):
-        next(batch)
+    with runner.map(jobs, checkpoint=path, buffersize=1) as batch:
+        again = [next(batch)]
         path.unlink()
         path.write_text(stranger)
-        next(batch)
+        again += batch
 
+    assert again == first
     assert path.read_text() == stranger
 
 
@@ -464,75 +513,6 @@ def test_the_permissions_of_the_file_stay(runner: ScriptedRunner, path: Path) ->
     list(runner.map([Job("better", key="k")], checkpoint=path))
 
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
-
-
-# --- settings and secrets ------------------------------------------------------------------------
-
-
-def test_a_file_of_other_settings_is_noticed(runner: ScriptedRunner, path: Path) -> None:
-    list(runner.map(["a"], checkpoint=path, run_cfg=RunConfig(model="a/b")))
-
-    with pytest.raises(OpenCodeConfigError, match="line 1 was written with other settings"):
-        next(runner.map(["a"], checkpoint=path, run_cfg=RunConfig(model="a/c")))
-
-
-def test_a_key_that_means_another_prompt_by_now_is_noticed(
-    runner: ScriptedRunner, path: Path
-) -> None:
-    list(runner.map([Job("a", key="k")], checkpoint=path))
-
-    with pytest.raises(OpenCodeConfigError, match="has the job 'k' with another prompt"):
-        next(runner.map([Job("b", key="k")], checkpoint=path))
-
-
-def test_two_jobs_with_one_key_are_refused(runner: ScriptedRunner, path: Path) -> None:
-    with pytest.raises(OpenCodeConfigError, match="two jobs have the key 'k'"):
-        list(runner.map([Job("a", key="k"), Job("b", key="k")], checkpoint=path))
-
-
-def secret_config(word: str) -> RunConfig:
-    return RunConfig(
-        model="a/b",
-        password=word,
-        attach=f"http://user:{word}@127.0.0.1:1",
-        extra_env={"ANTHROPIC_API_KEY": word},
-        mcp={
-            "far": {"type": "remote", "url": "http://127.0.0.1:1", "headers": {"X-Own": word}},
-            "near": {"type": "local", "command": ["x"], "environment": {"X": word}},
-        },
-        config_overrides={"provider": {"p": {"options": {"apiKey": word, "token": [word]}}}},
-    )
-
-
-def test_no_secret_is_in_the_file_and_a_new_one_makes_no_new_job(
-    runner: ScriptedRunner, path: Path
-) -> None:
-    list(runner.map(["a"], checkpoint=path, run_cfg=secret_config("s3cret-word")))
-    text = path.read_text()
-    list(runner.map(["a"], checkpoint=path, run_cfg=secret_config("new")))
-
-    assert "s3cret-word" not in text
-    assert runner.prompts == ["a"]
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        lambda word: {"permission": {"read": {"*.key": word}}},
-        lambda word: {"tools": {"get_token": word == "allow"}},
-        lambda word: {"config_overrides": {"options": {"budgetTokens": len(word)}}},
-        lambda word: {"config_overrides": {"agent": {"keyword-finder": {"prompt": word}}}},
-        lambda word: {"mcp": {"env": {"type": "local", "command": ["x", word]}}},
-    ],
-    ids=["permission", "tool", "number of tokens", "agent", "MCP server"],
-)
-def test_what_is_only_called_like_a_secret_is_a_setting(
-    runner: ScriptedRunner, path: Path, setting: Callable[[str], dict[str, Any]]
-) -> None:
-    list(runner.map(["a"], checkpoint=path, run_cfg=RunConfig(**setting("deny"))))
-
-    with pytest.raises(OpenCodeConfigError, match="line 1 was written with other settings"):
-        next(runner.map(["a"], checkpoint=path, run_cfg=RunConfig(**setting("allow"))))
 
 
 # --- killed in the middle ------------------------------------------------------------------------
