@@ -128,6 +128,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--retry-delay", metavar="S", type=float, default=Retry.delay_s, help="seconds before that")
     add("--retry-on", metavar="E,E", type=_errors, help=f"only after: {', '.join(_ERRORS)}")
     add(
+        "--on-mismatch", metavar="HOW", choices=("raise", "rerun", "keep"), default="raise",
+        help="a job that OUT has with another prompt or setting: raise: fail it (the default); "
+        "rerun: run it again; keep: take what OUT has",
+    )  # fmt: skip
+    add(
         "--no-retry-failed", dest="retry_failed", action="store_false",
         help="do not run the jobs again that failed in OUT",
     )  # fmt: skip
@@ -179,6 +184,7 @@ def run(options: argparse.Namespace) -> int:
             checkpoint=options.output,
             retries=Retry(options.retries, options.retry_delay, options.retry_on),
             retry_failed=options.retry_failed,
+            on_mismatch=options.on_mismatch,
             keep_raw=False,
         )
         summary = _Summary(batch, table, options)

@@ -414,8 +414,23 @@ def test_a_checkpoint_of_another_schema_is_refused(tmp_path: Path) -> None:
         list(runner.map([GOOD], schema=Bird, checkpoint=checkpoint))
 
         for other in (None, dict[str, int]):
-            with pytest.raises(OpenCodeConfigError, match="other settings"):
+            with pytest.raises(OpenCodeConfigError, match="another schema: on_mismatch"):
                 list(runner.map([GOOD], schema=other, checkpoint=checkpoint))
+        assert len(runner.requests) == 1
+
+
+def test_a_saved_value_that_does_not_fit_any_more_is_an_error_or_run_again(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "birds.jsonl"
+    with Answering() as runner:
+        list(runner.map([GOOD], schema=Bird, checkpoint=checkpoint))
+        saved = checkpoint.read_text().replace('"parsed": {"legs": 2}', '"parsed": {"legs": "two"}')
+        checkpoint.write_text(saved)
+
+        (end,) = runner.map([GOOD], schema=Bird, checkpoint=checkpoint, on_error="return")
+        (again,) = runner.map([GOOD], schema=Bird, checkpoint=checkpoint, on_mismatch="rerun")
+
+    assert "another schema, which its value does not fit: $.legs" in str(end)
+    assert again.parsed == Bird(2)
 
 
 def test_a_failure_in_a_checkpoint_is_restored_as_what_it_was(tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ from opencode_sync import (
 from opencode_sync.batch.checkpoint import Checkpoint
 from opencode_sync.batch.fingerprint import Identity
 from opencode_sync.core import records
+from opencode_sync.core.events import iter_parse_lines
 from opencode_sync.core.records import Entry
+from opencode_sync.core.result import aggregate_run_result
 from tests.scripted import ScriptedRunner
 
 ROOT = Path(__file__).parents[2]
@@ -199,6 +201,30 @@ def test_what_json_does_not_know_is_written_all_the_same(path: Path) -> None:
 
     (line,) = lines_of(path)
     assert line["events"] == [{"type": "x", "n": None, "half": "?", "path": str(ROOT)}]
+
+
+def test_each_event_is_in_the_file_once_and_comes_back_wherever_it_was(path: Path) -> None:
+    state = '{"status":"completed","input":{},"output":"the only ö"}'
+    lines = [
+        '{"type":"step_start","sessionID":"s"}',
+        f'{{"type":"tool_use","sessionID":"s","part":{{"tool":"bash","state":{state}}}}}',
+        "words of a plugin",
+        '{"type":"step_finish","sessionID":"s","part":{"reason":"stop","cost":1e-2,"tokens":{}}}',
+    ]
+    result = aggregate_run_result(events=iter_parse_lines(lines), raw_stdout_lines=lines)
+    result.key = "k"
+    checkpoint = Checkpoint(path)
+    asked = Identity("", "/", ".", None, {}, {}, "f")
+
+    checkpoint.write([Entry("k", "f", result, asked.facts)])
+    again = checkpoint.find("k", asked)
+    checkpoint.close()
+
+    assert again == result
+    assert path.read_text().count("the only ö") == 1
+    (line,) = lines_of(path)
+    assert line["tool_calls"] == [1]
+    assert line["raw_stdout_lines"] == [0, 1, *lines[2:]]  # of others the text may differ
 
 
 def test_a_torn_last_line_is_cut_off_and_its_job_run_again(

@@ -338,6 +338,22 @@ def test_what_failed_is_run_again_unless_told_otherwise(map_file: MapFile, tmp_p
     assert [line["answer"] for line in saved()] == ["now"]
 
 
+def test_an_edited_prompt_of_a_key_fails_unless_told_otherwise(map_file: MapFile) -> None:
+    def run(word: str, *options: str) -> tuple[int, str]:
+        job = {"key": "k", "prompt": f"step(text={word!r})"}
+        status, _, err = map_file(json.dumps(job), *options, name="in.jsonl")
+        return status, err
+
+    first, refused = run("one"), run("two")
+    kept = run("two", "--on-mismatch", "keep"), [line["answer"] for line in saved()]
+    again = run("two", "--on-mismatch", "rerun"), [line["answer"] for line in saved()]
+
+    assert (first[0], refused[0]) == (0, 1)
+    assert "it has this job with another prompt: on_mismatch 'rerun' runs it again" in refused[1]
+    assert (kept[0][0], kept[1]) == (0, ["one"])
+    assert (again[0][0], again[1]) == (0, ["two"])
+
+
 def test_a_map_tries_failed_jobs_again_after_the_errors_that_are_named(
     map_file: MapFile, tmp_path: Path
 ) -> None:

@@ -478,12 +478,17 @@ def test_a_line_that_is_cut_off_is_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["{}", "not JSON", '{"key": "a", "status": "ok"}'])
-def test_a_file_of_something_else_is_refused(tmp_path: Path, line: str) -> None:
+def test_a_damaged_line_is_left_out_and_a_file_of_nothing_else_refused(
+    tmp_path: Path, line: str
+) -> None:
     file = lines(tmp_path / "a.jsonl", record(0))
-    file.write_text(file.read_text() + line + "\n")
+    file.write_text(f"{line}\n{file.read_text()}")
+    other = tmp_path / "b.jsonl"
+    other.write_text(line + "\n")
 
-    with pytest.raises(OpenCodeConfigError, match="line 2 is damaged, or not a line"):
-        list(records_in(file))
+    assert [each["index"] for each in records_in(file)] == [0]
+    with pytest.raises(OpenCodeConfigError, match=r"b\.jsonl': not a checkpoint"):
+        list(records_in(other))
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
