@@ -225,7 +225,8 @@ class Runner(abc.ABC):
         :meth:`run`, for each job.
 
         Args:
-            jobs: Prompts, or a Job for each that has settings of its own.
+            jobs: Prompts, or a Job for each that has settings of its own, or a pandas DataFrame
+                that ``read_jobs`` finds prompts in.
             on_error: ``"raise"`` the first error in its place, which ends the batch; or
                 ``"return"`` the error object in the result's place, with ``index``, ``key``,
                 ``prompt``, ``metadata`` and the partial ``result``. A job that cannot be begun,

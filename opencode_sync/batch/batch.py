@@ -202,7 +202,9 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         if is_frame(jobs):
             jobs = read_jobs(jobs, run_cfg=options.settings.run_cfg)
         if isinstance(jobs, (str, bytes, Job, Mapping)) or not isinstance(jobs, Iterable):
-            raise OpenCodeConfigError(f"jobs is {type(jobs).__name__}: use an iterable of prompts")
+            kind = type(jobs).__name__
+            hint = ", or read_jobs() for a file" if isinstance(jobs, (str, os.PathLike)) else ""
+            raise OpenCodeConfigError(f"jobs is {kind}: use an iterable of prompts{hint}")
         self._runner = runner
         self._jobs = iter(jobs)
         self._n_jobs = len(jobs) if isinstance(jobs, Sized) else None

@@ -319,7 +319,7 @@ def _decoded(data: bytes) -> tuple[str, bool]:
         raise _Misread("line 1: this is a spreadsheet, or compressed: save it as text, such as CSV")
     is_wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")  # Excel's "Unicode text"
     try:
-        return data.decode("utf-16" if is_wide else "utf-8-sig"), is_wide or data[:1] == b"\xef"
+        text = data.decode("utf-16" if is_wide else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         column = error.start - data.rfind(b"\n", 0, error.start)
@@ -327,6 +327,10 @@ def _decoded(data: bytes) -> tuple[str, bool]:
             f"line {line}, column {column}: not UTF-8: {error.reason}; in Excel, save it as "
             "'CSV UTF-8'"
         ) from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise _Misread(f"line {line}: a NUL character: this is not a text file")
+    return text, is_wide or data[:1] == b"\xef"
 
 
 def _frame_in(data: bytes, name: str) -> Any:
@@ -345,7 +349,8 @@ def _table_of_frame(frame: Any, name: str, format: str = "frame") -> Table:
     if levels:  # an index that says something
         frame = frame.reset_index(level=levels)
     columns = [str(column) for column in frame.columns]
-    _check_columns(columns, name)
+    if twice := _twice(columns):
+        raise OpenCodeConfigError(f"{name}: two columns {twice!r}")
     rows = [
         Row(f"row {number}", {column: _plain(cell) for column, cell in zip(columns, cells)})  # noqa: B905 - as many
         for number, cells in enumerate(frame.itertuples(index=False, name=None))
@@ -360,10 +365,9 @@ def _plain(cell: Any) -> Any:
         return cell  # refused by the batch, if it is metadata
 
 
-def _check_columns(columns: Sequence[str], where: str) -> None:
-    twice = [column for column in columns if columns.count(column) > 1]
-    if twice:
-        raise OpenCodeConfigError(f"{where}: two columns {twice[0]!r}")
+def _twice(columns: Sequence[str]) -> str | None:
+    """A name that two columns have."""
+    return next((name for name in columns if name and columns.count(name) > 1), None)
 
 
 # --- what the text is ----------------------------------------------------------------------------
@@ -481,11 +485,8 @@ def _cells_of(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: None if value != value else value for name, value in entry.items()}  # NaN
 
 
-_READERS: Mapping[Any, Callable[[str], Iterable[Row]]] = {
-    "lines": _prompts,
-    "jsonl": _json_lines,
-    "json": _json,
-}
+_Reader = Callable[[str], Iterable[Row]]
+_READERS: Mapping[Any, _Reader] = {"lines": _prompts, "jsonl": _json_lines, "json": _json}
 
 
 # --- CSV -----------------------------------------------------------------------------------------
@@ -525,10 +526,8 @@ def _columns_of(header: Sequence[str], place: str) -> list[str]:
     columns = [cell.strip() for cell in header]
     if not columns[0] and "index" not in columns:
         columns[0] = "index"  # as pandas and R write it, without a name
-    try:
-        _check_columns([column for column in columns if column], place)
-    except OpenCodeConfigError as error:
-        raise _Misread(str(error)) from None
+    if twice := _twice(columns):
+        raise _Misread(f"{place}: two columns {twice!r}")
     return columns
 
 

@@ -164,7 +164,7 @@ def run(options: argparse.Namespace) -> int:
     # Not entered: a server starts with the first job that is not in OUT.
     with (
         closing(_runner(cfg, on_server=options.server)) as runner,
-        closing(_Answers(table, jobs, has_template=roles.template is not None)) as answers,
+        closing(_Answers(table, jobs, options)) as answers,
     ):
         # Raises now, and not after hours, if one of them cannot be written.
         if options.csv:
@@ -354,9 +354,10 @@ class _Answers:
     What came is kept in a temporary file, since the jobs end in any order, and may be many.
     """
 
-    def __init__(self, table: Table, jobs: Sequence[Job], *, has_template: bool) -> None:
+    def __init__(self, table: Table, jobs: Sequence[Job], options: argparse.Namespace) -> None:
         self._table = table
-        self._prompts = [job.prompt for job in jobs] if has_template else None
+        self._prompts = [job.prompt for job in jobs] if options.template else None
+        self._names = [*_RESULT_COLUMNS, *(["parsed"] if options.schema else [])]
         self._aside = tempfile.TemporaryFile(prefix="opencode-sync-")
         self._offsets: dict[int, int] = {}
 
@@ -364,7 +365,7 @@ class _Answers:
         """Keep how a job ended."""
         if end.index is not None:
             (record,) = results_to_records([end])
-            line = json.dumps([record[name] for name in _RESULT_COLUMNS])
+            line = json.dumps([_cell(record[name]) for name in self._names])
             self._offsets[end.index] = self._aside.seek(0, os.SEEK_END)
             self._aside.write(line.encode() + b"\n")
 
@@ -390,7 +391,7 @@ class _Answers:
 
     def _lines(self) -> Iterator[list[Any]]:
         columns = self._table.columns
-        ours = [*([] if self._prompts is None else ["prompt"]), *_RESULT_COLUMNS]
+        ours = [*([] if self._prompts is None else ["prompt"]), *self._names]
         yield [*columns, *(f"result_{name}" if name in columns else name for name in ours)]
         for index, row in enumerate(self._table.rows):
             prompt = [] if self._prompts is None else [self._prompts[index]]
@@ -398,7 +399,7 @@ class _Answers:
 
     def _end(self, index: int) -> list[Any]:
         if index not in self._offsets:
-            return [None] * len(_RESULT_COLUMNS)
+            return [None] * len(self._names)
         self._aside.seek(self._offsets[index])
         end: list[Any] = json.loads(self._aside.readline())
         return end

@@ -291,6 +291,15 @@ def test_metadata_comes_back_with_the_result_and_the_error_also_from_the_checkpo
     assert [row["metadata"] for row in results_to_records(again)] == expected
 
 
+def test_a_row_without_a_checkpoint_keeps_metadata_if_it_is_short(runner: ScriptedRunner) -> None:
+    batch = runner.map([Job("a", metadata={"row": 3}), Job("b", metadata=["x" * 100_000])])
+    list(batch)
+
+    short, long = (row["metadata"] for row in batch.report.rows)
+    assert short == {"row": 3}
+    assert 400 < len(long) < 600
+
+
 def test_metadata_is_what_json_gives_back(runner: ScriptedRunner) -> None:
     when = datetime.date(2026, 5, 4)
     metadata = {1: (2, float("nan")), "at": when, "path": Path("a/b"), "sum": Decimal("1.5")}

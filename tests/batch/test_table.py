@@ -412,6 +412,7 @@ def test_named_columns_say_that_it_is_a_table(read: Read) -> None:
         ("a.csv", 'prompt,key\n"x\ny",k\nz,l,m\n', "a.csv, line 4, column 3: 3 cells, but"),
         ("a.csv", 'prompt\nx\n"y\n', "a.csv, line 3: not valid CSV: unexpected end of data"),
         ("a.tsv", 'id\tprompt\n1\t"x\ny\n', "a.tsv, line 2: not valid CSV"),
+        ("a.txt", b"one\nt\0w\0o\0", "a.txt, line 2: a NUL character"),
         ("a.xlsx", b"PK\x03\x04...", "a.xlsx, line 1: this is a spreadsheet"),
         ("a.csv.gz", b"\x1f\x8b...", "a.csv.gz, line 1: this is a spreadsheet, or compressed"),
         ("-", '{"prompt": "x"}\n{', "stdin, line 2, column 2: not valid JSON"),

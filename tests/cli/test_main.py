@@ -384,10 +384,13 @@ def test_a_map_has_answers_of_a_schema(map_file: MapFile, tmp_path: Path) -> Non
 
     line = json.dumps({"prompt": "step(text='{\"n\": 7}')\n# end\n"})
 
-    status, _, _ = map_file(line, "--schema", "schema.json", name="in.jsonl")
+    options = ("--schema", "schema.json", "--csv", "answers.csv")
+    status, _, _ = map_file(line, *options, name="in.jsonl")
 
     assert status == 0
     assert [line["parsed"] for line in saved()] == [{"n": 7}]
+    (row,) = csv.DictReader(io.StringIO((tmp_path / "answers.csv").read_text()))
+    assert json.loads(row["parsed"]) == {"n": 7}
 
 
 @pytest.mark.parametrize(
