@@ -119,8 +119,8 @@ class Turn:
 
     @property
     def has_used_tools(self) -> bool:
-        """Whether tools have been at work, so far as is known."""
-        return self._translator.has_used_tools
+        """Whether tools have been at work, or may have been before the server told of them."""
+        return self._translator.has_used_tools or self._was_stopped
 
     @property
     def model(self) -> tuple[str, str] | None:

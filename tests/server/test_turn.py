@@ -240,6 +240,14 @@ def test_stopping_aborts_a_turn_again_that_begins_only_then(
     assert len(paths(server, "/abort")) == 2
 
 
+def test_a_turn_that_is_stopped_may_have_used_tools_that_it_was_not_told_of(begin: Begin) -> None:
+    turn = begin()
+
+    turn.stop()
+
+    assert turn.has_used_tools
+
+
 def test_stopping_a_turn_that_never_begins_is_bounded(server: WebServer, begin: Begin) -> None:
     begin().stop()
 
