@@ -25,8 +25,8 @@ from tests import leaks
 from tests.faults import standin_client
 from tests.standin import write_serving
 
-RUNS = 500
-TURNS = 100
+RUNS = 250
+TURNS = 60
 THREADS = 8
 MOST_BLOCKS = 4  # for each: an event that somebody holds on to takes 20
 MOST_BYTES = 24 << 20  # that are free again and were not given back to the system
@@ -200,11 +200,11 @@ def test_after_hundreds_of_runs_everything_is_as_it_was(tmp_path: Path, temporar
 
 
 @pytest.mark.timeout(300)
-def test_after_a_hundred_turns_everything_is_as_it_was(tmp_path: Path, temporary: Path) -> None:
+def test_after_dozens_of_turns_everything_is_as_it_was(tmp_path: Path, temporary: Path) -> None:
     workspace = tmp_path / "workspace"
     workspace.mkdir()
     program = write_serving(tmp_path / "opencode")
-    soak = Soak(temporary, TURNS, first=50)
+    soak = Soak(temporary, TURNS, first=30)
 
     soak.run(
         lambda: OpenCodeServer(program),
