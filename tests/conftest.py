@@ -34,6 +34,8 @@ _BINARY = pytest.StashKey["str | OpenCodeError"]()  # its path, or why there is 
 WORKERS = 2 * (os.cpu_count() or 1)
 # They measure, or take the whole machine for a while, and so run in one worker after another.
 ALONE = ("tests/test_soak.py", "tests/live/test_soak_live.py", "tests/benchmarks/")
+# Each of their tests starts a program of its own, and shares nothing that is dear.
+EACH = ("tests/test_readme.py", "tests/examples/")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -55,6 +57,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             if nodeid.startswith(ALONE):
                 return "alone"
+            if nodeid.startswith(EACH):
+                return nodeid
             module, _, test = nodeid.partition("::")
             _, _, parameters = test.partition("[")
             runner, _, _ = parameters.rstrip("]").partition("-")

@@ -15,17 +15,14 @@ from opencode_sync import (
     BatchReport,
     OpenCodeError,
     OpenCodeIncompleteError,
+    OpenCodeServer,
     RunConfig,
     RunResult,
 )
 from opencode_sync.api.runner import Runner
 from opencode_sync.core.config import merged
 from opencode_sync.testing import Reply, ScriptedModel, TokenUsage
-from tests.live.warm import Script, config, shell
-
-pytestmark = [
-    pytest.mark.timeout(240),
-]
+from tests.live.warm import Script, config, make_configuration, shell
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +44,8 @@ def cfg(model: ScriptedModel) -> RunConfig:
 
 
 def write_plugin(workspace: Path, code: str) -> None:
-    path = workspace / ".opencode" / "plugin" / "plugin.js"
-    path.parent.mkdir(parents=True)
+    path = make_configuration(workspace) / "plugin" / "plugin.js"
+    path.parent.mkdir()
     path.write_text(code)
 
 
@@ -57,7 +54,8 @@ def write_plugin(workspace: Path, code: str) -> None:
 CUT = Reply("cut in the mid", finish_reason="length")
 
 
-PROMPTS = ["cut it", "filter it", "say nothing", "go on"]
+# A process is asked for the first two alone: what makes an answer whole is looked at in one place.
+PROMPTS = ["cut it", "go on", "filter it", "say nothing"]
 
 
 @dataclass
@@ -79,7 +77,8 @@ def batch(runner: Runner, script: Script, tmp_path_factory: pytest.TempPathFacto
     script.to("go on", going_on, "The whole answer.")
     path = tmp_path_factory.mktemp("batch") / "jobs.jsonl"
 
-    batch = runner.map(PROMPTS, path.parent, checkpoint=path, on_error="return", max_workers=2)
+    prompts = PROMPTS if isinstance(runner, OpenCodeServer) else PROMPTS[:2]
+    batch = runner.map(prompts, path.parent, checkpoint=path, on_error="return", max_workers=2)
     return Batch(list(batch), batch.report, path)
 
 
@@ -87,7 +86,10 @@ def batch(runner: Runner, script: Script, tmp_path_factory: pytest.TempPathFacto
     "index, words, text",
     [
         (0, "cut off at the model's output limit", "cut in the mid"),
-        (1, "cut off by the provider's content filter", "filtered"),
+        pytest.param(
+            *(2, "cut off by the provider's content filter", "filtered"),
+            marks=pytest.mark.only("server"),
+        ),
     ],
     ids=["at the output limit", "by a content filter"],
 )
@@ -104,12 +106,13 @@ def test_a_cut_answer_is_an_error_that_says_why(
 
 
 def test_the_last_step_says_whether_the_answer_is_whole(batch: Batch) -> None:
-    result = batch.ends[3]
+    result = batch.ends[1]
 
     assert isinstance(result, RunResult)
     assert (result.status, result.answer) == ("ok", "The whole answer.")
 
 
+@pytest.mark.only("server")
 def test_cut_and_empty_answers_are_counted(batch: Batch) -> None:
     report = batch.report
 
@@ -130,7 +133,7 @@ def test_a_resumed_batch_asks_for_cut_answers_again(
     again = list(runner.map(PROMPTS, batch.checkpoint.parent, checkpoint=batch.checkpoint))
 
     assert [result.status for result in again] == ["ok", "ok", "ok", "ok"]
-    assert [result.answer for result in again[:2]] == ["whole this time"] * 2
+    assert [result.answer for result in again[::2]] == ["whole this time"] * 2
     assert len(script.requests) == n_asked + 2
 
 
@@ -144,11 +147,22 @@ CONTINUE = (
 SUMMARIZE = "Summarize the task tool output above and continue with your task."
 SUMMARY = "Scripted conversation"  # what the scripted model answers to what OpenCode asks by itself
 NEAR_THE_LIMIT = TokenUsage(input=9_500, output=100)
+# Prints without a newline, before the events of a step and in the middle of a run.
+NOISY = """
+export const Noisy = async () => {
+  process.stdout.write('loaded {"plugin": [')
+  return { "tool.execute.before": async () => { process.stdout.write('before {"a": 1} ') } }
+}
+"""
 
 
 @pytest.fixture(scope="module")
-def summed_up(runner: Runner, cfg: RunConfig, script: Script, workspace: Path) -> RunResult:
-    """A run in which the conversation is summed up between two steps."""
+def summed_up(
+    runner: Runner, cfg: RunConfig, script: Script, tmp_path_factory: pytest.TempPathFactory
+) -> RunResult:
+    """A run in which the conversation is summed up between two steps, and a plugin prints."""
+    workspace = tmp_path_factory.mktemp("noisy")
+    write_plugin(workspace, NOISY)
     looking = Reply("Let me look.", tool_calls=[shell("echo hi")], usage=NEAR_THE_LIMIT)
     prompt = script.to("Look into it", looking)
     script.to(CONTINUE, "That is all.")
@@ -168,6 +182,15 @@ def test_what_opencode_says_by_itself_is_not_in_the_text(summed_up: RunResult) -
 def test_the_tokens_of_a_summary_are_counted(summed_up: RunResult) -> None:
     assert summed_up.turns == 3
     assert summed_up.token_usage.input == 9_500 + 2 * 100
+
+
+@pytest.mark.only("process")
+def test_text_that_a_plugin_prints_takes_no_event_with_it(summed_up: RunResult) -> None:
+    noise = "".join(str(e.get("raw")) for e in summed_up.events if e["type"] == "diagnostic")
+
+    assert noise == 'loaded {"plugin": [before {"a": 1} '
+    assert any(line.startswith('loaded {"plugin": [') for line in summed_up.raw_stdout_lines)
+    assert (summed_up.status, summed_up.turns, len(summed_up.tool_calls)) == ("ok", 3, 1)
 
 
 @pytest.mark.only("server")
@@ -217,32 +240,7 @@ def test_a_sub_agent_that_speaks_first_does_not_answer_for_the_run(
 
     assert (result.status, result.final_text) == ("ok", "The code is fine.")
     assert result.session_id == script.last.session_id
+    [auditor] = result.sub_agents
+    assert auditor.parent_id == result.session_id
+    assert (auditor.token_usage.total, result.token_usage.total) == (120, 240)
     assert [event["part"]["tool"] for event in result.tool_calls] == ["task"]
-
-
-# --- a plugin's words ----------------------------------------------------------------------------
-
-# Prints without a newline, before the events of a step and in the middle of a run.
-NOISY = """
-export const Noisy = async () => {
-  process.stdout.write('loaded {"plugin": [')
-  return { "tool.execute.before": async () => { process.stdout.write('before {"a": 1} ') } }
-}
-"""
-
-
-@pytest.mark.only("process")
-def test_text_that_a_plugin_prints_takes_no_event_with_it(
-    runner: Runner, script: Script, tmp_path: Path
-) -> None:
-    write_plugin(tmp_path, NOISY)
-    looking = Reply("Let me look.", tool_calls=[shell("echo hi")])
-    prompt = script.to("Look there", looking, "Found.")
-
-    result = runner.run(prompt, tmp_path)
-
-    assert (result.status, result.turns, len(result.tool_calls)) == ("ok", 2, 1)
-    assert (result.final_text, result.answer) == ("Let me look.\n\nFound.", "Found.")
-    noise = "".join(str(e.get("raw")) for e in result.events if e["type"] == "diagnostic")
-    assert noise == 'loaded {"plugin": [before {"a": 1} '
-    assert any(line.startswith('loaded {"plugin": [') for line in result.raw_stdout_lines)

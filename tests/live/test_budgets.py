@@ -28,10 +28,6 @@ from opencode_sync.core.config import merged
 from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, ToolCall, tool_call
 from tests.live.warm import config, shell
 
-pytestmark = [
-    pytest.mark.timeout(240),
-]
-
 TIMEOUT_S = 150.0  # of runs that must not need it
 AT_ONCE = 3  # more models without an end leave a server no time for anything else
 STEP_TOKENS = 120
@@ -73,13 +69,13 @@ def cfg(model: ScriptedModel) -> RunConfig:
 
 # Each way once with a server, and with processes where what they print tells of it.
 LIMITS: dict[str, dict[str, Any]] = {
-    "Unknown reason": {},
-    "Malformed call": {},
     "Unknown reason, paid for": {"max_cost": 1.5 * STEP_COST},
     "Delegate it": {},
     "Work by steps": {"max_steps": 2},
 }
 ON_SERVER: dict[str, dict[str, Any]] = {
+    "Unknown reason": {},
+    "Malformed call": {},
     "Empty answer": {},
     "Toolless step": {},
     "Unoffered tool": {},
@@ -108,19 +104,14 @@ def errors(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Errors:
         return dict(zip(limits, threads.map(start, limits), strict=True))
 
 
-def on_server(prompt: str) -> Any:
-    return pytest.param(prompt, marks=pytest.mark.only("server"))
-
-
 def _error_of(stream: RunStream) -> OpenCodeError:
     with pytest.raises(OpenCodeError) as caught:
         stream.wait()
     return caught.value
 
 
-@pytest.mark.parametrize(
-    "prompt", ["Unknown reason", on_server("Empty answer"), on_server("Toolless step")]
-)
+@pytest.mark.only("server")
+@pytest.mark.parametrize("prompt", ["Unknown reason", "Empty answer", "Toolless step"])
 def test_a_model_that_is_asked_again_and_again_ends_the_run(
     errors: Errors, prompt: str, model: ScriptedModel
 ) -> None:
@@ -138,14 +129,9 @@ def test_a_model_that_is_asked_again_and_again_ends_the_run(
     assert 3 <= error.result.turns <= len(asked)
 
 
+@pytest.mark.only("server")
 @pytest.mark.parametrize(
-    "prompt",
-    [
-        "Malformed call",
-        on_server("Unoffered tool"),
-        on_server("Misfitting arguments"),
-        on_server("Structured output"),
-    ],
+    "prompt", ["Malformed call", "Unoffered tool", "Misfitting arguments", "Structured output"]
 )
 def test_a_model_that_calls_tools_in_vain_again_and_again_ends_the_run(
     errors: Errors, prompt: str

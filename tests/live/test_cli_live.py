@@ -1,8 +1,10 @@
-"""The command line with the real opencode: every shape of a run, and the demo."""
+"""The command line with the real opencode: two runs of a session, and the demo.
+
+The README's blocks are run too, see tests/test_readme.py: they show map and chat.
+"""
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Callable
@@ -64,40 +66,6 @@ def test_a_run_prints_the_answer_and_the_next_one_goes_on_with_its_session(
     assert again[:2] == (0, "I look.\n\nBob.\n")
     assert again[2].splitlines()[0] == "[bash] ls"
     assert "My name is Bob." in json.dumps(model.requests[1].messages)
-
-
-def test_a_map_runs_the_lines_of_a_file(
-    shell: Shell, scripted: Scripted, asking: Options, workspace: Path
-) -> None:
-    (workspace / "in.csv").write_text("key,prompt\na,one\nb,two\n")
-    model = scripted(lambda request: f"You said {request.prompt}.")
-    command = ("map", "in.csv", "--output", "out.jsonl", "--server", *asking(model))
-
-    statuses = [shell(*command)[0], shell(*command)[0]]
-
-    lines = map(json.loads, (workspace / "out.jsonl").read_text().splitlines())
-    assert statuses == [0, 0]
-    assert sorted((line["key"], line["answer"]) for line in lines) == [
-        ("a", "You said one."),
-        ("b", "You said two."),
-    ]
-    assert len(model.requests) == 2
-
-
-def test_a_chat_knows_what_was_said_before(
-    shell: Shell, scripted: Scripted, asking: Options, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = scripted(["Hello Bob.", "Bob.", "Still Bob."])
-    options = asking(model)
-
-    monkeypatch.setattr("sys.stdin", io.StringIO("My name is Bob.\nWhat is my name?\n"))
-    first = shell("chat", *options)
-    monkeypatch.setattr("sys.stdin", io.StringIO("And now?\n"))
-    second = shell("chat", "--session", first[2].split()[-1], *options)
-
-    assert first[:2] == (0, "Hello Bob.\nBob.\n")
-    assert second[:2] == (0, "Still Bob.\n")
-    assert "My name is Bob." in json.dumps(model.requests[-1].messages)
 
 
 def test_the_demo_works_and_says_what_it_cost(shell: Shell) -> None:

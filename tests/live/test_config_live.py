@@ -1,6 +1,6 @@
 """Settings that the real OpenCode would pass over without a word, with both runners.
 
-One run of each runner answers for all warnings: it has MCP servers that do not work, a variant that
+One run of each runner answers for almost all: it has MCP servers that do not work, a variant that
 the model does not have, and a permission that nobody knows.
 """
 
@@ -15,13 +15,9 @@ from typing import Any
 
 import pytest
 
-from opencode_sync import OpenCodeClient, OpenCodeProcessError, OpenCodeServer, RunConfig, RunResult
+from opencode_sync import OpenCodeProcessError, OpenCodeServer, RunConfig, RunResult
 from opencode_sync.api.runner import Runner
 from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel, tool_call
-
-pytestmark = [
-    pytest.mark.timeout(240),
-]
 
 # An MCP server that has one tool, and ends where that is called.
 WORKING = """
@@ -48,6 +44,7 @@ MCP = {
     "off": {"type": "local", "command": ["/nowhere/docs"], "enabled": False},
 }
 BROKEN = ("missing", "dying", "hanging", "ending")
+PICTURES = ("photo.jpg", "noname")
 UNUSUAL = "permission 'deploy' is not a known permission or tool"
 
 
@@ -81,19 +78,23 @@ def cfg(model: ScriptedModel) -> RunConfig:
 
 
 class Warned:
-    """What a run came to, and what the model was offered in it."""
+    """What a run came to, and what the model was asked first in it."""
 
-    def __init__(self, result: RunResult, offered: list[str]) -> None:
-        self.result, self.offered = result, offered
+    def __init__(self, result: RunResult, request: ChatRequest) -> None:
+        self.result, self.request = result, request
         self.text = "\n".join(result.warnings)
 
 
 @pytest.fixture(scope="module")
 def warned(runner: Runner, cfg: RunConfig, model: ScriptedModel, workspace: Path) -> Warned:
     odd = cfg.replace(variant="highest", permission={"deploy": "deny"})
+    if isinstance(runner, OpenCodeServer):
+        odd = odd.replace(files=PICTURES)
+    for name in PICTURES:
+        (workspace / name).write_bytes(png())
     n_asked = len(model.requests)
     result = runner.run("Say hello.", workspace, run_cfg=odd)
-    return Warned(result, model.requests[n_asked].tools)
+    return Warned(result, model.requests[n_asked])
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -105,7 +106,7 @@ def test_an_mcp_server_that_does_not_start_dies_or_hangs_is_told(warned: Warned,
 
 
 def test_an_mcp_server_that_works_or_is_off_is_not_told(warned: Warned) -> None:
-    assert "working_hello" in warned.offered
+    assert "working_hello" in warned.request.tools
     assert "'working'" not in warned.text
     assert "'off'" not in warned.text
 
@@ -137,26 +138,16 @@ def sent_images(request: ChatRequest) -> list[str]:
     return [part["image_url"]["url"][:22] for part in parts if part.get("type") == "image_url"]
 
 
-def test_a_picture_is_seen_by_its_content(
-    opencode_binary: str, model: ScriptedModel, tmp_path: Path
-) -> None:
-    for name in ("photo.jpg", "noname"):
-        (tmp_path / name).write_bytes(png())
-
-    with OpenCodeServer(opencode_binary, run_cfg=model.run_config()) as server:
-        cfg = model.run_config(files=("photo.jpg", "noname"))
-        server.run("Look.", tmp_path, run_cfg=cfg)
-
-    assert sent_images(model.requests[-1]) == ["data:image/png;base64,"] * 2
+@pytest.mark.only("server")
+def test_a_picture_is_seen_by_its_content(warned: Warned) -> None:
+    assert sent_images(warned.request) == ["data:image/png;base64,"] * len(PICTURES)
 
 
+@pytest.mark.only("server")
 def test_a_picture_that_cannot_be_read_is_told_in_words(
-    opencode_binary: str, model: ScriptedModel, tmp_path: Path
+    runner: Runner, cfg: RunConfig, workspace: Path
 ) -> None:
-    (tmp_path / "broken.png").write_bytes(png()[:20])
-    cfg = model.run_config(files=("broken.png",))
+    (workspace / "broken.png").write_bytes(png()[:20])
 
-    with OpenCodeClient(opencode_binary) as client, pytest.raises(OpenCodeProcessError) as caught:
-        client.run("Look.", tmp_path, run_cfg=cfg)
-
-    assert "BadRequest: failed to decode image: ImageDecodeError" in str(caught.value)
+    with pytest.raises(OpenCodeProcessError, match="ImageDecodeError: Image could not be decoded"):
+        runner.run("Look.", workspace, run_cfg=cfg.replace(files=("broken.png",)))

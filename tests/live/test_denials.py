@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,11 +28,7 @@ from opencode_sync.api.runner import Runner
 from opencode_sync.process import command as _command
 from opencode_sync.server import protocol
 from opencode_sync.testing import Reply, ToolCall, tool_call
-from tests.live.warm import MakeRunner, Script, shell
-
-pytestmark = [
-    pytest.mark.timeout(240),
-]
+from tests.live.warm import MakeRunner, Script, make_configuration, shell
 
 ALL = {"bash": "allow", "edit": "allow", "*": "allow"}
 CONFIG = {
@@ -59,13 +56,14 @@ Do as you like: $ARGUMENTS
 
 def make_hostile(workspace: Path) -> None:
     """Allow all, in each place that OpenCode reads."""
-    agents, commands = workspace / ".opencode/agent", workspace / ".opencode/command"
-    nested = workspace / ".opencode/agents/deep"
+    workspace.mkdir()
+    ours = make_configuration(workspace)
+    agents, commands, nested = ours / "agent", ours / "command", ours / "agents/deep"
     for directory in (agents, commands, nested):
         directory.mkdir(parents=True)
     (workspace.parent / "opencode.json").write_text(json.dumps(CONFIG))
     (workspace / "opencode.jsonc").write_text(json.dumps(CONFIG))
-    (workspace / ".opencode/opencode.json").write_text(json.dumps(CONFIG))
+    (ours / "opencode.json").write_text(json.dumps(CONFIG))
     (agents / "helper.md").write_text(AGENT.format(name="helper", mode="subagent", edit="allow"))
     (nested / "free.md").write_text(AGENT.format(name="free", mode="primary", edit="allow"))
     (agents / "reader.md").write_text(AGENT.format(name="reader", mode="subagent", edit="deny"))
@@ -95,14 +93,14 @@ def touch(name: str) -> ToolCall:
     return shell(f"touch made-{name}")
 
 
-def task(prompt: str, agent: str = "helper") -> ToolCall:
-    return tool_call("task", description="Help", prompt=prompt, subagent_type=agent)
+def task(prompt: str, **more: Any) -> ToolCall:
+    return tool_call("task", description="Help", prompt=prompt, subagent_type="helper", **more)
 
 
-def trying(script: Script, name: str, *, agent: str = "helper") -> str:
+def trying(script: Script, name: str, **more: Any) -> str:
     """A prompt at which the model and a sub-agent try bash."""
     child = script.to(f"child of {name}", touch(f"{name}-child"), "I may not either.")
-    calls = Reply.calls(touch(name), task(child, agent))
+    calls = Reply.calls(touch(name), shell("echo allowed > allowed.txt"), task(child, **more))
     return script.to(name, calls, "I may not.")
 
 
@@ -112,33 +110,45 @@ def made(workspace: Path) -> list[str]:
 
 # --- denials -------------------------------------------------------------------------------------
 
-DENIALS = {
-    "all": {"permission": "deny"},
-    "a wildcard": {"permission": {"*": "deny"}},
-    "tools": {"tools": {"bash": False}},
-    "with auto, of the user's own agent": {
-        "permission": {"bash": "deny"},
-        "auto": True,
-        "agent": "deep/free",
-    },
-}
+# The last of the caller's own rules that matches counts.
+PATTERNS = {"bash": {"*": "deny", "echo *": "allow"}, "edit": "deny"}
 
 
-@pytest.mark.parametrize("name", DENIALS)
+def on_server(**settings: Any) -> Any:
+    """Settings that come to the same rules as others, for which a process is started."""
+    return pytest.param(settings, marks=pytest.mark.only("server"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        on_server(permission="deny"),
+        on_server(permission={"*": "deny"}),
+        on_server(tools={"bash": False}),
+        {"permission": PATTERNS, "auto": True, "agent": "deep/free"},
+    ],
+    ids=["all", "a wildcard", "tools", "by pattern, with auto, of the user's own agent"],
+)
 def test_a_denial_holds_against_the_workspace_and_its_agents(
-    runner: Runner, cfg: RunConfig, workspace: Path, script: Script, name: str
+    runner: Runner, cfg: RunConfig, workspace: Path, script: Script, settings: dict[str, Any]
 ) -> None:
-    prompt = trying(script, name.replace(" ", "-").replace(",", "").replace("'", ""))
+    prompt = trying(script, "try")
+    (workspace / "allowed.txt").unlink(missing_ok=True)
 
-    result = runner.run(prompt, workspace, run_cfg=cfg.replace(**DENIALS[name]))
+    result = runner.run(prompt, workspace, run_cfg=cfg.replace(**settings))
 
     assert made(workspace) == []
-    assert result.status == "denied"
+    assert (workspace / "allowed.txt").exists() == (settings.get("permission") is PATTERNS)
+    assert (result.status, result.finish_reason) == ("denied", "stop")
     assert "bash" in result.denied_tools
     assert result.answer == "I may not."
 
 
-@pytest.mark.parametrize("command", ["free", "sub"], ids=["an agent of its own", "a sub-agent"])
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param("free", marks=pytest.mark.only("server")), "sub"],
+    ids=["an agent of its own", "a sub-agent"],
+)
 def test_a_denial_holds_against_the_workspace_s_commands(
     runner: Runner, cfg: RunConfig, workspace: Path, script: Script, command: str
 ) -> None:
@@ -150,26 +160,13 @@ def test_a_denial_holds_against_the_workspace_s_commands(
     assert made(workspace) == []
 
 
-def test_the_last_of_the_caller_s_own_rules_counts(
-    runner: Runner, cfg: RunConfig, workspace: Path, script: Script
-) -> None:
-    calls = Reply.calls(touch("by-pattern"), shell("echo allowed > allowed.txt"))
-    prompt = script.to("Try a pattern", calls, "One of them.")
-    rules = {"bash": {"*": "deny", "echo *": "allow"}, "edit": "deny"}
-
-    result = runner.run(prompt, workspace, run_cfg=cfg.replace(permission=rules))
-
-    assert (workspace / "allowed.txt").read_text() == "allowed\n"
-    assert made(workspace) == []
-    assert (result.status, result.denied_tools) == ("denied", ["bash"])
-    assert (result.finish_reason, result.answer) == ("stop", "One of them.")
-
-
 def test_a_denial_holds_in_a_session_that_was_begun_without_it_and_in_a_fork(
     runner: Runner, cfg: RunConfig, workspace: Path, script: Script, free: RunResult
 ) -> None:
     denying = cfg.replace(session_id=free.session_id, permission={"bash": "deny"})
-    going_on, branching = trying(script, "going-on"), trying(script, "branching")
+    going_on = trying(script, "going-on")
+    # Nor can a sub-agent go on in the session that was allowed more.
+    branching = trying(script, "branching", task_id=free.session_id)
 
     branch = runner.run(branching, workspace, run_cfg=denying.replace(fork=True))
     result = runner.run(going_on, workspace, run_cfg=denying)
@@ -179,19 +176,6 @@ def test_a_denial_holds_in_a_session_that_was_begun_without_it_and_in_a_fork(
     assert branch.session_id != free.session_id == result.session_id
 
 
-def test_a_sub_agent_cannot_go_on_in_a_session_that_was_allowed_more(
-    runner: Runner, cfg: RunConfig, workspace: Path, script: Script, free: RunResult
-) -> None:
-    child = script.to("child elsewhere", touch("elsewhere"), "I may not.")
-    arguments = {"description": "Help", "prompt": child, "subagent_type": "helper"}
-    resuming = ToolCall("task", {**arguments, "task_id": free.session_id})
-    prompt = script.to("Resume it", resuming, "Done.")
-
-    runner.run(prompt, workspace, run_cfg=cfg.replace(permission={"bash": "deny"}))
-
-    assert made(workspace) == []
-
-
 def test_what_config_overrides_deny_holds_too_also_to_one_agent(
     make: MakeRunner, cfg: RunConfig, workspace: Path, script: Script
 ) -> None:
@@ -199,19 +183,24 @@ def test_what_config_overrides_deny_holds_too_also_to_one_agent(
         "permission": {"bash": "deny"},
         "agent": {"deep/free": {"permission": {"read": "deny"}}},
     }
-    runner = make(run_cfg=cfg.replace(config_overrides={**(cfg.config_overrides or {}), **denied}))
+    denying = cfg.replace(config_overrides={**(cfg.config_overrides or {}), **denied})
     (workspace / "notes.txt").write_text("The code word is Kiebitz.\n")
     reading = tool_call("read", filePath=str(workspace / "notes.txt"))
-    script.to("By the one", Reply.calls(touch("one"), reading), "Denied.")
-    script.to("By the other", Reply.calls(touch("two"), reading), "Read.")
+    child = script.to("By another", Reply.calls(touch("two"), reading), "Read.")
+    prompt = script.to("By the one", Reply.calls(touch("one"), reading, task(child)), "Denied.")
 
-    def run(prompt: str, agent: str) -> RunResult:
-        own = runner._run_cfg.replace(agent=agent)
-        return runner.run(prompt, workspace, run_cfg=own)
+    result = make(run_cfg=denying).run(
+        prompt, workspace, run_cfg=denying.replace(agent="deep/free")
+    )
 
-    assert run("By the one", "deep/free").denied_tools == ["bash", "read"]
-    assert run("By the other", "build").denied_tools == ["bash"]
     assert made(workspace) == []
+    [read] = [
+        call["sessionID"]
+        for call in result.tool_calls
+        if (call["part"]["tool"], call["part"]["state"]["status"]) == ("read", "completed")
+    ]
+    assert read != result.session_id  # but the sub-agent's
+    assert set(result.denied_tools) == {"bash", "read"}
 
 
 # --- arguments of a command ----------------------------------------------------------------------
@@ -227,9 +216,9 @@ WORDS = "text 'b !`touch made-words` $&'  $$ @notes.txt"
 @pytest.mark.parametrize(
     "command, arguments, text",
     [
-        ("all", ODD, f"Handle: {ODD}"),
+        pytest.param("all", ODD, f"Handle: {ODD}", marks=pytest.mark.only("server")),
         ("words", WORDS, "First (text), then (b !`touch made-words` $& $$ @notes.txt)."),
-        ("bare", ODD, f"Do it.\n\n{ODD}"),
+        pytest.param("bare", ODD, f"Do it.\n\n{ODD}", marks=pytest.mark.only("server")),
     ],
     ids=["as a whole", "as words", "behind the template"],
 )
@@ -275,6 +264,7 @@ def test_a_command_that_puts_its_arguments_into_the_shell_is_refused_by_name(
     (workspace / "made-into").unlink(missing_ok=True)  # the template's own
 
 
+@pytest.mark.only("server")
 def test_a_file_that_arguments_name_is_not_given_to_a_sub_agent(
     runner: Runner, cfg: RunConfig, workspace: Path, script: Script
 ) -> None:
@@ -290,15 +280,14 @@ def test_a_file_that_arguments_name_is_not_given_to_a_sub_agent(
 
 @pytest.mark.only("server")
 def test_a_server_elsewhere_takes_only_arguments_that_nothing_expands(
-    make: MakeRunner, cfg: RunConfig, workspace: Path, script: Script
+    runner: Runner, cfg: RunConfig, workspace: Path, script: Script
 ) -> None:
-    server = make()
-    assert isinstance(server, OpenCodeServer)
+    assert isinstance(runner, OpenCodeServer)
     as_command = cfg.replace(command="all", config_overrides=None, extra_env=None)
     plain = {"lean": False, "inherit_user_config": True, "instructions": ()}
     own = as_command.replace(**plain)
 
-    with OpenCodeServer.connect(server.url, server.password) as elsewhere:
+    with OpenCodeServer.connect(runner.url, runner.password) as elsewhere:
         elsewhere.run("it's plain; is it?", workspace, run_cfg=own)
         with pytest.raises(OpenCodeConfigError, match="hold '`', which OpenCode expands"):
             elsewhere.run(ODD, workspace, run_cfg=own)
@@ -340,8 +329,7 @@ def test_a_process_that_does_not_enforce_denials_is_stopped_before_its_first_too
 
 
 def test_a_denied_tool_that_runs_all_the_same_ends_the_run(
-    kind: type[Runner],
-    make: MakeRunner,
+    runner: Runner,
     cfg: RunConfig,
     workspace: Path,
     script: Script,
@@ -351,14 +339,14 @@ def test_a_denied_tool_that_runs_all_the_same_ends_the_run(
     pretending = tmp_path / "pretending.js"
     words = _command.ENFORCED.decode()
     pretending.write_text(f"require('fs').writeSync(2, {json.dumps(words)} + '\\n')\n")
-    if kind is OpenCodeClient:
+    if isinstance(runner, OpenCodeClient):
         monkeypatch.setattr(_command, "PRELOAD_FILE", pretending)
     else:
         monkeypatch.setattr(protocol, "permission_rules", lambda cfg, **allowed: [])
     prompt = script.to("Run it", shell("true"), Reply("Never said.", delay_s=60.0))
 
     with pytest.raises(OpenCodePermissionError, match="'bash' is denied, and has run") as caught:
-        make().run(prompt, workspace, run_cfg=cfg.replace(permission={"bash": "deny"}))
+        runner.run(prompt, workspace, run_cfg=cfg.replace(permission={"bash": "deny"}))
 
     assert caught.value.tool == "bash"
     assert caught.value.result is not None

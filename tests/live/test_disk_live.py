@@ -17,10 +17,6 @@ from opencode_sync import OpenCodeClient, OpenCodeError, OpenCodeServer
 from opencode_sync.api.runner import Runner
 from tests.live.warm import MakeModel, config
 
-pytestmark = [
-    pytest.mark.timeout(240),
-]
-
 MEGABYTE = 1_000_000
 
 

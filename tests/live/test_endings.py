@@ -22,10 +22,6 @@ from opencode_sync.api.runner import Runner
 from opencode_sync.testing import Reply
 from tests.live.warm import WITHIN_S, MakeRunner, Script, Tools
 
-pytestmark = [
-    pytest.mark.timeout(240),
-]
-
 _ROOT = Path(__file__).parent.parent.parent
 
 
@@ -61,6 +57,7 @@ def test_after_close_no_tool_lives_and_the_session_goes_on(
     assert runner.run("Good morning", workspace, run_cfg=going_on).answer == "re Good morning"
 
 
+@pytest.mark.only("server")
 def test_after_cancel_in_another_thread_no_tool_lives(
     runner: Runner, workspace: Path, sleeping: str, tools: Tools
 ) -> None:
@@ -82,6 +79,7 @@ def test_after_cancel_in_another_thread_no_tool_lives(
     assert (stream.result.status, stream.result.final_text) == ("cancelled", "Good night.")
 
 
+@pytest.mark.only("server")
 def test_after_garbage_collection_no_tool_lives(
     runner: Runner, workspace: Path, sleeping: str, tools: Tools
 ) -> None:
@@ -95,6 +93,20 @@ def test_after_garbage_collection_no_tool_lives(
     assert tools.living() == []
 
 
+@pytest.mark.only("process")
+def test_after_a_future_is_cancelled_no_tool_lives(
+    make: MakeRunner, workspace: Path, sleeping: str, tools: Tools
+) -> None:
+    future = make().submit(sleeping, workspace)
+    tools.wait_until_started()
+
+    assert future.cancel()
+
+    assert future.cancelled()
+    assert tools.living() == []
+
+
+@pytest.mark.only("process")
 def test_closing_the_runner_ends_its_runs_and_it_takes_no_more(
     make: MakeRunner, workspace: Path, sleeping: str, tools: Tools
 ) -> None:
@@ -113,6 +125,14 @@ def test_closing_the_runner_ends_its_runs_and_it_takes_no_more(
         runner.stream("Hi", workspace)
 
 
+_LEAVE = """
+import pickle, sys
+
+runner, prompt, workspace = pickle.load(sys.stdin.buffer)
+stream = runner.stream(prompt, workspace)
+print("waiting", flush=True)
+sys.stdin.read()
+"""
 _WAIT = """
 import pickle, sys
 
@@ -130,11 +150,12 @@ with runner.stream(prompt, workspace) as stream:
 
 @pytest.fixture
 def program(
-    make: MakeRunner, workspace: Path, sleeping: str, tools: Tools
+    make: MakeRunner, workspace: Path, sleeping: str, tools: Tools, request: pytest.FixtureRequest
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A script that waits for a run whose tools are at work."""
+    code = getattr(request, "param", _WAIT)
     with subprocess.Popen(
-        [sys.executable, "-c", _WAIT], cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", code], cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as program:
         assert program.stdin
         assert program.stdout
@@ -148,6 +169,7 @@ def program(
             program.kill()
 
 
+@pytest.mark.only("process")
 def test_after_ctrl_c_no_tool_lives_when_the_script_goes_on(
     program: subprocess.Popen[bytes], tools: Tools
 ) -> None:
@@ -166,3 +188,16 @@ def test_within_5_s_of_a_kill_of_the_script_no_tool_lives(
 
     assert program.wait(WITHIN_S) == -signal.SIGKILL
     tools.wait_until_gone()
+
+
+@pytest.mark.only("process")
+@pytest.mark.parametrize("program", [_LEAVE], ids=["leave"], indirect=True)
+def test_after_the_script_s_end_no_tool_lives(
+    program: subprocess.Popen[bytes], tools: Tools
+) -> None:
+    assert program.stdin
+
+    program.stdin.close()
+
+    assert program.wait(WITHIN_S) == 0
+    assert tools.living() == []

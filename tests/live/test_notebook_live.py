@@ -77,30 +77,23 @@ def test_the_magic_runs_the_cell_and_keeps_the_result(kernel: Kernel) -> None:
     assert kernel.value("greeting.answer") == "'Hello'"
 
 
-def test_the_magic_runs_cells_on_one_warm_server(warm: Kernel) -> None:
-    outputs = [
-        warm.run(f"%%opencode -m scripted/scripted --server --into n\nsay {word}")
-        for word in ("one", "two")
-    ]
-
-    pages = [output["data"]["text/markdown"] for (output,) in outputs]
-    assert [page.partition("\n\n")[0] for page in pages] == ["one", "two"]
-    assert warm.value("n.answer") == "'two'"
-
-
-def test_the_stop_button_ends_a_turn_on_the_server_and_the_next_goes_on(warm: Kernel) -> None:
+def test_the_magic_runs_cells_on_a_server_on_which_the_stop_button_ends_a_turn_alone(
+    warm: Kernel,
+) -> None:
     magic = "%%opencode -m scripted/scripted --server --into n\n"
 
+    (output,) = warm.run(f"{magic}say one")
     warm.run_until(
         warm.workspace / "begun too",
         f"{magic}tool touch 'begun too'; exec sleep 98764",
     )
     status = warm.value("n.status")
+    left = [each for each in psutil.process_iter() if "98764" in " ".join(_command(each))]
     warm.run(f"{magic}say on")
 
-    assert status == "'cancelled'"
+    assert output["data"]["text/markdown"].startswith("one\n\n")
+    assert (status, left) == ("'cancelled'", [])
     assert warm.value("n.answer") == "'on'"
-    assert not [each for each in psutil.process_iter() if "98764" in " ".join(_command(each))]
 
 
 def test_an_error_is_shown_in_brief(kernel: Kernel) -> None:

@@ -16,12 +16,7 @@ from opencode_sync import (
     OpenCodeProcessError,
     build_argv,
 )
-from opencode_sync.testing import ScriptedModel, tool_call
-from tests.endings import COMMAND, Tools, script
-
-LONG_S = 60.0
-
-pytestmark = pytest.mark.timeout(240)
+from opencode_sync.testing import ScriptedModel
 
 
 def test_a_flag_that_the_binary_does_not_know_is_named_with_its_version(
@@ -40,21 +35,6 @@ def test_a_flag_that_the_binary_does_not_know_is_named_with_its_version(
         client.run("Hi", workspace)
 
     assert f"opencode {version} does not know --from-the-future" in str(caught.value)
-
-
-def test_after_the_script_s_end_no_tool_lives(
-    opencode_binary: str, workspace: Path, scripted: Any
-) -> None:
-    tools = Tools(workspace)
-    model: ScriptedModel = scripted([tool_call("bash", command=COMMAND, description="Sleep")])
-
-    with script(opencode_binary, workspace, "Sleep", model.run_config()) as started:
-        tools.wait_until_started()
-
-        started.exit()
-
-        assert started.process.wait(LONG_S) == 0
-        assert not tools.living()
 
 
 def test_a_session_is_refused_in_another_directory_and_nothing_is_left_unpacked(

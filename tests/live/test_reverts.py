@@ -12,10 +12,6 @@ from opencode_sync import OpenCodeConfigError, OpenCodeServer
 from opencode_sync.testing import ScriptedModel, tool_call
 from tests.live.warm import Script, config, make_what_stays
 
-pytestmark = [
-    pytest.mark.timeout(240),
-]
-
 MakeRepository = Callable[[str], Path]
 
 

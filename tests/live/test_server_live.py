@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import signal
@@ -26,15 +25,9 @@ from opencode_sync import (
 from opencode_sync.api.server import OpenCodeServer
 from opencode_sync.core.events import Event
 from opencode_sync.testing import Reply, ScriptedModel
-from tests.endings import sleeping
-from tests.live.warm import Script, config, conversation, shell
+from tests.live.warm import Script, Tools, config, conversation, shell
 
 WITHIN_S = 60
-PNG = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-)
-# Of the three sleeps, one is the shell's child, and two are nobody's.
-LEAVING = "(setsid sh -c 'sleep 901 & sleep 902' &); sleep 903"
 
 
 def until_text(stream: Iterator[Event], kind: str = "text_delta") -> Event:
@@ -101,51 +94,22 @@ def test_a_delta_comes_before_the_model_has_finished(
     assert stream.result.final_text == "first second"
 
 
-def test_files_reach_the_model_as_what_they_are(
-    server: OpenCodeServer, workspace: Path, script: Script
-) -> None:
-    (workspace / "notes.json").write_text('{"word": "Kiebitz"}')
-    (workspace / "dot.png").write_bytes(PNG)
-    cfg = RunConfig(files=("notes.json", workspace / "dot.png"))
-    script.to("What is there?", "Files.")
-
-    server.run("What is there?", workspace, run_cfg=cfg)
-
-    content = json.dumps(script.requests[-1].messages[-1]["content"])
-    assert "Kiebitz" in content
-    assert f"data:image/png;base64,{base64.b64encode(PNG).decode()}" in content
-
-
 # --- directories ---------------------------------------------------------------------------------
 
 
-def test_five_directories_are_served_at_once(
+def test_directories_are_served_side_by_side(
     server: OpenCodeServer, script: Script, tmp_path: Path
 ) -> None:
     script.to("Where?", shell("pwd"), "There.")
-    directories = [tmp_path / str(number) for number in range(5)]
+    directories = [tmp_path / str(number) for number in range(3)]
     for directory in directories:
         directory.mkdir()
 
-    with ThreadPoolExecutor(5) as threads:
+    with ThreadPoolExecutor(3) as threads:
         results = list(threads.map(lambda path: server.run("Where?", path), directories))
 
     outputs = [result.tool_calls[0]["part"]["state"]["output"] for result in results]
     assert outputs == [f"{directory}\n" for directory in directories]
-
-
-# --- stopping ------------------------------------------------------------------------------------
-
-
-def sleeps() -> list[psutil.Process]:
-    return sleeping(901, 902, 903)
-
-
-def wait_for_sleeps(count: int) -> None:
-    deadline = time.monotonic() + WITHIN_S
-    while len(sleeps()) != count and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert len(sleeps()) == count
 
 
 # --- secrets -------------------------------------------------------------------------------------
@@ -264,14 +228,16 @@ def test_a_killed_server_fails_its_runs_and_is_started_again(
 ) -> None:
     script.to("Remember me", "I do.")
     script.to("Do you?", "Yes.")
-    prompt = script.to("Leave something", Reply("Leaving.", tool_calls=[shell(LEAVING)]), "Left.")
+    tools = Tools(tmp_path / "left.pids")
+    leaving = script.to("Leave something", Reply("Leaving.", tool_calls=[tools.call]), "Left.")
+    waiting = script.to("Wait", Reply.hang("Waiting."))
 
     with OpenCodeServer(opencode_binary, run_cfg=config(model)) as server:
         first = server.run("Remember me", tmp_path)
-        streams = [server.stream(prompt, tmp_path) for _ in range(4)]
+        streams = [server.stream(prompt, tmp_path) for prompt in (leaving, waiting)]
         for stream in streams:
             until_text(stream)
-        wait_for_sleeps(12)
+        tools.wait_until_started()
         assert server.pid is not None
 
         os.kill(server.pid, signal.SIGKILL)
@@ -280,10 +246,10 @@ def test_a_killed_server_fails_its_runs_and_is_started_again(
             with pytest.raises(OpenCodeServerError, match="signal 9") as caught:
                 stream.wait()
             assert caught.value.result is stream.result
-        took_s, left = time.monotonic() - started, sleeps()
+        took_s = time.monotonic() - started
+        tools.wait_until_gone()
         again = server.run("Do you?", tmp_path, run_cfg=RunConfig(session_id=first.session_id))
 
-    assert took_s < 2
-    assert left == []
+    assert took_s < 10  # and not for as long as a limit
     assert again.answer == "Yes."
     assert conversation(script.requests[-1]) == ["Remember me", "I do.", "Do you?"]

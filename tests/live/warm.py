@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -59,6 +60,13 @@ class Script:
             assert came, f"{prompt!r} was not asked {times} times"
             return found()
 
+    def clear(self) -> None:
+        """Forget what was said in another module."""
+        with self._changed:
+            self.answers.clear()
+            self.requests.clear()
+            self._told.clear()
+
     @property
     def last(self) -> ChatRequest:
         return self.requests[-1]
@@ -95,6 +103,13 @@ def config(model: ScriptedModel, **changes: Any) -> RunConfig:
     # Each connection to the model ends with its request, and so within its test.
     options = {"scripted": {"options": {"headers": {"Connection": "close"}}}}
     return model.run_config(config_overrides={"provider": options}, **changes)
+
+
+def make_configuration(workspace: Path) -> Path:
+    """Make the directory of *workspace*'s own configuration, with nothing for npm to install."""
+    directory = workspace / ".opencode"
+    shutil.copytree(Path.home() / ".config" / "opencode", directory)
+    return directory
 
 
 def make_what_stays(runner: Runner) -> None:
