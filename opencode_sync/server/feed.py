@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from ..core import lifetime
 from ..core.errors import OpenCodeServerError
-from ..core.reading import mapping
+from ..core.reading import called_session, mapping
 from .connection import CONNECT_S, MAX_BYTES, Connection
 
 _log = logging.getLogger("opencode_sync")
@@ -254,7 +254,7 @@ class EventStream:
         payload = mapping(mapping(json.loads(data)).get("payload"))
         kind, properties = str(payload.get("type")), mapping(payload.get("properties"))
         parent, child = _kinship(kind, properties)
-        if child not in self._routes and (mailbox := self._routes.get(parent)):
+        if child and child not in self._routes and (mailbox := self._routes.get(parent)):
             mailbox.follow(child)
         self.put(Message(str(properties.get("sessionID")), kind, properties), len(data))
 
@@ -262,14 +262,10 @@ class EventStream:
         return set(tuple(self._routes.values()))  # noqa: C414 - tuple() is atomic, set() is not
 
 
-def _kinship(kind: str, properties: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the parent's and the sub-agent's session if a message is about a sub-agent."""
+def _kinship(kind: str, properties: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Return a parent's session, and that of its sub-agent if the message is about one."""
     if kind == "session.created":
         info = mapping(properties.get("info"))
         return str(info.get("parentID")), str(info.get("id"))
-    part = mapping(properties.get("part"))
-    if part.get("tool") == "task":
-        # A sub-agent that is resumed is not created; the tool call names its session.
-        metadata = mapping(mapping(part.get("state")).get("metadata"))
-        return str(properties.get("sessionID")), str(metadata.get("sessionId"))
-    return "", ""
+    # A sub-agent that is resumed is not created; the tool call names its session.
+    return str(properties.get("sessionID")), called_session(properties)

@@ -31,7 +31,7 @@ from ..core.config import RunConfig
 from ..core.denials import Rule, make_rule, rules_of
 from ..core.errors import OpenCodeConfigError
 from ..core.events import Event
-from ..core.reading import OUTPUT_TOOL, mapping
+from ..core.reading import OUTPUT_TOOL, called_session, mapping
 from ..core.request import Request
 from . import feed
 from .feed import Message
@@ -407,13 +407,14 @@ class Translator:
 
     def _task(self, session_id: str, part: Mapping[str, Any]) -> list[Event]:
         # A session that is resumed is not created.
-        state = mapping(part.get("state"))
-        asked, metadata = mapping(state.get("input")), mapping(state.get("metadata"))
+        asked = mapping(mapping(part.get("state")).get("input"))
         agent, title = asked.get("subagent_type"), asked.get("description")
-        return self._sub_agent(metadata.get("sessionId"), session_id, agent, title)
+        return self._sub_agent(called_session({"part": part}), session_id, agent, title)
 
-    def _sub_agent(self, child_id: Any, parent_id: str, agent: Any, title: Any) -> list[Event]:
-        if not isinstance(child_id, str) or not child_id or child_id in self._sub_agents:
+    def _sub_agent(
+        self, child_id: str | None, parent_id: str, agent: Any, title: Any
+    ) -> list[Event]:
+        if child_id is None or child_id in self._sub_agents:
             return []
         self._sub_agents.add(child_id)
         more = {"childID": child_id, "parentID": parent_id, "agent": agent, "title": title}

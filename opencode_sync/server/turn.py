@@ -31,7 +31,7 @@ from ..core.errors import (
 )
 from ..core.events import Event, warning_events
 from ..core.lifetime import CancelScope
-from ..core.reading import ARGUMENTS_ERROR, mapping, why_cut
+from ..core.reading import ARGUMENTS_ERROR, called_session, why_cut
 from ..core.request import Request
 from ..core.result import RunResult
 from ..process import tree
@@ -353,9 +353,8 @@ class Turn:
                 stored = stored_messages(self._connection, session_id, **self._settings())
                 events += self._translator.read_stored(session_id, stored)
                 for part in (part for entry in stored for part in parts_of(entry)):
-                    metadata = mapping(mapping(part.get("state")).get("metadata"))
-                    if part.get("tool") == "task" and (child := metadata.get("sessionId")):
-                        self._mailbox.follow(str(child))
+                    if child := called_session({"part": part}):
+                        self._mailbox.follow(child)
         return events
 
     # -- requests ------------------------------------------------------------------------------

@@ -104,10 +104,12 @@ def test_a_sub_agent_that_is_taken_up_again_is_followed(stream: EventStream, fee
     mailbox = stream.mailbox("ses_a")
     call = {"type": "tool", "tool": "task", "state": {"metadata": {"sessionId": "ses_old"}}}
 
+    feed.say("ses_a", "message.part.updated", part={**call, "state": {"status": "pending"}})
     feed.say("ses_a", "message.part.updated", part=call)
     feed.say("ses_old", "permission.asked")
 
-    assert kinds(take(mailbox, 2)) == ["message.part.updated", "permission.asked"]
+    assert kinds(take(mailbox, 3)) == ["message.part.updated"] * 2 + ["permission.asked"]
+    assert list(mailbox.sessions) == ["ses_a", "ses_old"]
 
 
 def test_a_sub_agent_with_a_mailbox_of_its_own_keeps_it(stream: EventStream, feed: Feed) -> None:
