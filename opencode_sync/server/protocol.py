@@ -323,14 +323,14 @@ class Translator:
 
     def covers(self, stored: Mapping[str, Any]) -> bool:
         """Whether a stored message is of this turn or a later one."""
-        return _created(mapping(stored.get("info"))) > self._since
+        return created_at(stored) > self._since
 
     def read_stored(self, session_id: str, stored: Iterable[Mapping[str, Any]]) -> list[Event]:
         """Return the events of a session's stored messages that have not come before."""
         events: list[Event] = []
         for entry in stored:
             info = mapping(entry.get("info"))
-            if not self.covers(entry) or _created(info) < self._began_at:
+            if not self.covers(entry) or created_at(entry) < self._began_at:
                 continue
             events += self._message(session_id, {"info": info})
             for part in parts_of(entry):
@@ -341,13 +341,14 @@ class Translator:
 
     def _message(self, session_id: str, properties: Mapping[str, Any]) -> list[Event]:
         info = mapping(properties.get("info"))
-        if session_id != self._session_id or _created(info) <= self._since:
+        created = created_at(properties)
+        if session_id != self._session_id or created <= self._since:
             return []
         message_id = str(info.get("id"))
         self._ours[message_id] = None
         if info.get("role") == "user":
             if not self.has_begun:
-                self.has_begun, self._began_at = True, _created(info)
+                self.has_begun, self._began_at = True, created
                 self.prompt_id = message_id
             return []
         events: list[Event] = []
@@ -498,8 +499,9 @@ def parts_of(stored: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [mapping(part) for part in parts] if isinstance(parts, list) else []
 
 
-def _created(info: Mapping[str, Any]) -> int:
-    created = mapping(info.get("time")).get("created")
+def created_at(stored: Mapping[str, Any]) -> int:
+    """Return when a message was made, in the server's milliseconds; 0 if it does not say."""
+    created = mapping(mapping(stored.get("info")).get("time")).get("created")
     return created if isinstance(created, int) else 0
 
 

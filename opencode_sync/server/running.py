@@ -29,12 +29,13 @@ from .launch import NEXT, ServerProcess
 from .protocol import (
     check_command,
     command_body,
+    created_at,
     missing_rules,
     permission_rules,
     prompt_body,
     session_body,
 )
-from .sessions import Sessions, id_of, rules_of, stored_messages
+from .sessions import Sessions, rules_of, stored_messages
 from .turn import ABORT_S, Turn, add_no_space
 
 _log = logging.getLogger("opencode_sync")
@@ -179,15 +180,7 @@ class RunningServer:
                     )
             if session_id is None:
                 is_new = True
-                made = self.connection.request(
-                    "POST",
-                    "/session",
-                    session_body(request),
-                    directory=directory,
-                    timeout_s=FIRST_S,
-                    scope=scope,
-                )
-                session_id = id_of(made)
+                session_id = sessions.create(session_body(request), directory)
             else:
                 session_id = _resume(session_id, directory, request, sessions)
             if cfg.share:
@@ -252,8 +245,7 @@ class RunningServer:
         """Return when the session's last message was made; 0 where it has none."""
         # Two: a prompt whose format was taken away is as young as its answer.
         newest = stored_messages(self.connection, session_id, directory, limit=2, scope=scope)
-        times = [mapping(mapping(entry.get("info")).get("time")).get("created") for entry in newest]
-        return max((time for time in times if isinstance(time, int)), default=0)
+        return max(map(created_at, newest), default=0)
 
     def always_allowed(self, directory: str) -> list[tuple[str, str]]:
         """Return the permissions and patterns that were answered with "always"; to be added to."""
