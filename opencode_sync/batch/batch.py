@@ -34,7 +34,7 @@ from ..core.config import (
 from ..core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
 from ..core.lifetime import REASON, Pinned, UnderWay
 from ..core.limits import LIMITS_OF_A_JOB, Budget, Retry
-from ..core.records import jsonable, result_of
+from ..core.records import end_of, jsonable, own_key, result_of, results_to_frame
 from ..core.request import OnError, OnMismatch, RunSettings, absolute
 from ..core.result import RunResult
 from .checkpoint import Checkpoint
@@ -223,6 +223,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         self._held: list[Task] = []  # not put yet, as nothing of the checkpoint has matched
         self._is_prepared = False  # the runner, for the first job that is not in the checkpoint
         self._drawn = self._given = 0
+        self._metadata: dict[int, Any] = {}  # of jobs for which the checkpoint has another one
         self._has_input = True
         self._input_error: Exception | None = None
         self._error: OpenCodeError | None = None  # of cancel(), for who iterates
@@ -235,6 +236,48 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         """The state of the batch, during it and after its end."""
         running = 0 if self._dispatch is None else self._dispatch.running
         return self._tally.report(running, self._throttle)
+
+    @property
+    def results(self) -> list[RunResult | OpenCodeError]:
+        """What has finished so far, in the order of the input, whether it was given or not.
+
+        Errors stand in the places of their results, as with ``on_error="return"``. It is complete
+        also after a Ctrl-C, a stop button or an error, and where a job hung that comes before.
+
+        With a checkpoint all is read from its file; without one, the batch keeps the last 10,000
+        that were given.
+
+        Raises:
+            OpenCodeConfigError: The checkpoint's file cannot be read any more.
+        """
+        ends, places = ({}, {}) if self._dispatch is None else self._dispatch.ends()
+        if places:
+            from ..display.jobs import records_in
+
+            assert self._options.checkpoint is not None
+            for record in records_in(self._options.checkpoint):
+                if (index := places.get(hash(record["key"]))) is not None:
+                    ends[index] = self._read(index, record)
+        return [ends[index] for index in sorted(ends)]
+
+    def to_frame(self) -> Any:
+        """:attr:`results` as a ``pandas.DataFrame``, as ``results_to_frame`` makes it.
+
+        Raises:
+            ImportError: pandas is not installed; this package does not depend on it.
+        """
+        return results_to_frame(self.results)
+
+    def _read(self, index: int, record: Mapping[str, Any]) -> End:
+        """The end of job *index* from its line in the checkpoint."""
+        end, output = end_of(record), self._options.settings.output
+        if output is not None and isinstance(end, RunResult):
+            end._json, end.parsed = end.parsed, output.validate(end.parsed)
+        result = result_of(end)
+        metadata = self._metadata.get(index, result.metadata)
+        task = Task(index, result.prompt, "", key=own_key(record), metadata=metadata)
+        label(end, task)
+        return end
 
     def __iter__(self) -> BatchRun[T]:
         return self
@@ -360,9 +403,11 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
             before = result_of(saved).metadata
             if task.metadata is None and before is not None:  # what the job says now counts
                 task = replace(task, metadata=before)
+            elif task.metadata != before:
+                self._metadata[index] = task.metadata
             label(saved, task)
             self._tally.count("cached")
-            dispatch.offer(index, saved)
+            dispatch.offer(index, saved, task.saved_as)
         if self._checkpoint is None or self._checkpoint.has_matched:
             self._put_held(dispatch)
 

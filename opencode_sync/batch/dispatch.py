@@ -19,6 +19,7 @@ import bisect
 import heapq
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future
@@ -42,7 +43,34 @@ from .throttle import Outages, Throttle, is_rate_limit
 STOP_S = 8.0  # bound on waiting for jobs that were told to stop; stopping one takes 5 s at most
 TRIES = 4  # of a job that is refused for too many requests before it has done anything
 NO_RETRY = Retry(0)
+MAX_TAKEN = 10_000  # ends that are kept in memory
 REPEAT_S = 2.0  # before the second try; doubled for each further one
+
+
+class Taken:
+    """The ends that the consumer has taken, to be had again.
+
+    An end that the checkpoint has is not kept, only a hash of its key: 8 bytes for each job. Of the
+    others, the last MAX_TAKEN are.
+    """
+
+    def __init__(self) -> None:
+        self._ends: dict[int, End] = {}
+        self._hashes = array("q")  # by index; 0 for none
+
+    def add(self, index: int, end: End, saved_as: str) -> None:
+        if saved_as:
+            self._hashes.extend([0] * (index + 1 - len(self._hashes)))
+            self._hashes[index] = hash(saved_as)
+            return
+        self._ends[index] = end
+        if len(self._ends) > MAX_TAKEN:
+            del self._ends[next(iter(self._ends))]
+
+    def found(self) -> tuple[dict[int, End], dict[int, int]]:
+        """The ends that are kept, by index; and of the others the index, by their key's hash."""
+        places = {value: index for index, value in enumerate(self._hashes) if value}
+        return self._ends.copy(), places
 
 
 class Dispatch(Listener):
@@ -79,7 +107,9 @@ class Dispatch(Listener):
         self._pending: deque[Task] = deque()
         self._in_flight: dict[Future[Outcome], Task] = {}
         self._completed: deque[Future[Outcome]] = deque()  # in flight too, until they are saved
-        self._finished: dict[int, End] = {}  # by index, in the order of their ends
+        # By index, in the order of their ends; with the key where the checkpoint has them.
+        self._finished: dict[int, tuple[End, str]] = {}
+        self._taken = Taken()
         self._failed_at: int | None = None  # the lowest index of a failure
         self._has_spent = False  # a step has ended since the budget was last looked at
         self._is_cut_short = False  # what was under way was stopped, since the budget is spent
@@ -103,10 +133,14 @@ class Dispatch(Listener):
             self._pending.append(task)
             self._notify()
 
-    def offer(self, index: int, end: End) -> None:
-        """Let the consumer take *end* as that of job *index*."""
+    def offer(self, index: int, end: End, saved_as: str = "") -> None:
+        """Let the consumer take *end* as that of job *index*.
+
+        Args:
+            saved_as: Its key in the checkpoint, if it is in there.
+        """
         with self._lock:
-            self._finished[index] = end
+            self._finished[index] = end, saved_as
             if isinstance(end, OpenCodeError):
                 self._failed_at = min(index, index if self._failed_at is None else self._failed_at)
 
@@ -133,13 +167,28 @@ class Dispatch(Listener):
             with self._lock:
                 if self.has_finished(index):
                     found = next(iter(self._finished)) if index is None else index
-                    return found, self._finished.pop(found)
+                    end, saved_as = self._finished[found]
+                    # In this order, so that a Ctrl-C between the two loses nothing.
+                    self._taken.add(found, end, saved_as)
+                    del self._finished[found]
+                    return found, end
                 is_last = not self._in_flight or self._stop_by is not None or self._has_crashed
                 if self._fatal is not None and is_last:
                     raise self._fatal
                 waiter = self._waiter = Flag()
             waiter.wait(wait_s())
             on_change()
+
+    def ends(self) -> tuple[dict[int, End], dict[int, int]]:
+        """The ends so far, taken or not: in memory by index, or the index by their key's hash."""
+        with self._lock:
+            ends, places = self._taken.found()
+            for index, (end, saved_as) in self._finished.items():
+                if saved_as:
+                    places[hash(saved_as)] = index
+                else:
+                    ends[index] = end
+            return ends, places
 
     @property
     def running(self) -> int:
@@ -393,8 +442,8 @@ class Dispatch(Listener):
             self._tally.spend(outcome.result)
             self._tally.count("not_run")
             return
-        self.offer(task.index, end)
         is_saved = self._checkpoint is not None and _is_to_save(outcome)
+        self.offer(task.index, end, task.saved_as if is_saved else "")
         if isinstance(end, OpenCodeError) and is_of_batch(end):
             self._tally.cut_short(end, is_saved=is_saved)
             return

@@ -355,15 +355,18 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # besides O_EXCL, which implies it on m
 def results_to_records(results: Iterable[RunResult | OpenCodeError]) -> list[dict[str, Any]]:
     """One flat row for each result, or each error in a result's place.
 
-    All rows have the same keys: those of RunResult that are plain values, ``error`` as one str or
-    None, ``tools``, ``denied_tools``, ``warnings`` and ``tried`` as one str each, and the tokens as
-    ``tokens_input`` and so on.
+    All rows have the same keys: ``key``, ``status``, ``answer``, ``total_cost`` and ``metadata``
+    first; then what else RunResult has as plain values, ``error`` as one str or None, ``tools``,
+    ``denied_tools``, ``warnings`` and ``tried`` as one str each, and the tokens as ``tokens_input``
+    and so on. What is not there is None, such as the answer of a job that was refused.
     """
     return [_record(result) for result in results]
 
 
 def results_to_frame(results: Iterable[RunResult | OpenCodeError]) -> Any:
     """The same as a ``pandas.DataFrame``; with all columns even if there are no results.
+
+    What is not there is None here too, and not NaN.
 
     Raises:
         ImportError: If pandas is not installed; this package does not depend on it.
@@ -372,8 +375,16 @@ def results_to_frame(results: Iterable[RunResult | OpenCodeError]) -> Any:
         pandas = importlib.import_module("pandas")
     except ImportError as error:
         raise ImportError("results_to_frame needs pandas: run 'pip install pandas'") from error
-    columns = list(_record(RunResult()))
-    return pandas.DataFrame.from_records(results_to_records(results), columns=columns)
+    rows = results_to_records(results)
+    columns = {name: [row[name] for row in rows] for name in _record(RunResult())}
+    # Of a column that is not of objects, pandas would make NaN where something is missing.
+    kinds = {
+        name: object if any(value is None for value in values) else None
+        for name, values in columns.items()
+    }
+    return pandas.DataFrame(
+        {name: pandas.Series(values, dtype=kinds[name]) for name, values in columns.items()}
+    )
 
 
 def _record(end: RunResult | OpenCodeError) -> dict[str, Any]:
@@ -383,27 +394,28 @@ def _record(end: RunResult | OpenCodeError) -> dict[str, Any]:
     else:
         status = "error" if end.result is None else end.result.status
         reason = f"{type(end).__name__}: {end}".partition("\n")[0]
+    has_run = isinstance(end, RunResult) or end.result is not None
     return {
-        "index": result.index,
         "key": result.key,
-        "metadata": result.metadata,
         "status": status,
+        "answer": result.answer if has_run else None,
+        "total_cost": result.total_cost,
+        "metadata": result.metadata,
+        "index": result.index,
         "error": reason,
         "prompt": result.prompt,
-        "answer": result.answer,
         "model": result.model,
         "tried": "; ".join(map(str, result.tried)),
         "tools": ", ".join(tools_used(result)),
         "denied_tools": ", ".join(result.denied_tools),
         "warnings": "; ".join(result.warnings),
-        "total_cost": result.total_cost,
         **{f"tokens_{name}": value for name, value in asdict(result.token_usage).items()},
         "sub_agents": len(result.sub_agents),
         "turns": result.turns,
         "duration_s": result.duration_s,
         "attempts": result.attempts,
         "finish_reason": result.finish_reason,
-        "workspace": result.workspace,
+        "workspace": result.workspace or None,
         "session_id": result.session_id,
         "parsed": result.parsed,
     }

@@ -26,8 +26,14 @@ from opencode_sync import (
     RunResult,
     results_to_records,
 )
+from opencode_sync.batch import dispatch
 from tests.batch.conftest import at_the_same_time, once_begun
 from tests.scripted import ScriptedRunner
+
+
+def by_index(end: Any) -> int:
+    return int(end.index)
+
 
 # --- in and out ----------------------------------------------------------------------------------
 
@@ -369,6 +375,84 @@ def test_ctrl_c_ends_what_runs(runner: ScriptedRunner) -> None:
         next(batch)
 
     assert list(batch) == []
+
+
+@pytest.mark.parametrize("is_saved", [False, True], ids=["memory", "checkpoint"])
+def test_what_has_finished_is_to_be_had_after_a_ctrl_c_though_the_first_job_hung(
+    runner: ScriptedRunner, tmp_path: Path, is_saved: bool
+) -> None:
+    path = tmp_path / "done.jsonl" if is_saved else None
+    batch = runner.map(["hold first", "b", Job("c", metadata=7), "d"], checkpoint=path)
+
+    def press_when_three_are_done() -> None:
+        while batch.report.done < 3:
+            runner.wait_for(2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with at_the_same_time(press_when_three_are_done), pytest.raises(KeyboardInterrupt):
+        next(batch)
+
+    assert [(result.index, result.prompt) for result in batch.results] == list(enumerate("bcd", 1))
+    assert [getattr(result, "answer", None) for result in batch.results] == ["B", "C", "D"]
+    assert [result.metadata for result in batch.results] == [None, 7, None]
+
+
+@pytest.mark.parametrize("is_saved", [False, True], ids=["memory", "checkpoint"])
+def test_results_are_in_the_order_of_the_input_whether_given_or_not(
+    runner: ScriptedRunner, tmp_path: Path, is_saved: bool
+) -> None:
+    path = tmp_path / "done.jsonl" if is_saved else None
+    jobs: list[Any] = ["hold a", Job("fail", key="k"), "", "d"]
+
+    with runner.map(jobs, checkpoint=path, ordered=False, on_error="return") as batch:
+        half_way = [next(batch), next(batch), next(batch)]
+        seen = [end.index for end in batch.results]
+        runner.release()
+        half_way += batch
+
+    results = batch.results
+    assert seen == [1, 2, 3]
+    assert [end.index for end in results] == [0, 1, 2, 3]
+    assert [str(end) for end in results] == [str(end) for end in sorted(half_way, key=by_index)]
+    assert [end.key for end in results] == [None, "k", None, None]
+    assert isinstance(results[1], OpenCodeProcessError)
+
+
+def test_results_from_a_checkpoint_have_what_the_jobs_say_now(
+    runner: ScriptedRunner, tmp_path: Path
+) -> None:
+    path = tmp_path / "done.jsonl"
+    list(runner.map([Job("a", metadata=1), Job("b", metadata=2)], checkpoint=path))
+    batch = runner.map(["c", Job("b", metadata=3), "a"], checkpoint=path)
+
+    given = list(batch)
+
+    assert [result.metadata for result in given] == [None, 3, 1]
+    assert [result.to_dict() for result in batch.results if isinstance(result, RunResult)] == [
+        result.to_dict() for result in given
+    ]
+
+
+def test_without_a_checkpoint_a_bounded_number_of_results_is_kept(
+    runner: ScriptedRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "MAX_TAKEN", 2)
+    batch = runner.map(list("abcd"))
+
+    list(batch)
+
+    assert [result.prompt for result in batch.results] == ["c", "d"]
+
+
+def test_a_batch_gives_a_frame_of_its_results(runner: ScriptedRunner) -> None:
+    pytest.importorskip("pandas")
+    batch = runner.map(["a", "fail"], on_error="return")
+    list(batch)
+
+    frame = batch.to_frame()
+
+    assert list(frame["answer"]) == ["A", "FAIL"]
+    assert list(frame["status"]) == ["ok", "error"]
 
 
 def test_a_batch_that_is_lost_in_the_middle_of_its_own_write_is_ended(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 
@@ -63,15 +61,18 @@ def test_a_job_that_was_refused_has_a_row_too() -> None:
     assert (row["index"], row["prompt"], row["status"]) == (4, " ", "error")
 
 
-def test_pandas_gets_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    frame = SimpleNamespace(from_records=lambda rows, columns: (rows, columns))
-    monkeypatch.setitem(sys.modules, "pandas", cast(Any, SimpleNamespace(DataFrame=frame)))
-    result = RunResult()
+def test_a_frame_begins_with_what_came_of_each_job_and_has_none_for_what_is_missing() -> None:
+    pytest.importorskip("pandas")
+    refused = OpenCodeConfigError("blank")
+    refused.index, refused.metadata = 1, {"row": 7}
 
-    rows, columns = cast(Any, results_to_frame([result]))
+    frame = results_to_frame([RunResult(key="k", index=0, total_cost=0.5), refused])
 
-    assert rows == results_to_records([result])
-    assert columns == list(rows[0])
+    first, second = (list(row.values())[:5] for row in frame.to_dict("records"))
+    assert list(frame.columns)[:5] == ["key", "status", "answer", "total_cost", "metadata"]
+    assert first == ["k", "incomplete", "", 0.5, None]
+    assert second == [None, "error", None, 0.0, {"row": 7}]
+    assert list(results_to_frame([]).columns) == list(frame.columns)
 
 
 def test_a_missing_pandas_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
