@@ -108,9 +108,8 @@ class OpenCodeClient(Runner):
         }
         self._resolved: str | None = None
         self._gate = Gate(startup_concurrency)
-        self._server_pools: list[
-            Pools
-        ] = []  # of servers that settings name: from the first such run on
+        # Of servers that settings name: from the first such run on.
+        self._server_pools: list[Pools] = []
         weakref.finalize(self, _disconnect, self._server_pools)
         self._make_directories()
 
