@@ -243,7 +243,7 @@
     const row = make("tr", { class: isOpen ? "job open" : "job", role: "row", "aria-rowindex": where[place] + 2, "data-place": place },
       cell("n", toggle),
       cell("status", dot(job.status), word(job.status)),
-      cell("prompt", job.key && job.key !== job.prompt && !/^[0-9a-f]{32,}/.test(job.key) ? make("span", { class: "tag" }, job.key) : null, job.prompt),
+      cell("prompt", job.key && job.key !== job.prompt ? make("span", { class: "tag" }, job.key) : null, job.prompt),
       cell(job.kind ? "gist failed" : "gist", job.gist || make("span", { class: "none" }, "no answer")),
       cell("num tools", job.tools.length ? plain.format(job.tools.length) : ""),
       cell("num tokens", plain.format(job.tokens)),

@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 
 from opencode_sync import __version__
+from opencode_sync.batch.table import FORMATS, SETTINGS
 from opencode_sync.cli import demo, main
+from opencode_sync.core.limits import LIMITS_OF_A_JOB
 from opencode_sync.process import install
 from opencode_sync.process.command import TESTED_VERSION
 from tests.standin import VERSION, write_serving, write_standin
@@ -66,6 +68,13 @@ def test_help_fits_a_screen_and_shows_an_example(shell: Shell, words: list[str])
     assert len(lines) <= (60 if words == ["map"] else 30)  # it explains its input too
     assert max(map(len, lines)) <= 80
     assert f"opencode-sync {' '.join(words)}" in lines[-1]
+
+
+def test_the_help_of_map_lists_what_it_reads(shell: Shell) -> None:
+    _, out, _ = shell("map", "--help")
+
+    for understood in (*FORMATS, *LIMITS_OF_A_JOB, *SETTINGS, "key", "workspace"):
+        assert understood in out
 
 
 def test_the_version_is_the_packages(shell: Shell) -> None:
@@ -311,7 +320,7 @@ def test_a_template_makes_prompts_and_the_table_has_them(map_file: MapFile, tmp_
 
     assert status == 0
     assert "2 from the checkpoint" in err
-    assert [line["key"] for line in saved()] == ["1", "2"]
+    assert sorted(line["key"] for line in saved()) == ["1", "2"]
     answers = list(csv.DictReader(io.StringIO((tmp_path / "answers.csv").read_text())))
     assert [each["prompt"] for each in answers] == ["step(text='a')", "step(text='b')"]
     assert [(each["word"], each["answer"]) for each in answers] == [("a", "a"), ("b", "b")]
@@ -603,7 +612,7 @@ def test_a_run_that_ended_at_a_refused_tool_exits_with_1(shell: Shell) -> None:
             "bad.jsonl, line 2, column 10: not",
         ),
         (["map", "good.txt", "--output", "no/out.jsonl"], "no/out.jsonl"),
-        (["map", "good.txt", "--output", "bad.json"], "line 1 is damaged"),
+        (["map", "good.txt", "--output", "bad.json"], "not a checkpoint"),
         (["map", "good.txt", "-o", "bad.json", "--report", "./bad.json"], "is OUT too"),
         (["map", "good.txt", "-o", "out.jsonl", "--report", "good.txt"], "is FILE too"),
         (["map", "good.txt", "-o", "good.txt"], "good.txt is FILE too"),
