@@ -100,11 +100,10 @@ class DataDirectories:
                     slot = self._free_slot()
                 else:
                     slot = self._slot_of(session_id, workspace)
-                is_first = slot not in self._users
+                path, is_first = self._root() / str(slot), slot not in self._users
                 self._users[slot] = self._users.get(slot, 0) + 1
                 if own is not None:
                     self._busy.add(own)
-                path = self._root() / str(slot)
                 lease = Lease(self, slot, path, own, holds_sessions=holds_sessions)
             try:
                 if is_first:  # a run whose Python process was killed may have left something

@@ -69,6 +69,17 @@ def test_a_lease_that_nobody_kept_is_given_back(pool: DataDirectories) -> None:
     assert pool.lease({}, session_id="ses_1").path == path
 
 
+def test_a_directory_that_cannot_be_made_is_told_and_its_place_stays_free(
+    pool: DataDirectories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.tempdir", "/nowhere")
+        with pytest.raises(OpenCodeError, match="no place for a temporary data directory"):
+            pool.lease({})
+
+    assert pool.lease({}).path.name == "0"
+
+
 def test_many_threads_never_share_a_directory(pool: DataDirectories) -> None:
     held: set[Path] = set()
     shared: list[Path] = []
