@@ -10,16 +10,26 @@ from typing import Any
 import pytest
 
 from opencode_sync import (
+    ErrorInfo,
     OpenCodeBudgetError,
+    OpenCodeCancelledError,
     OpenCodeConfigError,
     OpenCodeError,
     OpenCodeIncompleteError,
+    OpenCodeProcessError,
     OpenCodeTimeoutError,
+    Retry,
+    RunResult,
 )
 from opencode_sync.core.limits import Budget, Limits, Meter, Spent
 from tests.core.scripts import RETRY, Script, forever, step, stream_of, text
 
 LONG_S = 20.0
+
+
+def refused_with(status: int) -> OpenCodeError:
+    result = RunResult(error=ErrorInfo("APIError", "no", status))
+    return OpenCodeProcessError(1, reason=f"status {status}", result=result)
 
 
 def test_the_total_limit_ends_the_run_with_what_was_got() -> None:
@@ -380,6 +390,57 @@ def test_a_run_that_is_done_is_not_taken_away_for_its_price() -> None:
 def test_a_limit_that_makes_no_sense_is_refused_by_name(limits: dict[str, Any]) -> None:
     with pytest.raises(OpenCodeConfigError, match=next(iter(limits))):
         Limits(**limits)
+
+
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        ({"count": -1}, "retries is -1"),
+        ({"count": 1.5}, "retries is 1.5"),
+        ({"count": True}, "retries is True"),
+        ({"delay_s": float("inf")}, "delay_s is inf"),
+        ({"on": ValueError}, "on is <class 'ValueError'>"),
+        ({"on": [OpenCodeTimeoutError]}, "on is [<class"),
+    ],
+    ids=lambda wrong: str(wrong)[:24],
+)
+def test_a_retry_that_makes_no_sense_is_refused(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(OpenCodeConfigError) as caught:
+        Retry(**wrong)
+
+    assert str(caught.value).startswith(told)
+
+
+@pytest.mark.parametrize(
+    "error, is_tried_again",
+    [
+        (OpenCodeTimeoutError("late"), True),
+        (OpenCodeError("the job's worker was lost"), True),
+        (refused_with(429), True),
+        (refused_with(503), True),
+        (refused_with(402), False),
+        (OpenCodeConfigError("blank"), False),
+        (OpenCodeBudgetError("spent", limit_name="max_cost"), False),
+        (OpenCodeCancelledError("left"), False),
+    ],
+    ids=str,
+)
+def test_what_may_pass_by_itself_is_tried_again(error: OpenCodeError, is_tried_again: bool) -> None:
+    assert Retry().applies_to(error) == is_tried_again
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OpenCodeCancelledError("left"),
+        OpenCodeBudgetError("spent", limit_name="max_total_cost"),
+    ],
+    ids=str,
+)
+def test_what_ended_with_its_batch_is_not_tried_again_even_if_it_is_named(
+    error: OpenCodeError,
+) -> None:
+    assert not Retry(on=OpenCodeError).applies_to(error)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from opencode_sync import (
     OpenCodeError,
     OpenCodeIncompleteError,
     OpenCodeServer,
+    Retry,
     RunConfig,
     RunResult,
 )
@@ -135,6 +136,24 @@ def test_a_resumed_batch_asks_for_cut_answers_again(
     assert [result.status for result in again] == ["ok", "ok", "ok", "ok"]
     assert [result.answer for result in again[::2]] == ["whole this time"] * 2
     assert len(script.requests) == n_asked + 2
+
+
+def test_a_cut_answer_is_asked_for_again_where_a_batch_retries(
+    runner: Runner, script: Script, tmp_path: Path
+) -> None:
+    replies = iter([Reply("Half of", finish_reason="length"), Reply("All of it.")])
+    script.answers["tell all"] = lambda request: next(replies)
+    path = tmp_path / "done.jsonl"
+
+    batch = runner.map(["tell all"], tmp_path, retries=Retry(1, delay_s=0), checkpoint=path)
+    [result] = batch
+
+    assert (result.status, result.final_text) == ("ok", "All of it.")
+    assert [each.final_text for each in batch.results if isinstance(each, RunResult)] == [
+        "All of it."
+    ]
+    assert (batch.report.retried, batch.report.failed) == (1, 0)
+    assert batch.report.total_cost == pytest.approx(2 * result.total_cost)
 
 
 # --- whose words it is ---------------------------------------------------------------------------
