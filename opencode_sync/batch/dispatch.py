@@ -325,7 +325,8 @@ class Dispatch(Listener):
                 return
             with self._lock:
                 self._in_flight[future] = task
-                self._failures.pop(task.index, None)
+                if self._failures.pop(task.index, None) is not None:
+                    self._tally.count("retried")
                 is_late = self._stop_by is not None
             future.add_done_callback(self._on_done)
             if is_late:
@@ -393,7 +394,6 @@ class Dispatch(Listener):
     def _rest(self, task: Task, outcome: Outcome) -> None:
         """Try *task* again later; its failure is on disk, and stands if that does not happen."""
         self._tally.spend(outcome.result, outcome.busy_s)
-        self._tally.count("retried")
         self._failures[task.index] = task, outcome
         again = replace(task, failures=task.failures + 1, tries=1)
         at = time.monotonic() + self._retry.delay_s
