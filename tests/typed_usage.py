@@ -21,6 +21,7 @@ from opencode_sync import (
     OpenCodeProcessError,
     OpenCodeServer,
     OpenCodeTimeoutError,
+    Retry,
     RunConfig,
     RunResult,
     RunStream,
@@ -105,7 +106,9 @@ def a_batch(server: OpenCodeServer) -> tuple[str, ...]:
         for result in batch:
             assert_type(result, RunResult)
     assert_type(batch.report.empty, int)
-    for end in server.map(["Say one."], on_error="return"):
+    assert_type(batch.results, list[RunResult | OpenCodeError])
+    again = Retry(2, delay_s=60, on=(OpenCodeTimeoutError,))
+    for end in server.map(["Say one."], on_error="return", retries=again, progress="always"):
         assert_type(end, RunResult | OpenCodeError)
     return batch.report.warnings
 
