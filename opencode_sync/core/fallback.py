@@ -26,10 +26,14 @@ REFUSALS = 2  # of one request; OpenCode 1.18.33 would ask six times
 
 # No credits, no such model, no access, too many requests; and whatever is the provider's own fault.
 _REFUSING = (401, 402, 403, 404, 429)
-# What OpenCode 1.18.33 ends a run with for a provider that it cannot reach, or has no key for, and
-# says of a model or a provider that it does not know.
+# What OpenCode 1.18.33 ends a run with for a provider that it cannot reach, or has no key for.
 _UNUSABLE = ("APIError", "ProviderAuthError")
-_UNKNOWN = ("ProviderModelNotFoundError", "ProviderInitError", "Model not found: ")
+# What it says of a model or a provider that it does not know; and what Anthropic says, with a 400,
+# where others say 402.
+_WORDS = (
+    *("ProviderModelNotFoundError", "ProviderInitError", "Model not found: "),
+    "credit balance is too low",
+)
 
 
 class Fallback:
@@ -103,7 +107,7 @@ class Fallback:
             return _body(info.name, info.message, status)
         if status is None and info.name in _UNUSABLE:
             return _body(info.name, info.message)
-        if any(unknown in reason for unknown in _UNKNOWN):
+        if any(words in reason for words in _WORDS):
             return _body(info.name, reason.removeprefix(f"{info.name}: "), status)
         return None
 

@@ -102,8 +102,7 @@ class RunResult:
         finish_reason: Of the last step: ``"stop"``, ``"length"``, ``"tool-calls"``, ...; None
             while a step is under way.
         truncated: The output ended in the middle of a line.
-        model: ``"provider/model"`` that answered, or was asked last; None where the settings name
-            none and OpenCode does not tell.
+        model: ``"provider/model"`` that answered, or was asked last; None if none was asked.
         tried: The models of ``fallback_models`` that did not answer, in order, and why; the last
             one too where none answered. Their events are in *events*, before a ``fallback`` event
             for each, and their costs in the totals; their texts are left out of *final_text*, and

@@ -394,10 +394,14 @@ class RunStream(Pinned, Iterator[Event]):
         source.stop()
         self._drain(source)
         self._settle(source)
+        if self._cancelled.is_set():
+            self._end("cancelled", self._cancelled_error())
+            return
         if not self._fallback.has_next:
             self._take([ErrorEvent(type="error", error=refusal)])
-        reason = str(error_info(refusal))
-        self._fall_back(source, refusal, OpenCodeProcessError(None, reason=reason))
+        error = OpenCodeProcessError(None, reason=str(error_info(refusal)))
+        self._secrets.clean_error(error)
+        self._fall_back(source, refusal, error)
 
     def _fall_back(self, source: Source, reason: ErrorBody, error: OpenCodeError) -> None:
         """Start anew with the next model, or end the run with *error* where none is left."""
@@ -410,6 +414,7 @@ class RunStream(Pinned, Iterator[Event]):
         else:
             _log.warning("%s is out; %s is asked", result.tried[-1].model, self._fallback.model)
             result.exit_code = None
+            result.attempts += self._request.is_repair  # which is not counted otherwise
             self._tries = 0
             self._ask(self._fallback.model, source.take_back())
             self._start_another(source)

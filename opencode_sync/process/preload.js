@@ -80,6 +80,7 @@ const EVENTS = { tool: "tool_use", text: "text", reasoning: "reasoning", "step-s
 const isThinking = process.argv.includes("--thinking")
 const runs = new Map() // a sub-agent's session -> the session of the run
 const told = new Set() // ids of parts
+let model // the one that answers the run
 
 const tell = (type, sessionID, more) =>
   process.stderr.write("opencode-sync: " + JSON.stringify({ type, timestamp: Date.now(), sessionID, ...more }) + "\n")
@@ -101,6 +102,11 @@ const read = ({ type, properties: { info, part } = {} }) => {
   if (type === "message.updated" && info.summary === true && !told.has(info.id)) {
     told.add(info.id) // in what `run` prints, a summary for OpenCode itself is a text like any other
     tell("compaction", info.sessionID, { messageID: info.id })
+  }
+  if (type === "message.updated" && info.role === "assistant" && !info.summary && !runs.has(info.sessionID)) {
+    const answering = `${info.providerID}/${info.modelID}`
+    if (answering !== model) process.stderr.write("opencode-sync: " + JSON.stringify({ model: answering }) + "\n")
+    model = answering
   }
   if (type !== "message.part.updated") return
   if (part.tool === "task") {

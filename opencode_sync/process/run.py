@@ -196,6 +196,7 @@ class ProcessRun:
         raw = [line for block in blocks for line in block.split("\n")]
         result.raw_stdout_lines = [*result.raw_stdout_lines, *raw]
         result.truncated = self._is_cut
+        result.model = self._logs.model or result.model
         if self._not_said is not None:
             self._not_said.result = result
             return self._not_said

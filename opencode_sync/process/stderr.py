@@ -3,6 +3,7 @@
     timestamp=... level=ERROR message="stream error" ... error.error="AI_APICallError: slow down"
     timestamp=... level=WARN message="server unavailable" key=NAME type=local status=failed
     opencode-sync: {"status":429,"retry_after":"3600"}
+    opencode-sync: {"model":"provider/model"}
     opencode-sync: {"type":"step_finish","timestamp":...,"sessionID":"ses_...","part":...}
     ! agent "nope" not found. Falling back to default agent
 
@@ -64,11 +65,13 @@ class LogReader:
         other_agent: Why OpenCode runs another agent than was asked for, or None.
         pending: A refusal, or None; the next line shows whether it is the last one. Without
             its HTTP status it is taken for one that is retried, if nothing follows.
+        model: Provider and name of the model that answers; None until one does.
     """
 
     cause: str = ""
     other_agent: str | None = None
     pending: Event | None = None
+    model: str | None = None
     _status: dict[str, object] = field(default_factory=dict)
     _complaint: str = ""
 
@@ -108,7 +111,7 @@ class LogReader:
         return [] if event is None else [event]
 
     def read_told(self, line: str) -> list[Event]:
-        """Read *line*, which begins with PRELOAD_PREFIX: an event, or a refusal's HTTP status."""
+        """Read *line*, which begins with PRELOAD_PREFIX: an event, a status or the model's name."""
         try:
             value = json.loads(line[len(PRELOAD_PREFIX) :])
         except (ValueError, RecursionError):
@@ -119,6 +122,8 @@ class LogReader:
             return [cast(Event, value)]
         if "status" in value:
             self._status = value
+        if isinstance(value.get("model"), str):
+            self.model = value["model"]
         return []
 
     def _refusal(self, fields: dict[str, str]) -> list[Event]:

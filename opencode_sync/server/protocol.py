@@ -31,12 +31,13 @@ from ..core.config import RunConfig
 from ..core.denials import Rule, make_rule, rules_of
 from ..core.errors import OpenCodeConfigError
 from ..core.events import Event
-from ..core.reading import OUTPUT_TOOL, called_session, mapping
+from ..core.reading import OUTPUT_TOOL, called_session, mapping, number_of
 from ..core.request import Request
 from . import feed
 from .feed import Message
 
 TITLE_CHARACTERS = 50
+OWN_S = 60.0  # OpenCode's own pauses take 32 s at most: a longer one is what the provider asks for
 
 # Settings of the server as a whole, the same for all that it runs.
 SERVER_WIDE = (
@@ -448,7 +449,8 @@ class Translator:
         if seen is not None:
             return [_explained(event, seen)]
         if not self._tells_refusals:
-            return [event]
+            wait_s = number_of(status.get("next")) / 1000 - time.time()
+            return [cast(Event, {**event, "retry_after_s": wait_s} if wait_s > OWN_S else event)]
         before = self._unexplained.get(session_id)
         self._unexplained[session_id] = event
         return [] if before is None else [before]

@@ -252,6 +252,24 @@ def test_options_reach_opencode(shell: Shell, tmp_path: Path) -> None:
         assert words in " ".join(argv)
 
 
+@pytest.mark.parametrize("command", ["run", "map"])
+def test_a_fallback_model_answers_where_the_first_one_is_out(
+    shell: Shell, tmp_path: Path, command: str
+) -> None:
+    prompt = "'a/one' in sys.argv and fail('bad key'); step(text='fine')"
+    (tmp_path / "in.txt").write_text(f"{prompt}\n")
+    models = ["--model", "a/one", "--fallback-model", "b/two", "--fallback-model", "c/three"]
+    wanted = [prompt, "--json"] if command == "run" else ["in.txt", "--output", "out.jsonl"]
+
+    status, out, err = shell(command, *wanted, *models)
+
+    result = json.loads(out if command == "run" else (tmp_path / "out.jsonl").read_text())
+    assert status == 0
+    assert (result["answer"], result["model"]) == ("fine", "b/two")
+    assert [each["model"] for each in result["tried"]] == ["a/one"]
+    assert command == "map" or "did not answer: a/one (APIError 401: bad key)" in err
+
+
 def test_configuration_and_permission_are_merged(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text('{"share": "disabled", "permission": {"bash": "deny"}}')
 

@@ -83,6 +83,7 @@ def failed(stream: RunStream) -> tuple[OpenCodeError, RunResult]:
         lambda: failing(),
         lambda: failing(name="ProviderAuthError"),
         lambda: failing(name="UnknownError", message="Model not found: a/one. Did you mean ..."),
+        lambda: failing(400, message="Your credit balance is too low to access the API"),
         lambda: refused(retry(429, 31)),
         lambda: refused(retry(503, 3600)),
         lambda: refused(retry(429, 1), retry(429, 1)),
@@ -91,7 +92,14 @@ def failed(stream: RunStream) -> tuple[OpenCodeError, RunResult]:
     ],
     ids=[
         *("401", "402", "403", "404", "429 at the end", "500 at the end", "529 at the end"),
-        *("unreachable at the end", "no key", "unknown model", "429 for long", "503 for long"),
+        *(
+            "unreachable at the end",
+            "no key",
+            "unknown model",
+            "no credits",
+            "429 for long",
+            "503 for long",
+        ),
         *("429 twice", "500 twice", "broken connection twice"),
     ],
 )
@@ -227,6 +235,34 @@ def test_the_last_model_may_refuse_as_often_as_opencode_asks() -> None:
     stream = started(failing(401), failing(401), last)
 
     assert stream.wait().model == "c/three"
+
+
+def test_a_cancellation_while_the_last_model_is_being_left_is_one() -> None:
+    class Slow(Script):
+        def stop(self) -> None:
+            super().stop()
+            if self.stops == 1:
+                stream.cancel("enough")
+
+    stream = started(failing(401), failing(401), Slow([retry(429, 3600)], forever()))
+    error, result = failed(stream)
+
+    assert isinstance(error, OpenCodeCancelledError)
+    assert result.status == "cancelled"
+
+
+def test_a_secret_that_a_refusal_repeats_is_told_nowhere() -> None:
+    provider = {"a": {"options": {"apiKey": "sk-1234567890"}}}
+    cfg = RunConfig(
+        model="a/one", fallback_models=("a/two",), config_overrides={"provider": provider}
+    )
+    refusal = {**retry(429, 3600), "message": "429 no more for sk-1234567890"}
+
+    stream = started(*(refused(refusal) for _ in "12"), cfg=cfg)
+    error, result = failed(stream)
+
+    assert "no more for ***" in str(error)
+    assert "sk-1234567890" not in f"{error} {result.to_dict()}"
 
 
 # --- what counts, and what stays -----------------------------------------------------------------

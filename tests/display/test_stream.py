@@ -162,6 +162,12 @@ def test_tools_are_lines_between_paragraphs_without_a_file_for_notes() -> None:
 
 ASKED = {"type": "permission", "permission": "bash"}
 RETRY = {"type": "retry", "message": "429: slow\ndown"}
+FALLBACK = {
+    "type": "fallback",
+    "model": "a/one",
+    "next_model": "b/two",
+    "error": {"name": "APIError", "data": {"message": "slow\ndown", "statusCode": 429}},
+}
 WARNING = {"type": "warning", "message": "The MCP server 'f'\n\x1b[31mdid not start."}
 
 
@@ -200,6 +206,11 @@ WARNING = {"type": "warning", "message": "The MCP server 'f'\n\x1b[31mdid not st
             id="a warning is on a line of its own",
         ),
         pytest.param([RETRY], "[retry] 429: slow down\n", id="a retry is shown"),
+        pytest.param(
+            [FALLBACK],
+            "[fallback] a/one (APIError 429: slow down): b/two is asked\n",
+            id="a model that is out is shown with the next one",
+        ),
     ],
 )
 def test_events_become_paragraphs_and_lines(events: list[dict[str, Any]], expected: str) -> None:

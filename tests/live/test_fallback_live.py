@@ -84,6 +84,16 @@ def test_a_model_that_nobody_knows_is_out(runner: Runner, workspace: Path, cfg: 
     assert "Model not found: scripted/nope" in str(result.tried[0])
 
 
+def test_a_result_says_who_answered_also_where_only_the_configuration_names_it(
+    runner: Runner, workspace: Path, cfg: RunConfig
+) -> None:
+    unnamed = cfg.replace(model=None, fallback_models=())
+
+    result = runner.run("Unnamed", workspace, run_cfg=unnamed, timeout_s=WITHIN_S)
+
+    assert (result.answer, result.model, result.tried) == ("re Unnamed", FIRST, [])
+
+
 def test_where_all_are_out_the_error_of_the_last_is_raised(
     runner: Runner, workspace: Path, script: Script, cfg: RunConfig
 ) -> None:
@@ -141,6 +151,22 @@ def test_a_value_with_a_schema_comes_from_the_next_model(
     result = runner.run("Shape", workspace, schema={"type": "object"}, timeout_s=WITHIN_S)
 
     assert (result.parsed, result.model) == ({"n": 3}, SECOND)
+
+
+def test_a_server_that_runs_elsewhere_is_asked_for_the_next_model(
+    server: OpenCodeServer, opencode_binary: str, workspace: Path, script: Script
+) -> None:
+    script.to("Elsewhere", Reply.failure(429, "slow down", retry_after_s=HOUR_S))
+    cfg = RunConfig(
+        model=FIRST, fallback_models=(SECOND,), attach=server.url, password=server.password
+    )
+
+    with OpenCodeClient(opencode_binary, run_cfg=cfg) as client:
+        result = client.run("Elsewhere", workspace, timeout_s=WITHIN_S)
+
+    assert (result.answer, result.model) == ("backup Elsewhere", SECOND)
+    assert result.tried[0].retry_after_s == pytest.approx(HOUR_S, abs=WITHIN_S)
+    assert len(script.asked("Elsewhere")) == 1
 
 
 def test_a_batch_goes_on_when_its_first_model_drops_out_in_the_middle(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import itertools
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -508,6 +509,18 @@ def test_a_retry_whose_status_nobody_tells_is_told_before_what_follows_it() -> N
     assert [first[1][0]["attempt"], second["attempt"]] == [1, 2]
     assert "statusCode" not in second
     assert session.translator.take_unexplained() == []
+
+
+def test_where_nobody_tells_the_status_a_long_pause_is_what_the_provider_asks_for() -> None:
+    session = Session()
+    session.user()
+    own, long = ((time.time() + wait_s) * 1000 for wait_s in (32, 3600))
+
+    (first,) = session.status("retry", attempt=1, message="slow down", next=own)
+    (second,) = session.status("retry", attempt=2, message="slow down", next=long)
+
+    assert "retry_after_s" not in first
+    assert second["retry_after_s"] == pytest.approx(3600, abs=60)
 
 
 @pytest.mark.parametrize("kind", ["permission", "question"])
