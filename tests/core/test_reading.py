@@ -15,6 +15,7 @@ from opencode_sync.core.reading import (
     denied_tool,
     error_info,
     number_of,
+    saved_tried,
     saved_usage,
     strings_in,
     text_of,
@@ -83,6 +84,13 @@ def test_usage_is_read_from_a_step_and_from_a_saved_result() -> None:
     assert saved_usage(vars(usage)) == usage
     assert usage_of(None) == usage_of({"total": "x", "cache": []}) == TokenUsage()
     assert saved_usage(None) == saved_usage({"total": -1, "new": 1}) == TokenUsage()
+
+
+@pytest.mark.parametrize("odd", [None, {}, {"error": 3, "total_cost": "x", "retry_after_s": []}])
+def test_what_was_saved_of_a_model_that_was_left_may_be_odd(odd: object) -> None:
+    tried = saved_tried(odd)
+
+    assert (tried.total_cost, tried.error.status_code, tried.was_asked) == (0.0, None, True)
 
 
 def test_usages_add_up() -> None:

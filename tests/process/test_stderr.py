@@ -164,6 +164,14 @@ def test_another_agent_is_noticed_whatever_the_reason(reader: LogReader, why: st
     assert reader.other_agent == why
 
 
+def test_the_preloaded_file_tells_which_model_answers_and_that_is_no_event(
+    reader: LogReader,
+) -> None:
+    events = reader.read_told('opencode-sync: {"model":"a/one"}')
+
+    assert (events, reader.model) == ([], "a/one")
+
+
 def test_a_broken_word_of_the_preloaded_file_is_no_status(reader: LogReader) -> None:
     reader.read_told('opencode-sync: {"status":')
     reader.read_told("opencode-sync: [1]")
