@@ -153,12 +153,13 @@ def test_a_value_with_a_schema_comes_from_the_next_model(
     assert (result.parsed, result.model) == ({"n": 3}, SECOND)
 
 
+@pytest.mark.only("server")
 def test_a_server_that_runs_elsewhere_is_asked_for_the_next_model(
-    server: OpenCodeServer, opencode_binary: str, workspace: Path, script: Script
+    runner: OpenCodeServer, opencode_binary: str, workspace: Path, script: Script
 ) -> None:
     script.to("Elsewhere", Reply.failure(429, "slow down", retry_after_s=HOUR_S))
     cfg = RunConfig(
-        model=FIRST, fallback_models=(SECOND,), attach=server.url, password=server.password
+        model=FIRST, fallback_models=(SECOND,), attach=runner.url, password=runner.password
     )
 
     with OpenCodeClient(opencode_binary, run_cfg=cfg) as client:
@@ -169,8 +170,9 @@ def test_a_server_that_runs_elsewhere_is_asked_for_the_next_model(
     assert len(script.asked("Elsewhere")) == 1
 
 
+@pytest.mark.only("server")
 def test_a_batch_goes_on_when_its_first_model_drops_out_in_the_middle(
-    server: OpenCodeServer, workspace: Path, script: Script
+    runner: OpenCodeServer, workspace: Path, script: Script
 ) -> None:
     n_answered, lock = 0, threading.Lock()
 
@@ -187,7 +189,7 @@ def test_a_batch_goes_on_when_its_first_model_drops_out_in_the_middle(
     prompts = [f"Number {n}" for n in range(40)]
     script.answers.update(dict.fromkeys(prompts, drop_out))
 
-    with server.map(prompts, workspace, max_workers=4, timeout_s=WITHIN_S) as batch:
+    with runner.map(prompts, workspace, max_workers=4, timeout_s=WITHIN_S) as batch:
         results = list(batch)
 
     by_first = [result for result in results if result.model == FIRST]
