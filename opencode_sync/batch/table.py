@@ -22,6 +22,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -130,14 +131,14 @@ class Roles:
         values = {name: _present(cells.get(name)) for name in self.placeholders}
         if None in values.values():
             return None
-
-        def filled(match: re.Match[str]) -> str:
-            if not match[1]:
-                return match[0][0]
-            value = values[match[1].strip()]
-            return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-        return _PLACEHOLDER.sub(filled, self.template)
+        as_json = partial(json.dumps, ensure_ascii=False, default=str)
+        texts = {
+            name: value if isinstance(value, str) else as_json(value)
+            for name, value in values.items()
+        }
+        return _PLACEHOLDER.sub(
+            lambda match: texts[match[1].strip()] if match[1] else match[0][0], self.template
+        )
 
 
 def _present(value: Any) -> Any:

@@ -218,6 +218,12 @@ def test_a_template_makes_the_prompts(read: Read) -> None:
     assert job.metadata == {"file": "a.py", "error": "{x} 1", "title": "T"}
 
 
+def test_a_cell_in_a_template_may_be_any_value(read: Read) -> None:
+    line = {"a": ["é", None], "b": 1.5, "c": "{b}"}
+
+    assert prompts(read(json.dumps(line), "-", template="{a} {b} {c}")) == ['["é", null] 1.5 {b}']
+
+
 def test_other_columns_may_be_the_prompt_and_the_key(read: Read) -> None:
     (job,) = read("id,text,prompt\n7,hello,x\n", "-", prompt_column="text", key_column="id")
 
