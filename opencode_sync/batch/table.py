@@ -53,8 +53,7 @@ _SEPARATORS = ",;\t|"
 _ODD_SEPARATOR = re.compile(r"[^\w\s\"'.()\[\]{}/#&+,;|-]|[\x1c-\x1f]")
 _HEADER_CELL = re.compile(r"[A-Za-z_][\w .:/#%-]{0,60}(\([^()]{1,20}\))?")
 _ROWS_LOOKED_AT = 20
-# The csv module's default, 131,072 characters, is less than a prompt may have.
-_LONGEST_CELL = 2**31 - 1
+_LONGEST_CELL = 2**31 - 1  # characters; the csv module's default of 131,072 is less than a prompt
 _SHOWN_COLUMNS = 30
 
 
