@@ -59,7 +59,7 @@ from .options import (
 
 _BUDGET_OPTIONS = {"max_total_cost": "--max-total-cost", "max_total_tokens": "--max-total-tokens"}
 _SHOWN_FAILURES = 5
-_LINE_CHARS = 160
+_LINE_CHARS = 300
 
 # What the CSV has of each job, beside the columns of the input.
 _RESULT_COLUMNS = ("status", "answer", "error", "total_cost", "tokens_total", "duration_s")
