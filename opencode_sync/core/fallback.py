@@ -79,7 +79,7 @@ class Fallback:
             if kind == "sub_agent" or (kind == "tool_use" and not _is_answer(event)):
                 self._has_acted = True
             elif kind == "step_finish":
-                self._n_refusals, last = 0, None
+                self._n_refusals, self._wait_s, last = 0, None, None
             elif kind == "retry":
                 self._n_refusals += 1
                 wait_s = event.get("retry_after_s")

@@ -229,6 +229,15 @@ def test_the_last_model_is_not_waited_for_when_it_asks_for_a_long_pause() -> Non
     assert result.tried[-1] == Tried("c/three", result.error, retry_after_s=3600)
 
 
+def test_a_pause_that_was_asked_for_before_an_answer_is_not_that_of_a_later_error() -> None:
+    first = failing(401)
+    first.parts = [[retry(429, 20)], [step("unknown")], *first.parts]
+
+    stream = started(first, Script(ANSWER))
+
+    assert stream.wait().tried[0].retry_after_s is None
+
+
 def test_the_last_model_may_refuse_as_often_as_opencode_asks() -> None:
     last = Script(*([retry(429, 1)] for _ in range(5)), ANSWER)
 
