@@ -35,7 +35,7 @@ from .protocol import (
     prompt_body,
     session_body,
 )
-from .sessions import Sessions, rules_of, stored_messages
+from .sessions import Sessions, id_of, rules_of, stored_messages
 from .turn import ABORT_S, Turn, add_no_space
 
 _log = logging.getLogger("opencode_sync")
@@ -180,7 +180,15 @@ class RunningServer:
                     )
             if session_id is None:
                 is_new = True
-                session_id = sessions.create(session_body(request), directory)
+                made = self.connection.request(
+                    "POST",
+                    "/session",
+                    session_body(request),
+                    directory=directory,
+                    timeout_s=FIRST_S,
+                    scope=scope,
+                )
+                session_id = id_of(made)
             else:
                 session_id = _resume(session_id, directory, request, sessions)
             if cfg.share:

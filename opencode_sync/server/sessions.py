@@ -63,16 +63,12 @@ class Sessions:
         found = self._connection.objects(path, limit=MOST, **self._in(directory, FIRST_S))
         return [_info(each) for each in found]
 
-    def create(self, body: Mapping[str, Any], directory: str) -> str:
-        """Make a new one as *body* says; return its id."""
-        return _id_of(self._connection.post("/session", body, **self._in(directory, FIRST_S)))
-
     def latest(self, directory: str) -> str | None:
         """Return the id of the last used one that is not a sub-agent's."""
         found = self._connection.objects(
             "/session", roots="true", limit=1, **self._in(directory, FIRST_S)
         )
-        return _id_of(found[0]) if found else None
+        return id_of(found[0]) if found else None
 
     def known(self, session_id: str, directory: str) -> dict[str, Any]:
         """Return the session's description; raise OpenCodeConfigError if there is none."""
@@ -144,7 +140,7 @@ class Sessions:
             message_id = _reverted_from(session)
         body = {} if message_id is None else {"messageID": message_id}
         path = path_of(session_id, "/fork")
-        fork_id = _id_of(self._connection.post(path, body, **self._in(directory)))
+        fork_id = id_of(self._connection.post(path, body, **self._in(directory)))
         # OpenCode gives a fork no rules.
         if rules := [*rules_of(session), *rules]:
             self.change(fork_id, directory, permission=rules)
@@ -334,7 +330,7 @@ def path_of(session_id: str, what: str = "") -> str:
     return f"/session/{quote(session_id, safe='')}{what}"
 
 
-def _id_of(session: Any) -> str:
+def id_of(session: Any) -> str:
     """Return the id of a session that the server describes."""
     session_id = mapping(session).get("id")
     if isinstance(session_id, str):
