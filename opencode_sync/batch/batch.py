@@ -219,6 +219,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         self._checkpoint: Checkpoint | None = None
         self._own_executor: ThreadPoolExecutor | None = None
         self._progress: Progress | None = None
+        self._workspace = ""
         self._identities: Identities | None = None  # of its jobs, in the checkpoint
         self._held: list[Task] = []  # not put yet, as nothing of the checkpoint has matched
         self._is_prepared = False  # the runner, for the first job that is not in the checkpoint
@@ -422,7 +423,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
     def _task(self, index: int, job: Job) -> Task:
         """*job* with everything decided, or an error for what is wrong with it."""
         settings = _settings_of(job, self._options.settings)
-        workspace = absolute(self._options.workspace if job.workspace is None else job.workspace)
+        workspace = self._workspace if job.workspace is None else absolute(job.workspace)
         identity, saved_as = None, ""
         if self._checkpoint is not None and self._identities is not None:
             identity = self._identities.of(job.prompt, workspace, settings)
@@ -445,11 +446,12 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
     def _begin(self) -> Dispatch:
         """Open the checkpoint, show the progress, and start the dispatch."""
         options = self._options
+        self._workspace = absolute(options.workspace)
         if options.checkpoint is not None:
             settings = options.settings
             self._checkpoint = Checkpoint(options.checkpoint, settings.output, options.on_mismatch)
             with_earlier = self._checkpoint.is_of_earlier_version
-            self._identities = Identities(settings, options.workspace, with_earlier=with_earlier)
+            self._identities = Identities(settings, self._workspace, with_earlier=with_earlier)
         if options.progress:
             self._progress = Progress(
                 self._n_jobs,

@@ -24,7 +24,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from ..core.config import RunConfig
-from ..core.request import RunSettings, absolute
+from ..core.request import RunSettings
 from ..core.secrets import VALUES_ARE_SECRET, is_secret, setting_name
 
 Settings = Mapping[str, "str | bool | None"]
@@ -102,17 +102,15 @@ class Identity(NamedTuple):
 class Identities:
     """The identities of a batch's jobs."""
 
-    def __init__(
-        self, settings: RunSettings, workspace: str | os.PathLike[str], *, with_earlier: bool
-    ) -> None:
+    def __init__(self, settings: RunSettings, workspace: str, *, with_earlier: bool) -> None:
         """
         Args:
             settings: Those of a job that has none of its own.
-            workspace: The same.
+            workspace: The same; its absolute path.
             with_earlier: Find jobs in lines of earlier versions too.
         """
         self._run_cfg, self._output = settings.run_cfg, settings.output
-        self._root = _real(absolute(workspace))
+        self._root = _real(str(workspace))
         self._with_earlier = with_earlier
         self._settings = self._settings_of(settings)
         self._hash = _hash_of(self._settings, {})

@@ -371,6 +371,8 @@ def saved_usage(usage: Any) -> TokenUsage:
 
 
 def _count(value: Any) -> int:
+    if type(value) is int and 0 <= value < 2**63:  # nearly always
+        return value
     return int(number_of(value))
 
 

@@ -6,6 +6,7 @@ Each runner answers many prompts, and what one run shows is looked at by several
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,6 +122,22 @@ def test_cut_and_empty_answers_are_counted(batch: Batch) -> None:
     assert sum(report.errors.values()) == 2
     assert all(kind.startswith("OpenCodeIncompleteError") for kind in report.errors)
     assert "1 with an empty answer" in str(report)
+
+
+def test_what_a_checkpoint_gives_back_is_what_was_given(
+    runner: Runner, batch: Batch, tmp_path: Path
+) -> None:
+    given = batch.ends[3]
+    file = shutil.copy(batch.checkpoint, tmp_path / "copy.jsonl")
+
+    (again,) = runner.map(["go on"], batch.checkpoint.parent, checkpoint=file)
+
+    assert isinstance(given, RunResult)
+    again.index = given.index
+    assert again == given
+    # Once in each of them, and neither in its raw line nor among the tool calls again.
+    [call] = given.tool_calls
+    assert file.read_text().count(json.dumps(call, ensure_ascii=False)) == 1
 
 
 @pytest.mark.only("server")
