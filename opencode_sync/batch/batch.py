@@ -194,7 +194,8 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
 
     Nothing starts before the first result is asked for. Leaving the block, or losing the last
     reference, stops the runs under way with their tools, within seconds; finished ones are in the
-    checkpoint by then. One thread iterates; :meth:`close` and ``report`` may be used from any.
+    checkpoint by then. One thread iterates; :meth:`close`, ``report`` and ``results`` may be used
+    from any.
     """
 
     def __init__(self, runner: JobRunner, jobs: Iterable[str | Job], options: Options) -> None:
