@@ -28,7 +28,7 @@ from tests.standin import write_serving
 RUNS = 250
 TURNS = 60
 THREADS = 8
-MOST_BLOCKS = 4  # for each: an event that somebody holds on to takes 20
+MOST_BLOCKS = 8  # for each: an event that somebody holds on to takes 20
 MOST_BYTES = 24 << 20  # that are free again and were not given back to the system
 SEED = 20_26
 

@@ -531,9 +531,8 @@ def test_opencode_reads_every_source_and_ours_last(
     [
         ({"inherit_user_config": False}, {"repo", "workspace", "dotted"}),
         ({"inherit_project_config": False}, {"user", "home"}),
-        ({"inherit_user_config": False, "inherit_project_config": False}, set()),
     ],
-    ids=["user", "project", "both"],
+    ids=["user", "project"],
 )
 def test_opencode_reads_nothing_of_what_is_left_out(
     resolved: Resolved, switches: dict[str, Any], sources: set[str]
