@@ -436,8 +436,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         """What the checkpoint has of *task*, or None if it is to be run."""
         if self._checkpoint is None or task.identity is None:
             return None
-        failures = not self._options.retry_failed
-        end = self._checkpoint.find(task.saved_as, task.identity, failures=failures)
+        end = self._checkpoint.find(task.saved_as, task.identity)
         if end is None:
             self._tally.count("retried", int(self._checkpoint.has_failed(task.saved_as)))
         return end
@@ -450,7 +449,12 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         self._workspace = absolute(options.workspace)
         if options.checkpoint is not None:
             settings = options.settings
-            self._checkpoint = Checkpoint(options.checkpoint, settings.output, options.on_mismatch)
+            self._checkpoint = Checkpoint(
+                options.checkpoint,
+                settings.output,
+                options.on_mismatch,
+                retry_failed=options.retry_failed,
+            )
             with_earlier = self._checkpoint.is_of_earlier_version
             self._identities = Identities(settings, self._workspace, with_earlier=with_earlier)
         if options.progress:

@@ -72,6 +72,8 @@ class Checkpoint:
         path: str | os.PathLike[str],
         output: OutputSchema | None = None,
         on_mismatch: OnMismatch = "raise",
+        *,
+        retry_failed: bool = True,
     ) -> None:
         """Open *path*, or make it.
 
@@ -79,6 +81,7 @@ class Checkpoint:
             output: Schema that the values in the file are validated with when they are loaded.
             on_mismatch: What to do with a job that the file has with another prompt, workspace or
                 other settings.
+            retry_failed: Do not find failed jobs.
 
         Raises:
             OpenCodeConfigError: It is in use, or not a checkpoint.
@@ -88,6 +91,7 @@ class Checkpoint:
         self._named = os.path.abspath(os.path.expanduser(path))
         self._output = output
         self._on_mismatch = on_mismatch
+        self._not_found = _UNFINISHED | (_FAILED if retry_failed else 0)
         self._index: dict[str, int] = {}
         self._taken: set[str] = set()  # keys of jobs of this batch that are not in the index
         self._repeats: dict[str, int] = {}  # how many jobs of this batch have a fingerprint
@@ -152,15 +156,12 @@ class Checkpoint:
             others = (each for each in self._settings if isinstance(each, dict) or not identity.own)
             known += map(identity.under, others)
         keys = [each if n == 1 else f"{each}#{n}" for each in known]
-        return next((each for each in keys if each in self._index), keys[0])
+        # One that is to be run again gets a line of its own: the next batch may know no other key.
+        found = (key for key in keys if not self._index.get(key, _UNFINISHED) & self._not_found)
+        return next(found, keys[0])
 
-    def find(
-        self, key: str, identity: Identity, *, failures: bool = True
-    ) -> RunResult | OpenCodeError | None:
+    def find(self, key: str, identity: Identity) -> RunResult | OpenCodeError | None:
         """The end of the job *key*, or None if it is to be run, such as after it was stopped.
-
-        Args:
-            failures: Find failed jobs too.
 
         Raises:
             OpenCodeConfigError: The file has *key* with another prompt, workspace or settings; or
@@ -171,10 +172,10 @@ class Checkpoint:
         if place is None:
             return None
         self.has_matched = True
-        if place & _UNFINISHED or (place & _FAILED and not failures):
+        if place & self._not_found:
             return None
         entry = self._entry(place)
-        if entry is None or (entry["failure"] is not None and not failures):
+        if entry is None or (entry["failure"] is not None and self._not_found & _FAILED):
             return None
         same = [identity.fingerprint, *map(identity.under, identity.earlier)]
         if entry["fingerprint"] not in same:

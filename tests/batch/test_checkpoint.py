@@ -164,7 +164,7 @@ def test_what_was_ended_from_outside_is_not_in_the_file(runner: ScriptedRunner, 
 def test_an_error_comes_back_equal(path: Path, error: OpenCodeError) -> None:
     if not isinstance(error, OpenCodeConfigError):
         error.result = RunResult(attempts=1, prompt="p", key="k", index=3, stderr="red")
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path, retry_failed=False)
     asked = Identity("p", "/", ".", None, {}, {}, "f")
 
     checkpoint.write([Entry("k", "f", error, asked.facts)])

@@ -165,6 +165,19 @@ def test_what_was_run_again_takes_the_place_of_the_job_with_its_key(
     assert '"cost_before": 0.01' in path.read_text()
 
 
+def test_what_had_failed_with_other_settings_is_run_once_with_the_new_ones(
+    runner: ScriptedRunner, path: Path
+) -> None:
+    def run(model: str) -> list[str]:
+        return ended(runner, "flaky 1 a", checkpoint=path, run_cfg=RunConfig(model=model))
+
+    failed, first, again = run("a/b"), run("a/c"), run("a/c")
+
+    assert "503" in failed[0]
+    assert first == again == ["FLAKY 1 A"]
+    assert len(runner.begun) == 2
+
+
 # --- jobs with settings of their own --------------------------------------------------------------
 
 
