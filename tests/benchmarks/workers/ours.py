@@ -70,9 +70,9 @@ def batch(jobs: int, early: int) -> list[dict[str, float]]:
     """How far a batch is, and what it holds, after *early* of its jobs and after all of them."""
     marks = []
     with tempfile.TemporaryDirectory() as directory, _runner() as runner:
-        prompts = (f"prompt {number}" for number in range(jobs))
+        drawn = (Job(f"prompt {number}", metadata={"row": number}) for number in range(jobs))
         began = time.perf_counter()
-        results = runner.map(prompts, checkpoint=Path(directory) / "batch.jsonl")
+        results = runner.map(drawn, checkpoint=Path(directory) / "batch.jsonl")
         for done, _ in enumerate(results, 1):
             if done in (early, jobs):
                 seconds = time.perf_counter() - began
