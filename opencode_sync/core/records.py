@@ -37,7 +37,7 @@ _BEGINNING = b'{"key": "'  # of each line
 _HEAD = re.compile(
     rb'\{"key": "([^"\\]*)", "fingerprint": "\w+", '
     rb'"spent": \{"cost": ([\d.e-]+), "tokens": (\d+)\}, '
-    rb'"settings": (\{.*?\}), "own": .*?, "failure": null, '
+    rb'"settings": (\{[^{}]*\}), "own": \{[^{}]*\}, "files": (?:null|"\w+"), "failure": null, '
 )
 # Attributes of an error that are in the same line as the result's.
 _OF_RESULT = (
