@@ -325,15 +325,6 @@ def test_after_max_cost_the_error_has_what_was_got_and_spent(limited: Limited) -
     assert 1 <= error.result.turns <= 2  # it may have been asked once more until it was stopped
 
 
-def test_errors_come_back_equal_from_a_pickle(limited: Limited) -> None:
-    copies = pickle.loads(pickle.dumps(limited.errors))
-
-    assert copies == limited.errors
-    assert {name: error.result.events for name, error in copies.items()} == {
-        name: error.result.events for name, error in limited.errors.items() if error.result
-    }
-
-
 # --- sessions ------------------------------------------------------------------------------------
 
 

@@ -240,17 +240,6 @@ def test_the_arguments_of_a_command_reach_the_model_as_they_are_and_never_the_sh
     assert made(workspace) == []
 
 
-@pytest.mark.only("server")
-def test_the_arguments_of_a_command_in_a_session_are_not_expanded(
-    runner: Runner, cfg: RunConfig, workspace: Path, script: Script
-) -> None:
-    with runner.session(workspace) as chat:
-        chat.send(ODD, run_cfg=cfg.replace(command="all"))
-
-    assert script.last.prompt == f"Handle: {ODD}"
-    assert made(workspace) == []
-
-
 def test_a_command_that_puts_its_arguments_into_the_shell_is_refused_by_name(
     runner: Runner, cfg: RunConfig, workspace: Path, script: Script
 ) -> None:
