@@ -94,7 +94,7 @@ class Checkpoint:
         self._not_found = _UNFINISHED | (_FAILED if retry_failed else 0)
         self._index: dict[str, int] = {}
         self._taken: set[str] = set()  # keys of jobs of this batch that are not in the index
-        self._repeats: dict[str, int] = {}  # how many jobs of this batch have a fingerprint
+        self._repeats: dict[str, int] = {}  # how many jobs have one fingerprint, from two up
         self._superseded = 0  # lines whose key has a later line
         self._damaged: set[int] = set()  # offsets of lines
         self._settings: list[Any] = []  # those of the batches that wrote the file
@@ -133,7 +133,7 @@ class Checkpoint:
         """
         if key is None:
             key = self._key_of(identity)
-        elif key in self._taken or self._index.get(key, 0) & _TAKEN:
+        elif self._is_taken(key):
             raise OpenCodeConfigError(f"two jobs have the key {key!r}: a checkpoint needs one each")
         else:
             try:
@@ -148,8 +148,9 @@ class Checkpoint:
 
     def _key_of(self, identity: Identity) -> str:
         """The key of a job without one: where it is in the file, else its fingerprint."""
-        own = identity.fingerprint
-        n = self._repeats[own] = self._repeats.get(own, 0) + 1  # the same prompt once more
+        own, n = identity.fingerprint, 1
+        if self._is_taken(own):  # the same prompt once more
+            n = self._repeats[own] = self._repeats.get(own, 1) + 1
         known = [own, *map(identity.under, identity.earlier)]
         if self._on_mismatch != "rerun":
             # With other settings of the batch; earlier versions did not write a job's own ones.
@@ -158,7 +159,13 @@ class Checkpoint:
         keys = [each if n == 1 else f"{each}#{n}" for each in known]
         # One that is to be run again gets a line of its own: the next batch may know no other key.
         found = (key for key in keys if not self._index.get(key, _UNFINISHED) & self._not_found)
-        return next(found, keys[0])
+        key = next(found, keys[0])
+        if key != keys[0]:
+            self._taken.add(own)
+        return key
+
+    def _is_taken(self, key: str) -> bool:
+        return key in self._taken or bool(self._index.get(key, 0) & _TAKEN)
 
     def find(self, key: str, identity: Identity) -> RunResult | OpenCodeError | None:
         """The end of the job *key*, or None if it is to be run, such as after it was stopped.

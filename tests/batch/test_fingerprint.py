@@ -127,6 +127,16 @@ def test_no_secret_is_in_the_file_and_a_new_one_makes_no_new_job(
 # --- going on nevertheless ------------------------------------------------------------------------
 
 
+def test_each_of_two_equal_prompts_is_kept_once(runner: ScriptedRunner, path: Path) -> None:
+    ended(runner, "a", "a", checkpoint=path, run_cfg=RunConfig(model="a/b"))
+
+    now: dict[str, Any] = {"checkpoint": path, "run_cfg": RunConfig(model="a/c")}
+    kept = ended(runner, "a", "a", "a", **now, on_mismatch="keep")
+
+    assert kept == ["A", "A", "A"]
+    assert len(runner.begun) == 3
+
+
 @pytest.mark.parametrize("job", ["a", Job("a", key="k")], ids=["without a key", "with a key"])
 @pytest.mark.parametrize(
     "on_mismatch, n_runs, n_cached", [("rerun", 2, 0), ("keep", 1, 1)], ids=["rerun", "keep"]
