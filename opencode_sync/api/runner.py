@@ -1,6 +1,6 @@
 """The verbs of a client and a server, and the runs under way.
 
-    run(), stream() ---------------------------> _begin() --> Request --> RunStream
+    run(), stream() ---------------------------> begin() ---> Request --> RunStream
     submit() --> RunFuture, in a thread ------------^                       |
     map() -----> BatchRun, which begins each job ---^         _open() of the subclass
     session() -> Session, which begins each prompt -^
@@ -135,7 +135,7 @@ class Runner(abc.ABC):
         """
         check_keywords(Runner.run, options)
         self._check_open()
-        with self._begin(prompt, workspace, RunSettings.of(options)) as stream:
+        with self.begin(prompt, workspace, RunSettings.of(options)) as stream:
             return stream.wait()
 
     @shows(StreamOptions)
@@ -154,7 +154,7 @@ class Runner(abc.ABC):
         """
         check_keywords(Runner.stream, options)
         self._check_open()
-        return self._begin(prompt, workspace, RunSettings.of(options))
+        return self.begin(prompt, workspace, RunSettings.of(options))
 
     @shows(RunOptions)
     def submit(
@@ -172,7 +172,7 @@ class Runner(abc.ABC):
         check_keywords(Runner.submit, options)
         self._check_open()
         settings = RunSettings.of(options)
-        begin = functools.partial(self._begin, prompt, absolute(workspace), settings)
+        begin = functools.partial(self.begin, prompt, absolute(workspace), settings)
         future = RunFuture()
         self._futures[id(future)] = future
         future.add_done_callback(self._forget_future)
@@ -375,7 +375,7 @@ class Runner(abc.ABC):
 
     # -- for a batch and a session -------------------------------------------------------------
 
-    def _begin(
+    def begin(
         self,
         prompt: str,
         workspace: StrPath,
@@ -405,7 +405,7 @@ class Runner(abc.ABC):
         )
         return RunStream(self, request, settings, on_begin=on_begin, on_end=on_end)
 
-    def _prepare(self, cfg: RunConfig) -> None:  # noqa: B027 - mostly nothing
+    def prepare(self, cfg: RunConfig) -> None:  # noqa: B027 - mostly nothing
         """Start what a batch of runs with *cfg* needs, or raise what would fail all of them."""
 
     # -- for a stream --------------------------------------------------------------------------

@@ -208,7 +208,7 @@ class OpenCodeServer(Runner):
         """Whether runs with *cfg* go to a server of our own."""
         return not cfg.attach and self._attacher is None
 
-    def _prepare(self, cfg: RunConfig) -> None:
+    def prepare(self, cfg: RunConfig) -> None:
         if not cfg.attach:
             self._server()
 

@@ -59,7 +59,7 @@ class SessionRunner(Protocol):
 
     def _kept_sessions(self, cfg: RunConfig) -> Sessions: ...
 
-    def _begin(
+    def begin(
         self,
         prompt: str,
         workspace: StrPath,
@@ -339,7 +339,7 @@ class Session(Pinned):
         key = self._acquire()
         try:
             self._check_open()
-            return self._runner._begin(
+            return self._runner.begin(
                 prompt,
                 self._workspace,
                 dataclasses.replace(settings, run_cfg=self._next_cfg(settings.run_cfg)),

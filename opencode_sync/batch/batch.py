@@ -6,7 +6,7 @@
 
 The caller's thread is the only one that touches the input, the progress, and what is given out;
 everything between is the dispatch's. Knows nothing of OpenCode: a job becomes a stream by the
-runner's ``_begin``.
+runner's ``begin``.
 """
 
 from __future__ import annotations
@@ -417,7 +417,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         held, self._held = self._held, []
         for task in held:
             if not self._is_prepared and self._options.executor is None:
-                self._runner._prepare(self._options.settings.run_cfg or RunConfig())
+                self._runner.prepare(self._options.settings.run_cfg or RunConfig())
             self._is_prepared = True
             dispatch.put(task)
 

@@ -4,7 +4,7 @@
     in another process:    Work --pickled--> RemoteWork(task) --+       |
                                     a copy of the runner, one   |       |
                                     for each worker process     v       v
-                                            carry_out() --> runner._begin() --> RunStream
+                                            carry_out() --> runner.begin() ---> RunStream
                                                  |
                                                  +--> Outcome: a result, or an error in its place
 
@@ -55,7 +55,7 @@ End = RunResult | OpenCodeError
 class JobRunner(Protocol):
     """What a batch uses of a runner, which is pickled for jobs in other processes."""
 
-    def _begin(
+    def begin(
         self,
         prompt: str,
         workspace: str,
@@ -64,7 +64,7 @@ class JobRunner(Protocol):
         on_begin: Callable[[RunStream], None],
     ) -> RunStream: ...
 
-    def _prepare(self, cfg: RunConfig) -> None: ...
+    def prepare(self, cfg: RunConfig) -> None: ...
 
     def close(self) -> None: ...
 
@@ -163,7 +163,7 @@ def carry_out(
     refusals, is_waiting, wait_s = 0, False, None
     end: End
     try:
-        with runner._begin(task.prompt, task.workspace, task.settings, on_begin=remember) as stream:
+        with runner.begin(task.prompt, task.workspace, task.settings, on_begin=remember) as stream:
             for event in stream:
                 if event.get("type") == "step_finish":
                     listener.spent()

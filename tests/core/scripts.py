@@ -114,4 +114,4 @@ def stream_of(
 ) -> RunStream:
     """A stream whose attempts are *sources*; *options* as for ``Runner.stream``."""
     settings = RunSettings.of(options)
-    return Scripts(*sources)._begin("Go", "/", settings, on_begin=on_begin, on_end=on_end)
+    return Scripts(*sources).begin("Go", "/", settings, on_begin=on_begin, on_end=on_end)

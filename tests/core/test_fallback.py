@@ -54,7 +54,7 @@ def started(
     *sources: Any, cfg: RunConfig = CFG, passed_over: Sequence[Tried] = (), **options: Any
 ) -> RunStream:
     settings = RunSettings.of({"run_cfg": cfg, "startup_retry_delay_s": 0, **options})
-    return Scripts(*sources)._begin("Go", "/", replace(settings, passed_over=passed_over))
+    return Scripts(*sources).begin("Go", "/", replace(settings, passed_over=passed_over))
 
 
 def asked(stream: RunStream) -> list[str | None]:
