@@ -298,7 +298,8 @@ def test_metadata_comes_back_with_the_result_and_the_error_also_from_the_checkpo
 
 
 def test_a_row_without_a_checkpoint_keeps_metadata_if_it_is_short(runner: ScriptedRunner) -> None:
-    batch = runner.map([Job("a", metadata={"row": 3}), Job("b", metadata=["x" * 100_000])])
+    jobs = [Job("a", metadata={"row": 3}), Job("b", metadata=["x" * 100_000])]
+    batch = runner.map(jobs, max_workers=1)
     list(batch)
 
     short, long = (row["metadata"] for row in batch.report.rows)
