@@ -151,7 +151,7 @@ def _settings_of(job: object, default: RunSettings) -> RunSettings:
 def _metadata_of(job: Job) -> Any:
     try:
         return jsonable(job.metadata)
-    except ValueError as error:
+    except Exception as error:  # noqa: BLE001 - an object of the user's may raise anything
         raise OpenCodeConfigError(f"the job's metadata cannot be JSON: {error}") from None
 
 

@@ -254,7 +254,7 @@ def _number(value: Any, *, is_whole: bool) -> Any:
     try:
         number = float(value)
         return int(number) if is_whole and number.is_integer() else number
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return value
 
 
@@ -346,6 +346,8 @@ def _frame_in(data: bytes, name: str) -> Any:
 
 def _table_of_frame(frame: Any, name: str, format: str = "frame") -> Table:
     levels = [name for name in frame.index.names if name is not None and name not in frame.columns]
+    if twice := _twice([str(level) for level in levels]):
+        raise OpenCodeConfigError(f"{name}: two levels of the index are called {twice!r}")
     if levels:  # an index that says something
         frame = frame.reset_index(level=levels)
     columns = [str(column) for column in frame.columns]
@@ -479,6 +481,8 @@ def _parsed(text: str, line: int | None = None) -> Any:
         ) from None
     except RecursionError:
         raise _Misread(f"line {line or 1}: nested too deeply") from None
+    except ValueError as error:  # a number of more digits than Python converts
+        raise _Misread(f"line {line or 1}: {error}") from None
 
 
 def _cells_of(entry: Mapping[str, Any]) -> dict[str, Any]:

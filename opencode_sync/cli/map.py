@@ -382,8 +382,16 @@ class _Answers:
             with replacing(Path(_real(path))) as file:
                 encoding = "utf-8-sig" if self._table.has_mark else "utf-8"
                 text = io.TextIOWrapper(file, encoding, "replace", newline="")
-                writer = csv.writer(text, delimiter=self._table.separator, lineterminator="\n")
-                writer.writerows(self._lines())
+                as_needed, quoted = (
+                    csv.writer(
+                        text, delimiter=self._table.separator, lineterminator="\n", quoting=quoting
+                    )
+                    for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
+                )
+                for line in self._lines():
+                    # Before Python 3.13, the csv module does not quote a lone carriage return.
+                    has_return = any("\r" in cell for cell in line if isinstance(cell, str))
+                    (quoted if has_return else as_needed).writerow(line)
                 text.flush()
                 text.detach()
         except OSError as error:

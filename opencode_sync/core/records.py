@@ -39,6 +39,7 @@ _HEAD = re.compile(
     rb'"spent": \{"cost": ([\d.e-]+), "tokens": (\d+)\}, '
     rb'"settings": (\{[^{}]*\}), "own": \{[^{}]*\}, "files": (?:null|"\w+"), "failure": null, '
 )
+_SURROGATE = re.compile("[\ud800-\udfff]")
 # Attributes of an error that are in the same line as the result's.
 _OF_RESULT = (
     *("result", "events", "raw_stdout_lines", "stderr"),
@@ -377,14 +378,19 @@ def results_to_frame(results: Iterable[RunResult | OpenCodeError]) -> Any:
         raise ImportError("results_to_frame needs pandas: run 'pip install pandas'") from error
     rows = results_to_records(results)
     columns = {name: [row[name] for row in rows] for name in _record(RunResult())}
-    # Of a column that is not of objects, pandas would make NaN where something is missing.
+    # Of a column that is not of objects, pandas would make NaN where something is missing, and its
+    # texts may not hold half a surrogate pair.
     kinds = {
-        name: object if any(value is None for value in values) else None
+        name: object if any(map(_needs_object, values)) else None
         for name, values in columns.items()
     }
     return pandas.DataFrame(
         {name: pandas.Series(values, dtype=kinds[name]) for name, values in columns.items()}
     )
+
+
+def _needs_object(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and _SURROGATE.search(value) is not None)
 
 
 def _record(end: RunResult | OpenCodeError) -> dict[str, Any]:

@@ -31,6 +31,13 @@ from tests.batch.conftest import at_the_same_time, once_begun
 from tests.scripted import ScriptedRunner
 
 
+class Unread:
+    """A value of a library that raises what it likes."""
+
+    def isoformat(self) -> str:
+        raise RuntimeError("not connected")
+
+
 def by_index(end: Any) -> int:
     return int(end.index)
 
@@ -228,6 +235,7 @@ def test_a_fault_of_a_job_stands_in_its_place_and_the_others_run(
         (Job("a", nan), "workspace is nan: use the path of a directory"),
         (Job("a", timeout_s=nan), "timeout_s is nan"),
         (Job("a", metadata=object()), "the job's metadata cannot be JSON"),
+        (Job("a", metadata=Unread()), "the job's metadata cannot be JSON: not connected"),
     ]
     list(runner.map([Job("was", key="kept")], checkpoint=path))
     jobs = [Job("a", key="first"), *(job for job, _ in faults), "z"]

@@ -263,6 +263,7 @@ def test_what_a_row_says_of_its_job_is_judged_in_its_place(
         {"prompt": "x", "key": [1]},
         {"prompt": "x", "timeout_s": "soon"},
         {"prompt": "x", "max_steps": 1.5},
+        {"prompt": "x", "max_cost": 10**400},
         {"prompt": "x", "workspace": "none"},
         {"prompt": "x", "model": "m"},
         {"prompt": "x", "files": [1]},
@@ -305,6 +306,14 @@ def test_a_frame_is_read_with_its_missing_values_and_its_index() -> None:
         ),
         Job(None, key="11", metadata={"n": None, "when": None}),  # type: ignore[arg-type]
     ]
+
+
+def test_levels_of_one_name_in_a_frames_index_are_refused() -> None:
+    pandas = pytest.importorskip("pandas")
+    index = pandas.MultiIndex.from_tuples([(1, 2)], names=["bug", "bug"])
+
+    with pytest.raises(OpenCodeConfigError, match="two levels of the index are called 'bug'"):
+        read_jobs(pandas.DataFrame({"prompt": ["x"]}, index=index))
 
 
 def test_a_frame_given_to_map_runs_its_rows_and_never_the_names_of_its_columns(
@@ -411,6 +420,7 @@ def test_named_columns_say_that_it_is_a_table(read: Read) -> None:
         ("a.json", '[{"prompt": "x"}, 3]', "a.json, entry 1: use an array of JSON objects"),
         ("a.json", '{"prompt": {"0": "x"}}', "a.json, entry 0: use an array of JSON objects"),
         ("a.jsonl", "[" * 100_000, "a.jsonl, line 1: nested too deeply"),
+        ("a.jsonl", f'{{"prompt": {"9" * 5000}}}', "a.jsonl, line 1: Exceeds the limit (4300"),
         ("a.jsonl", '{"key": "k"}', "a.jsonl: no column 'prompt': there are 'key'; name the"),
         ("a.csv", "promt,key\nx,k\n", "a.csv: no column 'prompt': there are 'promt', 'key'"),
         ("a.csv", "prompt,key,prompt\nx,k,y\n", "a.csv, line 1: two columns 'prompt'"),

@@ -329,6 +329,16 @@ def test_a_table_comes_back_with_the_answers_beside_its_own_columns(
     assert len(saved()) == 2  # the job without a prompt has not begun
 
 
+def test_a_carriage_return_stays_in_its_cell(map_file: MapFile, tmp_path: Path) -> None:
+    rows = 'id,prompt\n"7\r8","step(text=\'a\\rb\')"\n'
+
+    map_file(rows, "--csv", "answers.csv", name="in.csv")
+
+    with open(tmp_path / "answers.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["id"], row["answer"]) == ("7\r8", "a\rb")
+
+
 def test_a_template_makes_prompts_and_the_table_has_them(map_file: MapFile, tmp_path: Path) -> None:
     template = ("--prompt", "step(text='{word}')", "--key-column", "n")
     lines = '{"n": 1, "word": "a"}\n{"n": 2, "word": "b"}\n'

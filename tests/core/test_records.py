@@ -75,6 +75,14 @@ def test_a_frame_begins_with_what_came_of_each_job_and_has_none_for_what_is_miss
     assert list(results_to_frame([]).columns) == list(frame.columns)
 
 
+def test_half_a_surrogate_pair_may_stand_in_a_frame() -> None:
+    pytest.importorskip("pandas")
+
+    frame = results_to_frame([RunResult(prompt="a\ud83d"), RunResult(prompt="b")])
+
+    assert list(frame["prompt"]) == ["a\ud83d", "b"]
+
+
 def test_a_missing_pandas_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
 
