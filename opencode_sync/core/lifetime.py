@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures.thread  # noqa: F401 - has to be registered before us
+import inspect
 import math
 import os
 import queue
@@ -28,7 +29,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
 from typing import Any, ClassVar, Generic, NoReturn, SupportsIndex, TypeVar
 
 from .errors import OpenCodeConfigError
@@ -43,13 +43,14 @@ def deferred() -> Iterator[None]:
     Only the main thread of the main interpreter gets signals; elsewhere this does nothing. The
     block has to be short, as it cannot be interrupted.
     """
-    caught: list[tuple[int, FrameType | None]] = []
+    caught: list[int] = []
     handler = signal.getsignal(signal.SIGINT)
     if not callable(handler):  # ignored, or the end of the program
         yield
         return
     try:
-        signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
+        # Not the frame that it came in: the traceback would keep what was made there alive.
+        signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
     except ValueError:  # another thread
         yield
         return
@@ -58,7 +59,7 @@ def deferred() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, handler)
         if caught:
-            handler(*caught[0])
+            handler(caught[0], inspect.currentframe())
 
 
 # The kernel may hand a signal to another thread than the main one, which alone runs handlers: a

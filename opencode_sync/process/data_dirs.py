@@ -91,29 +91,37 @@ class DataDirectories:
             OpenCodeCancelledError: If this was closed in the meantime.
             OpenCodeError: If there is no place for a directory.
         """
-        own = None if fork else session_id
         with in_words(self._kept), lifetime.deferred():
-            with self._locked():
-                if self._is_closed:
-                    raise OpenCodeCancelledError("the client was closed while the run was starting")
-                if session_id is None:
-                    slot = self._free_slot()
-                else:
-                    slot = self._slot_of(session_id, workspace)
-                path, is_first = self._root() / str(slot), slot not in self._users
-                self._users[slot] = self._users.get(slot, 0) + 1
-                if own is not None:
-                    self._busy.add(own)
-                lease = Lease(self, slot, path, own, holds_sessions=holds_sessions)
-            try:
-                if is_first:  # a run whose Python process was killed may have left something
-                    _empty(lease.unpacked)
-                lease.unpacked.mkdir(mode=0o700, parents=True, exist_ok=True)
-                link_credentials(env, lease.path)
-            except BaseException:
-                lease.release()
-                raise
-            return lease
+            # No name here may refer to it: a Ctrl-C's traceback would keep it leased.
+            return self._lease(env, session_id, workspace, fork, holds_sessions)
+
+    def _lease(
+        self,
+        env: Mapping[str, str],
+        session_id: str | None,
+        workspace: str | None,
+        fork: bool,
+        holds_sessions: bool,
+    ) -> Lease:
+        own = None if fork else session_id
+        with self._locked():
+            if self._is_closed:
+                raise OpenCodeCancelledError("the client was closed while the run was starting")
+            slot = self._free_slot() if session_id is None else self._slot_of(session_id, workspace)
+            path, is_first = self._root() / str(slot), slot not in self._users
+            self._users[slot] = self._users.get(slot, 0) + 1
+            if own is not None:
+                self._busy.add(own)
+            lease = Lease(self, slot, path, own, holds_sessions=holds_sessions)
+        try:
+            if is_first:  # a run whose Python process was killed may have left something
+                _empty(lease.unpacked)
+            lease.unpacked.mkdir(mode=0o700, parents=True, exist_ok=True)
+            link_credentials(env, lease.path)
+        except BaseException:
+            lease.release()
+            raise
+        return lease
 
     def last_session(self, workspace: str) -> str | None:
         """The session last used in *workspace*, or None."""

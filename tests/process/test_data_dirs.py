@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -67,6 +68,23 @@ def test_a_lease_that_nobody_kept_is_given_back(pool: DataDirectories) -> None:
     path = pool.lease({}, session_id="ses_1").path
 
     assert pool.lease({}, session_id="ses_1").path == path
+
+
+def test_a_ctrl_c_during_a_lease_gives_it_back_although_its_traceback_is_kept(
+    pool: DataDirectories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = data_dirs.link_credentials
+
+    def link_and_interrupt(*arguments: object, **settings: object) -> None:
+        link(*arguments, **settings)  # type: ignore[arg-type]
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt) as caught:
+        patched.setattr(data_dirs, "link_credentials", link_and_interrupt)
+        pool.lease({})
+
+    assert caught.value.__traceback__ is not None
+    assert pool.lease({}).path.name == "0"
 
 
 def test_a_directory_that_cannot_be_made_is_told_and_its_place_stays_free(
