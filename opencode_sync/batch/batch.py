@@ -415,10 +415,14 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
 
     def _put_held(self, dispatch: Dispatch) -> None:
         held, self._held = self._held, []
-        for task in held:
-            if not self._is_prepared and self._options.executor is None:
+        if held and not self._is_prepared and self._options.executor is None:
+            try:
                 self._runner.prepare(self._options.settings.run_cfg or RunConfig())
+            except BaseException:
+                self._drawn = held[0].index  # no result of it, or of a later one, will come
+                raise
             self._is_prepared = True
+        for task in held:
             dispatch.put(task)
 
     def _task(self, index: int, job: Job) -> Task:

@@ -207,8 +207,8 @@ class Checkpoint:
 
     def warn_unmatched(self, n_jobs: int) -> None:
         """Warn that none of the first *n_jobs* of this batch is in the file, unless it is empty."""
-        self.has_matched = True  # once is enough
-        if self._index:
+        has_matched, self.has_matched = self.has_matched, True  # once is enough
+        if self._index and not has_matched:
             _log.warning(
                 "checkpoint %s has %s, and not one of the first %s of this batch, which run: is "
                 "it the file of other prompts, workspaces or settings?",
@@ -374,8 +374,10 @@ class Checkpoint:
 
     def _tell_damaged(self, place: int, error: Exception | None = None) -> None:
         why = "" if error is None else f" ({error})"
-        with self._reading() as file:
-            number = 1 + file.read(place // 8).count(b"\n")
+        number, offset, end = 1, 0, place // 8
+        # In pieces, and of the file that was opened: it may be large, or have been replaced since.
+        while data := os.pread(self._descriptor, min(2**20, end - offset), offset):
+            number, offset = number + data.count(b"\n"), offset + len(data)
         _log.warning(
             "checkpoint %s: line %d is damaged%s: its job is run again", self._path, number, why
         )

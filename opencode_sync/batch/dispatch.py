@@ -309,8 +309,9 @@ class Dispatch(Listener):
                     return
                 task = self._pending.popleft()
                 if (cfg := task.settings.run_cfg) is not None and cfg.fallback_models:
-                    out = self._outages.passed_over(task.index, cfg)
-                    task = replace(task, settings=replace(task.settings, passed_over=out))
+                    with suppress(TypeError, ValueError):  # the run will refuse such settings
+                        out = self._outages.passed_over(task.index, cfg)
+                        task = replace(task, settings=replace(task.settings, passed_over=out))
             if self._budget:
                 left: dict[str, Any] = self._budget.left(self._spent_by_now())
                 limits = replace(task.settings.limits, **left)

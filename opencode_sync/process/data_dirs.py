@@ -356,9 +356,11 @@ class SessionIndex:
             index.write(json.dumps(entry).encode() + b"\n")
 
     def _read(self) -> None:
-        if self._file is None or not self._file.exists():
+        try:
+            lines = b"" if self._file is None else self._file.read_bytes()
+        except FileNotFoundError:
             return
-        for line in self._file.read_bytes().split(b"\n"):
+        for line in lines.split(b"\n"):
             # A line that a full disk cut short costs one session, not all of them.
             with suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)

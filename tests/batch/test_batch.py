@@ -261,6 +261,24 @@ def test_a_fault_is_raised_when_its_turn_comes(runner: ScriptedRunner) -> None:
     assert caught.value.index == 2
 
 
+@pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "as they come"])
+def test_where_nothing_can_be_started_a_batch_that_is_continued_ends_with_the_reason(
+    runner: ScriptedRunner, path: Path, ordered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(cfg: RunConfig) -> None:
+        raise OpenCodeError("the server does not start")
+
+    list(runner.map(["saved"], checkpoint=path))
+    monkeypatch.setattr(runner, "prepare", cannot)
+    batch = runner.map(["new", "newer", "saved"], checkpoint=path, ordered=ordered)
+
+    with pytest.raises(OpenCodeError, match="the server does not start"):
+        list(batch)
+
+    assert [result.prompt for result in batch.results] == ["saved"]
+    assert runner.prompts == ["saved"]
+
+
 def test_what_counts_and_shows_ends_no_batch(
     runner: ScriptedRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -20,6 +20,7 @@ import pytest
 from opencode_sync import (
     Job,
     OpenCodeBudgetError,
+    OpenCodeConfigError,
     OpenCodeError,
     OpenCodeProcessError,
     OpenCodeTimeoutError,
@@ -403,6 +404,20 @@ def test_a_model_that_is_out_for_one_job_is_passed_over_by_those_that_begin_late
     assert tried == [("out/one", True), ("out/one", False), ("out/one", False)]
     assert [result.attempts for result in results] == [2, 1, 1]
     assert batch.report.rate_limits == 1
+
+
+def test_settings_that_no_run_can_have_are_one_jobs_fault_also_while_a_model_is_out(
+    runner: ScriptedRunner,
+) -> None:
+    names: Any = [["in/two"], "in/three"]
+    wrong: list[dict[str, Any]] = [{"config_overrides": {("a",): 1}}, {"fallback_models": names}]
+    jobs = ["a", *(Job("b", run_cfg=FALLBACK.replace(**each)) for each in wrong), "c"]
+
+    first, *refused, last = runner.map(jobs, max_workers=1, run_cfg=FALLBACK, on_error="return")
+
+    assert [type(end) for end in refused] == [OpenCodeConfigError] * 2
+    assert isinstance(first, RunResult)
+    assert isinstance(last, RunResult)
 
 
 def test_a_model_that_is_out_neither_pauses_nor_slows_a_batch_that_has_another(

@@ -367,6 +367,9 @@ def test_a_file_with_one_of_the_jobs_is_not_warned_of(
     ended(runner, "new", "a", checkpoint=path)
     ended(runner, "new", "fail b", checkpoint=path)
     ended(runner, checkpoint=path)
+    ended(runner, Job("was", key="k"), checkpoint=path)
+    caplog.clear()
+    ended(runner, "newer", Job("edited", key="k"), checkpoint=path)
 
     assert caplog.text == ""
 
