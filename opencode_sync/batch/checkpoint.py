@@ -38,6 +38,7 @@ from ..core.records import (
     lines_in,
     parsed,
     replacing,
+    respent,
     spent_in,
 )
 from ..core.request import OnMismatch
@@ -97,7 +98,8 @@ class Checkpoint:
         self._repeats: dict[str, int] = {}  # how many jobs have one fingerprint, from two up
         self._superseded = 0  # lines whose key has a later line
         self._damaged: set[int] = set()  # offsets of lines
-        self._settings: list[Any] = []  # those of the batches that wrote the file
+        self._answers: dict[str, int] = {}  # those of the last ones of keys that failed since
+        self._settings: list[Any] = []  # of the batches that wrote the file, the last first
         self.spent = Spent()  # by earlier batches
         # Held by close() too, after which the descriptor's number may be another file's.
         self._writing = threading.Lock()
@@ -179,12 +181,17 @@ class Checkpoint:
         if place is None:
             return None
         self.has_matched = True
-        if place & self._not_found:
-            return None
+        same = [identity.fingerprint, *map(identity.under, identity.earlier)]
+        is_superseded = bool(place & self._not_found)
+        if is_superseded:
+            # A job that failed when it was to be run again with other settings.
+            failed = self._entry(place) if key in self._answers else None
+            if failed is None or failed["fingerprint"] in same:
+                return None
+            place = self._answers[key] * 8
         entry = self._entry(place)
         if entry is None or (entry["failure"] is not None and self._not_found & _FAILED):
             return None
-        same = [identity.fingerprint, *map(identity.under, identity.earlier)]
         if entry["fingerprint"] not in same:
             differences = identity.differences(entry)
             if differences and self._on_mismatch == "rerun":
@@ -203,6 +210,8 @@ class Checkpoint:
                 if self._on_mismatch == "rerun":
                     return None
                 raise self._mismatch(f"schema, which its value does not fit: {mismatch}") from None
+        if is_superseded:
+            self._restore(key)
         return end
 
     def warn_unmatched(self, n_jobs: int) -> None:
@@ -241,6 +250,17 @@ class Checkpoint:
                 failure = failure_of(entry.end) if isinstance(entry.end, OpenCodeError) else None
                 self._note(entry.key, self._size, failure is not None, is_unfinished(failure))
                 self._size += len(line)
+
+    def _restore(self, key: str) -> None:
+        """Append the answer to *key* that a failure has superseded: its last line counts."""
+        line = respent(_line_at(self._descriptor, self._answers[key]), self._spent_on(key))
+        with self._writing:
+            try:
+                self._append(line)
+            except OSError as error:
+                raise OpenCodeError(f"checkpoint {str(self._path)!r}: {error.strerror}") from error
+            self._note(key, self._size, False, False)
+            self._size += len(line)
 
     def close(self) -> None:
         """Reduce the file to one line for each job, and unlock it. Idempotent."""
@@ -284,7 +304,7 @@ class Checkpoint:
     def _scan(self) -> int:
         """Index all lines, and repair the last one; returns the file's size."""
         last: Line | None = None
-        settings: set[bytes] = set()
+        settings: dict[bytes, None] = {}  # in the order of their last lines
         n_tokens = 0
         damaged: list[int] = []
         costs = array("d")  # summed exactly, since those of superseded lines are taken off again
@@ -296,7 +316,8 @@ class Checkpoint:
                         damaged.append(last.number)
                         self._damaged.add(last.offset)
                     continue
-                settings.add(head.settings)
+                settings.pop(head.settings, None)
+                settings[head.settings] = None
                 before = self._spent_on(head.key)
                 costs.extend((head.spent.cost, -before.cost))
                 n_tokens += head.spent.tokens - before.tokens
@@ -304,7 +325,7 @@ class Checkpoint:
         except ValueError as error:
             raise self._refusal(str(error)) from None
         self.spent = Spent(math.fsum(costs), n_tokens)
-        self._settings = [json.loads(each) for each in settings]
+        self._settings = [json.loads(each) for each in reversed(settings)]
         if damaged:
             named = ", ".join(map(str, damaged[:_MOST_NAMED]))
             more = len(damaged) - _MOST_NAMED
@@ -356,6 +377,10 @@ class Checkpoint:
     def _note(self, key: str, offset: int, is_failure: bool, is_unfinished: bool) -> None:
         known = self._index.get(key)
         self._superseded += known is not None
+        if not is_failure:
+            self._answers.pop(key, None)
+        elif known is not None and not known & _FAILED:
+            self._answers[key] = known // 8
         is_taken = key in self._taken if known is None else known & _TAKEN
         self._taken.discard(key)
         flags = _FAILED * is_failure | _UNFINISHED * is_unfinished | _TAKEN * bool(is_taken)
@@ -385,11 +410,13 @@ class Checkpoint:
     def _drop_superseded(self) -> None:
         """Keep only the last line of each key: a failure goes when a later run has succeeded.
 
-        Damaged lines stay too: somebody may be able to repair them.
+        Its last answer stays until there is a newer one. Damaged lines stay too: somebody may be
+        able to repair them.
         """
         if os.stat(self._path).st_nlink > 1:  # its other names would keep the old file
             return
         kept = {place // 8 for place in self._index.values()} | self._damaged
+        kept.update(self._answers.values())
         offset = 0
         with replacing(self._path, 0o600) as file:
             for line in self._lines():

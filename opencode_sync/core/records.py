@@ -240,6 +240,16 @@ def spent_in(entry: Mapping[str, Any]) -> Spent:
     return Spent(cost, own + int(number_of(entry.get("tokens_before"))))
 
 
+def respent(line: bytes, spent: Spent) -> bytes:
+    """*line* with *spent* as what all tries at its job have cost."""
+    entry = json.loads(line)
+    own = spent_in({**entry, "cost_before": 0.0, "tokens_before": 0})
+    entry["cost_before"], entry["tokens_before"] = spent.cost - own.cost, spent.tokens - own.tokens
+    if "spent" in entry:
+        entry["spent"] = {"cost": spent.cost, "tokens": spent.tokens}
+    return dumped(entry) + b"\n"
+
+
 def is_unfinished(failure: Mapping[str, Any] | None) -> bool:
     """Whether a job was stopped from outside, and so is always run again.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -173,6 +174,43 @@ def test_what_was_run_again_takes_the_place_of_the_job_with_its_key(
     assert [line for line in path.read_text().splitlines() if '"key": "k"' not in line] == []
     assert path.read_text().count("\n") == 1
     assert '"cost_before": 0.01' in path.read_text()
+
+
+def test_an_answer_stays_where_the_job_fails_when_it_is_run_again_with_other_settings(
+    runner: ScriptedRunner, path: Path
+) -> None:
+    def run(prompt: str, **options: Any) -> Any:
+        batch = runner.map([Job(prompt, key="k")], checkpoint=path, on_error="return", **options)
+        (end,) = batch
+        assert [type(each) for each in batch.results] == [type(end)]
+        return end
+
+    run("a")
+    for _ in range(2):  # found as what failed, and run once more
+        assert str(run("fail b", on_mismatch="rerun")).endswith("bad key")
+    told = str(run("c"))
+    kept = run("c", on_mismatch="keep", max_total_cost=0.03)
+    found = run("a")
+
+    assert "it has this job with another prompt" in told
+    assert (kept.answer, found.answer) == ("A", "A")
+    assert runner.prompts == ["a", "fail b", "fail b"]
+    (line,) = map(json.loads, path.read_text().splitlines())
+    assert line["spent"]["cost"] == pytest.approx(0.03)
+    assert line["cost_before"] == pytest.approx(0.02)
+
+
+def test_what_is_kept_is_of_the_latest_of_other_settings(
+    runner: ScriptedRunner, path: Path
+) -> None:
+    models = [f"a/{n}" for n in range(9)]
+    for model in models:
+        ended(runner, "a", checkpoint=path, run_cfg=RunConfig(model=model), on_mismatch="rerun")
+    last = path.read_text().splitlines()[-1]
+
+    (result,) = runner.map(["a"], checkpoint=path, on_mismatch="keep")
+
+    assert result.to_dict()["started_at"] == json.loads(last)["started_at"]
 
 
 def test_what_had_failed_with_other_settings_is_run_once_with_the_new_ones(
