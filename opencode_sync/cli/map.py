@@ -165,13 +165,7 @@ def run(options: argparse.Namespace) -> int:
     with (
         closing(_runner(cfg, on_server=options.server)) as runner,
         closing(_Answers(table, jobs, options)) as answers,
-    ):
-        # Raises now, and not after hours, if one of them cannot be written.
-        if options.csv:
-            answers.write(options.csv)
-        if options.report:
-            _write_page(options)
-        batch = runner.map(
+        runner.map(
             jobs[:limit],
             options.workspace,
             **limits(options),
@@ -186,7 +180,13 @@ def run(options: argparse.Namespace) -> int:
             retry_failed=options.retry_failed,
             on_mismatch=options.on_mismatch,
             keep_raw=False,
-        )
+        ) as batch,
+    ):
+        # Raises now, and not after hours, if one of them cannot be written.
+        if options.csv:
+            answers.write(options.csv)
+        if options.report:
+            _write_page(options)
         summary = _Summary(batch, table, options)
         failure: OpenCodeError | None = None
         try:
@@ -267,8 +267,10 @@ def _tell_metadata(table: Table, jobs: Sequence[Job]) -> None:
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
-    """Refuse to write two files of one name, or to overwrite FILE."""
+    """Refuse to write two files of one name, or to overwrite FILE or the schema."""
     taken = {} if options.source == STDIN else {_real(options.source): "FILE"}
+    if options.schema:
+        taken.setdefault(_real(options.schema), "--schema")
     named = [("OUT", options.output), ("--csv", options.csv), ("--report", options.report)]
     for what, path in named:
         if path and (other := taken.setdefault(_real(path), what)) != what:

@@ -329,6 +329,17 @@ def test_a_table_comes_back_with_the_answers_beside_its_own_columns(
     assert len(saved()) == 2  # the job without a prompt has not begun
 
 
+def test_answers_of_before_stay_where_a_setting_is_refused(
+    map_file: MapFile, tmp_path: Path
+) -> None:
+    (tmp_path / "answers.csv").write_text("of before")
+
+    status, _, err = map_file("x\n", "--csv", "answers.csv", "--max-total-cost", "-1")
+
+    assert (status, "max_total_cost is -1" in err) == (2, True)
+    assert (tmp_path / "answers.csv").read_text() == "of before"
+
+
 def test_a_carriage_return_stays_in_its_cell(map_file: MapFile, tmp_path: Path) -> None:
     rows = 'id,prompt\n"7\r8","step(text=\'a\\rb\')"\n'
 
@@ -646,6 +657,7 @@ def test_a_run_that_ended_at_a_refused_tool_exits_with_1(shell: Shell) -> None:
         (["map", "good.txt", "-o", "good.txt"], "good.txt is FILE too"),
         (["map", "good.txt", "-o", "out.jsonl", "--csv", "out.jsonl"], "is OUT too"),
         (["map", "good.txt", "-o", "out.jsonl", "--csv", "no/a.csv"], "--csv no/a.csv: No such"),
+        (["map", "good.txt", "-o", "o", "--csv", "a.json", "--schema", "./a.json"], "is --schema"),
         (["map", "empty.txt", "-o", "out.jsonl"], "empty.txt holds no prompts"),
         (["install", "--version", "latest"], "latest"),
     ],
