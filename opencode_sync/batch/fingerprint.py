@@ -110,7 +110,8 @@ class Identities:
             with_earlier: Find jobs in lines of earlier versions too.
         """
         self._run_cfg, self._output = settings.run_cfg, settings.output
-        self._root = _real(str(workspace))
+        self._real = lru_cache(maxsize=1024)(_real)  # a link may lead elsewhere in the next batch
+        self._root = self._real(str(workspace))
         self._with_earlier = with_earlier
         self._settings = self._settings_of(settings)
         self._hash = _hash_of(self._settings, {})
@@ -128,7 +129,7 @@ class Identities:
             here, those = self._settings, self._settings_of(settings)
             own = {n: those.get(n) for n in sorted({*here, *those}) if here.get(n) != those.get(n)}
             hashed, earlier = _hash_of(here, own), self._earlier_settings(settings)
-        real = _real(str(workspace))  # one that is not a path is refused where the run begins
+        real = self._real(str(workspace))  # one that is not a path is refused where the run begins
         place, files = _place(real, self._root), _content(settings.run_cfg, real)
         fingerprint = _fingerprint(prompt, place, files, hashed)
         return Identity(prompt, workspace, place, files, self._settings, own, fingerprint, earlier)
@@ -222,7 +223,6 @@ def _asked_for(schema: Any, *, is_named: bool = False) -> Any:
     return kept
 
 
-@lru_cache(maxsize=1024)
 def _real(workspace: str) -> str:
     try:
         return os.path.realpath(workspace)

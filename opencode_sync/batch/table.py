@@ -160,25 +160,23 @@ def read_jobs(
 
     A row's prompt is its cell in the column ``prompt``, or in another one, or made from several
     cells by a template. Its ``key``, ``workspace``, ``timeout_s``, ``max_cost``, ``max_steps`` and
-    ``max_tokens`` are those of the job; all other columns become the job's metadata. A row without
-    a prompt becomes a job without one, which in a batch is an error in its place.
+    ``max_tokens`` are the job's; all other columns become its metadata. A job whose row has no
+    prompt is an error in its place in a batch.
 
     Args:
         source: The path of a file, ``"-"`` for stdin, or a pandas DataFrame. Files are text in
             UTF-8, or UTF-16 with a byte order mark, or Parquet if pandas is installed.
-        template: Makes the prompts, such as ``"Explain {file}: {error}"``. Write ``{{`` and ``}}``
-            for braces.
+        template: Makes the prompts, as in ``"Explain {file}: {error}"``; ``{{`` is a brace.
         prompt_column, key_column: Names of columns, in place of ``prompt`` and ``key``.
         run_cfg: The columns ``model``, ``agent``, ``variant``, ``title``, ``command``, ``files``,
-            ``permission`` and ``thinking`` are settings of a job over these. A column that the
-            template names is none.
+            ``permission`` and ``thinking`` change these for a job, unless the template names them.
         format: ``"lines"`` for a prompt per line; ``"csv"`` with any separator, or ``"tsv"``;
             ``"jsonl"`` for an object per line; ``"json"`` for an array of objects or prompts;
             ``"parquet"``. None for what the file's suffix says, or else its beginning.
 
     Raises:
-        OpenCodeConfigError: The input cannot be read, or has not the columns, or it is not clear
-            whether it is a table. Names the line and the columns that there are.
+        OpenCodeConfigError: The input cannot be read, lacks a column, or may be a table or not.
+            Names the line and the columns that there are.
     """
     roles = Roles(template, prompt_column, key_column)
     if run_cfg is not None:
@@ -346,13 +344,11 @@ def _frame_in(data: bytes, name: str) -> Any:
 
 def _table_of_frame(frame: Any, name: str, format: str = "frame") -> Table:
     levels = [name for name in frame.index.names if name is not None and name not in frame.columns]
-    if twice := _twice([str(level) for level in levels]):
-        raise OpenCodeConfigError(f"{name}: two levels of the index are called {twice!r}")
+    columns = [str(column) for column in (*levels, *frame.columns)]
+    if twice := _twice(columns):
+        raise OpenCodeConfigError(f"{name}: two columns or levels of the index {twice!r}")
     if levels:  # an index that says something
         frame = frame.reset_index(level=levels)
-    columns = [str(column) for column in frame.columns]
-    if twice := _twice(columns):
-        raise OpenCodeConfigError(f"{name}: two columns {twice!r}")
     rows = [
         Row(f"row {number}", {column: _plain(cell) for column, cell in zip(columns, cells)})  # noqa: B905 - as many
         for number, cells in enumerate(frame.itertuples(index=False, name=None))

@@ -6,8 +6,8 @@
 
     left(model)    --> Outages --> passed_over(job): models that other jobs have found to be out
 
-Additive increase with a slow start, as TCP has it. Knows numbers and the words of providers, and of
-jobs only their index. Not thread-safe: its owner holds a lock.
+Additive increase with a slow start, as TCP has it. Knows numbers, the words of providers, and of
+jobs their index, models and results. Not thread-safe: its owner holds a lock.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _log = logging.getLogger("opencode_sync")
 
 BURST_S = 1.0  # refusals this close together have one cause
 MAX_PAUSE_S = 300.0  # a retry-after of hours means that a quota is used up: then jobs fail
+OUT_S = 60.0  # how long a model is passed over where its provider does not say
 _NEAR_REFUSAL = 0.25  # of the usual step upward, near the number that was refused before
 
 _TOO_MANY = (429, 529)  # 529: "overloaded", Anthropic's
@@ -48,9 +49,6 @@ def never_raises(note: Callable[_P, None]) -> Callable[_P, None]:
             _log.exception("the numbers of the batch are not right any more")
 
     return noted
-
-
-OUT_S = 60.0  # how long a model is passed over where its provider does not say
 
 
 class Outages:

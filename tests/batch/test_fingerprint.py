@@ -305,6 +305,21 @@ def test_a_directory_that_was_moved_or_linked_has_the_same_jobs(
     assert len(runner.begun) == 4
 
 
+def test_a_link_that_leads_elsewhere_by_now_is_another_directory(
+    runner: ScriptedRunner, path: Path, tmp_path: Path
+) -> None:
+    link, batch = tmp_path / "current", tmp_path / "batch"
+    for name in ("one", "two", "batch"):
+        (tmp_path / name).mkdir()
+
+    for name in ("one", "two", "two"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / name)
+        ended(runner, Job("a", link), workspace=batch, checkpoint=path)
+
+    assert [request.workspace.name for request in runner.begun] == ["one", "two"]
+
+
 def test_another_directory_has_other_jobs(
     runner: ScriptedRunner, path: Path, tmp_path: Path
 ) -> None:

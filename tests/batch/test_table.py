@@ -312,7 +312,7 @@ def test_levels_of_one_name_in_a_frames_index_are_refused() -> None:
     pandas = pytest.importorskip("pandas")
     index = pandas.MultiIndex.from_tuples([(1, 2)], names=["bug", "bug"])
 
-    with pytest.raises(OpenCodeConfigError, match="two levels of the index are called 'bug'"):
+    with pytest.raises(OpenCodeConfigError, match="two columns or levels of the index 'bug'"):
         read_jobs(pandas.DataFrame({"prompt": ["x"]}, index=index))
 
 
