@@ -45,7 +45,8 @@ class RunConfig:
             401, 402, 403 or 404, or does not know the model; it asks for a pause of more than 30 s;
             or it has refused a request twice, or broken the connection twice. The run then starts
             anew with the next one, unless a tool has run. All attempts count for the limits and the
-            totals; the result's ``model`` says who answered, and ``tried`` who did not and why.
+            totals; the result's ``model`` says who answered, and ``tried`` who did not and why. A
+            command whose template names a model has that one alone.
         files: Paths of files to attach to the prompt; relative to the workspace.
         title: Title of the session; None for the beginning of its prompt.
         command: Name of an OpenCode command; the prompt becomes its arguments. They reach the model

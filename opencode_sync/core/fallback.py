@@ -89,6 +89,16 @@ class Fallback:
             return events, None
         return [event for event in events if event is not last], _refusal_in(last)
 
+    def asked(self, model: str | None) -> None:
+        """Note which model an attempt has asked.
+
+        A command that names its own would ask no other in a further attempt either.
+        """
+        if self._is_on and model is not None and model != self.model:
+            self.model = model
+            self._left.clear()
+            self._out.clear()
+
     def _is_hopeless(self) -> bool:
         is_long = (self._wait_s or 0.0) > LONG_WAIT_S
         return is_long or (self._n_refusals >= REFUSALS and self.has_next)

@@ -416,8 +416,12 @@ class RunStream(Pinned, Iterator[Event]):
             result.exit_code = None
             result.attempts += self._request.is_repair  # which is not counted otherwise
             self._tries = 0
-            self._ask(self._fallback.model, source.take_back())
-            self._start_another(source)
+            try:
+                self._ask(self._fallback.model, source.take_back())
+            except OpenCodeError as unusable:  # by now: a file to attach may have gone
+                self._end("error", unusable)
+            else:
+                self._start_another(source)
 
     def _ask(self, model: str | None, session_id: str | None = None) -> None:
         """Have the next attempt ask *model*, in the session that the prompt was taken out of."""
@@ -491,6 +495,7 @@ class RunStream(Pinned, Iterator[Event]):
         # The output of failed attempts at this round is dropped; that of earlier rounds stays.
         result.stderr, result.raw_stdout_lines = "", list(self._earlier_lines)
         error = source.settle(result)
+        self._fallback.asked(result.model)
         if error is not None:
             self._secrets.clean_error(error)
         if self._has_secrets:

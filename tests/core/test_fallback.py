@@ -382,6 +382,47 @@ def test_the_prompt_is_sent_again_in_the_session_that_it_was_taken_out_of() -> N
     assert [request.cfg.session_id for request in requests_of(stream)] == [None, "ses_9"]
 
 
+def test_a_file_that_is_gone_by_the_time_the_next_model_is_asked_is_an_error(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("notes")
+
+    stream = started(
+        Script(file.unlink, *failing(401).parts, error=failing(401).error),
+        cfg=replace(CFG, files=(file,)),
+    )
+    error, result = failed(stream)
+
+    assert isinstance(error, OpenCodeConfigError)
+    assert "no file" in str(error)
+    assert (result.status, asked(stream)) == ("error", ["a/one"])
+
+
+@pytest.mark.parametrize(
+    "source", [lambda: failing(401), lambda: refused(retry(429, 3600))], ids=["401", "429"]
+)
+@pytest.mark.parametrize("model", ["d/own", "b/two"])
+def test_a_model_that_only_a_command_names_is_the_only_one(source: Any, model: str) -> None:
+    first = source()
+    settle = first.settle
+
+    def settle_with_model(result: RunResult) -> OpenCodeError | None:
+        result.model = model
+        return settle(result)  # type: ignore[no-any-return]
+
+    first.settle = settle_with_model
+    known = Tried("b/two", ErrorInfo("APIError", "slow down", 429))
+
+    stream = started(first, passed_over=(known,))
+    error, result = failed(stream)
+
+    assert isinstance(error, OpenCodeProcessError)
+    assert (result.status, result.model) == ("error", model)
+    assert [each.model for each in result.tried] == [model]
+    assert asked(stream) == ["a/one"]
+
+
 # --- models that a batch passes over -------------------------------------------------------------
 
 

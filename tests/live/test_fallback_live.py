@@ -16,7 +16,14 @@ import pytest
 from opencode_sync import OpenCodeClient, OpenCodeProcessError, OpenCodeServer, RunConfig
 from opencode_sync.api.runner import Runner
 from opencode_sync.testing import Answer, ChatRequest, Reply, ScriptedModel
-from tests.live.warm import WITHIN_S, Script, config, conversation, shell
+from tests.live.warm import (
+    WITHIN_S,
+    Script,
+    config,
+    conversation,
+    make_configuration,
+    shell,
+)
 
 HOUR_S = 3600.0
 FIRST, SECOND = "scripted/scripted", "other/backup"
@@ -131,6 +138,24 @@ def test_a_run_that_has_used_a_tool_stays_with_its_model(
     assert (workspace / "file.txt").read_text() == "done\n"
 
 
+@pytest.mark.only("server")
+def test_a_command_that_names_a_model_asks_no_other(
+    runner: Runner, tmp_path: Path, script: Script, cfg: RunConfig
+) -> None:
+    commands = make_configuration(tmp_path) / "command"
+    commands.mkdir()
+    (commands / "own.md").write_text(f"---\nmodel: {FIRST}\n---\nOwn $ARGUMENTS\n")
+    script.to("Own way", Reply.failure(401, "bad key"))
+    own = cfg.replace(command="own", model=SECOND, fallback_models=(FIRST,))
+
+    with pytest.raises(OpenCodeProcessError, match="bad key") as caught:
+        runner.run("way", tmp_path, run_cfg=own, timeout_s=WITHIN_S)
+
+    assert caught.value.result is not None
+    assert [each.model for each in caught.value.result.tried] == [FIRST]
+    assert len(script.asked("Own way")) == 1
+
+
 def test_a_turn_that_falls_back_goes_on_with_the_conversation(
     runner: OpenCodeClient | OpenCodeServer, workspace: Path, script: Script, backup: ScriptedModel
 ) -> None:
@@ -150,7 +175,6 @@ def test_a_turn_that_falls_back_goes_on_with_the_conversation(
     assert len(said) == 3 or not isinstance(runner, OpenCodeServer)
 
 
-@pytest.mark.only("server")
 def test_a_value_with_a_schema_comes_from_the_next_model(
     runner: Runner, workspace: Path, script: Script
 ) -> None:
