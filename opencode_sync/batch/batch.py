@@ -462,11 +462,7 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
             with_earlier = self._checkpoint.is_of_earlier_version
             self._identities = Identities(settings, self._workspace, with_earlier=with_earlier)
         if options.progress:
-            self._progress = Progress(
-                self._n_jobs,
-                always=options.progress == "always",
-                interval_s=options.progress_interval_s,
-            )
+            self._progress = self._new_progress()
         # Nothing that its thread holds may lead back here, or dropping the batch would not end it.
         self._dispatch = Dispatch(
             self._runner,
@@ -488,6 +484,14 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         except RuntimeError as error:  # no thread can be started, or the interpreter shuts down
             raise OpenCodeError(f"the batch cannot be started: {error}") from error
         return self._dispatch
+
+    def _new_progress(self) -> Progress | None:
+        always, interval_s = self._options.progress == "always", self._options.progress_interval_s
+        try:
+            return Progress(self._n_jobs, always=always, interval_s=interval_s)
+        except Exception:  # noqa: BLE001 - a pipe that nobody reads, or a notebook's widgets
+            _log.exception("the progress of the batch is not shown")
+            return None
 
     def _show_progress(self, *, is_last: bool = False) -> None:
         if self._progress is not None and (is_last or self._progress.is_due):

@@ -299,7 +299,7 @@ class _Summary:
         self._batch = batch
         self._rows = table.rows
         self._options = options
-        self._failed = self._refused = 0
+        self._failed = self._invalid = self._refused = 0
         self._first: list[str] = []
         self._spent: str | None = None  # the option whose budget is
 
@@ -317,6 +317,7 @@ class _Summary:
             if end.index is None:
                 return  # the batch's own
             self._failed += 1
+            self._invalid += isinstance(end, OpenCodeConfigError)
             if len(self._first) < _SHOWN_FAILURES:
                 reason = str(end).partition("\n")[0]
                 name = end.key or f"job {end.index}"
@@ -338,9 +339,13 @@ class _Summary:
                 print(f"  and {more:,} more", file=sys.stderr)
         if self._refused:
             tell(f"{count(self._refused, 'job')} ended when a tool was refused: see --permission")
-        if self._failed:
-            again = "runs them" if self._options.retry_failed else "without --no-retry-failed does"
-            tell(f"{count(self._failed, 'job')} failed: the same {same} {again} again")
+        if failed := self._failed - self._invalid:
+            without = "" if self._options.retry_failed else " without --no-retry-failed"
+            tell(f"{count(failed, 'job')} failed: the same {same}{without} runs them again")
+        if self._invalid:
+            tell(
+                f"{count(self._invalid, 'job')} did not begin: the reasons above say what to change"
+            )
         so_far = f"{done:,} of {count(len(self._rows), 'job')} are in {output}"
         if self._spent:
             tell(f"{self._spent} is spent: {so_far}; the same {same} with more runs the rest")

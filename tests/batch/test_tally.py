@@ -206,8 +206,17 @@ def closed_file() -> io.StringIO:
     return file
 
 
+class UnreadPipe(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
 @pytest.mark.parametrize("progress", [True, "always"])
-@pytest.mark.parametrize("stderr", [None, closed_file(), Logger()], ids=["none", "closed", "odd"])
+@pytest.mark.parametrize(
+    "stderr",
+    [None, closed_file(), Logger(), UnreadPipe()],
+    ids=["none", "closed", "odd", "unread"],
+)
 def test_a_stderr_that_is_not_a_file_is_not_an_error(
     runner: ScriptedRunner, stderr: Any, progress: Any
 ) -> None:

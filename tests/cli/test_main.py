@@ -380,9 +380,10 @@ def test_what_failed_is_run_again_unless_told_otherwise(map_file: MapFile, tmp_p
         "step(text='now') if os.path.exists(p) else (open(p, 'w').close(), fail('not yet'))"
     )
 
-    statuses = [map_file(fails_once, *options)[0] for options in ((), ("--no-retry-failed",), ())]
+    ends = [map_file(fails_once, *options) for options in ((), ("--no-retry-failed",), ())]
 
-    assert statuses == [1, 1, 0]
+    assert [status for status, *_ in ends] == [1, 1, 0]
+    assert "the same command without --no-retry-failed runs them again\n" in ends[1][2]
     assert [line["answer"] for line in saved()] == ["now"]
 
 
@@ -398,6 +399,7 @@ def test_an_edited_prompt_of_a_key_fails_unless_told_otherwise(map_file: MapFile
 
     assert (first[0], refused[0]) == (0, 1)
     assert "it has this job with another prompt: on_mismatch 'rerun' runs it again" in refused[1]
+    assert refused[1].endswith("1 job did not begin: the reasons above say what to change\n")
     assert (kept[0][0], kept[1]) == (0, ["one"])
     assert (again[0][0], again[1]) == (0, ["two"])
 
