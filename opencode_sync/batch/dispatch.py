@@ -233,9 +233,13 @@ class Dispatch(Listener):
             self._throttle.recovered(index)
 
     def left(self, task: Task, tried: Tried) -> None:
+        cfg = task.settings.run_cfg or RunConfig()
+        is_refusal = is_rate_limit(tried.error.status_code, tried.error.message)
         with self._lock:
-            self._outages.left(task.settings.run_cfg or RunConfig(), tried)
-            self._throttle.refusals += is_rate_limit(tried.error.status_code, tried.error.message)
+            self._outages.left(cfg, tried)
+            # The last model's is also the run's error, which is counted as such.
+            if tried.model not in cfg.fallback_models[-1:]:
+                self._throttle.refusals += is_refusal
 
     def spent(self) -> None:
         if self._budget:

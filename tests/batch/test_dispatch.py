@@ -436,13 +436,14 @@ def test_a_model_that_is_out_neither_pauses_nor_slows_a_batch_that_has_another(
 def test_where_all_models_are_out_for_long_a_job_fails_at_once(runner: ScriptedRunner) -> None:
     cfg = FALLBACK.replace(fallback_models=("out/two",))
 
-    ends = list(runner.map(["a", "b"], max_workers=1, run_cfg=cfg, on_error="return"))
+    batch = runner.map(["a", "b"], max_workers=1, run_cfg=cfg, on_error="return")
 
-    for end in ends:
+    for end in batch:
         assert isinstance(end, OpenCodeProcessError)
         assert end.result is not None
         assert [each.model for each in end.result.tried] == ["out/one", "out/two"]
     assert [request.cfg.model for request in runner.begun] == ["out/one", "out/two", "out/two"]
+    assert batch.report.rate_limits == 3  # one for each request
 
 
 def test_a_checkpoint_keeps_who_answered_and_who_did_not(
