@@ -410,9 +410,10 @@ class Progress:
         if self._total is not None:
             parts.append(f"{self._total - finished:,} of {self._total:,} left")
         line = f"opencode-sync: {report.done:,} done, {', '.join(parts)}"
-        # No stderr, a closed one, or a pipe that nobody reads: not a reason to end the batch.
+        # An odd stderr, a closed one, or a pipe that nobody reads: not a reason to end the batch.
         with suppress(AttributeError, ValueError, OSError):
-            print(line, file=sys.stderr, flush=True)
+            if sys.stderr is not None:  # or print() would take stdout for it
+                print(line, file=sys.stderr, flush=True)
         self._line_at = time.monotonic() + self._interval_s
         self._has_lines = True
 

@@ -218,13 +218,14 @@ class UnreadPipe(io.StringIO):
     ids=["none", "closed", "odd", "unread"],
 )
 def test_a_stderr_that_is_not_a_file_is_not_an_error(
-    runner: ScriptedRunner, stderr: Any, progress: Any
+    runner: ScriptedRunner, stderr: Any, progress: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with redirect_stderr(stderr):
-        batch = runner.map(["a", "hold b"], progress=progress, **OFTEN)
+        batch = runner.map(["a", "hold b"], progress=progress, progress_interval_s=1e-6)
         ends = [next(batch)]
         runner.wait_for(2)
         runner.release()
         ends += batch
 
     assert len(ends) == 2
+    assert capsys.readouterr().out == ""
