@@ -286,6 +286,8 @@ def read_table(source: Any, roles: Roles, format: Format | None = None) -> Table
         raise OpenCodeConfigError(f"source is {kind}: use a file's path, or a pandas DataFrame")
     path = os.fspath(source)
     name = "stdin" if path == STDIN else path
+    if path == STDIN and not hasattr(sys.stdin, "buffer"):
+        raise OpenCodeConfigError("stdin: closed, or not a stream of bytes")
     try:
         data = sys.stdin.buffer.read() if path == STDIN else Path(path).expanduser().read_bytes()
     except (OSError, ValueError, RuntimeError) as error:  # also a NUL in the path, or ~nobody

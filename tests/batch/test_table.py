@@ -476,6 +476,14 @@ def test_a_file_that_cannot_be_read_is_named(name: str, told: str) -> None:
         read_jobs(name)
 
 
+@pytest.mark.parametrize("stdin", [None, io.StringIO("a prompt")], ids=["closed", "of text"])
+def test_a_stdin_that_cannot_be_read_is_told(monkeypatch: pytest.MonkeyPatch, stdin: Any) -> None:
+    monkeypatch.setattr("sys.stdin", stdin)
+
+    with pytest.raises(OpenCodeConfigError, match="stdin: closed, or not a stream of bytes"):
+        read_jobs("-")
+
+
 def test_parquet_without_pandas_says_what_to_install(
     read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
