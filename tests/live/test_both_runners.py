@@ -26,6 +26,7 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -254,9 +255,11 @@ def limited(runner: Runner, script: Script, workspace: Path, whole: Whole) -> Li
     script.to("Hang", echo, tools["timeout_s"].call)
     script.to("Sleep", Reply("Let me.", tool_calls=[tools["idle_timeout_s"].call]))
     script.to("Later", Reply.failure(429, "slow down", retry_after_s=3600))
-    script.to("Spend", echo, "Spent.")
+    never = threading.Event()
+    script.to("Spend", echo, Reply([never, "Spent."]))  # one that is done keeps its answer
 
     with ExitStack() as started, ThreadPoolExecutor() as threads:
+        started.callback(never.set)
 
         def start(prompt: str, **limits: float) -> RunStream:
             return started.enter_context(runner.stream(prompt, workspace, **limits))
