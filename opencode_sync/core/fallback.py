@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from .config import RunConfig
@@ -118,7 +119,8 @@ class Fallback:
         if status is None and info.name in _UNUSABLE:
             return _body(info.name, info.message)
         if any(words in reason for words in _WORDS):
-            return _body(info.name, reason.removeprefix(f"{info.name}: "), status)
+            beginning = replace(info, message="")
+            return _body(info.name, reason.removeprefix(f"{beginning}: "), status)
         return None
 
     def leave(self, error: ErrorBody) -> list[Event]:

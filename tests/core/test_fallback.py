@@ -35,7 +35,8 @@ def failing(status: int | None = None, name: str = "APIError", message: str = "n
     """A source that ends with an ``error`` event."""
     data = {"message": message} if status is None else {"message": message, "statusCode": status}
     event = {"type": "error", "error": {"name": name, "data": data}}
-    return Script([event], error=OpenCodeProcessError(1, reason=f"{name}: {message}"))
+    said = ErrorInfo(name, message, status)
+    return Script([event], error=OpenCodeProcessError(1, reason=str(said)))
 
 
 def refused(*retries: dict[str, Any], before: Sequence[Any] = ()) -> Script:
@@ -113,6 +114,21 @@ def test_a_model_that_is_out_is_left_for_the_next_one(out: Any) -> None:
     assert [each.model for each in result.tried] == ["a/one"]
     assert asked(stream) == ["a/one", "b/two"]
     assert (source.closes, result.attempts) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "out, told",
+    [
+        ((400, "APIError", "credit balance is too low"), "APIError 400: credit balance is too low"),
+        ((401, "APIError", "bad key"), "APIError 401: bad key"),
+        ((None, "UnknownError", "Model not found: a/one"), "UnknownError: Model not found: a/one"),
+    ],
+    ids=["400", "401", "unknown model"],
+)
+def test_what_the_provider_says_is_told_once(out: Any, told: str) -> None:
+    stream = started(failing(*out), Script(ANSWER))
+
+    assert str(stream.wait().tried[0].error) == told
 
 
 @pytest.mark.parametrize(
