@@ -202,11 +202,13 @@ def run(options: argparse.Namespace) -> int:
             summary.note(error)
             answers.note(error)
             failure = error
-        summary.show()
-        if options.csv:
-            answers.write(options.csv)
-        if options.report:
-            batch.report.to_html(options.report, title=Path(options.output).name)
+        try:
+            if options.csv:
+                answers.write(options.csv)
+            if options.report:
+                batch.report.to_html(options.report, title=Path(options.output).name)
+        finally:  # not before them: stderr may be a pipe that nobody reads any more
+            summary.show()
     if failure is not None:
         raise failure
     return summary.status

@@ -340,6 +340,20 @@ def test_answers_of_before_stay_where_a_setting_is_refused(
     assert (tmp_path / "answers.csv").read_text() == "of before"
 
 
+def test_answers_are_written_where_nobody_reads_stderr(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("step(text='one')\n")
+    words = ["map", "in.txt", "--output", "out.jsonl", "--csv", "answers.csv"]
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    with open(writer, "wb") as stderr:
+        command = [sys.executable, "-m", "opencode_sync", *words]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run(command, env=env, stderr=stderr, timeout=WITHIN_S, check=False)
+
+    assert ",ok,one," in (tmp_path / "answers.csv").read_text()
+
+
 def test_a_carriage_return_stays_in_its_cell(map_file: MapFile, tmp_path: Path) -> None:
     rows = 'id,prompt\n"7\r8","step(text=\'a\\rb\')"\n'
 
