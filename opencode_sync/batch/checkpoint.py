@@ -33,13 +33,13 @@ from ..core.records import (
     Line,
     end_of,
     failure_of,
+    head_of,
     is_unfinished,
     line_of,
     lines_in,
     parsed,
     replacing,
     respent,
-    spent_in,
 )
 from ..core.request import OnMismatch
 from ..core.result import RunResult
@@ -344,8 +344,9 @@ class Checkpoint:
     def _spent_on(self, key: str) -> Spent:
         """What all tries at the job *key* have spent."""
         place = self._index.get(key)
-        entry = None if place is None else self._entry(place)
-        return Spent() if entry is None else spent_in(entry)
+        # Not by its entry: a line whose end is damaged was paid for too.
+        head = None if place is None else head_of(self._line(place))
+        return Spent() if head is None else head.spent
 
     def _with_earlier_tries(self, entry: Entry) -> Entry:
         return entry._replace(before=self._spent_on(entry.key))
@@ -388,14 +389,16 @@ class Checkpoint:
 
     def _entry(self, place: int) -> dict[str, Any] | None:
         """Read the line of an entry of the index; None, and a warning, if it is damaged."""
-        try:
-            # Of the file that was opened, whatever has its name by now.
-            line = _line_at(self._descriptor, place // 8)
-        except OSError as error:
-            raise OpenCodeError(f"checkpoint {str(self._path)!r}: {error.strerror}") from error
-        if (entry := parsed(line)) is None:
+        if (entry := parsed(self._line(place))) is None:
             self._tell_damaged(place)
         return entry
+
+    def _line(self, place: int) -> bytes:
+        try:
+            # Of the file that was opened, whatever has its name by now.
+            return _line_at(self._descriptor, place // 8)
+        except OSError as error:
+            raise OpenCodeError(f"checkpoint {str(self._path)!r}: {error.strerror}") from error
 
     def _tell_damaged(self, place: int, error: Exception | None = None) -> None:
         why = "" if error is None else f" ({error})"

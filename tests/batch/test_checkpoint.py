@@ -19,6 +19,7 @@ import pytest
 
 from opencode_sync import (
     Job,
+    OpenCodeBudgetError,
     OpenCodeConfigError,
     OpenCodeError,
     OpenCodeIncompleteError,
@@ -32,7 +33,7 @@ from opencode_sync.core import records
 from opencode_sync.core.events import iter_parse_lines
 from opencode_sync.core.records import Entry
 from opencode_sync.core.result import aggregate_run_result
-from tests.scripted import ScriptedRunner
+from tests.scripted import STEP_COST, ScriptedRunner
 
 ROOT = Path(__file__).parents[2]
 
@@ -318,6 +319,17 @@ def test_a_job_whose_line_turns_out_to_be_damaged_is_run_again(
     assert sorted(runner.prompts) == ["a", "b", "b"]
     assert f"{path}: line 2 is damaged" in caplog.text
     assert [line["prompt"] for line in lines_of(path)] == ["a", "b"]
+
+
+def test_a_line_whose_end_is_damaged_was_paid_for(runner: ScriptedRunner, path: Path) -> None:
+    list(runner.map(["a", "b"], checkpoint=path, max_workers=1))
+    path.write_text(path.read_text().replace('"answer": "B"', '"answer": "B'))
+    list(runner.map(["a", "b"], checkpoint=path))
+
+    with pytest.raises(OpenCodeBudgetError) as caught:
+        list(runner.map(["a", "b", "c"], checkpoint=path, max_total_cost=0.0))
+
+    assert caught.value.spent == pytest.approx(3 * STEP_COST)
 
 
 def test_what_an_editor_does_to_a_file_is_no_damage(
