@@ -196,7 +196,8 @@ def jobs_of(table: Table, roles: Roles, run_cfg: RunConfig | None) -> list[Job]:
     """A job for each row of *table*; see :func:`read_jobs`."""
     missing = [name for name in roles.wanted if name not in table.columns]
     if missing and table.columns:
-        raise OpenCodeConfigError(f"{table.name}: {_no_column(missing[0], table)}")
+        braces = "" if roles.template is None else "; in a template, write {{ and }} for braces"
+        raise OpenCodeConfigError(f"{table.name}: {_no_column(missing[0], table)}{braces}")
     settings = [name for name in SETTINGS if name in table.columns]
     settings = [name for name in settings if name not in roles.wanted]
     if settings and run_cfg is None:

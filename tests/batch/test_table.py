@@ -446,6 +446,7 @@ def test_an_error_names_its_place(read: Read, name: str, text: str | bytes, told
     "options, told",
     [
         ({"template": "{eror}"}, "no column 'eror': there are 'prompt', 'error'"),
+        ({"template": 'as {"a": 1}: {error}'}, "in a template, write {{ and }} for braces"),
         ({"template": "no column"}, "the template names no column"),
         ({"template": "{error}", "prompt_column": "error"}, "exclude each other"),
         ({"key_column": "id"}, "no column 'id'"),
