@@ -20,7 +20,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, zip_longest
@@ -283,8 +283,7 @@ def read_table(source: Any, roles: Roles, format: Format | None = None) -> Table
     if callable(getattr(source, "itertuples", None)):
         return _table_of_frame(source, "the DataFrame")
     if not isinstance(source, (str, os.PathLike)):
-        kind = type(source).__name__
-        raise OpenCodeConfigError(f"source is {kind}: use a file's path, or a pandas DataFrame")
+        raise OpenCodeConfigError(f"source is {type(source).__name__}: use a path or a DataFrame")
     path = os.fspath(source)
     name = "stdin" if path == STDIN else path
     if path == STDIN and not hasattr(sys.stdin, "buffer"):
@@ -309,7 +308,7 @@ def _table_in(data: bytes, name: str, roles: Roles, format: Format | None, suffi
         said = _guessed(text, roles, is_lines=said == "lines")
     if said in ("csv", "tsv"):
         return _csv_table(text, name, roles, "\t" if said == "tsv" else None, has_mark)
-    rows = list(_READERS[said](text))
+    rows = list(_READERS[str(said)](text))
     columns = list(dict.fromkeys(column for row in rows for column in row.cells))
     return Table(name, str(said), columns, rows)
 
@@ -488,8 +487,7 @@ def _cells_of(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: None if value != value else value for name, value in entry.items()}  # NaN
 
 
-_Reader = Callable[[str], Iterable[Row]]
-_READERS: Mapping[Any, _Reader] = {"lines": _prompts, "jsonl": _json_lines, "json": _json}
+_READERS = {"lines": _prompts, "jsonl": _json_lines, "json": _json}
 
 
 # --- CSV -----------------------------------------------------------------------------------------

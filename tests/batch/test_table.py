@@ -464,7 +464,7 @@ def test_an_option_that_does_not_fit_is_refused(
 
 @pytest.mark.parametrize("source", [["a"], b"a.csv", None, 3], ids=repr)
 def test_a_source_of_another_type_is_refused(source: Any) -> None:
-    with pytest.raises(OpenCodeConfigError, match="use a file's path, or a pandas DataFrame"):
+    with pytest.raises(OpenCodeConfigError, match="use a path or a DataFrame"):
         read_jobs(source)
 
 
