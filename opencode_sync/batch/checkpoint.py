@@ -19,7 +19,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import threading
 from array import array
 from collections.abc import Iterator, Sequence
@@ -426,7 +425,6 @@ class Checkpoint:
                 if offset in kept:
                     file.write(line)
                 offset += len(line)
-            shutil.copymode(self._path, file.name)
         self._sync_directory()
 
     def _sync_directory(self) -> None:

@@ -18,6 +18,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
@@ -340,7 +341,7 @@ def replacing(target: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     Until then it is ``NAME.new`` beside it; if the block fails, it is removed.
 
     Args:
-        mode: Its permissions, within the umask.
+        mode: Its permissions, within the umask; those of *target* if that exists.
     """
     new = target.with_name(f"{target.name}.new")
     # A file of a killed process, or a link that somebody put there to have a file of ours
@@ -350,6 +351,8 @@ def replacing(target: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     file = open(new, "xb", opener=lambda path, flags: os.open(path, flags | _NO_LINK, mode))
     try:
         with file:
+            with suppress(FileNotFoundError):
+                shutil.copymode(target, new)
             yield file
             file.flush()
             os.fsync(file.fileno())

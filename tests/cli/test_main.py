@@ -333,11 +333,17 @@ def test_answers_of_before_stay_where_a_setting_is_refused(
     map_file: MapFile, tmp_path: Path
 ) -> None:
     (tmp_path / "answers.csv").write_text("of before")
+    (tmp_path / "answers.csv").chmod(0o600)
 
     status, _, err = map_file("x\n", "--csv", "answers.csv", "--max-total-cost", "-1")
 
     assert (status, "max_total_cost is -1" in err) == (2, True)
     assert (tmp_path / "answers.csv").read_text() == "of before"
+
+    map_file("step(text='one')\n", "--csv", "answers.csv")
+
+    assert ",ok,one," in (tmp_path / "answers.csv").read_text()
+    assert (tmp_path / "answers.csv").stat().st_mode & 0o777 == 0o600  # as it was
 
 
 def test_answers_are_written_where_nobody_reads_stderr(tmp_path: Path) -> None:
