@@ -26,7 +26,7 @@ from ..core.limits import Limits
 from ..core.text import count, money, outcome
 from ..display.stream import live
 from ..process.command import managed_root
-from .options import DONE, add_run_options, limits, run_config, tell
+from .run import DONE, add_run_options, limits, run_config, tell
 
 _HISTORY_LINES = 1_000
 

@@ -31,7 +31,7 @@ from ..core.errors import (
 from ..core.text import printable
 from ..process.command import TESTED_VERSION
 from . import chat, map, run
-from .options import DONE, FAILED, INTERRUPTED, REFUSED, TIMED_OUT, tell
+from .run import DONE, FAILED, INTERRUPTED, REFUSED, TIMED_OUT, tell
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -44,7 +44,7 @@ from ..core.records import replacing, results_to_records
 from ..core.result import RunResult
 from ..core.text import count, one_line, printable
 from ..process.versions import check_program_version
-from .options import (
+from .run import (
     DONE,
     FAILED,
     INTERRUPTED,

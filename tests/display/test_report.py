@@ -20,19 +20,17 @@ from hypothesis import strategies as st
 from opencode_sync import Job, OpenCodeConfigError, OpenCodeError, OpenCodeTimeoutError, RunResult
 from opencode_sync.core.records import record_of
 from opencode_sync.display import report
-from opencode_sync.display.charts import (
+from opencode_sync.display.jobs import detail_of, records_in, row_of
+from opencode_sync.display.report import (
     Clock,
+    checkpoint_to_html,
     curves_of,
     lanes_of,
+    results_to_html,
+    script_json,
     span,
     time_ticks,
     value_ticks,
-)
-from opencode_sync.display.jobs import detail_of, records_in, row_of
-from opencode_sync.display.report import (
-    checkpoint_to_html,
-    results_to_html,
-    script_json,
     write_html,
 )
 from tests.scripted import ScriptedRunner
