@@ -13,10 +13,10 @@ import dataclasses
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..core.config import RunConfig, validate_config_for_run
 from ..core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
@@ -25,7 +25,6 @@ from ..core.limits import Limits
 from ..core.reading import number_of, usage_of
 from ..core.request import (
     NO_ANSWERS,
-    Answers,
     RunOptions,
     RunSettings,
     StreamOptions,
@@ -45,30 +44,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ..server.sessions import Sessions
+    from .runner import Runner
 
 SUMMARY_S = 600.0  # bound on a summary, where the session has no timeout_s
 _CLOSED = "the session was closed"
-
-
-class SessionRunner(Protocol):
-    """What a session uses of its client or server."""
-
-    _keeps_sessions: bool
-
-    def _checked(self, run_cfg: RunConfig | None, *, may_ask: bool) -> RunConfig: ...
-
-    def _kept_sessions(self, cfg: RunConfig) -> Sessions: ...
-
-    def begin(
-        self,
-        prompt: str,
-        workspace: StrPath,
-        settings: RunSettings,
-        *,
-        answers: Answers,
-        on_begin: Callable[[RunStream], None],
-        on_end: Callable[[RunStream], None],
-    ) -> RunStream: ...
 
 
 class Session(Pinned):
@@ -83,7 +62,7 @@ class Session(Pinned):
 
     def __init__(
         self,
-        runner: SessionRunner,
+        runner: Runner,
         workspace: StrPath = ".",
         *,
         session_id: str | None = None,

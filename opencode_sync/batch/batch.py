@@ -34,7 +34,7 @@ from ..core.config import (
 from ..core.errors import OpenCodeCancelledError, OpenCodeConfigError, OpenCodeError
 from ..core.lifetime import REASON, Pinned, UnderWay
 from ..core.limits import LIMITS_OF_A_JOB, Budget, Retry
-from ..core.records import end_of, jsonable, own_key, result_of, results_to_frame
+from ..core.records import end_of, jsonable, own_key, records_in, result_of, results_to_frame
 from ..core.request import OnError, OnMismatch, RunSettings, absolute
 from ..core.result import RunResult
 from .checkpoint import Checkpoint
@@ -254,8 +254,6 @@ class BatchRun(Pinned, Iterator[T], Generic[T]):
         """
         ends, places = ({}, {}) if self._dispatch is None else self._dispatch.ends()
         if places:
-            from ..display.jobs import records_in
-
             assert self._options.checkpoint is not None
             for record in records_in(self._options.checkpoint):
                 if (index := places.get(hash(record["key"]))) is not None:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import OpenCodeError, kind_of
 from ..core.limits import Spent, tokens_of, unpriced, unpriced_tokens
-from ..core.records import result_of
+from ..core.records import records_in, result_of
 from ..core.result import RunResult, TokenUsage
 from ..core.text import html_table, is_terminal
 from .throttle import Throttle, never_raises
@@ -130,7 +130,6 @@ class BatchReport:
         Raises:
             OpenCodeConfigError: Jinja2 is not installed, or *path* cannot be written.
         """
-        from ..display.jobs import records_in
         from ..display.report import write_html
 
         file = self.checkpoint

@@ -2,6 +2,7 @@
 
     Entry --line_of()--> a line --parsed()--> its object --end_of()--> an equal result or error
     a file --lines_in()--> lines, and the Head of each
+           --records_in()--> the last line of each key, as its object
     results --results_to_records()--> flat rows --> results_to_frame()
 
     {"key": ..., "fingerprint": ..., "spent": ..., "failure": null, <RunResult.to_dict()>}
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from . import errors
-from .errors import OpenCodeError
+from .errors import OpenCodeConfigError, OpenCodeError
 from .events import to_json
 from .limits import Spent, tokens_of
 from .reading import number_of, saved_usage, why_cut
@@ -176,6 +177,28 @@ def lines_in(file: Iterable[bytes]) -> Iterator[Line]:
         offset += len(data)
     if n_damaged and not n_ours:
         raise ValueError("not a checkpoint: none of its lines is a whole line of one")
+
+
+def records_in(checkpoint: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """Read the jobs in a checkpoint's file, the last line of each key; also while it is written.
+
+    Damaged lines are left out.
+
+    Raises:
+        OpenCodeConfigError: The file cannot be read, or is not a checkpoint.
+    """
+    path = Path(checkpoint).expanduser()
+    try:
+        with open(path, "rb") as file:
+            last = {line.head.key: line.offset for line in lines_in(file) if line.head is not None}
+            for offset in sorted(last.values()):
+                file.seek(offset)
+                if (entry := parsed(file.readline())) is not None:
+                    yield entry
+    except OSError as error:
+        raise OpenCodeConfigError(f"{str(path)!r}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise OpenCodeConfigError(f"{str(path)!r}: {error}") from None
 
 
 def head_of(line: bytes) -> Head | None:

@@ -1,8 +1,7 @@
 """The jobs on a report page: a short row for each, and what the row unfolds to.
 
-    a checkpoint --records_in()--+
-    results ---------------------+--> record --+-- row_of() ----> Row, for the table and the charts
-                                               +-- detail_of() -> values for JSON
+    a checkpoint, or results --> record --+-- row_of() ----> Row, for the table and the charts
+                                          +-- detail_of() -> values for JSON
 
 A record is a line of a checkpoint as a mapping: ``RunResult.to_dict()`` and ``failure``, which is
 None or the error's ``{"type", "message", ...}``. Records come one at a time, so that a batch whose
@@ -12,41 +11,17 @@ as empty. A long text is cut, with a note on how much is missing.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from ..core.errors import OpenCodeConfigError, kind_of
+from ..core.errors import kind_of
 from ..core.events import to_json
 from ..core.reading import TokenUsage, mapping, number_of, part_of, saved_tried, saved_usage
-from ..core.records import lines_in, own_key, parsed, plain
+from ..core.records import own_key, plain
 from ..core.text import money, one_line, printable
 
 Record = Mapping[str, Any]
-
-
-def records_in(checkpoint: str | os.PathLike[str]) -> Iterator[Record]:
-    """Read the jobs in a checkpoint's file, the last line of each key; also while it is written.
-
-    Damaged lines are left out.
-
-    Raises:
-        OpenCodeConfigError: The file cannot be read, or is not a checkpoint.
-    """
-    path = Path(checkpoint).expanduser()
-    try:
-        with open(path, "rb") as file:
-            last = {line.head.key: line.offset for line in lines_in(file) if line.head is not None}
-            for offset in sorted(last.values()):
-                file.seek(offset)
-                if (entry := parsed(file.readline())) is not None:
-                    yield entry
-    except OSError as error:
-        raise OpenCodeConfigError(f"{str(path)!r}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise OpenCodeConfigError(f"{str(path)!r}: {error}") from None
 
 
 STATUSES = ("ok", "error", "denied", "incomplete", "timed_out", "cancelled", "over_budget")

@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from ..core.errors import OpenCodeConfigError, OpenCodeError
 from ..core.events import to_json
-from ..core.records import record_of, replacing
+from ..core.records import record_of, records_in, replacing
 from ..core.result import RunResult
 from ..core.text import money
-from .jobs import STATUSES, Record, Row, detail_of, records_in, row_of
+from .jobs import STATUSES, Record, Row, detail_of, row_of
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -484,7 +484,7 @@ def check_plugin(
         with_preload: preload.js is needed too.
     """
     if cfg.pure:
-        why = "pure=True leaves out all plugins"
+        why = "pure=True leaves out all plugins: use pure=False"
     elif env.get("OPENCODE_PURE", "").lower() in ("1", "true"):
         why = "OPENCODE_PURE leaves out all plugins: unset it"
     elif with_preload and PRELOAD in env:

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from opencode_sync import Job, OpenCodeConfigError, OpenCodeError, OpenCodeTimeoutError, RunResult
-from opencode_sync.core.records import record_of
+from opencode_sync.core.records import record_of, records_in
 from opencode_sync.display import report
-from opencode_sync.display.jobs import detail_of, records_in, row_of
+from opencode_sync.display.jobs import detail_of, row_of
 from opencode_sync.display.report import (
     Clock,
     checkpoint_to_html,
