@@ -450,11 +450,10 @@ def _json_lines(text: str) -> Iterator[Row]:
 
 def _json(text: str) -> Iterator[Row]:
     """The rows of an array, of one object over several lines, or of an object per line."""
-    is_array = text.lstrip().startswith("[")
     try:
         value = _parsed(text)
     except _Misread:
-        if is_array:
+        if text.lstrip().startswith("["):
             raise
         yield from _json_lines(text)
         return
